@@ -1,0 +1,46 @@
+"""The numerical core: K clients as one stacked computation. Knows torch, not Flower."""
+
+from fedpers.cohort.cohort import (
+    Adjust,
+    Batch,
+    Cohort,
+    Loss,
+    Network,
+    Reply,
+    Step,
+    View,
+    mixed,
+    proximal,
+    shifted,
+    small_change,
+)
+from fedpers.cohort.fold import Fold, WeightedMean
+from fedpers.cohort.modules import prepare
+from fedpers.cohort.state import StateStore
+from fedpers.cohort.training import Training
+from fedpers.cohort.tree import Selection, Tree, model_tree, select, tree
+
+__all__ = [
+    "Adjust",
+    "Batch",
+    "Cohort",
+    "Fold",
+    "Loss",
+    "Network",
+    "Reply",
+    "Selection",
+    "StateStore",
+    "Step",
+    "Training",
+    "Tree",
+    "View",
+    "WeightedMean",
+    "mixed",
+    "model_tree",
+    "prepare",
+    "proximal",
+    "select",
+    "shifted",
+    "small_change",
+    "tree",
+]

@@ -1,0 +1,155 @@
+"""Which samples each client of a cohort sees at each step; drawn per client, so cohort size cannot change it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpers.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Batches of K clients for all steps of one training.
+
+    Clients stand in descending order of their number of steps, so those that still train at a step are a prefix.
+
+    Attributes
+    ----------
+    index : Tensor ``[S, K, B]``
+        Positions in the data, int64 on the data's device. Places beyond a batch's end repeat its first sample.
+    count : Tensor ``[S, K]``
+        Samples in each batch, int64 on the CPU; 0 for a client that is done.
+    active : list of int
+        Clients that train at each step (the prefix length), length S.
+    width : list of int
+        Largest batch of each step, length S.
+    ragged : list of bool
+        Whether the batches of a step differ in size, length S.
+    epoch_end : Tensor ``[S, K]``
+        Whether a client ends a pass over its data with this step, bool on the CPU.
+    order : Tensor ``[K]`` or None
+        Position in the cohort of each row of the plan; None when they are the same.
+    """
+
+    index: Tensor
+    count: Tensor
+    active: list[int]
+    width: list[int]
+    ragged: list[bool]
+    epoch_end: Tensor
+    order: Tensor | None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the client that trains longest."""
+        return len(self.active)
+
+    @property
+    def client_steps(self) -> Tensor:
+        """Steps of each client, int64 ``[K]`` on the CPU."""
+        return (self.count > 0).sum(0)
+
+    def keep(self, rows: Tensor) -> BatchPlan:
+        """Plan of some of the clients only (`rows` of this plan, ascending)."""
+        index, count, ends = self.index[:, rows.to(self.index.device)], self.count[:, rows], self.epoch_end[:, rows]
+        return _finish(index, count, ends, rows if self.order is None else self.order[rows])
+
+
+def batches_per_epoch(size: int, batch_size: int, drop_last: bool) -> int:
+    """Batches in one pass over `size` samples; a batch never holds more than the client has."""
+    whole, rest = divmod(size, min(batch_size, size)) if batch_size else (1, 0)
+    return whole + (1 if rest and not drop_last else 0)
+
+
+def plan_batches(
+    samples: Sequence[np.ndarray],
+    *,
+    batch_size: int,
+    epochs: int | None = None,
+    steps: int | Sequence[int] | None = None,
+    drop_last: bool = False,
+    draw: Callable[[int, int], np.random.Generator] | None = None,
+    device: torch.device | str = "cpu",
+) -> BatchPlan:
+    """Cut each client's samples into batches.
+
+    Parameters
+    ----------
+    samples : sequence of int64 arrays ``[n_k]``
+        Each client's samples, at least one.
+    batch_size : int
+        Samples in a batch; 0 means all samples of a client in one batch. A client with fewer has smaller batches.
+    epochs : int, optional
+        Passes over the data; exactly one of `epochs` and `steps` is given.
+    steps : int or sequence of int ``[K]``, optional
+        Steps of every client or of each; passes follow one another until they are reached.
+    drop_last : bool
+        Leave out the incomplete last batch of a pass. A client smaller than one batch keeps its single batch.
+    draw : callable (client's position, pass) -> Generator, optional
+        Source of the order of each pass; None keeps the given order.
+    device : torch.device or str
+        Where `index` goes.
+
+    Raises
+    ------
+    ConfigError
+        If the number of passes or steps is negative, or both or neither are given.
+    """
+    if (epochs is None) == (steps is None):
+        raise ConfigError("epochs, steps", (epochs, steps), "exactly one of the two")
+    clients = len(samples)
+    per_epoch = [batches_per_epoch(len(s), batch_size, drop_last) for s in samples]
+    if steps is None:
+        assert epochs is not None
+        wanted = [epochs * n for n in per_epoch]
+    else:
+        wanted = [steps] * clients if isinstance(steps, int) else [int(n) for n in steps]
+    if min(wanted) < 0:
+        raise ConfigError("epochs, steps", (epochs, steps), "numbers >= 0")
+
+    total = max(wanted)
+    width = max(min(batch_size, len(s)) if batch_size else len(s) for s in samples)
+    index = np.zeros((total, clients, width), dtype=np.int64)
+    count = np.zeros((total, clients), dtype=np.int64)
+    ends = np.zeros((total, clients), dtype=bool)
+    for k, own in enumerate(samples):
+        size = min(batch_size, len(own)) if batch_size else len(own)
+        cut = np.arange(per_epoch[k] * size).reshape(per_epoch[k], size)
+        sizes = np.minimum(len(own) - cut[:, 0], size)
+        inside = np.where(cut < len(own), cut, cut[:, :1])  # beyond the end: the batch's first sample again
+        done = 0
+        epoch = 0
+        while done < wanted[k]:
+            order = own if draw is None else own[draw(k, epoch).permutation(len(own))]
+            take = min(per_epoch[k], wanted[k] - done)
+            index[done : done + take, k, :size] = order[inside[:take]]
+            index[done : done + take, k, size:] = order[inside[:take, :1]]
+            count[done : done + take, k] = sizes[:take]
+            if take == per_epoch[k]:
+                ends[done + take - 1, k] = True
+            done += take
+            epoch += 1
+
+    order_rows: Tensor | None = None
+    if any(a < b for a, b in zip(wanted, wanted[1:], strict=False)):
+        by_steps = np.argsort([-n for n in wanted], kind="stable")
+        index, count, ends = index[:, by_steps], count[:, by_steps], ends[:, by_steps]
+        order_rows = torch.from_numpy(by_steps)
+    return _finish(
+        torch.from_numpy(index).to(device), torch.from_numpy(count), torch.from_numpy(ends), order_rows
+    )
+
+
+def _finish(index: Tensor, count: Tensor, ends: Tensor, order: Tensor | None) -> BatchPlan:
+    numbers = count.numpy()
+    active = (numbers > 0).sum(1)
+    largest = numbers.max(1, initial=0)
+    smallest = np.where(numbers > 0, numbers, largest[:, None]).min(1, initial=np.iinfo(np.int64).max)
+    return BatchPlan(
+        index, count, active.tolist(), largest.tolist(), (smallest < largest).tolist(), ends, order
+    )

@@ -1,0 +1,101 @@
+"""Named trees of tensors: one client's (batch size ``[]``) or a cohort's stacked (batch size ``[K]``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from fedpers.errors import ConfigError, one_of
+
+Tree = TensorDict
+"""A ``TensorDict`` from dotted parameter names, or from roles to further trees, to tensors."""
+
+Selection = str | Sequence[str]
+"""Which entries of a network: a term, or several read from left to right; see :func:`select`."""
+
+_TERMS = ("all", "none", "parameters", "buffers", "body", "head", "norm")
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def tree(tensors: Mapping[str, Tensor], batch: int | None = None) -> Tree:
+    """Wrap tensors by name; `batch` is the number of clients K, or None for a single client's tree."""
+    return TensorDict(dict(tensors), batch_size=[] if batch is None else [batch])
+
+
+def model_tree(module: nn.Module) -> Tree:
+    """Copy of all parameters and persistent buffers of `module`, by dotted name, batch size ``[]``."""
+    return tree({name: value.detach().clone() for name, value in module.state_dict().items()})
+
+
+def select(module: nn.Module, what: Selection) -> tuple[str, ...]:
+    """Names of the entries of ``module.state_dict()`` that `what` stands for, in the network's order.
+
+    Parameters
+    ----------
+    module : nn.Module
+    what : str or sequence of str
+        ``all``, ``none``, ``parameters``, ``buffers``, ``head`` (what lies under ``module.head``), ``body`` (all the
+        rest), ``norm`` (parameters and buffers of normalization layers), a dotted prefix (``body.0``) or a pattern
+        with ``*``. A leading ``-`` takes away: ``("all", "-norm")``.
+
+    Raises
+    ------
+    ConfigError
+        If a term matches nothing although it names something.
+    """
+    names = list(module.state_dict())
+    parameters = {name for name, _ in module.named_parameters()}
+    norm_layers = [name for name, layer in module.named_modules() if isinstance(layer, _NORMS)]
+    head = {name for name in names if name.startswith("head.")}
+
+    def under(prefix: str) -> set[str]:
+        return {name for name in names if name == prefix or name.startswith(prefix + ".")}
+
+    def term(word: str) -> set[str]:
+        if word in ("body", "head") and not head:
+            raise ConfigError("model", type(module).__name__, "a network whose last layer is named 'head'")
+        match word:
+            case "all":
+                return set(names)
+            case "none":
+                return set()
+            case "parameters":
+                return parameters
+            case "buffers":
+                return set(names) - parameters
+            case "head":
+                return head
+            case "body":
+                return set(names) - head
+            case "norm":
+                return set().union(*(under(layer) for layer in norm_layers))
+        found = under(word) or {name for name in names if fnmatchcase(name, word)}
+        if not found:
+            raise ConfigError("selection", word, one_of([*_TERMS, *names], word))
+        return found
+
+    chosen: set[str] = set()
+    for word in [what] if isinstance(what, str) else what:
+        if word.startswith("-"):
+            chosen -= term(word[1:])
+        else:
+            chosen |= term(word)
+    return tuple(name for name in names if name in chosen)
+
+
+def rows_finite(stacked: Tree) -> Tensor:
+    """Which clients have only finite values, bool ``[K]``; integer entries always count as finite."""
+    ok = torch.ones(stacked.batch_size, dtype=torch.bool, device=stacked.device)
+    for value in stacked.values(include_nested=True, leaves_only=True):
+        if value.is_floating_point():
+            ok = ok.to(value.device) & torch.isfinite(value).reshape(len(value), -1).all(1)
+    return ok
+
+
+def expand_rows(one: Tensor, value: Tensor) -> Tensor:
+    """View `one` (``[K]``) so that it broadcasts over ``value`` (``[K, ...]``)."""
+    return one.view(-1, *([1] * (value.dim() - 1)))

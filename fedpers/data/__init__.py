@@ -1,0 +1,21 @@
+"""Data sets, partitions and splits; knows nothing of methods."""
+
+from fedpers.data.datasets import Dataset, DatasetConfig, load_dataset
+from fedpers.data.federated import PARTS, FederatedData, Part
+from fedpers.data.load import load_federated
+from fedpers.data.partition import PartitionConfig, partition_samples
+from fedpers.data.split import SplitConfig, split_clients
+
+__all__ = [
+    "PARTS",
+    "Dataset",
+    "DatasetConfig",
+    "FederatedData",
+    "Part",
+    "PartitionConfig",
+    "SplitConfig",
+    "load_dataset",
+    "load_federated",
+    "partition_samples",
+    "split_clients",
+]

@@ -1,0 +1,106 @@
+"""Data of all clients: whole arrays that stay resident, and index lists that say whose is what."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpers.errors import DataError
+
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Samples of all clients and who owns them.
+
+    A batch is a gather from `x` and `y`; no client has a loader or a copy of its own.
+
+    Parameters
+    ----------
+    x : Tensor ``[N, ...]``
+        Inputs, ready for the model (float32, normalized).
+    y : Tensor ``[N]``
+        Class ids, int64, ``0 <= y < num_classes``.
+    train, validation, test : sequence of Tensor ``[n_k]``
+        For each client the positions in `x` it owns, int64; the three parts of a client do not overlap.
+    num_classes : int
+    name : str
+        For tables and manifests.
+
+    Raises
+    ------
+    DataError
+        If a client has no training samples, an index is out of range, or the lists disagree in length.
+    """
+
+    x: Tensor
+    y: Tensor
+    train: Sequence[Tensor]
+    validation: Sequence[Tensor]
+    test: Sequence[Tensor]
+    num_classes: int
+    name: str = "data"
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise DataError(f"{self.name}: x has {len(self.x)} samples but y has {len(self.y)}.")
+        if not len(self.train) == len(self.validation) == len(self.test) > 0:
+            raise DataError(f"{self.name}: train, validation and test must list the same clients, at least one.")
+        for client, indices in enumerate(self.train):
+            if len(indices) == 0:
+                raise DataError(f"{self.name}: client {client} has no training samples.")
+        for part in PARTS:
+            used = torch.cat(list(self.part(part)))
+            if len(used) and (int(used.min()) < 0 or int(used.max()) >= len(self.x)):
+                raise DataError(f"{self.name}: a {part} index is outside 0..{len(self.x) - 1}.")
+
+    def part(self, part: Part) -> Sequence[Tensor]:
+        """Index lists of one part, one Tensor ``[n_k]`` per client."""
+        lists: Sequence[Tensor] = getattr(self, part)
+        return lists
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return len(self.train)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arrays live."""
+        return self.x.device
+
+    def sizes(self, part: Part = "train") -> Tensor:
+        """Count samples per client, int64 ``[num_clients]`` on the CPU."""
+        return torch.tensor([len(indices) for indices in self.part(part)])
+
+    def label_counts(self, part: Part = "train") -> Tensor:
+        """Count samples per client and class, int64 ``[num_clients, num_classes]`` on the CPU."""
+        y = self.y.cpu()
+        rows = [torch.bincount(y[i.cpu()], minlength=self.num_classes) for i in self.part(part)]
+        return torch.stack(rows)
+
+    def to(self, device: torch.device | str) -> FederatedData:
+        """Copy with arrays on `device`; index lists stay on the CPU, where batches are planned."""
+        return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    @cached_property
+    def checksum(self) -> str:
+        """16 hex digits that change when any sample, label or assignment changes."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.x, self.y):
+            digest.update(str((tuple(array.shape), array.dtype)).encode())
+            digest.update(np.ascontiguousarray(array.cpu().numpy()).data)
+        for part in PARTS:
+            for indices in self.part(part):
+                digest.update(f"{part}{len(indices)}".encode())
+                digest.update(np.ascontiguousarray(indices.cpu().numpy()).data)
+        return digest.hexdigest()

@@ -1,0 +1,279 @@
+"""Who owns which samples. flwr-datasets assigns; what it computed is cached, because it imports slowly."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpers.data.cache import read_lists, write_lists
+from fedpers.data.datasets import Dataset
+from fedpers.data.index import read_index
+from fedpers.errors import ConfigError, DataError, check, one_of
+from fedpers.randomness import derive, generator
+
+logger = logging.getLogger(__name__)
+
+PARTITIONS = ("iid", "dirichlet", "pathological", "quantity", "natural", "index")
+SKEWS = ("linear", "square", "exponential")
+DEFAULT_CLIENTS = 20
+ATTEMPTS = 4  # seeds tried until every client has min_samples
+TRIES = {"dirichlet": 11, "pathological": 1}  # divisions flwr-datasets tries with one seed
+_CACHE_FORMAT = 1  # raise when the same settings give another division
+
+
+@dataclass
+class PartitionConfig:
+    """How samples are divided among clients (the group ``partition``).
+
+    Parameters
+    ----------
+    name : str
+        ``iid``, ``dirichlet`` (each class is divided by proportions drawn from Dirichlet(alpha)), ``pathological``
+        (each client has `classes_per_client` classes), ``quantity`` (iid, sizes differ), ``natural`` (client ids of
+        the data) or ``index`` (lists in a file). Typed as ``partition=NAME``.
+    num_clients : int or None
+        Number of clients, >= 1. None is 20; for ``natural`` and ``index`` it is all there are. With ``natural`` so
+        many owners are drawn at random, with ``index`` the first so many lists are taken.
+    seed : int or None
+        Seed of the division and of the split; None is the run's seed. Set it to give runs with different seeds
+        the same data.
+    min_samples : int
+        Samples every client has at least, >= 1.
+    alpha : float
+        ``dirichlet``: concentration, > 0; small is heterogeneous.
+    classes_per_client : int
+        ``pathological``: classes each client has, >= 1.
+    skew : str
+        ``quantity``: every client gets `min_samples`, and client k of 1..K of the others a share in proportion to
+        ``k`` (linear), ``k**2`` (square) or ``exp(k)`` (exponential).
+    file : str or None
+        ``index``: path of a .json or .npz file, see :func:`fedpers.data.index.read_index`.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range.
+    """
+
+    name: str = "iid"
+    num_clients: int | None = None
+    seed: int | None = None
+    min_samples: int = 10
+    alpha: float = 0.1
+    classes_per_client: int = 2
+    skew: str = "linear"
+    file: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self.name in PARTITIONS, "partition", self.name, one_of(PARTITIONS, str(self.name)))
+        if self.num_clients is None and self.name not in ("natural", "index"):
+            self.num_clients = DEFAULT_CLIENTS
+        _check_whole("num_clients", self.num_clients, 1, optional=True)
+        _check_whole("seed", self.seed, None, optional=True)
+        _check_whole("min_samples", self.min_samples, 1)
+        _check_whole("classes_per_client", self.classes_per_client, 1)
+        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        check(number and math.isfinite(self.alpha) and self.alpha > 0, "partition.alpha", self.alpha, "a number > 0")
+        check(self.skew in SKEWS, "partition.skew", self.skew, one_of(SKEWS, str(self.skew)))
+        check(self.name != "index" or bool(self.file), "partition.file", self.file, "the path of a .json or .npz file")
+
+
+def _check_whole(key: str, value: object, low: int | None, optional: bool = False) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low)
+    allowed = "a whole number" + ("" if low is None else f" >= {low}") + (" or null" if optional else "")
+    check(ok or (optional and value is None), f"partition.{key}", value, allowed)
+
+
+def partition_samples(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArray[np.int64]]:
+    """Divide the samples of `dataset` among clients.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        All its samples are divided; pass :meth:`Dataset.training_part` to keep an official test part out.
+    config : PartitionConfig
+    seed : int
+        Used if `config` has no seed of its own.
+
+    Returns
+    -------
+    list of int64 arrays ``[n_k]``
+        Positions of each client's samples, ascending. No sample has two owners; every client has at least
+        ``config.min_samples``. Samples without an owner are logged.
+
+    Raises
+    ------
+    DataError
+        If ``config.min_samples`` cannot be had, saying why; or if an index file cannot be used.
+    ConfigError
+        If a setting does not fit the data set.
+    """
+    seed = seed if config.seed is None else config.seed
+    if config.num_clients is not None:
+        _check_enough(dataset, config, config.num_clients)
+    if config.name == "natural":
+        lists = _natural(dataset, config, seed)
+    elif config.name == "index":
+        parts = read_index(str(config.file), len(dataset), config.num_clients, config.min_samples)
+        lists = [np.sort(np.concatenate(own)) for own in zip(*parts.values(), strict=True)]
+    else:
+        lists = _drawn(dataset, config, seed)
+    unused = len(dataset) - sum(len(positions) for positions in lists)
+    if unused:
+        logger.info("%s: %d of %d samples belong to no client.", dataset.name, unused, len(dataset))
+    return lists
+
+
+def _check_enough(dataset: Dataset, config: PartitionConfig, clients: int) -> None:
+    if clients > len(dataset):
+        raise DataError(f"partition.num_clients={clients} is more than the {len(dataset)} samples of {dataset.name}.")
+    if clients * config.min_samples > len(dataset):
+        raise DataError(
+            f"{clients} clients with at least {config.min_samples} samples each need "
+            f"{clients * config.min_samples} samples, but {dataset.name} has {len(dataset)}; lower "
+            f"partition.num_clients or partition.min_samples."
+        )
+
+
+def _natural(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArray[np.int64]]:
+    """Group samples by owner; the ids are the assignment, so no partitioner is needed."""
+    if dataset.owner is None:
+        raise ConfigError(
+            "partition",
+            "natural",
+            f"another partition, because {dataset.name} has no client ids (an npz file names them with dataset.client)",
+        )
+    owner = dataset.owner.numpy()
+    order = np.argsort(owner, kind="stable")
+    starts = np.unique(owner[order], return_index=True)[1]
+    owners = np.split(order, starts[1:])
+    lists = [positions for positions in owners if len(positions) >= config.min_samples]
+    wanted = config.num_clients
+    if not lists or (wanted is not None and wanted > len(lists)):
+        raise DataError(
+            f"partition=natural: {len(lists)} of the {len(owners)} owners in {dataset.name} have at least "
+            f"partition.min_samples={config.min_samples} samples, expected {wanted or 'some'}; lower it"
+            f"{' or partition.num_clients' if wanted else ''}."
+        )
+    if len(lists) < len(owners):
+        logger.warning(
+            "partition=natural: %d of %d owners have fewer than %d samples and are left out.",
+            len(owners) - len(lists),
+            len(owners),
+            config.min_samples,
+        )
+    if wanted is not None and wanted < len(lists):
+        chosen = np.sort(generator(seed, "owners").choice(len(lists), wanted, replace=False))
+        lists = [lists[k] for k in chosen]
+    return lists
+
+
+def _drawn(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArray[np.int64]]:
+    """Divide at random, again and again until every client has enough; from the cache if it was done before."""
+    labels = dataset.y.numpy()
+    clients = config.num_clients or DEFAULT_CLIENTS
+    classes = len(np.unique(labels))
+    if config.name == "pathological" and config.classes_per_client > classes:
+        raise ConfigError(
+            "partition.classes_per_client",
+            config.classes_per_client,
+            f"at most {classes}, the classes of {dataset.name}",
+        )
+    key = _key(labels, config, seed)
+    stored = read_lists(key, clients, len(labels))
+    if stored is not None and min(map(len, stored)) >= config.min_samples:
+        return stored
+    seeds = [derive(seed, "partition", attempt) for attempt in range(ATTEMPTS)]
+    best = 0
+    for drawn in seeds:
+        lists = _load(_partitioner(labels, config, clients, config.min_samples, drawn), clients)
+        smallest = min(map(len, lists))
+        if smallest >= config.min_samples:
+            write_lists(key, lists)
+            return lists
+        best = max(best, smallest)
+    change = "change partition.classes_per_client"
+    if config.name == "dirichlet":
+        change = "raise partition.alpha"
+
+        def possible(minimum: int) -> bool:
+            return any(_succeeds(_partitioner(labels, config, clients, minimum, drawn)) for drawn in seeds)
+
+        # The partitioner does not tell how close it came. The same seeds give the same divisions, so ask it for less.
+        best = bisect.bisect_left(range(1, config.min_samples), True, key=lambda minimum: not possible(minimum))
+    raise DataError(
+        f"partition={config.name}: in {ATTEMPTS * TRIES[config.name]} attempts at dividing {dataset.name} among {clients} clients, the "
+        f"smallest client had {best} samples at best, fewer than partition.min_samples={config.min_samples}; {change}, "
+        f"or lower partition.num_clients or partition.min_samples."
+    )
+
+
+def _key(labels: NDArray[np.int64], config: PartitionConfig, seed: int) -> str:
+    version = importlib.metadata.version("flwr-datasets")
+    settings = {**asdict(config), "seed": seed, "flwr_datasets": version, "format": _CACHE_FORMAT}
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(labels).data)
+    return f"{config.name}-{digest.hexdigest()}"
+
+
+def _partitioner(labels: NDArray[np.int64], config: PartitionConfig, clients: int, minimum: int, seed: int) -> Any:
+    """Partitioner of flwr-datasets with its table; it divides when it is first asked for something."""
+    from datasets import Dataset as Table
+    from flwr_datasets import partitioner as flwr
+
+    partitioner: Any
+    if config.name == "dirichlet":
+        partitioner = flwr.DirichletPartitioner(
+            clients, "label", float(config.alpha), min_partition_size=minimum, shuffle=False, seed=seed
+        )
+    elif config.name == "pathological":
+        # "first-deterministic" is the rule of the paper it cites, and leaves no class out if clients >= classes.
+        partitioner = flwr.PathologicalPartitioner(
+            clients, "label", config.classes_per_client, "first-deterministic", shuffle=False, seed=seed
+        )
+    elif config.name == "quantity":
+        partitioner = flwr.SizePartitioner(_sizes(len(labels), clients, config))
+    else:
+        partitioner = flwr.IidPartitioner(clients)
+    # The partitioners cut tables from top to bottom; which samples come where is drawn here.
+    order = generator(seed, "order").permutation(len(labels))
+    partitioner.dataset = Table.from_dict({"label": labels[order], "position": order})
+    return partitioner
+
+
+def _succeeds(partitioner: Any) -> bool:
+    """Let it divide; False if it finds no division."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of every try; and of unused classes, but unused samples are logged
+        try:
+            return bool(partitioner.num_partitions)
+        except ValueError:  # its tries are used up, or a class has fewer samples than clients that are to have it
+            return False
+
+
+def _load(partitioner: Any, clients: int) -> list[NDArray[np.int64]]:
+    """Positions of every client, ascending; all empty if there is no division."""
+    if not _succeeds(partitioner):
+        return [np.zeros(0, np.int64)] * clients
+    parts = (partitioner.load_partition(client) for client in range(clients))
+    return [np.sort(np.array(part["position"][:], dtype=np.int64)) for part in parts]
+
+
+def _sizes(num_samples: int, clients: int, config: PartitionConfig) -> list[int]:
+    """Size clients for ``quantity``; what rounding leaves goes to the last, the largest."""
+    k = np.arange(1.0, clients + 1)
+    units = {"linear": k, "square": k**2, "exponential": np.exp(k - clients)}[config.skew]
+    spare = num_samples - clients * config.min_samples
+    sizes = config.min_samples + np.floor(spare * (units / units.sum())).astype(np.int64)
+    sizes[-1] += num_samples - sizes.sum()
+    return [int(size) for size in sizes]

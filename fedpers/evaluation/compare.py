@@ -1,0 +1,446 @@
+"""Leaderboards: finished runs read from their folders, one table per group of comparable runs.
+
+Runs are comparable when their configs differ only in the strategy, the seed, and where or how they were
+executed (:data:`IGNORED`). Within a group each method is one row, averaged over its seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+logger = logging.getLogger(__name__)
+
+BASELINES = ("local", "fedavg")
+"""Strategies a personalized method has to beat."""
+
+IGNORED = frozenset({"strategy", "seed", "runtime", "tracker", "output", "hydra"})
+"""Top-level config keys in which comparable runs may differ; of a data set read by name also its ``root``."""
+
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished (or interrupted) run.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    config : dict
+        Its resolved ``config.yaml``.
+    summary : dict
+        Its ``summary.json``.
+    finished : float
+        When the summary was written, seconds since the epoch.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    finished: float = 0.0
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        return str(self.summary["strategy"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.summary["seed"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the strategy, nested keys joined by dots."""
+        strategy = self.config.get("strategy")
+        flat = _flatten(strategy) if isinstance(strategy, Mapping) else {}
+        return {key: value for key, value in flat.items() if key != "name"}
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """What must be equal for two runs to stand in one table, nested keys joined by dots."""
+        flat = _flatten({key: value for key, value in self.config.items() if key not in IGNORED})
+        if flat.get("dataset.name") != "npz":  # there the path says what the data are, not only where
+            flat.pop("dataset.root", None)
+        return flat | {"protocol": self.summary.get("protocol", "validation-selected")}
+
+    def metric(self, name: str, round: str = "selected") -> float:
+        """One metric at the ``"selected"`` or ``"last"`` round; NaN when it was not measured."""
+        return _number(self.summary[round].get(name))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in a leaderboard; numbers are means over its seeds, NaN where unknown.
+
+    Parameters
+    ----------
+    method : str
+        Strategy and, where a group has it with several settings, the options that differ.
+    strategy : str
+    options : dict
+        All options of the strategy.
+    seeds : tuple of int
+        Ascending.
+    accuracy : float
+        Mean test accuracy over clients at the selected round, in 0..1.
+    interval : float
+        Half the width of its 95 % confidence interval over seeds (Student's t); NaN for one seed.
+    std, worst_decile : float
+        Spread over clients at the selected round, and mean of the worst tenth of them.
+    last : float
+        Mean test accuracy over clients after the last round.
+    megabytes : float
+        Sent up and down in all rounds, 10^6 bytes.
+    seconds : float
+        Wall-clock time of the run.
+    selected : dict
+        Every metric at the selected round.
+    baseline, best : bool
+    p_value : float
+        Paired t-test against the best row over common seeds; NaN for the best row itself and where fewer than
+        two seeds are common.
+    significant : bool or None
+        Whether the difference from the best row is (p <= 0.05); None where `p_value` is NaN.
+    interrupted : bool
+        Whether a run of it stopped before its last round.
+    folders : tuple of str
+        Run folders, in the order of `seeds`.
+    """
+
+    method: str
+    strategy: str
+    options: dict[str, Any]
+    seeds: tuple[int, ...]
+    accuracy: float
+    interval: float
+    std: float
+    worst_decile: float
+    last: float
+    megabytes: float
+    seconds: float
+    selected: dict[str, float]
+    baseline: bool
+    best: bool
+    p_value: float
+    significant: bool | None
+    interrupted: bool
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Comparable runs: rows best first, what they have in common, and what a reader must know."""
+
+    title: str
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+
+def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[RunRecord]:
+    """Read all runs at or below the given folders, sorted by folder.
+
+    A folder that cannot be used (it does not exist, its run has no summary yet, a file of it is damaged) is
+    named in a logged warning and left out.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        if not Path(path).is_dir():
+            logger.warning("%s is not a folder and is left out.", path)
+        for name, subfolders, files in os.walk(path):
+            if "summary.json" in files or "config.yaml" in files:
+                folders.setdefault(Path(name).resolve(), Path(name))
+                subfolders.clear()  # trackers keep files of the same names inside a run folder
+            else:
+                subfolders[:] = sorted(sub for sub in subfolders if sub != ".hydra")
+    records = []
+    for _, folder in sorted(folders.items()):
+        try:
+            records.append(_read(folder))
+        except Exception as error:  # whatever is wrong with one folder must not hide the others
+            logger.warning("%s is left out: %s", folder, error)
+    return records
+
+
+def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
+    """Group comparable runs and rank the methods of each group.
+
+    Of several runs with the same config and seed the newest counts, and a note says so.
+    """
+    by_config: dict[str, list[RunRecord]] = defaultdict(list)
+    for run in runs:
+        by_config[json.dumps(run.comparable, sort_keys=True, default=str)].append(run)
+    members = list(by_config.values())
+    titles = _titles([group[0] for group in members])
+    groups = [_group(title, group) for title, group in zip(titles, members, strict=True)]
+    return sorted(groups, key=lambda group: group.title)
+
+
+def leaderboard_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Give all rows as JSON-ready dicts: the fields of :class:`Row` and ``group``, with None for NaN."""
+    return [
+        {"group": group.title, **{key: _jsonable(value) for key, value in asdict(row).items()}}
+        for group in leaderboard(runs)
+        for row in group.rows
+    ]
+
+
+def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None) -> None:
+    """Print one table per group of comparable runs, best method first.
+
+    Parameters
+    ----------
+    runs : sequence of RunRecord
+    console : rich.console.Console, optional
+        Where to print; standard output if not given.
+    """
+    console = console or Console()
+    if not runs:
+        console.print("No finished runs found.")
+    for group in leaderboard(runs):
+        console.print(Text(group.title, style="bold"))
+        # a terminal too narrow for the numbers wraps whole lines rather than losing names and digits
+        width = 80 if console.width < 80 else None
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
+        table.add_column("method", overflow="fold", min_width=12)
+        table.add_column("")
+        for name in ("accuracy %", "std", "worst 10%", "last", "MB", "s", "seeds"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in group.rows:
+            interval = "" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}"
+            table.add_row(
+                Text(f"{row.method} (baseline)" if row.baseline else row.method),
+                _marks(row, _single(group.rows)),
+                f"{_percent(row.accuracy)}{interval}",
+                _percent(row.std),
+                _percent(row.worst_decile),
+                _percent(row.last),
+                _short(row.megabytes),
+                _short(row.seconds),
+                str(len(row.seeds)),
+                style="bold" if row.best else "dim" if row.baseline else "",
+            )
+        console.print(table, crop=False)
+        for note in group.notes:
+            console.print(Text(note, style="dim"))
+        console.print()
+
+
+def _read(folder: Path) -> RunRecord:
+    from omegaconf import OmegaConf
+
+    path = folder / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError("it has no summary.json; the run is going on or was killed.")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its summary.json is damaged ({error}).") from error
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    except Exception as error:
+        raise ValueError(f"its config.yaml is missing or damaged ({' '.join(str(error).split())}).") from error
+    if not isinstance(config, dict) or not isinstance(summary, dict):
+        raise ValueError("its config.yaml or summary.json does not hold named values.")
+    missing = [key for key in ("strategy", "seed", "selected", "last") if summary.get(key) is None]
+    if missing:
+        raise ValueError(f"its summary.json lacks {', '.join(missing)}.")
+    if not (isinstance(summary["selected"], dict) and isinstance(summary["last"], dict)):
+        raise ValueError("its summary.json does not hold metrics by name under selected and last.")
+    try:
+        int(summary["seed"])
+        for value in (*summary["selected"].values(), *summary["last"].values()):
+            _number(value)
+        for key in ("bytes_up", "bytes_down", "seconds", "failures"):
+            _number(summary.get(key))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
+    return RunRecord(folder, {str(k): v for k, v in config.items()}, summary, path.stat().st_mtime)
+
+
+def _titles(runs: Sequence[RunRecord]) -> list[str]:
+    """Name each group by what its runs share, and groups that would look alike by what tells them apart."""
+    short = []
+    for run in runs:
+        s, config = run.summary, run.comparable
+        parts = [s.get("dataset"), s.get("partition"), s.get("model")]
+        for name in ("num_clients", "rounds"):
+            parts.append(None if s.get(name) is None else f"{s[name]} {name.removeprefix('num_')}")
+        if config.get("fraction") is not None:
+            parts.append(f"fraction {config['fraction']}")
+        if config["protocol"] != "validation-selected":
+            parts.append(f"protocol {config['protocol']}")
+        short.append(" · ".join(str(part) for part in parts if part is not None))
+    titles = []
+    for run, title in zip(runs, short, strict=True):
+        alike = [other.comparable for other, name in zip(runs, short, strict=True) if name == title]
+        titles.append(" · ".join([title, *_differing(run.comparable, alike)]))
+    return titles
+
+
+def _group(title: str, runs: Sequence[RunRecord]) -> Group:
+    methods: dict[str, dict[int, RunRecord]] = defaultdict(dict)
+    older = []
+    for run in sorted(runs, key=lambda run: run.finished):
+        key = json.dumps([run.strategy, run.summary.get("label"), run.options], sort_keys=True, default=str)
+        if run.seed in methods[key]:
+            older.append(methods[key][run.seed])
+        methods[key][run.seed] = run
+
+    per_method = [dict(sorted(seeds.items())) for seeds in methods.values()]
+    labels = []
+    for seeds in per_method:
+        run = next(iter(seeds.values()))
+        same = [next(iter(s.values())) for s in per_method]
+        settings = [other.options for other in same if other.strategy == run.strategy]
+        labels.append(" ".join([str(run.summary.get("label") or run.strategy), *_differing(run.options, settings)]))
+    accuracies = [{seed: run.metric("test/accuracy") for seed, run in s.items()} for s in per_method]
+    means = [float(np.mean(list(values.values()))) for values in accuracies]
+
+    order = sorted(range(len(means)), key=lambda i: (math.isnan(means[i]), -means[i], labels[i]))
+    best = order[0]
+    rows = []
+    for i in order:
+        kept = list(per_method[i].values())
+        p_value = math.nan if i == best else _paired_p(accuracies[best], accuracies[i])
+        rows.append(
+            Row(
+                method=labels[i],
+                strategy=kept[0].strategy,
+                options=kept[0].options,
+                seeds=tuple(per_method[i]),
+                accuracy=means[i],
+                interval=_half_interval(list(accuracies[i].values())),
+                std=_mean(run.metric("test/accuracy_std") for run in kept),
+                worst_decile=_mean(run.metric("test/accuracy_worst_decile") for run in kept),
+                last=_mean(run.metric("test/accuracy", "last") for run in kept),
+                megabytes=_mean(_number(r.summary.get("bytes_up")) + _number(r.summary.get("bytes_down")) for r in kept)
+                / 1e6,
+                seconds=_mean(_number(run.summary.get("seconds")) for run in kept),
+                selected={name: _mean(run.metric(name) for run in kept) for name in kept[0].summary["selected"]},
+                baseline=kept[0].strategy in BASELINES,
+                best=i == best,
+                p_value=p_value,
+                significant=None if math.isnan(p_value) else p_value <= _LEVEL,
+                interrupted=any(run.summary.get("interrupted") for run in kept),
+                folders=tuple(str(run.folder) for run in kept),
+            )
+        )
+    return Group(title, rows, _notes(rows, [run for s in per_method for run in s.values()], older))
+
+
+def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRecord]) -> list[str]:
+    """Say what a reader of the table must know, in whole sentences."""
+    notes = [
+        "Test accuracy: mean over clients at the selected round, ± 95 % interval over seeds; "
+        "std and worst 10%: over clients; MB: up and down."
+    ]
+    others = [row for row in rows if not row.best]
+    if others and _single(rows):
+        notes.append("One seed cannot tell whether a difference is more than chance.")
+    else:
+        if any(row.significant is False for row in others):
+            notes.append(f"~ Not significantly different from the best (paired t-test, common seeds, p > {_LEVEL}).")
+        if any(row.significant is None for row in others):
+            notes.append("? Fewer than two seeds in common with the best: the difference cannot be tested.")
+    absent = [name for name in BASELINES if not any(row.strategy == name for row in rows)]
+    if absent:
+        notes.append(f"There is no {' and no '.join(absent)} run to compare with.")
+    stopped = [run for run in runs if run.summary.get("interrupted")]
+    if stopped:
+        ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
+        notes.append(f"! Interrupted: {', '.join(ends)}.")
+    failures = sum(int(run.summary.get("failures") or 0) for run in runs)
+    if failures:
+        names = sorted({run.strategy for run in runs if run.summary.get("failures")})
+        notes.append(f"{failures} client replies were unusable and left out ({', '.join(names)}).")
+    if older:
+        folders = ", ".join(str(run.folder) for run in older)
+        notes.append(f"Left out because a newer run has the same config and seed: {folders}.")
+    return notes
+
+
+def _marks(row: Row, single: bool) -> str:
+    """Give the marks that the notes explain; with a `single` seed in all rows one note says what `?` would."""
+    untested = row.significant is None and not row.best and not single
+    return ("~" if row.significant is False else "?" if untested else "") + ("!" if row.interrupted else "")
+
+
+def _single(rows: Sequence[Row]) -> bool:
+    return all(len(row.seeds) == 1 for row in rows)
+
+
+def _paired_p(best: Mapping[int, float], other: Mapping[int, float]) -> float:
+    """P-value of a two-sided paired t-test over common seeds; NaN for fewer than two."""
+    from scipy.stats import ttest_rel
+
+    common = sorted(best.keys() & other.keys())
+    a, b = np.array([best[seed] for seed in common]), np.array([other[seed] for seed in common])
+    if len(common) < 2 or np.isnan(a - b).any():
+        return math.nan
+    if np.ptp(a - b) == 0:  # the statistic is 0/0 or infinite
+        return 1.0 if a[0] == b[0] else 0.0
+    return float(ttest_rel(a, b).pvalue)
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of a mean (Student's t); NaN for one value."""
+    from scipy.stats import t
+
+    n = len(values)
+    return math.nan if n < 2 else float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+
+
+def _differing(own: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``key=value`` of `own` for every key in which the mappings `alike` are not all equal."""
+    keys = sorted(set().union(*alike))
+    return [f"{key}={own.get(key)}" for key in keys if any(other.get(key) != own.get(key) for other in alike)]
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

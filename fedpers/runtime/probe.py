@@ -1,0 +1,202 @@
+"""How many clients to compute together, and on how many threads: a short measurement on the run's own network.
+
+Small networks gain most from large cohorts, convolutions on a CPU from one client per core, a GPU from as many
+clients as fit. The choice for a network and machine is kept in the cache folder, so that a run repeated on the same
+machine computes in the same cohorts and gives the same digits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fedpers.strategies.client import CohortApp
+
+log = logging.getLogger(__name__)
+SECONDS_PER_SIZE = 0.1
+SIZES = (1, 4, 16, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Cohort size and number of workers.
+
+    Attributes
+    ----------
+    cohort, workers : int
+    how : str
+        ``given``, ``measured`` or ``cached``.
+    microseconds : dict
+        Time per client and step by cohort size, as measured.
+    """
+
+    cohort: int
+    workers: int
+    how: str
+    microseconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{size}: {us:.0f} us" for size, us in self.microseconds.items())
+        measured = f" (per client and step {times})" if times else ""
+        clients = "1 client" if self.cohort == 1 else f"{self.cohort} clients"
+        return f"cohorts of {clients}, {self.workers} worker{'s' * (self.workers > 1)}, {self.how}{measured}"
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made again: ``FEDPERS_CACHE``, or ``~/.cache/fedpers``."""
+    return Path(os.environ.get("FEDPERS_CACHE") or Path.home() / ".cache" / "fedpers")
+
+
+def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | str) -> Choice:
+    """Choose what is ``auto`` and keep what is given.
+
+    The cohort size is measured on one worker, whatever `workers` is, so that their number never changes a result.
+
+    Parameters
+    ----------
+    app : CohortApp
+    num_clients : int
+        Clients in a round.
+    cohort, workers : int or "auto"
+    """
+    if cohort != "auto" and workers != "auto":
+        return Choice(min(int(cohort), num_clients), int(workers), "given")
+    key = _key(app, num_clients, cohort)
+    known = _read_cache().get(key)
+    if known is None:
+        known = _measure(app, num_clients, cohort)
+        _write_cache(key, known)
+        how = "measured"
+    else:
+        how = "cached"
+    chosen = int(known["cohort"])
+    threads = int(known["workers"]) if workers == "auto" else int(workers)
+    return Choice(chosen, max(1, min(threads, -(-num_clients // chosen))), how, known["microseconds"])
+
+
+def _measure(app: CohortApp, num_clients: int, cohort: int | str) -> dict[str, Any]:
+    from fedpers.runtime.local import cores
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        per_client: dict[int, float] = {}
+        sizes = [s for s in SIZES if s < num_clients] + [num_clients] if cohort == "auto" else [int(cohort)]
+        for size in sizes:
+            try:
+                per_client[size] = _time_steps(_stepper(app, size), app.device) / size
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
+            if per_client[size] > 1.5 * min(per_client.values()):
+                break
+        best = min(per_client.values())
+        size = next(s for s, seconds in per_client.items() if seconds <= 1.05 * best)
+        workers = 1
+        if app.device.type == "cpu" and cores() > 1 and num_clients > size:
+            alone = per_client[size] * size
+            together = _time_together([_stepper(app, size) for _ in range(cores())])
+            if alone * cores() > 1.2 * together:
+                workers = cores()
+    finally:
+        torch.set_num_threads(before)
+    return {"cohort": size, "workers": workers, "microseconds": {str(s): t * 1e6 for s, t in per_client.items()}}
+
+
+def _stepper(app: CohortApp, size: int) -> Callable[[], None]:
+    """One training step of a cohort of `size`, on a network of its own."""
+    by_size = sorted(range(app.data.num_clients), key=lambda c: (-app.sizes[c], c))
+    clients = [by_size[k % len(by_size)] for k in range(size)]
+    clients.sort(key=lambda c: (-app.sizes[c], c))
+    state = app.initial_state.expand(size).clone() if not app.initial_state.is_empty() else app.initial_state
+    cohort = app.cohort(clients, state, {}, deepcopy(app.module))
+    params = cohort.spread(app.template)
+    names = [n for n, _ in app.module.named_parameters()]
+    plan = cohort.plan(steps=1)
+    step = next(iter(cohort.steps(plan)))
+    optimizer = cohort.optimizer(names, plan)
+    rows = {n: params[n] for n in app.template.keys()}  # noqa: SIM118
+
+    def run() -> None:
+        _, grads = cohort.gradients(step, rows, app.update.loss, names)
+        optimizer.update(rows, grads)
+
+    return run
+
+
+def _time_steps(step: Callable[[], None], device: torch.device, seconds: float = SECONDS_PER_SIZE) -> float:
+    """Seconds per call, the median of as many as fit into `seconds` after a first one, at least two."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    times = [once(), once()]
+    while sum(times) < seconds:
+        times.append(once())
+    return sorted(times)[len(times) // 2]
+
+
+def _time_together(steps: list[Callable[[], None]]) -> float:
+    """Seconds per call when all run on threads side by side: the mean of the medians."""
+    found: list[float] = []
+
+    def work(step: Callable[[], None]) -> None:
+        torch.set_num_threads(1)
+        found.append(_time_steps(step, torch.device("cpu"), 2 * SECONDS_PER_SIZE))
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(found) / len(found)
+
+
+def _key(app: CohortApp, num_clients: int, cohort: int | str) -> str:
+    shapes = {str(n): list(v.shape) for n, v in app.template.items()}
+    device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else platform.processor()
+    facts = [
+        torch.__version__, str(app.device), device, os.cpu_count(), type(app.update).__name__, type(app.module).__name__,
+        shapes, list(app.data.x.shape[1:]), app.update.training.batch_size, num_clients, cohort,
+    ]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
+
+
+def _read_cache() -> dict[str, Any]:
+    try:
+        found = json.loads((cache_folder() / "probe.json").read_text())
+    except (OSError, ValueError):  # nothing kept yet, or damaged: measure again
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_cache(key: str, value: dict[str, Any]) -> None:
+    path = cache_folder() / "probe.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps({**_read_cache(), key: value}, indent=1))
+        draft.replace(path)
+    except OSError as error:
+        log.warning("the choice of cohort size could not be kept in %s: %s", path.parent, error)
+
+
+__all__ = ["Choice", "cache_folder", "probe"]

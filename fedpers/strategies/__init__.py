@@ -1,0 +1,122 @@
+"""One file per method: its server half (a Flower strategy) and its client half, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from fedpers.errors import ConfigError, one_of
+from fedpers.strategies.apfl import APFL, APFLUpdate
+from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy, Received, RoundReport
+from fedpers.strategies.ditto import Ditto, DittoUpdate
+from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
+from fedpers.strategies.fedavg_ft import FedAvgFT, FedAvgFTUpdate
+from fedpers.strategies.fedbn import FedBN, FedBNUpdate
+from fedpers.strategies.fedper import FedPer, FedPerUpdate
+from fedpers.strategies.fedprox import FedProx, FedProxUpdate
+from fedpers.strategies.fedrep import FedRep, FedRepUpdate
+from fedpers.strategies.local import Local, LocalOnlyUpdate
+from fedpers.strategies.perfedavg import PerFedAvg, PerFedAvgUpdate
+from fedpers.strategies.pfedme import PFedMe, PFedMeUpdate
+from fedpers.strategies.scaffold import Scaffold, ScaffoldUpdate
+
+STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
+    "local": Local,
+    "fedavg": FedAvg,
+    "fedavg_ft": FedAvgFT,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "fedper": FedPer,
+    "fedrep": FedRep,
+    "fedbn": FedBN,
+    "ditto": Ditto,
+    "pfedme": PFedMe,
+    "perfedavg": PerFedAvg,
+    "apfl": APFL,
+}
+"""Methods by the name typed as ``strategy=``."""
+
+_NOT_A_METHODS_OWN = {"training", "fraction", "seed", "evaluate_every", "min_replies"}
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Return the defaults of a method's own settings, of both halves, as typed after ``strategy.``."""
+    server = STRATEGIES[name]
+    found: dict[str, Any] = {}
+    for half in (server, server.update):
+        for field in fields(half):
+            if field.name not in _NOT_A_METHODS_OWN:
+                found[field.name] = field.default
+    return found
+
+
+def make_strategy(
+    name: str, options: Mapping[str, Any] | None = None, *, server: Mapping[str, Any] | None = None, **client: Any
+) -> tuple[PersonalizedStrategy, LocalUpdate]:
+    """Make both halves of a method.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`STRATEGIES`.
+    options : mapping, optional
+        The method's own settings; each goes to the half that has it.
+    server : mapping, optional
+        Further settings of the server half (``fraction``, ``seed``, ``evaluate_every``, ``min_replies``).
+    **client
+        Further settings of the client half (``training``).
+
+    Raises
+    ------
+    ConfigError
+        If the method or a setting is unknown, or a value is out of its range.
+    """
+    if name not in STRATEGIES:
+        raise ConfigError("strategy", name, one_of(STRATEGIES, name))
+    strategy = STRATEGIES[name]
+    allowed = options_of(name)
+    for key, value in (options or {}).items():
+        if key not in allowed:
+            raise ConfigError(f"strategy.{key}", value, f"one of the settings of {name}: {one_of(allowed, key)}")
+    halves: list[dict[str, Any]] = []
+    for half, extra in ((strategy, server or {}), (strategy.update, client)):
+        own = {field.name for field in fields(half)}
+        halves.append({**{k: v for k, v in (options or {}).items() if k in own}, **extra})
+    return strategy(**halves[0]), strategy.update(**halves[1])
+
+
+__all__ = [
+    "APFL",
+    "STRATEGIES",
+    "APFLUpdate",
+    "CohortApp",
+    "Ditto",
+    "DittoUpdate",
+    "FedAvg",
+    "FedAvgFT",
+    "FedAvgFTUpdate",
+    "FedAvgUpdate",
+    "FedBN",
+    "FedBNUpdate",
+    "FedPer",
+    "FedPerUpdate",
+    "FedProx",
+    "FedProxUpdate",
+    "FedRep",
+    "FedRepUpdate",
+    "Local",
+    "LocalOnlyUpdate",
+    "LocalUpdate",
+    "PFedMe",
+    "PFedMeUpdate",
+    "PerFedAvg",
+    "PerFedAvgUpdate",
+    "PersonalizedStrategy",
+    "Received",
+    "RoundReport",
+    "Scaffold",
+    "ScaffoldUpdate",
+    "make_strategy",
+    "options_of",
+]

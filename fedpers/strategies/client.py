@@ -1,0 +1,318 @@
+"""The client half of a method, and the Flower ``ClientApp`` it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import flwr.app as flower
+import torch
+from flwr.clientapp import ClientApp
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpers.cohort import Batch, Cohort, Network, Reply, Selection, Training, Tree, View, model_tree, prepare, select
+from fedpers.cohort.tree import rows_finite
+from fedpers.data.federated import PARTS, FederatedData
+from fedpers.errors import ConfigError, TrainingError
+from fedpers.strategies.records import (
+    CONFIG,
+    METRICS,
+    flatten_state,
+    row,
+    to_record,
+    trees,
+    unflatten_state,
+)
+
+IDENTIFY = "query.identify"
+"""Message a strategy sends to learn which node holds which client."""
+_STATE = "fedpers"
+
+Received = Mapping[str, Tree]
+"""What the server sent, by record: one tree for the whole cohort (batch size []) or one per client ([K])."""
+
+
+@dataclass(kw_only=True)
+class LocalUpdate:
+    """What a client does in a round, written for K clients at once.
+
+    A method overrides :meth:`train`, and :meth:`personalize` if it predicts with something else than received
+    entries plus its own. Fields are the method's hyperparameters.
+
+    Attributes
+    ----------
+    shared, personal : selection
+        Entries of the network (see :func:`fedpers.cohort.select`) that go to the server, and that stay. Buffers such
+        as BatchNorm statistics belong to the layer they stand in: with ``shared = "all"`` they are averaged too.
+    training : Training
+        Optimizer, rates and batches.
+    """
+
+    shared: ClassVar[Selection] = "all"
+    personal: ClassVar[Selection] = "none"
+    training: Training = field(default_factory=Training)
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """Personal state of a client that has not trained yet.
+
+        Parameters
+        ----------
+        model : Tree
+            Initial network, batch size [], the same for all clients.
+        module : nn.Module
+            For :func:`fedpers.cohort.select`.
+
+        Returns
+        -------
+        Tree
+            Batch size [], by role; the default holds the personal entries under ``model``.
+        """
+        names = select(module, self.personal)
+        return TensorDict({"model": model.select(*names)} if names else {}, batch_size=[])
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train K clients; the default trains the whole network.
+
+        Parameters
+        ----------
+        cohort : Cohort
+        received : mapping of record to Tree
+        config : mapping
+            The message's configuration; ``server-round`` is always there.
+        """
+        params = cohort.assemble(received["arrays"])
+        cohort.fit(params, self.loss)
+        return cohort.reply(params, share=self.shared, keep=self.personal)
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
+        """Networks the clients predict with; the default puts personal and received entries together."""
+        return cohort.view(received["arrays"])
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        """Loss of one client on one batch, a scalar; the default is the mean cross-entropy."""
+        return batch.mean(F.cross_entropy(self.predict(network, batch.x), batch.y, reduction="none"))
+
+    def predict(self, network: Network, x: Tensor) -> Tensor:
+        """Class scores ``[B, C]`` of one client."""
+        return network(x)
+
+    def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
+        """Metrics of each client on its validation and test samples, NaN where it has none.
+
+        Returns
+        -------
+        list of dict
+            ``{part}-examples``, ``-accuracy``, ``-balanced-accuracy`` (mean recall over the classes it has) and
+            ``-loss`` (mean cross-entropy).
+        """
+        params = self.personalize(cohort, received, config)
+        rows: list[dict[str, float]] = [{} for _ in cohort.clients]
+        for part in PARTS[1:]:
+            found = cohort.scores(params, part, self.predict)
+            recall = found["class_correct"] / found["class_examples"]
+            columns = {
+                "examples": found["examples"],
+                "accuracy": found["correct"] / found["examples"],
+                "balanced-accuracy": recall.nanmean(1),
+                "loss": found["loss"] / found["examples"],
+            }
+            for name, column in columns.items():
+                for own, value in zip(rows, column.tolist(), strict=True):
+                    own[f"{part}-{name}"] = value
+        return rows
+
+    def client_app(
+        self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> CohortApp:
+        """Make the Flower ``ClientApp`` of this method; see :class:`CohortApp`."""
+        return CohortApp(self, model, data, seed=seed, device=device)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one client answers: records and metrics, or the reason why it has none."""
+
+    content: flower.RecordDict | None
+    error: str = ""
+
+
+class CohortApp(ClientApp):
+    """A ``ClientApp`` for any Flower engine that also runs many clients at once.
+
+    On Flower's engines it is called per client (K = 1): the client's number is the node's ``partition-id`` and its
+    personal state lives in ``context.state``. Runtimes of this package call :meth:`run` for K clients.
+
+    Parameters
+    ----------
+    update : LocalUpdate
+        The client half of a method.
+    model : nn.Module
+        The network; its present values are every client's initial values.
+    data : FederatedData
+        Data of all clients.
+    seed : int
+        The run's seed.
+    device : torch.device or str
+    """
+
+    def __init__(
+        self,
+        update: LocalUpdate,
+        model: nn.Module,
+        data: FederatedData,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.update = update
+        self.device = torch.device(device)
+        self.data = data.to(self.device)
+        self.seed = seed
+        self.module = prepare(model).to(self.device)
+        self.template = model_tree(self.module)
+        self.initial_state = update.initial_state(self.template, self.module)
+        self.sizes = self.data.sizes("train").tolist()
+        for register in (self.train, self.evaluate):
+            register()(self._call_one)
+        self.query("identify")(self._identify)
+
+    def initial_arrays(self) -> flower.ArrayRecord:
+        """What the server starts from: the shared entries of the initial network."""
+        return to_record(self.template.select(*select(self.module, self.update.shared)))
+
+    def cohort(
+        self, clients: Sequence[int], state: Tree, config: Mapping[str, Any], module: nn.Module | None = None
+    ) -> Cohort:
+        """Make a cohort of `clients`, which must stand in descending order of training samples.
+
+        Parameters
+        ----------
+        clients : sequence of int ``[K]``
+        state : Tree ``[K]``
+        config : mapping
+            ``server-round`` tells the round.
+        module : nn.Module, optional
+            A worker's own copy of :attr:`module`.
+        """
+        return Cohort(
+            self.module if module is None else module,
+            self.data,
+            clients,
+            state,
+            template=self.template,
+            seed=self.seed,
+            round=int(config.get("server-round", 0)),
+            training=self.update.training,
+        )
+
+    def run(
+        self,
+        kind: str,
+        clients: Sequence[int],
+        state: Tree,
+        received: Received,
+        config: Mapping[str, Any],
+        module: nn.Module | None = None,
+    ) -> tuple[list[Outcome], Tree | None, Tensor]:
+        """Handle one message type for K clients.
+
+        Parameters
+        ----------
+        kind : str
+            Message type, ``train`` or ``evaluate``, or ``train.action`` for the method ``train_action``.
+        clients, state, received, config, module
+            See :meth:`cohort` and :class:`LocalUpdate`.
+
+        Returns
+        -------
+        list of Outcome
+            One per client, in their order.
+        Tree ``[K]`` or None
+            New personal state.
+        Tensor ``[K]``
+            Which rows of it may be stored; a client with a value that is not finite keeps its former state.
+        """
+        cohort = self.cohort(clients, state, config, module)
+        answer = getattr(self.update, kind.replace(".", "_"))(cohort, received, config)
+        if not isinstance(answer, Reply):
+            rows = [{k: v for k, v in own.items() if v == v} for own in answer]  # NaN: the client has no such samples
+            outcomes = [
+                Outcome(_content({}, {"num-examples": own.get("validation-examples", 0.0) + own.get("test-examples", 0.0), **own}))
+                for own in rows
+            ]
+            return outcomes, None, torch.ones(len(outcomes), dtype=torch.bool)
+        finite = torch.ones(cohort.size, dtype=torch.bool)
+        for stacked in [*answer.records.values(), *([] if answer.state is None else [answer.state])]:
+            if not stacked.is_empty():
+                finite &= rows_finite(stacked).cpu()
+        losses = (cohort.loss_sum.cpu().double() / cohort.samples_seen.clamp(min=1)).tolist()
+        finite &= torch.tensor(losses).isfinite()
+        outcomes = []
+        for k, client in enumerate(cohort.clients):
+            if not finite[k]:
+                outcomes.append(Outcome(None, f"client {client}: training gave values that are not finite (mean loss {losses[k]:g})"))
+                continue
+            metrics = {
+                "num-examples": self.sizes[client],
+                "steps": int(cohort.steps_taken[k]),
+                "samples": int(cohort.samples_seen[k]),
+                "train-loss": losses[k],
+            }
+            outcomes.append(Outcome(_content({name: row(s, k) for name, s in answer.records.items()}, metrics)))
+        return outcomes, answer.state, finite
+
+    def client_of(self, context: flower.Context) -> int:
+        """Client number of a node.
+
+        Raises
+        ------
+        ConfigError
+            If the node has no ``partition-id`` or the data have no such client.
+        """
+        client = context.node_config.get("partition-id")
+        if not isinstance(client, int) or not 0 <= client < self.data.num_clients:
+            raise ConfigError("partition-id", client, f"a whole number from 0 to {self.data.num_clients - 1}")
+        return client
+
+    def _identify(self, message: flower.Message, context: flower.Context) -> flower.Message:
+        content = flower.RecordDict({METRICS: flower.MetricRecord({"partition-id": self.client_of(context)})})
+        return flower.Message(content, reply_to=message)
+
+    def _call_one(self, message: flower.Message, context: flower.Context) -> flower.Message:
+        client = self.client_of(context)
+        if _STATE in context.state.array_records:
+            state = unflatten_state(context.state.array_records[_STATE], self.initial_state)
+        else:
+            state = self.initial_state.clone().unsqueeze(0)
+        received = trees(message.content, self.device)
+        (outcome,), new, keep = self.run(
+            message.metadata.message_type, [client], state, received, config_of(message.content)
+        )
+        if outcome.content is None:
+            raise TrainingError(outcome.error)
+        if new is not None and keep[0]:
+            context.state[_STATE] = flatten_state(new)
+        return flower.Message(outcome.content, reply_to=message)
+
+
+def config_of(content: flower.RecordDict) -> dict[str, Any]:
+    """Configuration of a message, all its config records in one."""
+    merged: dict[str, Any] = {}
+    for record in content.config_records.values():
+        merged.update(record)
+    return merged
+
+
+def _content(records: Mapping[str, Tree], metrics: Mapping[str, float]) -> flower.RecordDict:
+    content = flower.RecordDict()
+    for name, values in records.items():
+        content[name] = to_record(values)
+    content[METRICS] = flower.MetricRecord(dict(metrics))
+    return content
+
+
+__all__ = ["CONFIG", "IDENTIFY", "CohortApp", "LocalUpdate", "Outcome", "Received", "config_of"]

@@ -1,0 +1,132 @@
+"""pFedMe: C. T. Dinh et al., Personalized Federated Learning with Moreau Envelopes,
+NeurIPS 2020, arXiv:2006.08848 (Algorithm 1).
+
+For each batch of a client:
+
+    theta <- S steps of  theta - personal_lr * (grad f_k(theta) + lam * (theta - w_k))      the client's network
+    w_k   <- w_k - lr * lam * (w_k - theta)
+
+    w     <- (1 - beta) * w + beta * mean_k w_k
+
+Shared: the whole network w. Personal: theta, which predicts. theta starts at the received network in every round and
+continues from batch to batch. Buffers follow theta, which sees the data, and are averaged.
+
+``variant: pfllib`` repeats a common implementation: a decay of 0.001 on theta; theta of a client's first training starts
+at the initial network; prediction with the received network, or the initial one before a client's first training. It
+weights by samples (``weighting: samples``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from fedpers.cohort import Cohort, Reply, Tree, tree
+from fedpers.cohort.tree import expand_rows
+from fedpers.errors import check, one_of
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.records import ARRAYS
+
+VARIANTS = ("paper", "pfllib")
+
+
+@dataclass(kw_only=True)
+class PFedMeUpdate(LocalUpdate):
+    """Alternate between theta and w on every batch.
+
+    Parameters
+    ----------
+    lam : float
+        Strength of the tie, > 0.
+    inner_steps : int
+        Steps on theta per batch (K in the paper), >= 1.
+    personal_lr : float, optional
+        Rate of theta, > 0; default ``training.lr``.
+    variant : {"paper", "pfllib"}
+    """
+
+    lam: float = 15.0
+    inner_steps: int = 5
+    personal_lr: float | None = None
+    variant: str = "paper"
+
+    def __post_init__(self) -> None:
+        check(self.lam > 0, "strategy.lam", self.lam, "a number > 0")
+        check(self.inner_steps >= 1, "strategy.inner_steps", self.inner_steps, "a whole number >= 1")
+        rate = self.personal_lr
+        check(rate is None or rate > 0, "strategy.personal_lr", rate, "a number > 0, or null")
+        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """theta is the initial network; ``trained`` tells whether it has been trained."""
+        return TensorDict({"theta": model.clone(), "trained": torch.zeros((), dtype=torch.int64)}, batch_size=[])
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Walk through the batches; each moves theta several times and w once."""
+        w = cohort.spread(received["arrays"])
+        theta = self._predictor(cohort, w) if self.variant == "pfllib" else w.clone()
+        decay = 0.001 if self.variant == "pfllib" else 0.0
+        inner_rate = cohort.training.lr if self.personal_lr is None else self.personal_lr
+        names = cohort.names("parameters")
+        plan = cohort.plan()
+        for step in cohort.steps(plan):
+            rows = {name: step.take(theta[name]) for name in cohort.names("all")}
+            anchor = {name: step.take(w[name]) for name in names}
+            for _ in range(self.inner_steps):
+                losses, grads = cohort.gradients(step, rows, self.loss, names)
+                for name, grad in grads.items():
+                    grad.add_(rows[name] - anchor[name], alpha=self.lam).add_(rows[name], alpha=decay)
+                    rows[name].sub_(grad, alpha=inner_rate)
+            for name in names:
+                anchor[name].lerp_(rows[name], self.lam * cohort.rate)
+            cohort.count(step, losses)
+        cohort.finish(plan)
+        w.update(theta.select(*cohort.names("buffers")))
+        trained = torch.ones(cohort.size, dtype=torch.int64, device=cohort.device)
+        return cohort.reply(w, state={"theta": theta, "trained": trained})
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
+        """Theta; a client that has not trained yet predicts with the received network."""
+        return self._predictor(cohort, cohort.spread(received["arrays"]))
+
+    def _predictor(self, cohort: Cohort, received: Tree) -> Tree:
+        """Which network a client holds before a round; see ``variant`` in the head of this file."""
+        trained, theta = cohort.state["trained"].bool(), cohort.state["theta"]
+        own = trained if self.variant == "paper" else ~trained
+        return tree(
+            {n: torch.where(expand_rows(own, v), v, received[n]) for n, v in theta.items()}, cohort.size
+        )
+
+
+@dataclass(kw_only=True)
+class PFedMe(PersonalizedStrategy):
+    """Server that moves towards the average.
+
+    Parameters
+    ----------
+    beta : float
+        Step of the server, > 0; 1 is the plain average. The variant of a common implementation defaults to 0, which
+        never moves the server; it is accepted for comparison.
+    """
+
+    update = PFedMeUpdate
+    weighting: str = "uniform"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.beta >= 0, "strategy.beta", self.beta, "a number >= 0")
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """``(1 - beta) * old + beta * mean``."""
+        return tree(
+            {
+                name: torch.lerp(arrays[name], mean, self.beta) if mean.is_floating_point() else mean
+                for name, mean in means[ARRAYS].items()
+            }
+        )

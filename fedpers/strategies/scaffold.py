@@ -1,0 +1,101 @@
+"""SCAFFOLD: S. P. Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning,
+ICML 2020, arXiv:1910.06378 (Algorithm 1, option II).
+
+    w_k <- w, then S steps  w_k <- w_k - lr * (grad f_k(w_k) - c_k + c)
+    c_k' = c_k - c + (w - w_k) / (S * lr)
+    w    <- w + server_lr * mean_k (w_k - w)
+    c    <- c + 1/N * sum_k (c_k' - c_k)          over the sampled clients, N clients in all
+
+Shared: the whole network and the server's control variate c. Personal: the client's control variate c_k (parameters
+only). Buffers have no gradient: they are averaged plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from fedpers.cohort import Cohort, Reply, Tree, select, shifted, tree
+from fedpers.cohort.tree import expand_rows
+from fedpers.errors import check
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.records import ARRAYS
+
+CONTROL = "control"
+
+
+@dataclass(kw_only=True)
+class ScaffoldUpdate(LocalUpdate):
+    """SGD with drift correction.
+
+    Raises
+    ------
+    ConfigError
+        If the optimizer is not plain SGD with one constant rate: the control variates divide by ``S * lr``.
+    """
+
+    def __post_init__(self) -> None:
+        t = self.training
+        plain = t.optimizer == "sgd" and not t.momentum and t.schedule == "constant" and not t.groups and not t.clip
+        check(plain and not t.weight_decay, "training", f"{t.optimizer} momentum={t.momentum} clip={t.clip}",
+              "plain SGD with one constant rate for strategy=scaffold")
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """All control variates start at 0."""
+        return TensorDict({CONTROL: _zeros(model, select(module, "parameters"))}, batch_size=[])
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train with ``grad - c_k + c``; send the network and the change of c_k."""
+        params = cohort.assemble(received["arrays"])
+        start = params.clone()
+        names = cohort.names("parameters")
+        own = cohort.state[CONTROL]
+        common = cohort.spread(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
+        cohort.fit(params, self.loss, adjust=shifted({n: common[n] - own[n] for n in names}))
+        travelled = (cohort.steps_taken.clamp(min=1) * cohort.rate).to(cohort.device)
+        change = {n: (start[n] - params[n]) / expand_rows(travelled, params[n]) - common[n] for n in names}
+        new = tree({n: own[n] + change[n] for n in names}, cohort.size)
+        return cohort.reply(params, state={CONTROL: new}, control=tree(change, cohort.size))
+
+
+@dataclass(kw_only=True)
+class Scaffold(PersonalizedStrategy):
+    """Server with a control variate of its own.
+
+    Parameters
+    ----------
+    server_lr : float
+        Step of the server, > 0.
+    """
+
+    update = ScaffoldUpdate
+    weighting: str = "uniform"
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.server_lr > 0, "strategy.server_lr", self.server_lr, "a number > 0")
+
+    def broadcast(self, round: int, arrays: Tree) -> dict[str, Tree]:
+        """Send c, once there is one; until then it is 0."""
+        return {CONTROL: self.state[CONTROL]} if CONTROL in self.state else {}
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Move the network by ``server_lr`` and c by the share of clients that took part."""
+        share = len(clients) / self.num_clients
+        old = self.state.get(CONTROL, means[CONTROL].apply(torch.zeros_like))
+        self.state[CONTROL] = tree({n: old[n] + share * v for n, v in means[CONTROL].items()})
+        moved = {
+            name: torch.lerp(arrays[name], mean, self.server_lr) if name in means[CONTROL].keys() else mean  # noqa: SIM118
+            for name, mean in means[ARRAYS].items()
+        }
+        return tree(moved)
+
+
+def _zeros(model: Tree, names: tuple[str, ...]) -> Tree:
+    return tree({name: torch.zeros_like(model[name]) for name in names})

@@ -1,0 +1,318 @@
+"""The server half of a method: a plain Flower strategy."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import flwr.app as flower
+import torch
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+
+from fedpers.cohort import Fold, Tree, WeightedMean
+from fedpers.errors import TrainingError, check, one_of
+from fedpers.randomness import sample_clients
+from fedpers.strategies.client import IDENTIFY, LocalUpdate
+from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record, trees
+
+log = logging.getLogger(__name__)
+WEIGHTINGS = ("samples", "uniform")
+
+
+@dataclass
+class RoundReport:
+    """What happened in a round.
+
+    Attributes
+    ----------
+    round : int
+    sampled : list of int
+        Clients asked to train, ascending.
+    failures : dict of int to str
+        Those whose reply was left out, and why.
+    bytes_down, bytes_up : int
+        Arrays sent to and received from the clients asked to train; evaluation is measurement, not part of a method.
+    steps, samples : int
+        Optimizer steps and samples of all replies.
+    train_loss : float
+        Mean over samples of the losses met while training; NaN without replies.
+    clients : dict of int to dict
+        Metrics of each evaluated client, see :meth:`LocalUpdate.evaluate`; empty in rounds without evaluation.
+    evaluation_failures : dict of int to str
+    seconds : float
+        From the start of training to the end of evaluation.
+    train_seconds : float
+        Training and aggregation only.
+    """
+
+    round: int
+    sampled: list[int] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    steps: int = 0
+    samples: int = 0
+    train_loss: float = math.nan
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    evaluation_failures: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class PersonalizedStrategy(FlowerFedAvg):
+    """Sampling, checking, weighting and averaging, written once; a method says what is combined how.
+
+    Works in any ``ServerApp`` and on any Flower engine. Clients are told apart by their partition id, so that sampling
+    and per-client state do not depend on node ids.
+
+    Parameters
+    ----------
+    fraction : float
+        Share of the clients that train in a round, in (0, 1].
+    seed : int
+        The run's seed; the sampled clients follow from it alone.
+    weighting : {"samples", "uniform"}
+        Weight of a reply in the average: training samples of the client, or 1.
+    evaluate_every : int
+        All clients are evaluated after every so many rounds, >= 1.
+    min_replies : int
+        Usable replies a round needs, >= 1.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    update: ClassVar[type[LocalUpdate]] = LocalUpdate
+    fraction: float = 1.0
+    seed: int = 0
+    weighting: str = "samples"
+    evaluate_every: int = 1
+    min_replies: int = 1
+
+    def __post_init__(self) -> None:
+        check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
+        check(self.weighting in WEIGHTINGS, "strategy.weighting", self.weighting, one_of(WEIGHTINGS, str(self.weighting)))
+        check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "a whole number >= 1")
+        check(self.min_replies >= 1, "min_replies", self.min_replies, "a whole number >= 1")
+        super().__init__(fraction_train=self.fraction, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
+        self.state: dict[str, Tree] = {}
+        self.report = RoundReport(0)
+        self._nodes: dict[int, int] = {}  # client -> node
+        self._clients: dict[int, int] = {}  # node -> client
+        self._arrays: Tree | None = None
+        self._last_round = 0
+        self._started = 0.0
+
+    # -------------------------------------------------- what a method overrides
+
+    def broadcast(self, round: int, arrays: Tree) -> dict[str, Tree]:
+        """Further records sent to every sampled client, beside the model's arrays."""
+        return {}
+
+    def fold(self) -> Fold:
+        """Empty aggregate for a round's replies."""
+        return WeightedMean()
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Make the server's next arrays.
+
+        Parameters
+        ----------
+        arrays : Tree
+            Before the round.
+        means : mapping of record to Tree
+            Result of the fold.
+        clients : list of int
+            Whose replies are in it.
+        """
+        return means[ARRAYS]
+
+    # ------------------------------------------------------------------ clients
+
+    def nodes(self, grid: Grid) -> dict[int, int]:
+        """Node id of each client, by client number; asked anew when nodes come or go.
+
+        Nodes whose app does not know the question (any other Flower app) are numbered in order of their ids.
+        """
+        ids = sorted(grid.get_node_ids())
+        if set(ids) != set(self._clients):
+            replies = grid.send_and_receive(
+                [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in ids], timeout=60.0
+            )
+            known = {
+                reply.metadata.src_node_id: int(reply.content.metric_records[METRICS]["partition-id"])  # type: ignore[arg-type]
+                for reply in replies
+                if reply.has_content() and METRICS in reply.content.metric_records
+            }
+            if set(known) == set(ids) and len(set(known.values())) == len(ids):
+                self._clients = known
+            else:
+                self._clients = dict(zip(ids, range(len(ids)), strict=True))
+            self._nodes = {client: node for node, client in self._clients.items()}
+        return self._nodes
+
+    @property
+    def num_clients(self) -> int:
+        """Clients known to the server."""
+        return len(self._nodes)
+
+    def sample(self, round: int) -> list[int]:
+        """Clients that train in a round, ascending: the same for every method under one seed."""
+        known = sorted(self._nodes)
+        return [known[place] for place in sample_clients(self.seed, round, len(known), self.fraction)]
+
+    # ----------------------------------------------------------------- training
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log.info("%s: fraction %g, weighting %s, seed %d", type(self).__name__, self.fraction, self.weighting, self.seed)
+
+    def configure_train(
+        self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+    ) -> Iterable[flower.Message]:
+        """Address the sampled clients; all messages share one content."""
+        self._started = time.perf_counter()
+        nodes = self.nodes(grid)
+        if not nodes:
+            raise TrainingError(f"round {server_round}: no client is connected.")
+        sampled = self.sample(server_round)
+        self._arrays = from_record(arrays)
+        self._last_round = server_round
+        config["server-round"] = server_round
+        content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
+        for name, values in self.broadcast(server_round, self._arrays).items():
+            content[name] = to_record(values)
+        self.report = RoundReport(server_round, sampled, bytes_down=num_bytes(content) * len(sampled))
+        return [flower.Message(content, nodes[client], flower.MessageType.TRAIN) for client in sampled]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[flower.Message]
+    ) -> tuple[flower.ArrayRecord | None, flower.MetricRecord | None]:
+        """Fold the usable replies; the others are counted and named in :attr:`report`.
+
+        Raises
+        ------
+        TrainingError
+            If fewer than `min_replies` are usable.
+        """
+        assert self._arrays is not None
+        report = self.report
+        answered = {self._clients[reply.metadata.src_node_id]: reply for reply in replies}
+        report.bytes_up = sum(num_bytes(r.content) for r in answered.values() if r.has_content())
+        expected = self._expected(list(answered.values()))
+        fold = self.fold()
+        good: list[int] = []
+        losses = 0.0
+        for client in report.sampled:  # in a fixed order, whatever the order of arrival
+            reply = answered.get(client)
+            try:
+                records, metrics = self._checked(reply, expected)
+            except ValueError as problem:
+                report.failures[client] = str(problem)
+                log.warning("round %d: client %d left out: %s", server_round, client, problem)
+                continue
+            fold.add(records, self.weight(metrics))
+            good.append(client)
+            report.steps += int(metrics.get("steps", 0))
+            report.samples += int(metrics.get("samples", 0))
+            losses += metrics.get("train-loss", math.nan) * metrics.get("samples", 0)
+        if len(good) < self.min_replies:
+            reasons = "; ".join(sorted(set(report.failures.values()))[:3])
+            raise TrainingError(
+                f"round {server_round}: {len(good)} of {len(report.sampled)} sampled clients sent a usable reply, "
+                f"{self.min_replies} needed ({reasons})."
+            )
+        report.train_loss = losses / report.samples if report.samples else math.nan
+        arrays = self.combine(self._arrays, fold.result(), good)
+        report.train_seconds = report.seconds = time.perf_counter() - self._started
+        metrics_out = {"train-loss": report.train_loss, "steps": report.steps, "samples": report.samples}
+        return to_record(arrays), flower.MetricRecord({**metrics_out, "failures": len(report.failures)})
+
+    def weight(self, metrics: Mapping[str, float]) -> float:
+        """Weight of a reply in the average."""
+        return 1.0 if self.weighting == "uniform" else float(metrics["num-examples"])
+
+    def _expected(self, replies: list[flower.Message]) -> dict[str, frozenset[str]]:
+        """Names per record that most replies hold: the measure for all."""
+        seen = Counter(
+            frozenset((record, frozenset(values.keys())) for record, values in reply.content.array_records.items())
+            for reply in replies
+            if reply.has_content()
+        )
+        return dict(max(seen, key=lambda names: (seen[names], len(names)))) if seen else {}
+
+    def _checked(
+        self, reply: flower.Message | None, expected: Mapping[str, frozenset[str]]
+    ) -> tuple[dict[str, Tree], dict[str, float]]:
+        """Records and metrics of a reply; ValueError says why it cannot be used."""
+        if reply is None:
+            raise ValueError("no reply")
+        if reply.has_error():
+            raise ValueError(reply.error.reason or f"error {reply.error.code}")
+        found = {record: frozenset(values.keys()) for record, values in reply.content.array_records.items()}
+        if found != expected:
+            raise ValueError(f"records {sorted(found)} do not hold the entries the other clients sent")
+        metrics = _metrics_of(reply)
+        if self.weighting == "samples" and not 0 < metrics.get("num-examples", 0) < math.inf:
+            raise ValueError(f"num-examples is {metrics.get('num-examples')}")
+        records = trees(reply.content)
+        assert self._arrays is not None
+        for record, values in records.items():
+            reference = self._arrays if record == ARRAYS else self.state.get(record)
+            for name, value in values.items():
+                like = None if reference is None else reference.get(name, None)
+                if like is not None and value.shape != like.shape:
+                    raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(like.shape)}")
+                if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+                    raise ValueError(f"'{name}' holds values that are not finite")
+        return records, metrics
+
+    # --------------------------------------------------------------- evaluation
+
+    def configure_evaluate(
+        self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+    ) -> Iterable[flower.Message]:
+        """Address all clients, also those that were not sampled."""
+        if server_round % self.evaluate_every:
+            return []
+        config["server-round"] = server_round
+        content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
+        for name, values in self.broadcast(server_round, from_record(arrays)).items():
+            content[name] = to_record(values)
+        return [flower.Message(content, node, flower.MessageType.EVALUATE) for node in self.nodes(grid).values()]
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[flower.Message]
+    ) -> flower.MetricRecord | None:
+        """Collect the clients' metrics in :attr:`report`; return their means over clients."""
+        report = self.report
+        for reply in replies:
+            client = self._clients[reply.metadata.src_node_id]
+            if reply.has_error():
+                report.evaluation_failures[client] = reply.error.reason or f"error {reply.error.code}"
+                log.warning("round %d: client %d not evaluated: %s", server_round, client, reply.error.reason)
+            else:
+                report.clients[client] = _metrics_of(reply)
+        report.clients = dict(sorted(report.clients.items()))
+        report.seconds = time.perf_counter() - self._started
+        if not report.clients:
+            return None
+        names = sorted({name for metrics in report.clients.values() for name in metrics if name != "num-examples"})
+        values = {name: [m[name] for m in report.clients.values() if name in m] for name in names}
+        return flower.MetricRecord({name: sum(own) / len(own) for name, own in values.items()})
+
+
+def _metrics_of(reply: flower.Message) -> dict[str, float]:
+    merged: dict[str, Any] = {}
+    for record in reply.content.metric_records.values():
+        merged.update(record)
+    return {name: float(value) for name, value in merged.items() if isinstance(value, int | float)}

@@ -1,0 +1,27 @@
+"""Where the metrics of a run go while it runs: always ``rounds.jsonl``, and what the config asks for."""
+
+from fedpers.tracking.trackers import (
+    ConsoleTracker,
+    JsonlTracker,
+    TensorBoardConfig,
+    TensorBoardTracker,
+    Tracker,
+    TrackerConfig,
+    Trackers,
+    WandbConfig,
+    WandbTracker,
+    make_trackers,
+)
+
+__all__ = [
+    "ConsoleTracker",
+    "JsonlTracker",
+    "TensorBoardConfig",
+    "TensorBoardTracker",
+    "Tracker",
+    "TrackerConfig",
+    "Trackers",
+    "WandbConfig",
+    "WandbTracker",
+    "make_trackers",
+]

@@ -1,0 +1,297 @@
+"""Leaderboards of small run folders, with the statistics worked out by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedpers.evaluation import find_runs, leaderboard, leaderboard_rows, print_leaderboard
+
+
+def metrics(accuracy):
+    return {
+        "test/accuracy": accuracy,
+        "test/accuracy_std": 0.1,
+        "test/accuracy_worst_decile": accuracy - 0.25,
+        "test/loss": None,
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write one run folder; keyword arguments with a dot are config keys, the others summary keys."""
+    count = 0
+
+    def write(strategy, seed, accuracy, last=0.5, options=None, config=None, **summary):
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"run{count:02d}"
+        folder.mkdir()
+        values = {
+            "seed": seed,
+            "rounds": 50,
+            "strategy": {"name": strategy, **(options or {})},
+            "dataset": {"name": "digits", "root": None},
+            "partition": {"name": "dirichlet", "alpha": 0.1, "num_clients": 20},
+            "training": {"lr": 0.1},
+            "runtime": {"workers": 1},
+            "tracker": {},
+            **(config or {}),
+        }
+        (folder / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
+        base = {
+            "strategy": strategy, "label": strategy, "dataset": "digits", "partition": "dirichlet(alpha=0.1)",
+            "model": "mlp", "num_clients": 20, "seed": seed, "rounds": 50, "rounds_done": 50, "interrupted": False,
+            "selected_round": 37, "protocol": "validation-selected", "selected": metrics(accuracy),
+            "last": metrics(last), "bytes_up": 1_500_000, "bytes_down": 500_000, "seconds": 12.0, "failures": 0,
+        }  # fmt: skip
+        path = folder / "summary.json"
+        path.write_text(json.dumps(base | summary))
+        os.utime(path, (1_000_000 + count,) * 2)
+        return folder
+
+    return write
+
+
+def board(folder):
+    (group,) = leaderboard(find_runs([folder]))
+    return group
+
+
+def printed(folder, width=120):
+    console = Console(file=io.StringIO(), width=width)
+    print_leaderboard(find_runs([folder]), console)
+    return console.file.getvalue()
+
+
+def test_numbers_of_a_row_by_hand(write, tmp_path):
+    for seed, accuracy, last in ((0, 0.8, 0.6), (1, 0.9, 0.7), (2, 0.85, 0.65)):
+        write("fedrep", seed, accuracy, last, bytes_up=1_000_000 * seed)
+    group = board(tmp_path)
+    assert group.title == "digits · dirichlet(alpha=0.1) · mlp · 20 clients · 50 rounds"
+    (row,) = group.rows
+    assert (row.method, row.seeds, row.best, row.baseline, row.interrupted) == ("fedrep", (0, 1, 2), True, False, False)
+    assert row.accuracy == pytest.approx(0.85)
+    # Student's t with 2 degrees of freedom: 4.302653; sample standard deviation 0.05
+    assert row.interval == pytest.approx(4.302653 * 0.05 / math.sqrt(3), rel=1e-6)
+    assert row.std == pytest.approx(0.1)
+    assert row.worst_decile == pytest.approx(0.6)
+    assert row.last == pytest.approx(0.65)
+    assert row.megabytes == pytest.approx(1.5)
+    assert row.seconds == 12
+    assert math.isnan(row.selected["test/loss"])
+    assert row.significant is None
+    assert [Path(folder).name for folder in row.folders] == ["run01", "run02", "run03"]
+
+
+def test_rows_are_sorted_tested_and_marked(write, tmp_path):
+    table = {
+        "fedrep": (0.90, 0.91, 0.92),
+        "fedper": (0.89, 0.92, 0.91),  # differences 0.01, -0.01, 0.01: t = 0.5, p = 0.667
+        "local": (0.80, 0.82, 0.81),  # differences 0.10, 0.09, 0.11: t = 17.32, p = 0.0033
+        "fedavg": (0.60, 0.61, 0.62),  # always 0.30 lower
+    }
+    for strategy, accuracies in table.items():
+        for seed, accuracy in enumerate(accuracies):
+            write(strategy, seed, accuracy)
+    group = board(tmp_path)
+    assert [row.method for row in group.rows] == ["fedrep", "fedper", "local", "fedavg"]
+    best, close, local, fedavg = group.rows
+    assert best.best and math.isnan(best.p_value)
+    assert close.p_value == pytest.approx(0.6667, abs=1e-4)
+    assert close.significant is False
+    assert local.p_value == pytest.approx(0.003317, abs=1e-5)
+    assert local.significant is fedavg.significant is True
+    assert [row.baseline for row in group.rows] == [False, False, True, True]
+    text = printed(tmp_path)
+    assert "fedper   " in text
+    assert "local (baseline)" in text
+    assert "~ Not significantly different" in text
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("fedper")]
+    assert line.split() == ["fedper", "~", "90.7", "±3.8", "10.0", "65.7", "50.0", "2.0", "12.0", "3"]
+    assert "There is no" not in text
+    assert "?" not in text
+
+
+def test_equal_methods_have_p_one(write, tmp_path):
+    for strategy in ("fedrep", "fedper"):
+        for seed in (0, 1):
+            write(strategy, seed, 0.5 + 0.1 * seed)
+    assert [row.p_value for row in board(tmp_path).rows[1:]] == [1.0]
+
+
+def test_one_seed_cannot_tell_and_absent_baselines_are_named(write, tmp_path):
+    write("fedrep", 0, 0.9)
+    write("fedavg", 0, 0.8)
+    text = printed(tmp_path)
+    assert "One seed cannot tell" in text
+    assert "There is no local run to compare with." in text
+    assert "±" not in text.splitlines()[4]
+    assert not any(mark in text for mark in "~?!")
+
+
+def test_mixed_numbers_of_seeds(write, tmp_path):
+    for seed in (0, 1):
+        write("fedrep", seed, 0.9)
+    write("ditto", 1, 0.8)
+    write("local", 0, 0.7)
+    write("local", 1, 0.71)
+    write("fedavg", 5, 0.6)
+    group = board(tmp_path)
+    assert [row.significant for row in group.rows] == [None, None, True, None]
+    assert any(note.startswith("? Fewer than two seeds in common") for note in group.notes)
+    lines = printed(tmp_path).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(" ditto")] == ["?"]
+
+
+def test_options_that_differ_name_the_rows(write, tmp_path):
+    write("ditto", 0, 0.9, options={"mu": 0.1, "server": {"momentum": 0.9}, "kept": 3})
+    write("ditto", 0, 0.8, options={"mu": 1.0, "server": {"momentum": 0.9}, "kept": 3})
+    write("ditto", 0, 0.7, options={"mu": 1.0, "server": {"momentum": 0.0}, "kept": 3})
+    write("fedrep", 0, 0.6, options={"mu": 5})
+    assert [row.method for row in board(tmp_path).rows] == [
+        "ditto mu=0.1 server.momentum=0.9",
+        "ditto mu=1.0 server.momentum=0.9",
+        "ditto mu=1.0 server.momentum=0.0",
+        "fedrep",
+    ]
+
+
+def test_only_comparable_runs_share_a_table(write, tmp_path):
+    write("fedrep", 0, 0.9)
+    data = {"name": "digits", "root": "/elsewhere"}
+    write("fedavg", 1, 0.8, config={"runtime": {"workers": 8}, "tracker": {"wandb": {"mode": "auto"}}, "dataset": data})
+    write("fedrep", 0, 0.7, config={"training": {"lr": 0.01}})
+    write("fedrep", 0, 0.6, protocol="official")
+    groups = leaderboard(find_runs([tmp_path]))
+    assert {group.title.split(" · ")[-1]: [row.method for row in group.rows] for group in groups} == {
+        "training.lr=0.1": ["fedrep", "fedavg"],
+        "training.lr=0.01": ["fedrep"],
+        "protocol official": ["fedrep"],
+    }
+
+
+def test_arrays_of_different_files_are_not_comparable(write, tmp_path):
+    for root in ("a.npz", "b.npz"):
+        write("fedrep", 0, 0.9, config={"dataset": {"name": "npz", "root": root}}, dataset="npz")
+    titles = [group.title for group in leaderboard(find_runs([tmp_path]))]
+    assert [title.split(" · ")[-1] for title in titles] == ["dataset.root=a.npz", "dataset.root=b.npz"]
+
+
+def test_the_newest_of_equal_runs_counts(write, tmp_path):
+    old, new = write("fedrep", 0, 0.9), write("fedrep", 0, 0.5)
+    write("fedrep", 1, 0.7)
+    group = board(tmp_path)
+    assert group.rows[0].accuracy == pytest.approx(0.6)
+    assert group.rows[0].folders[0] == str(new)
+    assert any(note.startswith("Left out because a newer run") and str(old) in note for note in group.notes)
+
+
+def test_interrupted_runs_and_unusable_replies_are_told(write, tmp_path):
+    folder = write("fedrep", 0, 0.9, interrupted=True, rounds_done=12, failures=3)
+    write("local", 0, 0.8)
+    group = board(tmp_path)
+    assert [row.interrupted for row in group.rows] == [True, False]
+    assert f"! Interrupted: {folder} (12 of 50 rounds)." in group.notes
+    assert "3 client replies were unusable and left out (fedrep)." in group.notes
+    (line,) = [line for line in printed(tmp_path).splitlines() if line.startswith(" fedrep")]
+    assert line.split()[1] == "!"
+
+
+def test_unmeasured_accuracy_is_last_and_null_in_json(write, tmp_path):
+    write("fedrep", 0, 0.1)
+    write("fedper", 0, 0.5, selected={"test/accuracy": None})
+    rows = leaderboard_rows(find_runs([tmp_path]))
+    assert [(row["method"], row["accuracy"]) for row in rows] == [("fedrep", 0.1), ("fedper", None)]
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert rows[0]["group"].startswith("digits · ")
+    assert rows[0]["seeds"] == [0]
+
+
+def test_unusable_folders_are_named_and_left_out(write, tmp_path, caplog):
+    good = write("fedrep", 0, 0.9)
+    cases = {
+        "running": ({"config.yaml": "seed: 1"}, "no summary.json"),
+        "damaged": ({"config.yaml": "seed: 1", "summary.json": '{"strategy":'}, "summary.json is damaged"),
+        "unconfigured": ({"summary.json": (good / "summary.json").read_text()}, "config.yaml is missing or damaged"),
+        "misconfigured": (
+            {"config.yaml": "a: [1", "summary.json": (good / "summary.json").read_text()},
+            "config.yaml is missing or damaged",
+        ),
+        "list": ({"config.yaml": "seed: 1", "summary.json": "[]"}, "does not hold named values"),
+        "empty": ({"config.yaml": "seed: 1", "summary.json": "{}"}, "lacks strategy, seed, selected, last"),
+        "words": (
+            {
+                "config.yaml": "seed: 1",
+                "summary.json": '{"strategy": "a", "seed": 0, "selected": {"test/accuracy": "high"}, "last": {}}',
+            },
+            "where a number belongs",
+        ),
+        "flat": (
+            {"config.yaml": "seed: 1", "summary.json": '{"strategy": "a", "seed": 0, "selected": 0.5, "last": 0.5}'},
+            "does not hold metrics by name",
+        ),
+    }
+    for name, (files, _) in cases.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    runs = find_runs([tmp_path, tmp_path / "nowhere"])
+    assert [run.folder for run in runs] == [good]
+    messages = [record.getMessage() for record in caplog.records]
+    for name, (_, sentence) in cases.items():
+        (message,) = [m for m in messages if m.startswith(f"{tmp_path / name} ")]
+        assert sentence in message
+    assert f"{tmp_path / 'nowhere'} is not a folder and is left out." in messages
+    assert len(messages) == len(cases) + 1
+
+
+def test_each_run_is_found_once_and_tracker_files_are_no_runs(write, tmp_path, caplog):
+    folder = write("fedrep", 0, 0.9)
+    for inner in (folder / "wandb" / "offline-run" / "files", tmp_path / "sweep" / ".hydra"):
+        inner.mkdir(parents=True)
+        (inner / "config.yaml").write_text("seed: 1")
+    assert len(find_runs([tmp_path, folder, tmp_path])) == 1
+    assert caplog.text == ""
+
+
+def test_nothing_found(tmp_path):
+    assert printed(tmp_path) == "No finished runs found.\n"
+    assert leaderboard([]) == leaderboard_rows([]) == []
+
+
+@pytest.mark.parametrize("width", [50, 80, 120])
+def test_tables_fit_80_columns_and_never_lose_a_digit(write, tmp_path, width):
+    for seed in (0, 1, 2):
+        write("ditto", seed, 0.9 + seed / 100, options={"mu": 0.1, "personal_lr": 0.05}, bytes_up=12_345_600_000)
+        write("ditto", seed, 0.8 + seed / 100, options={"mu": 1.0, "personal_lr": 0.01}, seconds=86_400.0)
+        write("fedavg", seed, 0.6 + seed / 10)
+    text = printed(tmp_path, width)
+    assert width < 80 or max(len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    for piece in ("91.0 ±2.5", "70.0 ±24.8", "12,346", "86,400", "(baseline)", "mu=0.1", "personal_lr=0.05"):
+        assert piece in text
+
+
+def test_names_with_brackets_are_printed_as_they_are(write, tmp_path):
+    write("ditto", 0, 0.9, options={"groups": ["[red]"]})
+    write("ditto", 0, 0.8, options={"groups": []}, label="[bold]x")
+    text = printed(tmp_path)
+    assert "ditto groups=['[red]']" in text
+    assert "[bold]x groups=[]" in text
+
+
+def test_import_is_cheap():
+    script = "import sys, fedpers.evaluation; print(*{'scipy', 'pandas', 'sklearn'} & set(sys.modules))"
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"

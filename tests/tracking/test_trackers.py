@@ -1,0 +1,242 @@
+"""Trackers: what they write, that failures are contained, and that wandb offline stays offline."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from fedpers.errors import ConfigError, FedpersError
+from fedpers.tracking import (
+    ConsoleTracker,
+    JsonlTracker,
+    TensorBoardConfig,
+    TrackerConfig,
+    Trackers,
+    WandbConfig,
+    WandbTracker,
+    make_trackers,
+)
+from fedpers.tracking.trackers import _logged_in
+
+METRICS = {"validation/accuracy": 0.5, "test/accuracy_worst_decile": 0.25, "bytes_up": 1000}
+
+
+class Recorder:
+    """Keeps its calls; raises in the method named `broken`."""
+
+    def __init__(self, broken=""):
+        self.calls = []
+        self.broken = broken
+
+    def _take(self, name, *values):
+        self.calls.append((name, *values))
+        if name == self.broken:
+            raise RuntimeError(f"no\n{name}")
+
+    def log(self, round, metrics):
+        self._take("log", round, dict(metrics))
+
+    def summary(self, metrics):
+        self._take("summary", dict(metrics))
+
+    def close(self):
+        self._take("close")
+
+
+@pytest.fixture
+def no_login(monkeypatch, tmp_path):
+    """Make sure that tests never see or use a login of whoever runs them."""
+    for name in list(os.environ):
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return tmp_path / "netrc"
+
+
+def test_jsonl_lines_are_complete_ordered_and_written_at_once(tmp_path):
+    tracker = JsonlTracker(tmp_path / "new" / "run")
+    path = tmp_path / "new" / "run" / "rounds.jsonl"
+    tracker.log(1, {"b": 0.5, "a": math.nan, "n": np.int64(3), "t": torch.tensor(0.25)})
+    assert path.read_text() == '{"round": 1, "a": null, "b": 0.5, "n": 3, "t": 0.25}\n'
+    tracker.log(2, {"a": math.inf, "b": np.float32(0.5)})
+    tracker.summary({"a": 1.0})
+    tracker.close()
+    tracker.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()][1] == {"round": 2, "a": None, "b": 0.5}
+
+
+def test_jsonl_refuses_a_folder_it_cannot_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FedpersError, match=r"Cannot write .*rounds\.jsonl: .*\.$"):
+        make_trackers(TrackerConfig(), tmp_path / "file" / "run", "run", {}, 3)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_jsonl_reports_a_full_disk(tmp_path):
+    (tmp_path / "rounds.jsonl").symlink_to("/dev/full")
+    tracker = JsonlTracker(tmp_path)
+    with pytest.raises(FedpersError, match="No space left"):
+        tracker.log(1, METRICS)
+
+
+@pytest.mark.parametrize("broken", ["log", "summary", "close"])
+def test_a_failing_tracker_is_switched_off_with_one_warning(broken, caplog):
+    required, good, bad = Recorder(), Recorder(), Recorder(broken)
+    with Trackers(required, {"bad": lambda: bad, "good": lambda: good}) as trackers:
+        for round in (1, 2):
+            trackers.log(round, METRICS)
+        trackers.summary(METRICS)
+        assert trackers.names == (["bad", "good"] if broken == "close" else ["good"])
+    expected = [("log", 1, METRICS), ("log", 2, METRICS), ("summary", METRICS), ("close",)]
+    assert required.calls == good.calls == expected
+    assert [call[0] for call in bad.calls].count(broken) <= 2
+    assert bad.calls[-1] == ("close",)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == f"Tracker 'bad' failed and is switched off for this run: no {broken}"
+
+
+def test_a_tracker_that_cannot_be_made_is_switched_off(caplog):
+    def make():
+        raise ImportError("No module named 'nowhere'")
+
+    good = Recorder()
+    trackers = Trackers(Recorder(), {"bad": make, "good": lambda: good})
+    trackers.log(1, METRICS)
+    assert trackers.names == ["good"]
+    assert good.calls == [("log", 1, METRICS)]
+    assert "'bad'" in caplog.text
+    assert "nowhere" in caplog.text
+
+
+def test_the_required_tracker_is_not_switched_off():
+    good = Recorder()
+    trackers = Trackers(Recorder("close"), {"good": lambda: good})
+    with pytest.raises(RuntimeError, match="no\nclose"):
+        trackers.close()
+    assert good.calls == [("close",)]
+    with pytest.raises(RuntimeError, match="no\nlog"):
+        Trackers(Recorder("log"), {}).log(1, METRICS)
+
+
+def test_ctrl_c_passes_through():
+    class Stopped(Recorder):
+        def log(self, round, metrics):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trackers(Recorder(), {"stopped": Stopped}).log(1, METRICS)
+
+
+def test_console_shows_progress_on_a_terminal_and_nothing_elsewhere():
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        tracker = ConsoleTracker(4, "fedrep [x]", console)
+        tracker.log(1, {"validation/accuracy": 0.8125})
+        tracker.log(2, {})
+        tracker.summary(METRICS)
+        tracker.close()
+        tracker.close()
+        shown[terminal] = console.file.getvalue()
+    assert shown[False] == ""
+    assert "fedrep [x]" in shown[True]
+    last = [line for line in shown[True].splitlines() if "2/4" in line][-1]
+    assert "val 81.2 %" in last
+
+
+def test_tensorboard_events_have_the_same_names(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrackerConfig(tensorboard=TensorBoardConfig())
+    with make_trackers(config, tmp_path, "run", {"seed": 7}, 2) as trackers:
+        assert trackers.names == ["tensorboard", "console"]
+        trackers.log(1, METRICS)
+        trackers.log(2, METRICS | {"validation/accuracy": 0.75})
+        trackers.summary({"test/accuracy": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == {*METRICS, "summary/test/accuracy"}
+    assert [(e.step, e.value) for e in events.Scalars("validation/accuracy")] == [(1, 0.5), (2, 0.75)]
+    (text,) = events.Tensors("config/text_summary")
+    assert '"seed": 7' in text.tensor_proto.string_val[0].decode()
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 2
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from fedpers.tracking import TrackerConfig, WandbConfig, make_trackers
+loaded = {"wandb", "tensorboard", "torch.utils.tensorboard"} & set(sys.modules)
+assert not loaded, loaded
+config = TrackerConfig(wandb=WandbConfig(project="a-project", group="a-group"))
+with make_trackers(config, Path(sys.argv[1]), "a-run", {"seed": 7}, 1) as trackers:
+    assert trackers.names == ["wandb", "console"], trackers.names
+    trackers.log(1, {"validation/accuracy": 0.5, "loss": float("nan")})
+    trackers.summary({"test/accuracy": 0.5})
+"""
+
+
+def test_wandb_without_login_is_offline_silent_and_inside_the_run_folder(tmp_path, no_login):
+    # every connection it tried would go through this proxy, which counts them
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), address)
+        environment = os.environ | proxies | {"HOME": str(tmp_path / "home")}
+        (tmp_path / "home").mkdir()
+        root = str(Path(__file__).parents[2])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        proxy.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            proxy.accept()
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for text in (b"a-project", b"a-group", b"a-run", b"validation/accuracy", b"test/accuracy"):
+        assert text in content
+    assert not list((tmp_path / "home").rglob("*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "run"]
+
+
+def test_wandb_online_without_login_is_refused_rather_than_prompted(tmp_path, no_login, caplog):
+    with pytest.raises(FedpersError, match="wandb login"):
+        WandbTracker(WandbConfig(mode="online"), tmp_path, "run", {})
+    trackers = make_trackers(TrackerConfig(wandb=WandbConfig(mode="online")), tmp_path, "run", {}, 1)
+    trackers.close()
+    assert caplog.text.count("Tracker 'wandb' failed") == 1
+
+
+def test_wandb_login_is_found_where_wandb_keeps_it(no_login, monkeypatch):
+    assert not _logged_in()
+    no_login.write_text("machine elsewhere login user password x\n")
+    assert not _logged_in()
+    no_login.write_text("machine api.wandb.ai login user password x\n")
+    assert _logged_in()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not _logged_in()
+    no_login.write_text("machine broken")
+    assert not _logged_in()
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert _logged_in()
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match=r"tracker\.wandb\.mode=onlin: .*did you mean 'online'"):
+        WandbConfig(mode="onlin")
+    with pytest.raises(ConfigError, match=r"tracker\.tensorboard\.flush_secs=0"):
+        TensorBoardConfig(flush_secs=0)

@@ -18,7 +18,7 @@ from fedpers.cohort.fold import Fold, WeightedMean
 from fedpers.cohort.modules import prepare
 from fedpers.cohort.state import StateStore
 from fedpers.cohort.training import Training
-from fedpers.cohort.tree import Selection, Tree, model_tree, select, tree
+from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree
 
 __all__ = [
     "Adjust",
@@ -35,6 +35,8 @@ __all__ = [
     "Tree",
     "View",
     "WeightedMean",
+    "entries",
+    "leaves",
     "mixed",
     "model_tree",
     "prepare",

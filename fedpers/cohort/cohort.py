@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from fedpers.cohort.modules import announce, has_dropout, special_layers
+from fedpers.cohort.modules import announce, has_batch_norm_1d, has_dropout
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import BatchPlan, plan_batches
 from fedpers.cohort.training import Training
-from fedpers.cohort.tree import Selection, Tree, expand_rows, select, tree
+from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, select, tree
 from fedpers.data.federated import FederatedData, Part
+from fedpers.errors import ConfigError
 from fedpers.randomness import derive, generator
 
 EVALUATION_SAMPLES = 2048
@@ -26,14 +27,31 @@ EVALUATION_SAMPLES = 2048
 
 
 class Network:
-    """The network with one client's tensors, as a loss sees it: call it on inputs, or one of its parts."""
+    """The network with one client's tensors, as a loss sees it: call it on inputs, or one of its parts.
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    Parameters
+    ----------
+    module : nn.Module
+        A prepared network (:func:`fedpers.cohort.modules.prepare`) or a part of one.
+    tensors : mapping of name to Tensor
+        Parameters and buffers.
+    weight : Tensor ``[B]``, optional
+        0 where the batch it will see is padded, for batch normalization.
+    key : Tensor, optional
+        Number of this client and step, for dropout.
+    """
+
+    def __init__(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], weight: Tensor | None = None, key: Tensor | None = None
+    ) -> None:
         self.module = module
         self.tensors = tensors
+        self.weight = weight
+        self.key = key
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the whole network to ``[B, ...]``."""
+        announce(self.module, self.weight, self.key)
         out: Tensor = functional_call(self.module, dict(self.tensors), (x,))
         return out
 
@@ -41,11 +59,15 @@ class Network:
         """One submodule by its dotted name, e.g. ``network.part("body")(x)`` for features."""
         prefix = name + "."
         inside = {n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}
-        return Network(self.module.get_submodule(name), inside)
+        return Network(self.module.get_submodule(name), inside, self.weight, self.key)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> Network:
         """Return the same network with some tensors exchanged."""
-        return Network(self.module, {**self.tensors, **tensors})
+        return Network(self.module, {**self.tensors, **tensors}, self.weight, self.key)
+
+    def seeing(self, batch: Batch) -> Network:
+        """Return the same network for another batch than the one the loss was given, e.g. a part of it."""
+        return Network(self.module, self.tensors, batch.weight, self.key)
 
 
 @dataclass(frozen=True)
@@ -226,8 +248,9 @@ class Cohort:
         self.samples_seen = torch.zeros(self.size, dtype=torch.int64)
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
-        self._special = special_layers(module)
+        self._names: dict[str | tuple[str, ...], tuple[str, ...]] = {}
         self._dropout = has_dropout(module)
+        self._needs_pairs = has_batch_norm_1d(module)
 
     @property
     def rate(self) -> float:
@@ -238,7 +261,10 @@ class Cohort:
 
     def names(self, what: Selection) -> tuple[str, ...]:
         """Names of the network's entries that a selection stands for."""
-        return select(self.module, what)
+        key = what if isinstance(what, str) else tuple(what)
+        if key not in self._names:
+            self._names[key] = select(self.module, what)
+        return self._names[key]
 
     def sizes(self, part: Part = "train") -> Tensor:
         """Samples of each client, int64 ``[K]`` on the CPU."""
@@ -248,10 +274,10 @@ class Cohort:
     def spread(self, source: Mapping[str, Tensor] | Tree, names: Sequence[str] | None = None) -> Tree:
         """Give each client its own copy of `source`: of one tree, or of its row of a stacked tree; batch size [K]."""
         stacked = isinstance(source, TensorDict) and source.batch_size == torch.Size([self.size])
-        chosen = [str(n) for n in source.keys()] if names is None else names  # noqa: SIM118
+        tensors = entries(source) if isinstance(source, TensorDict) else source
         out = {}
-        for name in chosen:
-            value = source[name].to(self.device)
+        for name in tensors if names is None else names:
+            value = tensors[name].to(self.device)
             out[name] = value.clone() if stacked else value.expand(self.size, *value.shape).clone()
         return tree(out, self.size)
 
@@ -280,18 +306,11 @@ class Cohort:
         if personal is None:
             personal = self.state.get("model", None)
         per_client = received.batch_size == torch.Size([self.size])
-        tensors, stacked = {}, set()
-        for name in self.template.keys():  # noqa: SIM118 - a TensorDict iterates over its batch
-            if personal is not None and name in personal.keys():  # noqa: SIM118
-                tensors[name] = personal[name]
-                stacked.add(name)
-            elif name in received.keys():  # noqa: SIM118
-                tensors[name] = received[name].to(self.device)
-                if per_client:
-                    stacked.add(name)
-            else:
-                tensors[name] = self.template[name].to(self.device)
-        return View(tensors, frozenset(stacked))
+        own = {} if personal is None else entries(personal)
+        given = entries(received)
+        tensors = {**entries(self.template), **given, **own}
+        stacked = {*own, *given} if per_client else set(own)
+        return View({n: tensors[n].to(self.device) for n in self.names("all")}, frozenset(stacked))
 
     def reply(
         self,
@@ -349,7 +368,7 @@ class Cohort:
             self._passes[k] = first[k] + epoch + 1
             return generator(self.seed, purpose, self.clients[k], self.round, first[k] + epoch)
 
-        return plan_batches(
+        plan = plan_batches(
             [self.data.train[c].numpy() for c in self.clients],
             batch_size=training.batch_size if batch_size is None else batch_size,
             epochs=epochs,
@@ -358,6 +377,16 @@ class Cohort:
             draw=draw if training.shuffle else None,
             device=self.device,
         )
+        if self._needs_pairs and bool((plan.count == 1).any()):
+            alone = (plan.count == 1).any(0).nonzero().flatten()
+            rows = alone if plan.order is None else plan.order[alone]
+            raise ConfigError(
+                "training.batch_size",
+                training.batch_size if batch_size is None else batch_size,
+                f"a size (or training.drop_last=true) that leaves client {self.clients[int(rows[0])]} no batch of one "
+                "sample, on which batch normalization cannot train",
+            )
+        return plan
 
     def steps(self, plan: BatchPlan, start: int = 0) -> Iterator[Step]:
         """Walk through a plan's steps from `start`."""
@@ -412,18 +441,26 @@ class Cohort:
         free = set(names)
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
-            tensors = {n: leaves[n] if n in free else params[n][0] for n in params.keys()}  # noqa: SIM118
-            total = self._loss(loss, tensors, step.x[0], step.y[0], None if step.weight is None else step.weight[0],
-                               None if step.key is None else step.key[0])
+            tensors = {n: leaves[n] if n in free else params[n][0] for n in params}
+            total = self._loss(
+                loss,
+                tensors,
+                step.x[0],
+                step.y[0],
+                None if step.weight is None else step.weight[0],
+                None if step.key is None else step.key[0],
+            )
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
             grads = {n: g.unsqueeze(0) for n, g in zip(names, found, strict=True) if g is not None}
             return total.detach().unsqueeze(0), grads
 
         leaves = {n: params[n].detach().requires_grad_() for n in names}
-        rest = {n: params[n] for n in params.keys() if n not in free}  # noqa: SIM118
+        rest = {n: params[n] for n in params if n not in free}
         extra = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
 
-        def one(leaves: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        def one(
+            leaves: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor, extra: dict[str, Tensor]
+        ) -> Tensor:
             return self._loss(loss, {**leaves, **rest}, x, y, extra.get("weight"), extra.get("key"))
 
         losses = vmap(one)(leaves, rest, step.x, step.y, extra)
@@ -433,8 +470,7 @@ class Cohort:
     def _loss(
         self, loss: Loss, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, weight: Tensor | None, key: Tensor | None
     ) -> Tensor:
-        announce(self._special, weight, key)
-        return loss(Network(self.module, tensors), Batch(x, y, weight))
+        return loss(Network(self.module, tensors, weight, key), Batch(x, y, weight))
 
     def _mode(self, training: bool) -> None:
         if self.module.training != training:
@@ -443,9 +479,7 @@ class Cohort:
     def optimizer(self, names: Sequence[str], plan: BatchPlan, training: Training | None = None) -> Optimizer:
         """Fresh optimizer for `names`, with the rate of this round."""
         training = training or self.training
-        return Optimizer(
-            training, self.module, names, plan.client_steps, training.lr_decay ** max(0, self.round - 1)
-        )
+        return Optimizer(training, self.module, names, plan.client_steps, training.lr_decay ** max(0, self.round - 1))
 
     def count(self, step: Step, losses: Tensor) -> None:
         """Book a step: its loss and samples (steps are booked by :meth:`finish`)."""
@@ -499,13 +533,14 @@ class Cohort:
         purpose : str
             Name of the draw of the batch order.
         """
-        plan = self.plan(epochs=epochs, steps=steps, training=training, batch_size=batch_size,
-                         drop_last=drop_last, purpose=purpose)
+        plan = self.plan(
+            epochs=epochs, steps=steps, training=training, batch_size=batch_size, drop_last=drop_last, purpose=purpose
+        )
         trained = set(self.names("parameters"))
         names = [n for n in self.names(only) if n in trained]
         optimizer = self.optimizer(names, plan, training)
         hooks = [adjust] if callable(adjust) else list(adjust)
-        work = {n: params[n] for n in self.template.keys()}  # noqa: SIM118
+        work = {n: params[n] for n in self.names("all")}
         if plan.order is not None:
             work = {n: value[plan.order.to(value.device)] for n, value in work.items()}
         if stop is None:
@@ -517,7 +552,12 @@ class Cohort:
             self._fit_until(plan, params, work, loss, names, hooks, optimizer, stop)
 
     def _fit_step(
-        self, step: Step, work: Mapping[str, Tensor], loss: Loss, names: Sequence[str], hooks: Sequence[Adjust],
+        self,
+        step: Step,
+        work: Mapping[str, Tensor],
+        loss: Loss,
+        names: Sequence[str],
+        hooks: Sequence[Adjust],
         optimizer: Optimizer,
     ) -> Tensor:
         rows = {n: value[: step.active] for n, value in work.items()}
@@ -534,8 +574,15 @@ class Cohort:
                 params[name].index_copy_(0, rows.to(value.device), value)
 
     def _fit_until(
-        self, plan: BatchPlan, params: Tree, work: dict[str, Tensor], loss: Loss, names: Sequence[str],
-        hooks: Sequence[Adjust], optimizer: Optimizer, stop: Stop,
+        self,
+        plan: BatchPlan,
+        params: Tree,
+        work: dict[str, Tensor],
+        loss: Loss,
+        names: Sequence[str],
+        hooks: Sequence[Adjust],
+        optimizer: Optimizer,
+        stop: Stop,
     ) -> None:
         """Train until each client's plan or patience ends; those that stop leave the stack."""
         whole = plan
@@ -586,16 +633,13 @@ class Cohort:
         predict : callable (network, x) -> logits ``[B, C]``
         """
         self._mode(training=False)
-        announce(self._special, None, None)
-        view = params if isinstance(params, View) else View(
-            {str(n): params[n] for n in params.keys()}, frozenset(str(n) for n in params.keys())  # noqa: SIM118
-        )
+        view = params if isinstance(params, View) else View(entries(params), frozenset(entries(params)))
         lists = [self.data.part(part)[c] for c in self.clients]
         sizes = [len(own) for own in lists]
         with torch.no_grad():
             if not view.stacked:  # one network for all: their samples in one row
                 out = self._predict_many(view.tensors, torch.cat(lists), predict)
-                return list(out.split(sizes))
+                return list(torch.split(out, sizes))
             if self.size == 1:
                 tensors = {n: v[0] if n in view.stacked else v for n, v in view.tensors.items()}
                 return [self._predict_many(tensors, lists[0], predict)]
@@ -605,7 +649,7 @@ class Cohort:
         self, tensors: Mapping[str, Tensor], index: Tensor, predict: Callable[[Network, Tensor], Tensor]
     ) -> Tensor:
         network = Network(self.module, tensors)
-        chunks = index.to(self.device).split(EVALUATION_SAMPLES)
+        chunks = torch.split(index.to(self.device), EVALUATION_SAMPLES)
         return torch.cat([predict(network, self.data.x[chunk]) for chunk in chunks])
 
     def _predict_stacked(
@@ -675,7 +719,7 @@ class Cohort:
 def mixed(share: Tensor, first: Tree, second: Tree) -> Tree:
     """Mix two stacks of networks: ``share * first + (1 - share) * second`` with `share` ``[K]``; float entries only."""
     out = {}
-    for name in first.keys():  # noqa: SIM118
-        a, b = first[name], second[name]
+    for name, a in entries(first).items():
+        b = second[name]
         out[name] = torch.addcmul(b, expand_rows(share, a), a - b) if a.is_floating_point() else a.clone()
     return tree(out, len(share))

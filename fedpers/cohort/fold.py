@@ -6,12 +6,12 @@ Memory does not grow with the number of clients, and partial folds from other ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from fedpers.cohort.tree import Tree, tree
+from fedpers.cohort.tree import Tree, entries, tree
 
 
 class Fold(Protocol):
@@ -20,7 +20,7 @@ class Fold(Protocol):
     def add(self, records: Mapping[str, Tree], weight: float) -> None:
         """Take in one client's records."""
 
-    def merge(self, other: Fold) -> None:
+    def merge(self, other: Self) -> None:
         """Take in what another fold of the same kind took in."""
 
     def result(self) -> dict[str, Tree]:
@@ -44,7 +44,7 @@ class WeightedMean:
             sums = self.sums.setdefault(record, {})
             weights = self.weights.setdefault(record, {})
             dtypes = self.dtypes.setdefault(record, {})
-            for name, value in values.items():
+            for name, value in entries(values).items():
                 if name not in sums:
                     sums[name] = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
                     weights[name] = 0.0
@@ -52,7 +52,7 @@ class WeightedMean:
                 sums[name].add_(value.to(sums[name].device), alpha=weight)
                 weights[name] += weight
 
-    def merge(self, other: WeightedMean) -> None:
+    def merge(self, other: Self) -> None:
         """Take in what `other` took in."""
         for record, sums in other.sums.items():
             own = self.sums.setdefault(record, {})

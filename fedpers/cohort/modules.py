@@ -8,8 +8,6 @@ layers that do so; parameters, buffers and their names stay as they are.
 from __future__ import annotations
 
 import copy
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,6 +48,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out
+
 
 class _BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     pass
@@ -133,13 +132,21 @@ def prepare(module: nn.Module) -> nn.Module:
     return prepared
 
 
-def special_layers(module: nn.Module) -> list[Any]:
-    """Layers of a prepared network that must be told about each batch."""
-    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
+def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> None:
+    """Tell a prepared network's layers about the coming batch.
 
-
-def announce(layers: list[Any], weight: Tensor | None, key: Tensor | None) -> None:
-    """Tell prepared layers which samples of the coming batch are padding, and the client's number for this step."""
+    Parameters
+    ----------
+    module : nn.Module
+    weight : Tensor ``[B]`` or None
+        1 for a sample, 0 for padding.
+    key : Tensor or None
+        One int64 number for this client and step.
+    """
+    layers = module.__dict__.get("_cohort_layers")
+    if layers is None:  # looked up once per module
+        layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
+        module.__dict__["_cohort_layers"] = layers
     for layer in layers:
         if isinstance(layer, _BatchNorm):
             layer.__dict__["weight_of_batch"] = weight

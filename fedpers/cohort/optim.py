@@ -100,7 +100,11 @@ class Optimizer:
             rate = self.lr[name] * factor
             if decay and training.optimizer == "adamw":
                 value.mul_(1 - _spread(rate, value) * decay)
-            move = self._sgd(name, params[name], grad) if training.optimizer == "sgd" else self._adam(name, params[name], grad)
+            move = (
+                self._sgd(name, params[name], grad)
+                if training.optimizer == "sgd"
+                else self._adam(name, params[name], grad)
+            )
             if isinstance(rate, Tensor):
                 value.sub_(_spread(rate, value) * move)
             else:

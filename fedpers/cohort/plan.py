@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -136,13 +137,11 @@ def plan_batches(
             epoch += 1
 
     order_rows: Tensor | None = None
-    if any(a < b for a, b in zip(wanted, wanted[1:], strict=False)):
+    if any(a < b for a, b in pairwise(wanted)):
         by_steps = np.argsort([-n for n in wanted], kind="stable")
         index, count, ends = index[:, by_steps], count[:, by_steps], ends[:, by_steps]
         order_rows = torch.from_numpy(by_steps)
-    return _finish(
-        torch.from_numpy(index).to(device), torch.from_numpy(count), torch.from_numpy(ends), order_rows
-    )
+    return _finish(torch.from_numpy(index).to(device), torch.from_numpy(count), torch.from_numpy(ends), order_rows)
 
 
 def _finish(index: Tensor, count: Tensor, ends: Tensor, order: Tensor | None) -> BatchPlan:
@@ -150,6 +149,4 @@ def _finish(index: Tensor, count: Tensor, ends: Tensor, order: Tensor | None) ->
     active = (numbers > 0).sum(1)
     largest = numbers.max(1, initial=0)
     smallest = np.where(numbers > 0, numbers, largest[:, None]).min(1, initial=np.iinfo(np.int64).max)
-    return BatchPlan(
-        index, count, active.tolist(), largest.tolist(), (smallest < largest).tolist(), ends, order
-    )
+    return BatchPlan(index, count, active.tolist(), largest.tolist(), (smallest < largest).tolist(), ends, order)

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from fedpers.cohort.tree import Tree
+from fedpers.cohort.tree import Tree, leaves
 
 
 class StateStore:
@@ -26,27 +26,27 @@ class StateStore:
         self.written = torch.zeros(num_clients, dtype=torch.bool)
         # Untouched memory is not occupied, so clients that never train cost nothing on a CPU.
         self.rows = TensorDict({}, batch_size=[num_clients])
-        for path in initial.keys(include_nested=True, leaves_only=True):
-            value = initial.get(path)
-            self.rows.set(path, value.new_empty((num_clients, *value.shape)))
+        for name, value in leaves(initial).items():
+            self.rows.set(tuple(name.split("/")), value.new_empty((num_clients, *value.shape)))
 
     def gather(self, clients: Sequence[int]) -> Tree:
         """Copy of the state of some clients, batch size ``[K]``."""
         index = torch.as_tensor(list(clients))
         new = ~self.written[index]
         out = TensorDict({}, batch_size=[len(index)])
-        for path in self.initial.keys(include_nested=True, leaves_only=True):
-            rows = self.rows.get(path)
+        first = leaves(self.initial)
+        for name, rows in leaves(self.rows).items():
             picked = rows[index.to(rows.device)]
-            picked[new.to(rows.device)] = self.initial.get(path)
-            out.set(path, picked)
+            picked[new.to(rows.device)] = first[name]
+            out.set(tuple(name.split("/")), picked)
         return out
 
     def scatter(self, clients: Sequence[int], state: Tree, keep: Tensor) -> None:
         """Store the rows of `state` (``[K]``) for which `keep` (bool ``[K]``) holds."""
         kept = keep.nonzero().flatten().cpu()
         index = torch.as_tensor(list(clients))[kept]
-        for path in self.rows.keys(include_nested=True, leaves_only=True):
-            rows, values = self.rows.get(path), state.get(path)
+        new = leaves(state)
+        for name, rows in leaves(self.rows).items():
+            values = new[name]
             rows[index.to(rows.device)] = values[kept.to(values.device)].to(rows.device)
         self.written[index] = True

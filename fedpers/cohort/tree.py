@@ -26,6 +26,17 @@ def tree(tensors: Mapping[str, Tensor], batch: int | None = None) -> Tree:
     return TensorDict(dict(tensors), batch_size=[] if batch is None else [batch])
 
 
+def entries(values: Tree) -> dict[str, Tensor]:
+    """Tensors of a tree by name, for a tree without roles."""
+    return {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def leaves(values: Tree) -> dict[str, Tensor]:
+    """All tensors of a tree, those under a role by ``role/name``."""
+    found = values.items(include_nested=True, leaves_only=True)
+    return {p if isinstance(p, str) else "/".join(p): v for p, v in found if isinstance(v, Tensor)}
+
+
 def model_tree(module: nn.Module) -> Tree:
     """Copy of all parameters and persistent buffers of `module`, by dotted name, batch size ``[]``."""
     return tree({name: value.detach().clone() for name, value in module.state_dict().items()})
@@ -90,7 +101,7 @@ def select(module: nn.Module, what: Selection) -> tuple[str, ...]:
 def rows_finite(stacked: Tree) -> Tensor:
     """Which clients have only finite values, bool ``[K]``; integer entries always count as finite."""
     ok = torch.ones(stacked.batch_size, dtype=torch.bool, device=stacked.device)
-    for value in stacked.values(include_nested=True, leaves_only=True):
+    for value in leaves(stacked).values():
         if value.is_floating_point():
             ok = ok.to(value.device) & torch.isfinite(value).reshape(len(value), -1).all(1)
     return ok

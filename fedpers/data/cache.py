@@ -40,8 +40,6 @@ def read_lists(key: str, num_lists: int, num_samples: int) -> list[NDArray[np.in
         None if nothing is stored, or if the file is damaged (which is logged; it will be replaced).
     """
     path = _path(key)
-    if not path.exists():
-        return None
     try:
         with np.load(path, allow_pickle=False) as stored:
             positions, sizes = stored["positions"].astype(np.int64), stored["sizes"].astype(np.int64)
@@ -49,6 +47,8 @@ def read_lists(key: str, num_lists: int, num_samples: int) -> list[NDArray[np.in
             raise ValueError("sizes do not fit")
         if len(np.unique(positions)) != len(positions) or positions.min() < 0 or positions.max() >= num_samples:
             raise ValueError("positions do not fit")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("The cached partition %s is damaged (%s) and will be rebuilt.", path, error)
         return None

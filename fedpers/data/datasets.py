@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import lzma
+import os
 import socket
 import tempfile
 import zipfile
@@ -150,7 +151,10 @@ def load_dataset(config: DatasetConfig) -> Dataset:
     DataError
         If files are missing or damaged, cannot be downloaded, or hold something else than expected.
     """
-    return DATASETS[config.name](config)
+    try:
+        return DATASETS[config.name](config)
+    except OSError as e:  # e.g. a folder that may not be entered
+        raise DataError(f"{config.name}: {_reason(e)}.") from e
 
 
 # --- scikit-learn ---------------------------------------------------------------------------------------------------
@@ -309,8 +313,8 @@ def _npz(config: DatasetConfig) -> Dataset:
         with np.errstate(over="ignore"):  # what overflows float32 is refused just below
             inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
         if not bool(inputs.isfinite().all()):
-            bad = int((~inputs.isfinite()).reshape(len(inputs), -1).any(1).sum())
-            raise DataError(f"{path}: {config.x} is not finite (nan or infinite) in {bad} of {len(inputs)} samples.")
+            count = int((~inputs.isfinite()).reshape(len(inputs), -1).any(1).sum())
+            raise DataError(f"{path}: {config.x} is not finite (nan or infinite) in {count} of {len(inputs)} samples.")
     else:
         raise DataError(f"{path}: {config.x} is {x.dtype}, expected uint8 pictures or floats.")
     owner = None if config.client is None else _owner(path, config.client, arrays[config.client])
@@ -346,7 +350,7 @@ def read_npz(path: Path, names: list[str] | None = None) -> dict[str, NDArray[An
     DataError
         If the file is missing or damaged, an array is missing (those present are listed) or holds objects.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, also False in a folder that may not be entered
         raise DataError(f"{path} is missing or not a file.")
     name = None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def read_index(
         client has too few samples.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"partition.file={path} is missing or not a file.")
     raw = _from_npz(path) if path.suffix == ".npz" else _from_json(path)
     parts = {

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 PARTITIONS = ("iid", "dirichlet", "pathological", "quantity", "natural", "index")
 SKEWS = ("linear", "square", "exponential")
 DEFAULT_CLIENTS = 20
-ATTEMPTS = 4  # seeds tried until every client has min_samples
+ATTEMPTS = 6  # seeds tried until every client has min_samples
 TRIES = {"dirichlet": 11, "pathological": 1}  # divisions flwr-datasets tries with one seed
 _CACHE_FORMAT = 1  # raise when the same settings give another division
 
@@ -211,8 +211,9 @@ def _drawn(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArray
 
         # The partitioner does not tell how close it came. The same seeds give the same divisions, so ask it for less.
         best = bisect.bisect_left(range(1, config.min_samples), True, key=lambda minimum: not possible(minimum))
+    attempts = ATTEMPTS * TRIES[config.name]
     raise DataError(
-        f"partition={config.name}: in {ATTEMPTS * TRIES[config.name]} attempts at dividing {dataset.name} among {clients} clients, the "
+        f"partition={config.name}: in {attempts} attempts at dividing {dataset.name} among {clients} clients, the "
         f"smallest client had {best} samples at best, fewer than partition.min_samples={config.min_samples}; {change}, "
         f"or lower partition.num_clients or partition.min_samples."
     )

@@ -28,7 +28,7 @@ BASELINES = ("local", "fedavg")
 """Strategies a personalized method has to beat."""
 
 IGNORED = frozenset({"strategy", "seed", "runtime", "tracker", "output", "hydra"})
-"""Top-level config keys in which comparable runs may differ; of a data set read by name also its ``root``."""
+"""Top-level config keys in which comparable runs may differ, besides where a data set is found."""
 
 _LEVEL = 0.05
 
@@ -75,6 +75,7 @@ class RunRecord:
     def comparable(self) -> dict[str, Any]:
         """What must be equal for two runs to stand in one table, nested keys joined by dots."""
         flat = _flatten({key: value for key, value in self.config.items() if key not in IGNORED})
+        flat.pop("dataset.download", None)
         if flat.get("dataset.name") != "npz":  # there the path says what the data are, not only where
             flat.pop("dataset.root", None)
         return flat | {"protocol": self.summary.get("protocol", "validation-selected")}
@@ -279,8 +280,7 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
     for run in runs:
         s, config = run.summary, run.comparable
         parts = [s.get("dataset"), s.get("partition"), s.get("model")]
-        for name in ("num_clients", "rounds"):
-            parts.append(None if s.get(name) is None else f"{s[name]} {name.removeprefix('num_')}")
+        parts += [f"{s[name]} {name.removeprefix('num_')}" for name in ("num_clients", "rounds") if name in s]
         if config.get("fraction") is not None:
             parts.append(f"fraction {config['fraction']}")
         if config["protocol"] != "validation-selected":

@@ -1,4 +1,7 @@
-"""All that touches Flower's private parts, in one place; ``tests/runtime/test_flower_private.py`` fails when they change."""
+"""All that touches Flower's private parts, in one place.
+
+``tests/runtime/test_flower_private.py`` fails when they change.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,9 @@ class LocalGrid(Grid):
     def _handle(self, messages: Sequence[flower.Message]) -> list[flower.Message]:
         for message in messages:
             if message.metadata.dst_node_id not in self.contexts:
-                raise ValueError(f"node {message.metadata.dst_node_id} does not exist; there are {len(self.contexts)} nodes")
+                raise ValueError(
+                    f"node {message.metadata.dst_node_id} does not exist; there are {len(self.contexts)} nodes"
+                )
         if self.engine is None:
             return [self._call(message) for message in messages]
         single = [m for m in messages if m.metadata.message_type == IDENTIFY]
@@ -253,10 +255,12 @@ class CohortEngine:
             log.debug("clients %s raised", clients, exc_info=True)
             if len(clients) == 1:
                 return [Outcome(None, f"{type(error).__name__}: {error}")]
+            log.warning(
+                "a cohort of %d clients raised %s: %s; its clients are computed one by one",
+                len(clients), type(error).__name__, error,
+            )  # fmt: skip
             rows = [_own_row(received, k, len(clients)) for k in range(len(clients))]
-            return [
-                self._run_clients(kind, [c], row, config, module)[0] for c, row in zip(clients, rows, strict=True)
-            ]
+            return [self._run_clients(kind, [c], row, config, module)[0] for c, row in zip(clients, rows, strict=True)]
         if new is not None:
             self.store.scatter(clients, new, keep)
         return outcomes

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedpers.cohort import entries
+
 if TYPE_CHECKING:
     from fedpers.strategies.client import CohortApp
 
@@ -121,14 +123,14 @@ def _stepper(app: CohortApp, size: int) -> Callable[[], None]:
     by_size = sorted(range(app.data.num_clients), key=lambda c: (-app.sizes[c], c))
     clients = [by_size[k % len(by_size)] for k in range(size)]
     clients.sort(key=lambda c: (-app.sizes[c], c))
-    state = app.initial_state.expand(size).clone() if not app.initial_state.is_empty() else app.initial_state
+    state = app.initial_state.expand(size).clone()
     cohort = app.cohort(clients, state, {}, deepcopy(app.module))
     params = cohort.spread(app.template)
     names = [n for n, _ in app.module.named_parameters()]
     plan = cohort.plan(steps=1)
     step = next(iter(cohort.steps(plan)))
     optimizer = cohort.optimizer(names, plan)
-    rows = {n: params[n] for n in app.template.keys()}  # noqa: SIM118
+    rows = entries(params)
 
     def run() -> None:
         _, grads = cohort.gradients(step, rows, app.update.loss, names)
@@ -174,8 +176,17 @@ def _key(app: CohortApp, num_clients: int, cohort: int | str) -> str:
     shapes = {str(n): list(v.shape) for n, v in app.template.items()}
     device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else platform.processor()
     facts = [
-        torch.__version__, str(app.device), device, os.cpu_count(), type(app.update).__name__, type(app.module).__name__,
-        shapes, list(app.data.x.shape[1:]), app.update.training.batch_size, num_clients, cohort,
+        torch.__version__,
+        str(app.device),
+        device,
+        os.cpu_count(),
+        type(app.update).__name__,
+        type(app.module).__name__,
+        shapes,
+        list(app.data.x.shape[1:]),
+        app.update.training.batch_size,
+        num_clients,
+        cohort,
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 

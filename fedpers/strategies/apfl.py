@@ -1,4 +1,6 @@
-"""APFL: Y. Deng et al., Adaptive Personalized Federated Learning, arXiv:2003.13461 (Algorithm 1).
+"""APFL: an adaptive mixture of the common and an own network.
+
+Y. Deng et al., Adaptive Personalized Federated Learning, arXiv:2003.13461 (Algorithm 1).
 
 With the mixture m_k = alpha_k * v_k + (1 - alpha_k) * w_k, per batch:
 
@@ -9,11 +11,11 @@ With the mixture m_k = alpha_k * v_k + (1 - alpha_k) * w_k, per batch:
     w       <- mean_k w_k
     prediction of client k: alpha_k * v_k + (1 - alpha_k) * w
 
-Shared: the whole network w. Personal: a second network v_k and alpha_k. Buffers of the mixture are those of v_k.
+Shared: the whole network w. Personal: a second network v_k and alpha_k. The mixture's buffers are those of v_k.
 
 ``variant: pfllib`` repeats a common implementation: v_k follows the gradient at v_k itself; alpha_k moves after both
-steps along alpha_k * g_v + (1 - alpha_k) * g_w plus 0.02 * alpha_k; after training v_k is overwritten by the mixture and
-predicts alone; replies are weighted by samples (``weighting: samples``).
+steps along alpha_k * g_v + (1 - alpha_k) * g_w plus 0.02 * alpha_k; after training v_k is overwritten by the mixture
+and predicts alone; replies are weighted by samples (``weighting: samples``).
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class APFLUpdate(LocalUpdate):
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """v_k is the initial network."""
-        return TensorDict({"model": model.clone(), "alpha": torch.tensor(self.alpha)}, batch_size=[])
+        first = model[next(iter(module.state_dict()))]
+        return TensorDict({"model": model.clone(), "alpha": first.new_tensor(self.alpha)}, batch_size=[])
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""
@@ -76,9 +79,7 @@ class APFLUpdate(LocalUpdate):
             v = mixed(alpha, v, w)
         return cohort.reply(w, state={"model": v, "alpha": alpha})
 
-    def _step(
-        self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor
-    ) -> Tensor:
+    def _step(self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor) -> Tensor:
         names = cohort.names("parameters")
         mixture = {**v, **{n: torch.lerp(w[n], v[n], expand_rows(alpha, v[n])) for n in names}}
         losses, at_mixture = cohort.gradients(step, mixture, self.loss, names)
@@ -111,7 +112,7 @@ class APFLUpdate(LocalUpdate):
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
         """Mixture of the own and the received network."""
-        own = cohort.state["model"]
+        own: Tree = cohort.state["model"]
         if self.variant == "pfllib":
             return own
         return mixed(cohort.state["alpha"].to(cohort.device), own, cohort.spread(received["arrays"]))

@@ -241,20 +241,27 @@ class CohortApp(ClientApp):
         if not isinstance(answer, Reply):
             rows = [{k: v for k, v in own.items() if v == v} for own in answer]  # NaN: the client has no such samples
             outcomes = [
-                Outcome(_content({}, {"num-examples": own.get("validation-examples", 0.0) + own.get("test-examples", 0.0), **own}))
+                Outcome(
+                    _content(
+                        {}, {"num-examples": own.get("validation-examples", 0.0) + own.get("test-examples", 0.0), **own}
+                    )
+                )
                 for own in rows
             ]
             return outcomes, None, torch.ones(len(outcomes), dtype=torch.bool)
         finite = torch.ones(cohort.size, dtype=torch.bool)
         for stacked in [*answer.records.values(), *([] if answer.state is None else [answer.state])]:
-            if not stacked.is_empty():
-                finite &= rows_finite(stacked).cpu()
+            finite &= rows_finite(stacked).cpu()
         losses = (cohort.loss_sum.cpu().double() / cohort.samples_seen.clamp(min=1)).tolist()
         finite &= torch.tensor(losses).isfinite()
         outcomes = []
         for k, client in enumerate(cohort.clients):
             if not finite[k]:
-                outcomes.append(Outcome(None, f"client {client}: training gave values that are not finite (mean loss {losses[k]:g})"))
+                outcomes.append(
+                    Outcome(
+                        None, f"client {client}: training gave values that are not finite (mean loss {losses[k]:g})"
+                    )
+                )
                 continue
             metrics = {
                 "num-examples": self.sizes[client],

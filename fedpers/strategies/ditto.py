@@ -1,4 +1,6 @@
-"""Ditto: T. Li et al., Ditto: Fair and Robust Federated Learning Through Personalization,
+"""Ditto: fair and robust personalization.
+
+T. Li et al., Ditto: Fair and Robust Federated Learning Through Personalization,
 ICML 2021, arXiv:2012.04221 (Algorithm 1).
 
     w_k <- w, then E passes of SGD on f_k                              the copy that is averaged

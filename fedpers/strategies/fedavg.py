@@ -1,4 +1,6 @@
-"""FedAvg: B. McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data,
+"""FedAvg: the average of whole networks.
+
+B. McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized Data,
 AISTATS 2017, arXiv:1602.05629.
 
     w_k <- w, then E passes of SGD on f_k

@@ -1,4 +1,6 @@
-"""FedBN: X. Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization,
+"""FedBN: local normalization layers.
+
+X. Li et al., FedBN: Federated Learning on Non-IID Features via Local Batch Normalization,
 ICLR 2021, arXiv:2102.07623.
 
     w_k <- w except normalization layers, then E passes of SGD on f_k over everything
@@ -31,8 +33,11 @@ class FedBNUpdate(LocalUpdate):
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """Refuse a network that has nothing to keep."""
         if not select(module, "norm"):
-            raise ConfigError("model", type(module).__name__,
-                              "a network with normalization layers for strategy=fedbn, e.g. model=resnet18_bn")
+            raise ConfigError(
+                "model",
+                type(module).__name__,
+                "a network with normalization layers for strategy=fedbn, e.g. model=resnet18_bn",
+            )
         return super().initial_state(model, module)
 
 

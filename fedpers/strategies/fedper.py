@@ -1,4 +1,6 @@
-"""FedPer: M. G. Arivazhagan et al., Federated Learning with Personalization Layers, arXiv:1912.00818.
+"""FedPer: a shared body under private heads.
+
+M. G. Arivazhagan et al., Federated Learning with Personalization Layers, arXiv:1912.00818.
 
     (b_k, h_k) <- (b, h_k), then E passes of SGD on f_k over body and head together
     b          <- sum_k n_k / n * b_k

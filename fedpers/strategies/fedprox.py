@@ -1,4 +1,6 @@
-"""FedProx: T. Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, arXiv:1812.06127.
+"""FedProx: a pull towards the received network.
+
+T. Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020, arXiv:1812.06127.
 
     w_k <- w, then SGD on f_k(w_k) + mu/2 * ||w_k - w||^2
     w   <- sum_k n_k / n * w_k

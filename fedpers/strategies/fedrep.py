@@ -1,4 +1,6 @@
-"""FedRep: L. Collins et al., Exploiting Shared Representations for Personalized Federated Learning,
+"""FedRep: a shared representation under private heads.
+
+L. Collins et al., Exploiting Shared Representations for Personalized Federated Learning,
 ICML 2021, arXiv:2102.07078.
 
     h_k <- E_head passes of SGD on f_k(b, .)        the body fixed

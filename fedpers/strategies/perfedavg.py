@@ -1,4 +1,6 @@
-"""Per-FedAvg: A. Fallah et al., Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
+"""Per-FedAvg: a network that adapts well in one step.
+
+A. Fallah et al., Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic
 Meta-Learning Approach, NeurIPS 2020, arXiv:2002.07948 (Algorithm 1).
 
 On two batches D, D' at a time, with F(w) = f_k(w - inner_lr * grad f_k(w; D); D'):
@@ -45,8 +47,12 @@ class PerFedAvgUpdate(LocalUpdate):
 
     def __post_init__(self) -> None:
         check(self.inner_lr is None or self.inner_lr > 0, "strategy.inner_lr", self.inner_lr, "a number > 0, or null")
-        check(self.training.batch_size > 0, "training.batch_size", self.training.batch_size,
-              "a whole number >= 1 for strategy=perfedavg")
+        check(
+            self.training.batch_size > 0,
+            "training.batch_size",
+            self.training.batch_size,
+            "a whole number >= 1 for strategy=perfedavg",
+        )
 
     @property
     def _rate(self) -> float:
@@ -67,18 +73,29 @@ class PerFedAvgUpdate(LocalUpdate):
 
         def inner(tensors: dict[str, Tensor]) -> Tensor:
             own = {name: value.clone() for name, value in buffers.items()}  # adaptation leaves the statistics alone
-            return self.loss(network.replace({**tensors, **own}), first)
+            return self.loss(network.replace({**tensors, **own}).seeing(first), first)
 
         grads = torch.func.grad(inner)(start)
         rate = self._rate
         adapted = {n: v - rate * (grads[n] if self.hessian else grads[n].detach()) for n, v in start.items()}
-        return self.loss(network.replace(adapted), second)
+        return self.loss(network.replace(adapted).seeing(second), second)
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
         """Take one step on the client's first batch, in the order of its data."""
         params = cohort.assemble(received["arrays"])
-        one_step = replace(self.training, lr=self._rate, shuffle=False, optimizer="sgd", momentum=0.0, nesterov=False,
-                           weight_decay=0.0, clip=None, schedule="constant", groups={}, lr_decay=1.0)
+        one_step = replace(
+            self.training,
+            lr=self._rate,
+            shuffle=False,
+            optimizer="sgd",
+            momentum=0.0,
+            nesterov=False,
+            weight_decay=0.0,
+            clip=None,
+            schedule="constant",
+            groups={},
+            lr_decay=1.0,
+        )
         cohort.fit(params, self.loss, steps=1, training=one_step)
         return params
 
@@ -92,17 +109,21 @@ class PerFedAvg(PersonalizedStrategy):
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
-    """First and second half of a batch; a single sample is both."""
+    """First and second half of a batch, padding left out; a single sample is both."""
     width = len(batch.y)
     if batch.weight is None:
         half = width // 2
         if not half:
             return batch, batch
         return Batch(batch.x[:half], batch.y[:half]), Batch(batch.x[half:], batch.y[half:])
-    count = batch.weight.sum()
-    half_count = torch.clamp(torch.floor(count / 2), min=1)
-    places = torch.arange(width, device=batch.y.device)
-    before = places < half_count
-    after = torch.where(count > 1, ~before & (places < count), before)
+    count = batch.weight.sum().to(torch.int64)
+    half_count = torch.clamp(count // 2, min=1)
+    start = torch.where(count > 1, half_count, 0)
+    before = torch.arange(max(1, width // 2), device=batch.y.device)
+    after = start + torch.arange(width - width // 2, device=batch.y.device)
+    inside = after.clamp(max=width - 1)
     kind = batch.weight.dtype
-    return Batch(batch.x, batch.y, before.to(kind)), Batch(batch.x, batch.y, after.to(kind))
+    return (
+        Batch(batch.x[: len(before)], batch.y[: len(before)], (before < half_count).to(kind)),
+        Batch(batch.x[inside], batch.y[inside], (after < count).to(kind)),
+    )

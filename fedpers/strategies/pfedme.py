@@ -1,4 +1,6 @@
-"""pFedMe: C. T. Dinh et al., Personalized Federated Learning with Moreau Envelopes,
+"""pFedMe: personal networks on a Moreau envelope.
+
+C. T. Dinh et al., Personalized Federated Learning with Moreau Envelopes,
 NeurIPS 2020, arXiv:2006.08848 (Algorithm 1).
 
 For each batch of a client:
@@ -11,9 +13,9 @@ For each batch of a client:
 Shared: the whole network w. Personal: theta, which predicts. theta starts at the received network in every round and
 continues from batch to batch. Buffers follow theta, which sees the data, and are averaged.
 
-``variant: pfllib`` repeats a common implementation: a decay of 0.001 on theta; theta of a client's first training starts
-at the initial network; prediction with the received network, or the initial one before a client's first training. It
-weights by samples (``weighting: samples``).
+``variant: pfllib`` repeats a common implementation: a decay of 0.001 on theta; theta of a client's first training
+starts at the initial network; prediction with the received network, or the initial one before a client's first
+training. It weights by samples (``weighting: samples``).
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from fedpers.cohort import Cohort, Reply, Tree, tree
+from fedpers.cohort import Cohort, Reply, Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
@@ -63,7 +65,7 @@ class PFedMeUpdate(LocalUpdate):
         check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """theta is the initial network; ``trained`` tells whether it has been trained."""
+        """Theta is the initial network; ``trained`` tells whether it has been trained."""
         return TensorDict({"theta": model.clone(), "trained": torch.zeros((), dtype=torch.int64)}, batch_size=[])
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
@@ -99,7 +101,7 @@ class PFedMeUpdate(LocalUpdate):
         trained, theta = cohort.state["trained"].bool(), cohort.state["theta"]
         own = trained if self.variant == "paper" else ~trained
         return tree(
-            {n: torch.where(expand_rows(own, v), v, received[n]) for n, v in theta.items()}, cohort.size
+            {n: torch.where(expand_rows(own, v), v, received[n]) for n, v in entries(theta).items()}, cohort.size
         )
 
 
@@ -127,6 +129,6 @@ class PFedMe(PersonalizedStrategy):
         return tree(
             {
                 name: torch.lerp(arrays[name], mean, self.beta) if mean.is_floating_point() else mean
-                for name, mean in means[ARRAYS].items()
+                for name, mean in entries(means[ARRAYS]).items()
             }
         )

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from fedpers.cohort import Tree, tree
+from fedpers.cohort import Tree, entries, leaves, tree
 
 ARRAYS = "arrays"
 """Record of the model's arrays, as in Flower's own strategies."""
@@ -51,8 +51,8 @@ LiveArray.__qualname__ = flower.Array.__qualname__  # the name that goes onto th
 def to_record(values: Tree) -> flower.ArrayRecord:
     """Record of a tree of batch size [], sharing its memory."""
     record = flower.ArrayRecord()
-    for name in values.keys():  # noqa: SIM118 - a TensorDict iterates over its batch
-        record[name] = LiveArray(values[name])
+    for name, value in entries(values).items():
+        record[name] = LiveArray(value)
     return record
 
 
@@ -83,13 +83,13 @@ def trees(content: flower.RecordDict, device: torch.device | str | None = None) 
 
 def row(stacked: Tree, k: int) -> Tree:
     """One client's tree of a stack, sharing its memory."""
-    return tree({name: stacked[name][k] for name in stacked.keys()})  # noqa: SIM118
+    return tree({name: value[k] for name, value in entries(stacked).items()})
 
 
 def stack(parts: Sequence[Mapping[str, Tree]]) -> dict[str, Tree]:
     """Stack the records of several clients, batch size [K]; all must hold the same names and shapes."""
     return {
-        record: tree({n: torch.stack([p[record][n] for p in parts]) for n in first.keys()}, len(parts))  # noqa: SIM118
+        record: tree({n: torch.stack([p[record][n] for p in parts]) for n in entries(first)}, len(parts))
         for record, first in parts[0].items()
     }
 
@@ -109,16 +109,14 @@ def num_bytes(content: flower.RecordDict) -> int:
 def flatten_state(state: Tree) -> flower.ArrayRecord:
     """Personal state of one client (batch size [1]) as a record with names ``role/name``, for a Flower context."""
     record = flower.ArrayRecord()
-    for path in state.keys(include_nested=True, leaves_only=True):
-        name = path if isinstance(path, str) else "/".join(path)
-        record[name] = flower.Array(state.get(path)[0].detach().cpu().contiguous().numpy())
+    for name, value in leaves(state).items():
+        record[name] = flower.Array(value[0].detach().cpu().contiguous().numpy())
     return record
 
 
 def unflatten_state(record: flower.ArrayRecord, like: Tree) -> Tree:
     """Inverse of :func:`flatten_state`; `like` (batch size []) tells the roles and devices."""
     out = TensorDict({}, batch_size=[1])
-    for path in like.keys(include_nested=True, leaves_only=True):
-        name = path if isinstance(path, str) else "/".join(path)
-        out.set(path, to_tensor(record[name]).to(like.get(path).device).unsqueeze(0))
+    for name, value in leaves(like).items():
+        out.set(tuple(name.split("/")), to_tensor(record[name]).to(value.device).unsqueeze(0))
     return out

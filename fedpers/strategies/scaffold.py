@@ -1,4 +1,6 @@
-"""SCAFFOLD: S. P. Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning,
+"""SCAFFOLD: control variates against client drift.
+
+S. P. Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning,
 ICML 2020, arXiv:1910.06378 (Algorithm 1, option II).
 
     w_k <- w, then S steps  w_k <- w_k - lr * (grad f_k(w_k) - c_k + c)
@@ -20,7 +22,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from fedpers.cohort import Cohort, Reply, Tree, select, shifted, tree
+from fedpers.cohort import Cohort, Reply, Tree, entries, select, shifted, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
@@ -42,8 +44,12 @@ class ScaffoldUpdate(LocalUpdate):
     def __post_init__(self) -> None:
         t = self.training
         plain = t.optimizer == "sgd" and not t.momentum and t.schedule == "constant" and not t.groups and not t.clip
-        check(plain and not t.weight_decay, "training", f"{t.optimizer} momentum={t.momentum} clip={t.clip}",
-              "plain SGD with one constant rate for strategy=scaffold")
+        check(
+            plain and not t.weight_decay,
+            "training",
+            f"{t.optimizer} momentum={t.momentum} clip={t.clip}",
+            "plain SGD with one constant rate for strategy=scaffold",
+        )
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """All control variates start at 0."""
@@ -88,11 +94,12 @@ class Scaffold(PersonalizedStrategy):
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move the network by ``server_lr`` and c by the share of clients that took part."""
         share = len(clients) / self.num_clients
-        old = self.state.get(CONTROL, means[CONTROL].apply(torch.zeros_like))
-        self.state[CONTROL] = tree({n: old[n] + share * v for n, v in means[CONTROL].items()})
+        change = entries(means[CONTROL])
+        old = self.state.get(CONTROL, _zeros(arrays, tuple(change)))
+        self.state[CONTROL] = tree({n: old[n] + share * v for n, v in change.items()})
         moved = {
-            name: torch.lerp(arrays[name], mean, self.server_lr) if name in means[CONTROL].keys() else mean  # noqa: SIM118
-            for name, mean in means[ARRAYS].items()
+            name: torch.lerp(arrays[name], mean, self.server_lr) if name in change else mean
+            for name, mean in entries(means[ARRAYS]).items()
         }
         return tree(moved)
 

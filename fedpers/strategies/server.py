@@ -15,7 +15,7 @@ import torch
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedpers.cohort import Fold, Tree, WeightedMean
+from fedpers.cohort import Fold, Tree, WeightedMean, entries
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
 from fedpers.strategies.client import IDENTIFY, LocalUpdate
@@ -100,7 +100,9 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     def __post_init__(self) -> None:
         check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
-        check(self.weighting in WEIGHTINGS, "strategy.weighting", self.weighting, one_of(WEIGHTINGS, str(self.weighting)))
+        check(
+            self.weighting in WEIGHTINGS, "strategy.weighting", self.weighting, one_of(WEIGHTINGS, str(self.weighting))
+        )
         check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "a whole number >= 1")
         check(self.min_replies >= 1, "min_replies", self.min_replies, "a whole number >= 1")
         super().__init__(fraction_train=self.fraction, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
@@ -174,7 +176,9 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     def summary(self) -> None:
         """Log the settings."""
-        log.info("%s: fraction %g, weighting %s, seed %d", type(self).__name__, self.fraction, self.weighting, self.seed)
+        log.info(
+            "%s: fraction %g, weighting %s, seed %d", type(self).__name__, self.fraction, self.weighting, self.seed
+        )
 
     def configure_train(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
@@ -248,7 +252,7 @@ class PersonalizedStrategy(FlowerFedAvg):
             for reply in replies
             if reply.has_content()
         )
-        return dict(max(seen, key=lambda names: (seen[names], len(names)))) if seen else {}
+        return dict(max(seen.items(), key=lambda item: item[1])[0]) if seen else {}
 
     def _checked(
         self, reply: flower.Message | None, expected: Mapping[str, frozenset[str]]
@@ -267,9 +271,10 @@ class PersonalizedStrategy(FlowerFedAvg):
         records = trees(reply.content)
         assert self._arrays is not None
         for record, values in records.items():
-            reference = self._arrays if record == ARRAYS else self.state.get(record)
-            for name, value in values.items():
-                like = None if reference is None else reference.get(name, None)
+            tensors = self._arrays if record == ARRAYS else self.state.get(record)
+            reference = {} if tensors is None else entries(tensors)
+            for name, value in entries(values).items():
+                like = reference.get(name)
                 if like is not None and value.shape != like.shape:
                     raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(like.shape)}")
                 if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
@@ -290,9 +295,7 @@ class PersonalizedStrategy(FlowerFedAvg):
             content[name] = to_record(values)
         return [flower.Message(content, node, flower.MessageType.EVALUATE) for node in self.nodes(grid).values()]
 
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[flower.Message]
-    ) -> flower.MetricRecord | None:
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:
         """Collect the clients' metrics in :attr:`report`; return their means over clients."""
         report = self.report
         for reply in replies:

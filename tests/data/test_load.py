@@ -1,0 +1,142 @@
+"""Settings to the data of all clients, and the settings files."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fedpers.data import PARTS, DatasetConfig, FederatedData, PartitionConfig, SplitConfig, load_federated
+from fedpers.data.datasets import DATASETS
+from fedpers.data.partition import PARTITIONS
+from fedpers.data.split import SPLITS
+from fedpers.errors import ConfigError, DataError
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS: dict[str, tuple[Any, Any]] = {
+    "dataset": (DatasetConfig, DATASETS),
+    "partition": (PartitionConfig, PARTITIONS),
+    "split": (SplitConfig, SPLITS),
+}
+
+
+def disjoint(data: FederatedData) -> bool:
+    used = torch.cat([positions for part in PARTS for positions in data.part(part)])
+    return len(used.unique()) == len(used)
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> str:
+    """200 samples of 4 classes in 5 features, of 8 owners; the first 120 are the official training part."""
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 4
+    path = tmp_path / "arrays.npz"
+    np.savez(path, x=rng.normal(size=(200, 5)), y=y, who=np.arange(200) % 8, n=120)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "pathological", "quantity"])
+def test_digits_by_default(name: str) -> None:
+    config = PartitionConfig(name)
+    data = load_federated(DatasetConfig(), config, SplitConfig(), 0)
+    assert data.num_clients == 20
+    assert data.num_classes == 10
+    assert data.name == "digits"
+    assert disjoint(data)
+    assert all(data.sizes(part).min() >= 1 for part in PARTS)
+    assert sum(data.sizes(part) for part in PARTS).min() >= 10  # type: ignore[union-attr]
+    again = load_federated(DatasetConfig(), config, SplitConfig(), 0)
+    assert again.checksum == data.checksum
+    assert load_federated(DatasetConfig(), config, SplitConfig(), 1).checksum != data.checksum
+
+
+def test_own_seed_fixes_the_data() -> None:
+    config = PartitionConfig("iid", 4, seed=7)
+    checksums = {load_federated(DatasetConfig(), config, SplitConfig(), seed).checksum for seed in range(3)}
+    assert len(checksums) == 1
+    assert load_federated(DatasetConfig(), PartitionConfig("iid", 4), SplitConfig(), 7).checksum in checksums
+
+
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "pathological", "quantity", "natural"])
+def test_official(arrays: str, name: str) -> None:
+    dataset = DatasetConfig("npz", arrays, client="who", n_train="n")
+    partition = PartitionConfig(name, 4, alpha=1.0, min_samples=8)
+    data = load_federated(dataset, partition, SplitConfig("official"), 3)
+    assert data.num_clients == 4
+    assert disjoint(data)
+    assert torch.cat([*data.train, *data.validation]).max() < 120 <= torch.cat(list(data.test)).min()
+    if name == "pathological":  # a client is tested on its own classes
+        own = data.label_counts("train") + data.label_counts("validation")
+        assert ((data.label_counts("test") > 0) <= (own > 0)).all()
+
+
+def test_natural_one_class_clients(arrays: str) -> None:
+    dataset = DatasetConfig("npz", arrays, client="who")  # owner k has class k % 4 only
+    data = load_federated(dataset, PartitionConfig("natural"), SplitConfig(), 0)
+    assert data.num_clients == 8
+    assert ((data.label_counts("train") > 0).sum(1) == 1).all()
+
+
+def test_index_file_with_parts_bypasses_the_split(tmp_path: Path) -> None:
+    file = tmp_path / "lists.json"
+    lists = {"train": [[0, 3], [1]], "validation": [[4], [7]], "test": [[5], [6, 2]]}
+    file.write_text(json.dumps(lists))
+    config = PartitionConfig("index", file=str(file), min_samples=3)
+    for split in SPLITS:
+        data = load_federated(DatasetConfig(), config, SplitConfig(split), 0)
+        assert {part: [positions.tolist() for positions in data.part(part)] for part in PARTS} == lists
+        assert data.train[0].dtype == torch.int64
+    with pytest.raises(DataError, match=r"client 0 has 4 samples, fewer than partition\.min_samples=5"):
+        load_federated(DatasetConfig(), PartitionConfig("index", file=str(file), min_samples=5), SplitConfig(), 0)
+    lists["test"][0] = []
+    file.write_text(json.dumps(lists))
+    with pytest.raises(DataError, match="the test list of client 0 is empty"):
+        load_federated(DatasetConfig(), config, SplitConfig(), 0)
+
+
+def test_index_file_without_validation(tmp_path: Path) -> None:
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps({"train": [list(range(20))], "test": [[30, 31]]}))
+    data = load_federated(DatasetConfig(), PartitionConfig("index", file=str(file)), SplitConfig(validation=0.1), 0)
+    assert data.test[0].tolist() == [30, 31]
+    assert len(data.validation[0]) == 2
+    assert sorted([*data.train[0].tolist(), *data.validation[0].tolist()]) == list(range(20))
+
+
+def test_plain_index_file_is_split(tmp_path: Path, arrays: str) -> None:
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps([list(range(0, 40)), list(range(40, 130))]))
+    config = PartitionConfig("index", file=str(file))
+    data = load_federated(DatasetConfig("npz", arrays), config, SplitConfig(), 0)
+    assert [data.sizes(part).tolist() for part in PARTS] == [[24, 53], [6, 14], [10, 23]]
+    with pytest.raises(DataError, match=r"position 120 is outside 0\.\.119, the samples to divide"):
+        load_federated(DatasetConfig("npz", arrays, n_train="n"), config, SplitConfig("official"), 0)
+
+
+def test_official_needs_an_official_part() -> None:
+    with pytest.raises(ConfigError, match=r"split=official: expected fractions, because digits has no official test"):
+        load_federated(DatasetConfig(), PartitionConfig(), SplitConfig("official"), 0)
+
+
+def test_more_clients_than_samples() -> None:
+    with pytest.raises(DataError, match=r"partition\.num_clients=1798 is more than the 1797 samples of digits"):
+        load_federated(DatasetConfig(), PartitionConfig("dirichlet", 1798), SplitConfig(), 0)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_settings_files(group: str) -> None:
+    config, names = GROUPS[group]
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / group).glob("*.yaml")}
+    assert set(files) == set(names)
+    known = {field.name for field in fields(config)}
+    for name, values in files.items():
+        assert values["name"] == name
+        assert next(iter(values)) == "name"
+        assert set(values) <= known
+        needed = {"npz": {"root": "a.npz"}, "index": {"file": "a.json"}}.get(name, {})
+        # The files say what the classes say, so a run from Python and one from the command line are the same.
+        assert config(**{**values, **needed}) == config(name=name, **needed)

@@ -1,0 +1,55 @@
+"""Small federated problems made from numbers alone, for tests that need no data set."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpers.data.federated import FederatedData
+
+SIZES = (27, 11, 46, 22, 38, 6, 31)  # batches of 8 or 16 leave no remainder too small for batch normalization
+
+
+def gaussian_data(
+    sizes: tuple[int, ...] = SIZES, *, classes: int = 4, features: tuple[int, ...] = (6,), seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> FederatedData:
+    """Clients of unequal `sizes` (training samples) with own mixes of Gaussian classes; 5 samples more in each other part."""
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(classes, *features))
+    xs, ys, lists = [], [], {"train": [], "validation": [], "test": []}
+    at = 0
+    for size in sizes:
+        mix = rng.dirichlet([0.5] * classes)
+        for part, count in (("train", size), ("validation", 5), ("test", 5)):
+            y = rng.choice(classes, count, p=mix)
+            xs.append(centers[y] + rng.normal(scale=0.7, size=(count, *features)))
+            ys.append(y)
+            lists[part].append(torch.arange(at, at + count))
+            at += count
+    x = torch.from_numpy(np.concatenate(xs)).to(dtype)
+    y_all = torch.from_numpy(np.concatenate(ys)).to(torch.int64)
+    return FederatedData(x, y_all, lists["train"], lists["validation"], lists["test"], classes, "gaussian")
+
+
+class SmallNetwork(nn.Module):
+    """Two layers with batch normalization and dropout between them: all that can go wrong in a cohort."""
+
+    def __init__(
+        self, features: int = 6, classes: int = 4, *, norm: bool = True, dropout: float = 0.3, seed: int = 0
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.body = nn.Sequential(
+                nn.Linear(features, 8, bias=not norm),
+                nn.BatchNorm1d(8) if norm else nn.Identity(),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+            )
+            self.head = nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.body(x))
+        return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,10 @@ from torch.nn import functional as F
 
 from fedpers.cohort.modules import announce, has_batch_norm_1d, has_dropout
 from fedpers.cohort.optim import Optimizer
-from fedpers.cohort.plan import BatchPlan, plan_batches
+from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
 from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, select, tree
 from fedpers.data.federated import FederatedData, Part
-from fedpers.errors import ConfigError
 from fedpers.randomness import derive, generator
 
 EVALUATION_SAMPLES = 2048
@@ -125,15 +125,8 @@ class Step:
     rows: Tensor | None
 
     def take(self, stacked: Tensor) -> Tensor:
-        """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view wherever possible."""
+        """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view of them if `rows` is None."""
         return stacked[: self.active] if self.rows is None else stacked[self.rows.to(stacked.device)]
-
-    def part(self, start: int, stop: int) -> Step:
-        """The same step with only the samples from `start` to `stop` of each batch."""
-        cut = slice(start, stop)
-        weight = None if self.weight is None else self.weight[:, cut]
-        count = (self.count - start).clamp(0, stop - start)
-        return replace(self, x=self.x[:, cut], y=self.y[:, cut], weight=weight, count=count)
 
 
 Adjust = Callable[[Step, Mapping[str, Tensor], dict[str, Tensor]], None]
@@ -220,6 +213,11 @@ class Cohort:
     seed, round : int
         What random draws depend on, beside the client.
     training : Training
+
+    Raises
+    ------
+    ValueError
+        If the clients are not in descending order of size, on which :meth:`Step.take` and speed rely.
     """
 
     def __init__(
@@ -251,6 +249,8 @@ class Cohort:
         self._names: dict[str | tuple[str, ...], tuple[str, ...]] = {}
         self._dropout = has_dropout(module)
         self._needs_pairs = has_batch_norm_1d(module)
+        if any(a < b for a, b in pairwise(self.sizes().tolist())):
+            raise ValueError("clients of a cohort must stand in descending order of their number of training samples")
 
     @property
     def rate(self) -> float:
@@ -265,6 +265,11 @@ class Cohort:
         if key not in self._names:
             self._names[key] = select(self.module, what)
         return self._names[key]
+
+    def trainable(self, only: Selection = "parameters") -> tuple[str, ...]:
+        """Names of the selected parameters that training may move: those that require a gradient in the network."""
+        free = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        return tuple(name for name in self.names(only) if name in free)
 
     def sizes(self, part: Part = "train") -> Tensor:
         """Samples of each client, int64 ``[K]`` on the CPU."""
@@ -380,12 +385,7 @@ class Cohort:
         if self._needs_pairs and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
             rows = alone if plan.order is None else plan.order[alone]
-            raise ConfigError(
-                "training.batch_size",
-                training.batch_size if batch_size is None else batch_size,
-                f"a size (or training.drop_last=true) that leaves client {self.clients[int(rows[0])]} no batch of one "
-                "sample, on which batch normalization cannot train",
-            )
+            raise lonely_sample(training.batch_size if batch_size is None else batch_size, self.clients[int(rows[0])])
         return plan
 
     def steps(self, plan: BatchPlan, start: int = 0) -> Iterator[Step]:
@@ -519,7 +519,7 @@ class Cohort:
         loss : callable
             Loss of one client, see :data:`Loss`.
         only : selection
-            What is trained; buffers of layers in training mode change as they always do.
+            What is trained, see :meth:`trainable`; buffers of layers in training mode change as they always do.
         epochs, steps
             Passes, or steps of all or of each client; default: the training settings.
         training : Training, optional
@@ -536,8 +536,7 @@ class Cohort:
         plan = self.plan(
             epochs=epochs, steps=steps, training=training, batch_size=batch_size, drop_last=drop_last, purpose=purpose
         )
-        trained = set(self.names("parameters"))
-        names = [n for n in self.names(only) if n in trained]
+        names = self.trainable(only)
         optimizer = self.optimizer(names, plan, training)
         hooks = [adjust] if callable(adjust) else list(adjust)
         work = {n: params[n] for n in self.names("all")}
@@ -648,6 +647,8 @@ class Cohort:
     def _predict_many(
         self, tensors: Mapping[str, Tensor], index: Tensor, predict: Callable[[Network, Tensor], Tensor]
     ) -> Tensor:
+        if not len(index):  # not every network takes an empty batch
+            return torch.zeros(0, self.data.num_classes, device=self.device)
         network = Network(self.module, tensors)
         chunks = torch.split(index.to(self.device), EVALUATION_SAMPLES)
         return torch.cat([predict(network, self.data.x[chunk]) for chunk in chunks])
@@ -716,10 +717,12 @@ class Cohort:
         }
 
 
-def mixed(share: Tensor, first: Tree, second: Tree) -> Tree:
-    """Mix two stacks of networks: ``share * first + (1 - share) * second`` with `share` ``[K]``; float entries only."""
-    out = {}
-    for name, a in entries(first).items():
-        b = second[name]
-        out[name] = torch.addcmul(b, expand_rows(share, a), a - b) if a.is_floating_point() else a.clone()
+def mixed(share: Tensor, first: Tree, second: Tree, names: Sequence[str]) -> Tree:
+    """Mix two stacks of networks: ``share * first + (1 - share) * second`` with `share` ``[K]``.
+
+    Only the entries `names` are mixed; the others, such as buffers, are those of `first`.
+    """
+    out = {name: value.clone() for name, value in entries(first).items()}
+    for name in names:
+        out[name] = torch.lerp(second[name], first[name], expand_rows(share, first[name]))
     return tree(out, len(share))

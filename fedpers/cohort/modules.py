@@ -8,6 +8,7 @@ layers that do so; parameters, buffers and their names stay as they are.
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,19 +29,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         samples = input.numel() // input.shape[1]
         if samples == 1 and self.weight_of_batch is None:
             raise ValueError("batch normalization cannot train on a batch of one value per channel")
-        if self.weight_of_batch is None:
+        if self.weight_of_batch is None and self.momentum is not None:
             return super().forward(input)
-        weight = self.weight_of_batch.view(-1, *([1] * (input.dim() - 1)))
+        real = input.new_ones(len(input)) if self.weight_of_batch is None else self.weight_of_batch.to(input.dtype)
+        weight = real.view(-1, *([1] * (input.dim() - 1)))
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        total = self.weight_of_batch.sum() * (samples // input.shape[0])
+        total = real.sum() * (samples // input.shape[0])
         mean = (input * weight).sum(axes) / total
         centered = input - mean.view(shape)
         variance = (centered.square() * weight).sum(axes) / total
+        # Under vmap nothing can be raised for one client: a single value gives NaN, for which that client is left out.
+        variance = torch.where(total > 1, variance, torch.nan)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
-            share = self.momentum if self.momentum is not None else 1.0 / self.num_batches_tracked
+            share = 1.0 / self.num_batches_tracked.to(mean.dtype) if self.momentum is None else self.momentum
             unbiased = variance.detach() * (total / (total - 1))
             self.running_mean.add_(share * (mean.detach() - self.running_mean))
             self.running_var.add_(share * (unbiased - self.running_var))
@@ -112,6 +116,7 @@ _REPLACED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout3d: _ChannelDropout,
 }
 _REFUSED = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.SyncBatchNorm, nn.RReLU)
+_BATCH_LAYERS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 def prepare(module: nn.Module) -> nn.Module:
@@ -120,16 +125,35 @@ def prepare(module: nn.Module) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a layer draws from a global generator or spans processes (``AlphaDropout``, ``SyncBatchNorm``, ``RReLU``).
+        If a layer draws from a global generator or spans processes (``AlphaDropout``, ``SyncBatchNorm``, ``RReLU``,
+        attention and recurrent layers with dropout of their own), is a subclass of a batch normalization or dropout
+        whose code is not known, or normalizes by the batch at hand in evaluation too.
     """
     prepared = copy.deepcopy(module)
     for place, (name, layer) in enumerate(prepared.named_modules()):
-        if isinstance(layer, _REFUSED):
-            raise ConfigError("model", f"{type(layer).__name__} at '{name}'", "layers that need no global generator")
+        if allowed := _objection(layer):
+            raise ConfigError("model", f"{type(layer).__name__} at '{name}'", allowed)
         if type(layer) in _REPLACED:
             layer.__class__ = _REPLACED[type(layer)]
             layer.__dict__["place"] = place
     return prepared
+
+
+def _objection(layer: nn.Module) -> str:
+    """What to use instead of `layer`; empty if it works in a cohort."""
+    if isinstance(layer, _REFUSED):
+        return "layers that need no global generator"
+    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout:
+        return "dropout=0 in attention and recurrent layers, and nn.Dropout layers of their own"
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        return "track_running_stats=False" if layer.track_running_stats else ""
+    if not isinstance(layer, _BATCH_LAYERS):
+        return ""
+    if type(layer) not in _REPLACED and not isinstance(layer, _BatchNorm | _Dropout):
+        return "PyTorch's own batch normalization and dropout layers"
+    if getattr(layer, "track_running_stats", True) is False:
+        return "track_running_stats=True: predictions must not depend on which samples are evaluated together"
+    return ""
 
 
 def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> None:

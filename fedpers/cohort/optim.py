@@ -44,7 +44,7 @@ class Optimizer:
         self.training = training
         self.lr = dict.fromkeys(names, training.lr)
         self.decay = dict.fromkeys(names, training.weight_decay)
-        for group, options in training.groups.items():
+        for group, options in (training.groups or {}).items():
             for name in select(module, group):
                 if name in self.lr:
                     self.lr[name] = options.get("lr", self.lr[name])
@@ -68,7 +68,7 @@ class Optimizer:
         scale = self.scale if isinstance(self.scale, float | int) else self.scale[:active].to(device)
         if self.training.schedule == "constant":
             return scale
-        share = self.taken / self.client_steps[:active].to(torch.float32)
+        share = self.taken / self.client_steps[:active].to(torch.float64)
         curve = 1 - share if self.training.schedule == "linear" else 0.5 * (1 + torch.cos(math.pi * share))
         return curve.to(device) * scale
 
@@ -98,15 +98,17 @@ class Optimizer:
             if decay and training.optimizer != "adamw":
                 grad = grad.add(value, alpha=decay)
             rate = self.lr[name] * factor
+            if isinstance(rate, Tensor):
+                rate = expand_rows(rate.to(value.dtype), value)
             if decay and training.optimizer == "adamw":
-                value.mul_(1 - _spread(rate, value) * decay)
+                value.mul_(1 - rate * decay)
             move = (
                 self._sgd(name, params[name], grad)
                 if training.optimizer == "sgd"
                 else self._adam(name, params[name], grad)
             )
             if isinstance(rate, Tensor):
-                value.sub_(_spread(rate, value) * move)
+                value.sub_(rate * move)
             else:
                 value.sub_(move, alpha=rate)
 
@@ -129,10 +131,6 @@ class Optimizer:
         square.mul_(second).addcmul_(grad, grad, value=1 - second)
         denominator = (square.sqrt() / math.sqrt(1 - second**self.taken)).add_(self.training.eps)
         return (mean / denominator).div_(1 - first**self.taken)
-
-
-def _spread(rate: float | Tensor, value: Tensor) -> float | Tensor:
-    return expand_rows(rate, value) if isinstance(rate, Tensor) else rate
 
 
 def clip_rows(grads: Mapping[str, Tensor], limit: float) -> None:

@@ -56,15 +56,30 @@ class BatchPlan:
         return (self.count > 0).sum(0)
 
     def keep(self, rows: Tensor) -> BatchPlan:
-        """Plan of some of the clients only (`rows` of this plan, ascending)."""
-        index, count, ends = self.index[:, rows.to(self.index.device)], self.count[:, rows], self.epoch_end[:, rows]
-        return _finish(index, count, ends, rows if self.order is None else self.order[rows])
+        """Plan of some of the clients only (`rows` of this plan, ascending); it ends with the last step of these."""
+        steps = int((self.count[:, rows] > 0).any(1).sum())
+        index, count, ends = self.index[:steps], self.count[:steps, rows], self.epoch_end[:steps, rows]
+        order = rows if self.order is None else self.order[rows]
+        return _finish(index[:, rows.to(index.device)], count, ends, order)
 
 
 def batches_per_epoch(size: int, batch_size: int, drop_last: bool) -> int:
     """Batches in one pass over `size` samples; a batch never holds more than the client has."""
     whole, rest = divmod(size, min(batch_size, size)) if batch_size else (1, 0)
     return whole + (1 if rest and not drop_last else 0)
+
+
+def smallest_batch(size: int, batch_size: int, drop_last: bool) -> int:
+    """Samples in the smallest batch of a pass over `size` samples."""
+    width = min(batch_size, size) if batch_size else size
+    rest = size % width
+    return rest if rest and not drop_last else width
+
+
+def lonely_sample(batch_size: int, client: int) -> ConfigError:
+    """Error for a batch of one sample in a network that normalizes over the batch."""
+    allowed = f"a size (or training.drop_last=true) that leaves client {client} no batch of one sample"
+    return ConfigError("training.batch_size", batch_size, f"{allowed}, on which batch normalization cannot train")
 
 
 def plan_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fedpers.errors import check, one_of
@@ -46,7 +46,7 @@ class Training:
         Rate over a client's own steps of the round, from `lr` to 0.
     lr_decay : float
         The rate of round r is ``lr * lr_decay ** (r - 1)``; in (0, 1].
-    groups : mapping
+    groups : mapping, optional
         Other `lr` or `weight_decay` for some parameters: ``{"head": {"lr": 0.1}}``. Later entries win.
 
     Raises
@@ -70,7 +70,7 @@ class Training:
     clip: float | None = None
     schedule: str = "constant"
     lr_decay: float = 1.0
-    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         def ok(name: str, good: bool, allowed: str) -> None:
@@ -89,7 +89,7 @@ class Training:
         ok("eps", self.eps > 0, "a number > 0")
         ok("clip", self.clip is None or self.clip > 0, "a number > 0, or null")
         ok("lr_decay", 0 < self.lr_decay <= 1, "a number > 0 and <= 1")
-        for name, options in self.groups.items():
+        for name, options in (self.groups or {}).items():
             for key, value in options.items():
                 where = f"training.groups.{name}.{key}"
                 check(key in ("lr", "weight_decay"), where, value, one_of(["lr", "weight_decay"], key))

@@ -42,7 +42,7 @@ def model_tree(module: nn.Module) -> Tree:
     return tree({name: value.detach().clone() for name, value in module.state_dict().items()})
 
 
-def select(module: nn.Module, what: Selection) -> tuple[str, ...]:
+def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[str, ...]:
     """Names of the entries of ``module.state_dict()`` that `what` stands for, in the network's order.
 
     Parameters
@@ -52,6 +52,8 @@ def select(module: nn.Module, what: Selection) -> tuple[str, ...]:
         ``all``, ``none``, ``parameters``, ``buffers``, ``head`` (what lies under ``module.head``), ``body`` (all the
         rest), ``norm`` (parameters and buffers of normalization layers), a dotted prefix (``body.0``) or a pattern
         with ``*``. A leading ``-`` takes away: ``("all", "-norm")``.
+    key : str
+        The setting that holds `what`, for messages.
 
     Raises
     ------
@@ -86,7 +88,7 @@ def select(module: nn.Module, what: Selection) -> tuple[str, ...]:
                 return set().union(*(under(layer) for layer in norm_layers))
         found = under(word) or {name for name in names if fnmatchcase(name, word)}
         if not found:
-            raise ConfigError("selection", word, one_of([*_TERMS, *names], word))
+            raise ConfigError(key, word, one_of([*_TERMS, *names], word))
         return found
 
     chosen: set[str] = set()

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from uuid import uuid4
 
 import flwr.app as flower
-from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.supercore.run import Run
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
 SERVER_NODE = int(SUPERLINK_NODE_ID)
@@ -39,3 +42,24 @@ def give_id(message: flower.Message) -> str:
 def empty_run(run_id: int) -> Run:
     """Run information without content."""
     return Run.create_empty(run_id)
+
+
+def delivered(message: flower.Message, content: flower.RecordDict) -> flower.Message:
+    """The message as it arrives at a node, with metadata of its own."""
+    return flower.Message(content=content, metadata=copy(message.metadata))  # type: ignore[call-overload, no-any-return]
+
+
+def unavailable(message_id: str, run_id: int) -> flower.Message:
+    """Reply of the SuperLink to a pull with an id that stands for no message."""
+    metadata = flower.Metadata(
+        run_id, "", SERVER_NODE, SERVER_NODE, message_id, "", time.time(), 0.0, SYSTEM_MESSAGE_TYPE
+    )
+    error = flower.Error(ErrorCode.MESSAGE_UNAVAILABLE, f"there is no reply to message '{message_id}' to be had")
+    reply: flower.Message = flower.Message(error=error, metadata=metadata)  # type: ignore[call-overload]
+    give_id(reply)
+    return reply
+
+
+def ended(run_id: int) -> BaseException:
+    """What a grid raises when its run has ended; threads that Flower leaves behind end on it."""
+    return RunNotRunningException(f"run {run_id} has ended")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -23,10 +24,18 @@ from torch import nn
 
 from fedpers.cohort import StateStore
 from fedpers.errors import check
-from fedpers.runtime.flower_private import SERVER_NODE, empty_run, give_id, server_identity
+from fedpers.runtime.flower_private import (
+    SERVER_NODE,
+    delivered,
+    empty_run,
+    ended,
+    give_id,
+    server_identity,
+    unavailable,
+)
 from fedpers.runtime.probe import Choice, probe
 from fedpers.strategies.client import IDENTIFY, CohortApp, Outcome, Received, config_of
-from fedpers.strategies.records import stack, trees
+from fedpers.strategies.records import own_copy, stack, trees
 
 log = logging.getLogger(__name__)
 FIRST_NODE = SERVER_NODE + 1
@@ -36,8 +45,9 @@ RUN_ID = 1
 class LocalGrid(Grid):
     """Runs messages in this process as soon as they are sent.
 
-    Methods of this package run as cohorts; any other ``ClientApp`` runs unchanged, one client at a time. Node ids are
-    ``FIRST_NODE + partition_id``.
+    Methods of this package run as cohorts; any other ``ClientApp`` runs unchanged, one client at a time, and gets
+    records of its own, as if they had travelled. Node ids are ``FIRST_NODE + partition_id``. May be used from several
+    threads, which take turns.
 
     Parameters
     ----------
@@ -61,7 +71,11 @@ class LocalGrid(Grid):
         workers: int | str = "auto",
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        check(num_supernodes >= 1, "num_supernodes", num_supernodes, "a whole number >= 1")
+        most = client_app.data.num_clients if isinstance(client_app, CohortApp) else None
+        good = isinstance(num_supernodes, int) and 1 <= num_supernodes <= (most or num_supernodes)
+        allowed = "a whole number >= 1" + (f" and <= {most}, the clients in the data" if most else "")
+        check(good, "num_supernodes", num_supernodes, allowed)
+        _check_counts(cohort, workers)
         self.client_app = client_app
         self.contexts = {
             FIRST_NODE + client: flower.Context(
@@ -76,6 +90,8 @@ class LocalGrid(Grid):
         self.engine = CohortEngine(client_app, cohort, workers) if isinstance(client_app, CohortApp) else None
         self._run = empty_run(RUN_ID)
         self._replies: dict[str, flower.Message] = {}
+        self._turn = threading.Lock()
+        self._closed = False
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid operates in."""
@@ -94,19 +110,36 @@ class LocalGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """Node ids of all clients."""
+        if self._closed:
+            raise ended(self._run.run_id)
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[flower.Message]) -> Iterable[str]:
-        """Run messages; their replies wait for :meth:`pull_messages`."""
+        """Run messages; their replies wait for :meth:`pull_messages`.
+
+        Raises
+        ------
+        ValueError
+            If a node does not exist; no message is run then.
+        """
         messages = list(messages)
+        for message in messages:
+            if message.metadata.dst_node_id not in self.contexts:
+                nodes = f"{FIRST_NODE} to {FIRST_NODE + len(self.contexts) - 1}"
+                raise ValueError(f"node {message.metadata.dst_node_id} does not exist; there are nodes {nodes}")
         ids = [give_id(message) for message in messages]
-        for reply in self._handle(messages):
-            self._replies[reply.metadata.reply_to_message_id] = reply
+        with self._turn:
+            if self._closed:
+                raise ended(self._run.run_id)
+            for reply in self._handle(messages):
+                give_id(reply)
+                self._replies[reply.metadata.reply_to_message_id] = reply
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
-        """Replies to the messages with these ids, each once."""
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+        """Replies to the messages with these ids, each once; an error for an id that has none (any more)."""
+        wanted = dict.fromkeys(message_ids)
+        return [self._replies.pop(i) if i in self._replies else unavailable(i, self._run.run_id) for i in wanted]
 
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
@@ -115,18 +148,14 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
     def close(self) -> None:
-        """End the worker threads."""
+        """End the run and its worker threads."""
+        self._closed = True
         if self.engine is not None:
             self.engine.close()
 
     # ------------------------------------------------------------------------
 
     def _handle(self, messages: Sequence[flower.Message]) -> list[flower.Message]:
-        for message in messages:
-            if message.metadata.dst_node_id not in self.contexts:
-                raise ValueError(
-                    f"node {message.metadata.dst_node_id} does not exist; there are {len(self.contexts)} nodes"
-                )
         if self.engine is None:
             return [self._call(message) for message in messages]
         single = [m for m in messages if m.metadata.message_type == IDENTIFY]
@@ -144,19 +173,38 @@ class LocalGrid(Grid):
         return replies
 
     def _call(self, message: flower.Message) -> flower.Message:
-        """Run any client app on one message, with records of its own around the shared arrays."""
-        content = flower.RecordDict({name: record.copy() for name, record in message.content.items()})
-        own = flower.Message(content=content, metadata=message.metadata)  # type: ignore[call-overload]
+        """Run any client app on one message; what it changed in its context is kept unless it raises."""
+        node = message.metadata.dst_node_id
+        before = self.contexts[node]
+        context = replace(
+            before,
+            node_config=dict(before.node_config),
+            state=own_copy(before.state),
+            run_config=dict(before.run_config),
+        )
         try:
-            reply: flower.Message = self.client_app(own, self.contexts[message.metadata.dst_node_id])
-        except Exception as error:  # whatever a client's code raises becomes its answer
-            log.debug("client on node %d raised", message.metadata.dst_node_id, exc_info=True)
+            reply = self.client_app(delivered(message, own_copy(message.content)), context)
+            if not isinstance(reply, flower.Message) or (
+                reply.metadata.reply_to_message_id != message.metadata.message_id
+            ):
+                raise TypeError(f"a client app must return a reply to its message, not {reply!r:.100}")
+        except (Exception, SystemExit) as error:  # whatever a client's code raises becomes its answer
+            log.debug("client on node %d raised", node, exc_info=True)
             return _error(message, f"{type(error).__name__}: {error}")
+        self.contexts[node] = context
+        if reply.has_content():
+            reply.content = own_copy(reply.content)
         return reply
 
 
 def _error(message: flower.Message, reason: str) -> flower.Message:
     return flower.Message(flower.Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _check_counts(cohort: int | str, workers: int | str) -> None:
+    for key, value in (("runtime.cohort", cohort), ("runtime.workers", workers)):
+        good = value == "auto" or (isinstance(value, int) and value >= 1)
+        check(good, key, value, "a whole number >= 1, or auto")
 
 
 @dataclass
@@ -185,9 +233,7 @@ class CohortEngine:
     """
 
     def __init__(self, app: CohortApp, cohort: int | str = "auto", workers: int | str = "auto") -> None:
-        for key, value in (("runtime.cohort", cohort), ("runtime.workers", workers)):
-            good = value == "auto" or (isinstance(value, int) and value >= 1)
-            check(good, key, value, "a whole number >= 1, or auto")
+        _check_counts(cohort, workers)
         self.app = app
         self.cohort = cohort
         self.workers = workers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from fedpers.errors import ConfigError, one_of
 from fedpers.strategies.apfl import APFL, APFLUpdate
@@ -40,8 +40,29 @@ STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
 _NOT_A_METHODS_OWN = {"training", "fraction", "seed", "evaluate_every", "min_replies"}
 
 
+def option_types(name: str) -> dict[str, Any]:
+    """Return the types of a method's own settings, of both halves.
+
+    Raises
+    ------
+    ConfigError
+        If the method is unknown.
+    """
+    allowed = options_of(name)
+    hints = {**get_type_hints(STRATEGIES[name].update), **get_type_hints(STRATEGIES[name])}
+    return {key: hints[key] for key in allowed}
+
+
 def options_of(name: str) -> dict[str, Any]:
-    """Return the defaults of a method's own settings, of both halves, as typed after ``strategy.``."""
+    """Return the defaults of a method's own settings, of both halves, as typed after ``strategy.``.
+
+    Raises
+    ------
+    ConfigError
+        If the method is unknown.
+    """
+    if name not in STRATEGIES:
+        raise ConfigError("strategy", name, one_of(STRATEGIES, name))
     server = STRATEGIES[name]
     found: dict[str, Any] = {}
     for half in (server, server.update):
@@ -72,10 +93,8 @@ def make_strategy(
     ConfigError
         If the method or a setting is unknown, or a value is out of its range.
     """
-    if name not in STRATEGIES:
-        raise ConfigError("strategy", name, one_of(STRATEGIES, name))
-    strategy = STRATEGIES[name]
     allowed = options_of(name)
+    strategy = STRATEGIES[name]
     for key, value in (options or {}).items():
         if key not in allowed:
             raise ConfigError(f"strategy.{key}", value, f"one of the settings of {name}: {one_of(allowed, key)}")
@@ -118,5 +137,6 @@ __all__ = [
     "Scaffold",
     "ScaffoldUpdate",
     "make_strategy",
+    "option_types",
     "options_of",
 ]

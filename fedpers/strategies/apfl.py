@@ -12,6 +12,7 @@ With the mixture m_k = alpha_k * v_k + (1 - alpha_k) * w_k, per batch:
     prediction of client k: alpha_k * v_k + (1 - alpha_k) * w
 
 Shared: the whole network w. Personal: a second network v_k and alpha_k. The mixture's buffers are those of v_k.
+w_k and v_k move by the optimizer of ``training`` (above: plain SGD), alpha_k by plain steps.
 
 ``variant: pfllib`` repeats a common implementation: v_k follows the gradient at v_k itself; alpha_k moves after both
 steps along alpha_k * g_v + (1 - alpha_k) * g_w plus 0.02 * alpha_k; after training v_k is overwritten by the mixture
@@ -20,7 +21,7 @@ and predicts alone; replies are weighted by samples (``weighting: samples``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Reply, Step, Tree, mixed
+from fedpers.cohort import Cohort, Reply, Step, Tree, entries, mixed
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 
 VARIANTS = ("paper", "pfllib")
+Move = Callable[[dict[str, Tensor], dict[str, Tensor]], None]
+"""Takes one step of w and of v along their gradients."""
 
 
 @dataclass(kw_only=True)
@@ -59,51 +62,54 @@ class APFLUpdate(LocalUpdate):
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """v_k is the initial network."""
-        first = model[next(iter(module.state_dict()))]
-        return TensorDict({"model": model.clone(), "alpha": first.new_tensor(self.alpha)}, batch_size=[])
+        alpha = next(module.parameters()).detach().new_tensor(self.alpha)
+        return TensorDict({"model": model.clone(), "alpha": alpha}, batch_size=[])
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""
         w = cohort.spread(received["arrays"])
         v = cohort.state["model"]
         alpha = cohort.state["alpha"].to(cohort.device)
-        names = cohort.names("all")
-        move = self._step if self.variant == "paper" else self._pfllib_step
+        all_w, all_v = entries(w), entries(v)
+        one_step = self._step if self.variant == "paper" else self._pfllib_step
         plan = cohort.plan()
+        of_w, of_v = (cohort.optimizer(cohort.trainable(), plan) for _ in range(2))
+
+        def move(at_w: dict[str, Tensor], at_v: dict[str, Tensor]) -> None:
+            of_w.update(all_w, at_w)
+            of_v.update(all_v, at_v)
+
         for step in cohort.steps(plan):
-            rows_w = {name: step.take(w[name]) for name in names}
-            rows_v = {name: step.take(v[name]) for name in names}
-            cohort.count(step, move(cohort, step, rows_w, rows_v, step.take(alpha)))
+            rows_w = {name: step.take(value) for name, value in all_w.items()}
+            rows_v = {name: step.take(value) for name, value in all_v.items()}
+            cohort.count(step, one_step(cohort, step, rows_w, rows_v, step.take(alpha), move))
         cohort.finish(plan)
         if self.variant == "pfllib":
-            v = mixed(alpha, v, w)
+            v = mixed(alpha, v, w, cohort.names("parameters"))
         return cohort.reply(w, state={"model": v, "alpha": alpha})
 
-    def _step(self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor) -> Tensor:
-        names = cohort.names("parameters")
+    def _step(
+        self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor, move: Move
+    ) -> Tensor:
+        names = cohort.trainable()
         mixture = {**v, **{n: torch.lerp(w[n], v[n], expand_rows(alpha, v[n])) for n in names}}
         losses, at_mixture = cohort.gradients(step, mixture, self.loss, names)
         _, at_w = cohort.gradients(step, w, self.loss, names)
         slope = sum(((v[n] - w[n]) * g).flatten(1).sum(1) for n, g in at_mixture.items())
-        for name, grad in at_w.items():
-            w[name].sub_(grad, alpha=cohort.rate)
-        for name, grad in at_mixture.items():
-            v[name].sub_(expand_rows(alpha, grad) * grad, alpha=cohort.rate)
+        move(at_w, {n: expand_rows(alpha, g) * g for n, g in at_mixture.items()})
         if self.adaptive:
             alpha.sub_(cohort.rate * slope).clamp_(0, 1)
         return losses
 
     def _pfllib_step(
-        self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor
+        self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor, move: Move
     ) -> Tensor:
-        names = cohort.names("parameters")
+        names = cohort.trainable()
         _, at_w = cohort.gradients(step, w, self.loss, names)
         losses, at_v = cohort.gradients(step, v, self.loss, names)
-        for name in names:
-            w[name].sub_(at_w[name], alpha=cohort.rate)
-            v[name].sub_(at_v[name], alpha=cohort.rate)
+        move(at_w, at_v)
         slope = 0.02 * alpha
-        for name in names:
+        for name in at_v:
             mean_grad = torch.lerp(at_w[name], at_v[name], expand_rows(alpha, at_v[name]))
             slope = slope + ((v[name] - w[name]) * mean_grad).flatten(1).sum(1)
         if self.adaptive:
@@ -115,7 +121,8 @@ class APFLUpdate(LocalUpdate):
         own: Tree = cohort.state["model"]
         if self.variant == "pfllib":
             return own
-        return mixed(cohort.state["alpha"].to(cohort.device), own, cohort.spread(received["arrays"]))
+        alpha = cohort.state["alpha"].to(cohort.device)
+        return mixed(alpha, own, cohort.spread(received["arrays"]), cohort.names("parameters"))
 
 
 @dataclass(kw_only=True)

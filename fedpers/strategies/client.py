@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +14,22 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Cohort, Network, Reply, Selection, Training, Tree, View, model_tree, prepare, select
+from fedpers.cohort import (
+    Batch,
+    Cohort,
+    Network,
+    Reply,
+    Selection,
+    Training,
+    Tree,
+    View,
+    leaves,
+    model_tree,
+    prepare,
+    select,
+)
+from fedpers.cohort.modules import has_batch_norm_1d
+from fedpers.cohort.plan import lonely_sample, smallest_batch
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import PARTS, FederatedData
 from fedpers.errors import ConfigError, TrainingError
@@ -173,12 +189,25 @@ class CohortApp(ClientApp):
         self.data = data.to(self.device)
         self.seed = seed
         self.module = prepare(model).to(self.device)
+        for group in update.training.groups:
+            select(self.module, group)  # refuses a name that the network does not have
         self.template = model_tree(self.module)
         self.initial_state = update.initial_state(self.template, self.module)
         self.sizes = self.data.sizes("train").tolist()
+        self._check_training()
         for register in (self.train, self.evaluate):
             register()(self._call_one)
         self.query("identify")(self._identify)
+
+    def _check_training(self) -> None:
+        """Refuse settings that fit neither network nor data before anything is trained."""
+        training = self.update.training
+        for group in training.groups or ():
+            select(self.module, group, "training.groups")
+        if has_batch_norm_1d(self.module):
+            for client, size in enumerate(self.sizes):
+                if smallest_batch(size, training.batch_size, training.drop_last) == 1:
+                    raise lonely_sample(training.batch_size, client)
 
     def initial_arrays(self) -> flower.ArrayRecord:
         """What the server starts from: the shared entries of the initial network."""
@@ -239,16 +268,13 @@ class CohortApp(ClientApp):
         cohort = self.cohort(clients, state, config, module)
         answer = getattr(self.update, kind.replace(".", "_"))(cohort, received, config)
         if not isinstance(answer, Reply):
-            rows = [{k: v for k, v in own.items() if v == v} for own in answer]  # NaN: the client has no such samples
-            outcomes = [
-                Outcome(
-                    _content(
-                        {}, {"num-examples": own.get("validation-examples", 0.0) + own.get("test-examples", 0.0), **own}
-                    )
-                )
-                for own in rows
-            ]
+            outcomes = [_measured(client, own) for client, own in zip(cohort.clients, answer, strict=True)]
             return outcomes, None, torch.ones(len(outcomes), dtype=torch.bool)
+        if answer.state is not None and leaves(answer.state).keys() != leaves(self.initial_state).keys():
+            raise ValueError(
+                f"{type(self.update).__name__}: the new personal state {sorted(leaves(answer.state))} has other names "
+                f"than the initial state {sorted(leaves(self.initial_state))}"
+            )
         finite = torch.ones(cohort.size, dtype=torch.bool)
         for stacked in [*answer.records.values(), *([] if answer.state is None else [answer.state])]:
             finite &= rows_finite(stacked).cpu()
@@ -312,6 +338,16 @@ def config_of(content: flower.RecordDict) -> dict[str, Any]:
     for record in content.config_records.values():
         merged.update(record)
     return merged
+
+
+def _measured(client: int, metrics: Mapping[str, float]) -> Outcome:
+    """Answer to an evaluation; NaN is right only where the client has no samples of a part."""
+    for name, value in metrics.items():
+        if not math.isfinite(value) and metrics.get(f"{name.partition('-')[0]}-examples", 1.0):
+            return Outcome(None, f"client {client}: {name} is {value}")
+    own = {name: value for name, value in metrics.items() if value == value}
+    examples = own.get("validation-examples", 0.0) + own.get("test-examples", 0.0)
+    return Outcome(_content({}, {"num-examples": examples, **own}))
 
 
 def _content(records: Mapping[str, Tree], metrics: Mapping[str, float]) -> flower.RecordDict:

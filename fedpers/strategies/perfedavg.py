@@ -67,7 +67,7 @@ class PerFedAvgUpdate(LocalUpdate):
     def adapted_loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss on the second half of the batch after a step on the first."""
         first, second = _halves(batch)
-        trained = {name for name, _ in network.module.named_parameters()}
+        trained = {name for name, parameter in network.module.named_parameters() if parameter.requires_grad}
         start = {name: value for name, value in network.tensors.items() if name in trained}
         buffers = {name: value for name, value in network.tensors.items() if name not in trained}
 
@@ -93,7 +93,7 @@ class PerFedAvgUpdate(LocalUpdate):
             weight_decay=0.0,
             clip=None,
             schedule="constant",
-            groups={},
+            groups=None,
             lr_decay=1.0,
         )
         cohort.fit(params, self.loss, steps=1, training=one_step)

@@ -11,7 +11,8 @@ For each batch of a client:
     w     <- (1 - beta) * w + beta * mean_k w_k
 
 Shared: the whole network w. Personal: theta, which predicts. theta starts at the received network in every round and
-continues from batch to batch. Buffers follow theta, which sees the data, and are averaged.
+continues from batch to batch. Buffers follow theta, which sees the data, and are averaged. w_k moves by the optimizer
+of ``training`` on lam * (w_k - theta) (above: plain SGD), theta by plain steps.
 
 ``variant: pfllib`` repeats a common implementation: a decay of 0.001 on theta; theta of a client's first training
 starts at the initial network; prediction with the received network, or the initial one before a client's first
@@ -66,7 +67,8 @@ class PFedMeUpdate(LocalUpdate):
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """Theta is the initial network; ``trained`` tells whether it has been trained."""
-        return TensorDict({"theta": model.clone(), "trained": torch.zeros((), dtype=torch.int64)}, batch_size=[])
+        trained = next(module.parameters()).detach().new_zeros((), dtype=torch.int64)
+        return TensorDict({"theta": model.clone(), "trained": trained}, batch_size=[])
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves theta several times and w once."""
@@ -74,18 +76,19 @@ class PFedMeUpdate(LocalUpdate):
         theta = self._predictor(cohort, w) if self.variant == "pfllib" else w.clone()
         decay = 0.001 if self.variant == "pfllib" else 0.0
         inner_rate = cohort.training.lr if self.personal_lr is None else self.personal_lr
-        names = cohort.names("parameters")
+        names = cohort.trainable()
         plan = cohort.plan()
+        optimizer = cohort.optimizer(names, plan)
+        all_theta, all_w = entries(theta), entries(w)
         for step in cohort.steps(plan):
-            rows = {name: step.take(theta[name]) for name in cohort.names("all")}
-            anchor = {name: step.take(w[name]) for name in names}
+            rows = {name: step.take(value) for name, value in all_theta.items()}
+            anchor = {name: step.take(all_w[name]) for name in names}
             for _ in range(self.inner_steps):
                 losses, grads = cohort.gradients(step, rows, self.loss, names)
                 for name, grad in grads.items():
                     grad.add_(rows[name] - anchor[name], alpha=self.lam).add_(rows[name], alpha=decay)
                     rows[name].sub_(grad, alpha=inner_rate)
-            for name in names:
-                anchor[name].lerp_(rows[name], self.lam * cohort.rate)
+            optimizer.update(all_w, {name: self.lam * (anchor[name] - rows[name]) for name in names})
             cohort.count(step, losses)
         cohort.finish(plan)
         w.update(theta.select(*cohort.names("buffers")))
@@ -112,8 +115,8 @@ class PFedMe(PersonalizedStrategy):
     Parameters
     ----------
     beta : float
-        Step of the server, > 0; 1 is the plain average. The variant of a common implementation defaults to 0, which
-        never moves the server; it is accepted for comparison.
+        Step of the server, >= 0; 1 is the plain average. A common implementation defaults to 0, which never moves the
+        server; it is accepted for comparison.
     """
 
     update = PFedMeUpdate

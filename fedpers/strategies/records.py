@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from copy import copy
+from functools import lru_cache
+from io import BytesIO
 from typing import Any
 
 import flwr.app as flower
 import numpy as np
 import torch
+from flwr.common.constant import SType
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -20,32 +25,88 @@ METRICS = "metrics"
 
 
 class LiveArray(flower.Array):
-    """A Flower ``Array`` around a tensor; ``data`` is made when it is read.
+    """A Flower ``Array`` around a tensor or bytes that others may hold too.
 
-    The tensor is not copied: who gets one must not change it in place. :meth:`numpy` returns a copy, as Flower's does.
+    The tensor is not copied, and ``data`` is made when it is read: who takes a tensor with :func:`to_tensor` must not
+    change it in place. :meth:`numpy` returns a copy, as Flower's does; to set ``data`` changes this object only.
     """
 
     def __init__(self, tensor: Tensor) -> None:
         self.__dict__["tensor"] = tensor.detach()
         self.__dict__["dtype"] = str(tensor.dtype).removeprefix("torch.")
         self.__dict__["shape"] = tuple(tensor.shape)
-        self.__dict__["stype"] = "numpy.ndarray"
+        self.__dict__["stype"] = SType.NUMPY
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]
+    def data(self) -> bytes:
         """The array in NumPy's file format."""
-        if "bytes" not in self.__dict__:
-            self.__dict__["bytes"] = flower.Array(self.__dict__["tensor"].cpu().contiguous().numpy()).data
-        found: bytes = self.__dict__["bytes"]
+        if "data" not in self.__dict__:
+            self.__dict__["data"] = flower.Array(self.__dict__["tensor"].cpu().contiguous().numpy()).data
+        found: bytes = self.__dict__["data"]
         return found
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.__dict__["data"] = value
+        self.__dict__.pop("tensor", None)
 
     def numpy(self) -> Any:
         """Copy as a NumPy array."""
-        copied: np.ndarray = np.array(self.__dict__["tensor"].cpu().numpy())
-        return copied
+        if "tensor" in self.__dict__:
+            return self.__dict__["tensor"].cpu().numpy().copy()
+        data = self.data
+        if self.stype != SType.NUMPY or not data.startswith(_NPY_1):
+            return super().numpy()
+        start = 10 + int.from_bytes(data[8:10], "little")
+        shape, columns_first, dtype = _layout(data[:start])
+        if dtype.hasobject or len(data) < start + dtype.itemsize * math.prod(shape):
+            return super().numpy()  # which says what is wrong
+        return np.ndarray(shape, dtype, data, start, order="F" if columns_first else "C").copy(order="K")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, flower.Array):
+            return NotImplemented
+        mine, theirs = ((a.dtype, tuple(a.shape), a.stype) for a in (self, other))
+        return mine == theirs and self.data == other.data
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return flower.Array, (self.dtype, tuple(self.shape), self.stype, self.data)
 
 
 LiveArray.__qualname__ = flower.Array.__qualname__  # the name that goes onto the wire, so that any node can read it
+
+_NPY_1 = b"\x93NUMPY\x01\x00"
+
+
+@lru_cache(maxsize=4096)
+def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether columns come first, and dtype, from the start of a file in NumPy's format 1.0."""
+    found: tuple[tuple[int, ...], bool, np.dtype[Any]] = np.lib.format.read_array_header_1_0(BytesIO(header[8:]))
+    return found
+
+
+def own_copy(content: flower.RecordDict) -> flower.RecordDict:
+    """Records of one's own around shared memory: whatever is done to them is not seen in `content`."""
+    own = content.copy()
+    for name, record in content.items():
+        fresh: Any = record.copy()
+        for key, value in record.items():
+            if isinstance(value, flower.Array):
+                fresh[key] = _own_array(value)
+            elif isinstance(value, list):
+                fresh[key] = list(value)
+        own[name] = fresh
+    return own
+
+
+def _own_array(array: flower.Array) -> flower.Array:
+    if type(array) not in (flower.Array, LiveArray):  # somebody's subclass
+        return copy(array)
+    own = LiveArray.__new__(LiveArray)
+    own.__dict__.update(array.__dict__)
+    return own
 
 
 def to_record(values: Tree) -> flower.ArrayRecord:
@@ -64,10 +125,13 @@ def to_tensor(array: flower.Array) -> Tensor:
     ValueError
         If the bytes are not an array in NumPy's format or hold objects.
     """
-    if isinstance(array, LiveArray):
-        live: Tensor = array.__dict__["tensor"]
+    if (live := _live(array)) is not None:
         return live
     return torch.from_numpy(array.numpy())
+
+
+def _live(array: flower.Array) -> Tensor | None:
+    return array.__dict__.get("tensor") if isinstance(array, LiveArray) else None
 
 
 def from_record(record: flower.ArrayRecord, device: torch.device | str | None = None) -> Tree:
@@ -99,8 +163,8 @@ def num_bytes(content: flower.RecordDict) -> int:
     total = 0
     for record in content.array_records.values():
         for array in record.values():
-            if isinstance(array, LiveArray):
-                total += array.__dict__["tensor"].nbytes
+            if (live := _live(array)) is not None:
+                total += live.nbytes
             else:
                 total += int(np.dtype(array.dtype).itemsize * np.prod(array.shape, dtype=np.int64))
     return total

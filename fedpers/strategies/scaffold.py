@@ -29,6 +29,7 @@ from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.records import ARRAYS
 
 CONTROL = "control"
+_PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "clip": None, "groups": {}}
 
 
 @dataclass(kw_only=True)
@@ -42,14 +43,10 @@ class ScaffoldUpdate(LocalUpdate):
     """
 
     def __post_init__(self) -> None:
-        t = self.training
-        plain = t.optimizer == "sgd" and not t.momentum and t.schedule == "constant" and not t.groups and not t.clip
-        check(
-            plain and not t.weight_decay,
-            "training",
-            f"{t.optimizer} momentum={t.momentum} clip={t.clip}",
-            "plain SGD with one constant rate for strategy=scaffold",
-        )
+        for name, plain in _PLAIN.items():
+            value = getattr(self.training, name)
+            allowed = f"{'null' if plain is None else plain} for strategy=scaffold, which needs plain SGD"
+            check(value == plain, f"training.{name}", value, allowed)
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """All control variates start at 0."""

@@ -14,6 +14,7 @@ import flwr.app as flower
 import torch
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from torch import Tensor
 
 from fedpers.cohort import Fold, Tree, WeightedMean, entries
 from fedpers.errors import TrainingError, check, one_of
@@ -23,6 +24,8 @@ from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
+Form = dict[tuple[str, str], tuple[int, ...]]
+"""Shape of each entry ``(record, name)`` of a message."""
 
 
 @dataclass
@@ -212,7 +215,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         report = self.report
         answered = {self._clients[reply.metadata.src_node_id]: reply for reply in replies}
         report.bytes_up = sum(num_bytes(r.content) for r in answered.values() if r.has_content())
-        expected = self._expected(list(answered.values()))
+        expected = self._expected([answered[client] for client in report.sampled if client in answered])
         fold = self.fold()
         good: list[int] = []
         losses = 0.0
@@ -245,39 +248,48 @@ class PersonalizedStrategy(FlowerFedAvg):
         """Weight of a reply in the average."""
         return 1.0 if self.weighting == "uniform" else float(metrics["num-examples"])
 
-    def _expected(self, replies: list[flower.Message]) -> dict[str, frozenset[str]]:
-        """Names per record that most replies hold: the measure for all."""
-        seen = Counter(
-            frozenset((record, frozenset(values.keys())) for record, values in reply.content.array_records.items())
-            for reply in replies
-            if reply.has_content()
-        )
-        return dict(max(seen.items(), key=lambda item: item[1])[0]) if seen else {}
+    def _expected(self, replies: list[flower.Message]) -> Form:
+        """Entries that most replies hold, with the shapes of the server's arrays or else of most replies."""
+        assert self._arrays is not None
+        known = {(ARRAYS, name): tuple(value.shape) for name, value in entries(self._arrays).items()}
+        seen = Counter(frozenset(_form(reply).items()) for reply in replies if reply.has_content())
+        if not seen:
+            return {}
 
-    def _checked(
-        self, reply: flower.Message | None, expected: Mapping[str, frozenset[str]]
-    ) -> tuple[dict[str, Tree], dict[str, float]]:
+        agreeing = [form for form in seen if all(known.get(entry, shape) == shape for entry, shape in form)]
+        most = dict(max(agreeing or seen, key=lambda form: seen[form]))
+        return {entry: known.get(entry, shape) for entry, shape in most.items()}
+
+    def _checked(self, reply: flower.Message | None, expected: Form) -> tuple[dict[str, Tree], dict[str, float]]:
         """Records and metrics of a reply; ValueError says why it cannot be used."""
         if reply is None:
             raise ValueError("no reply")
         if reply.has_error():
             raise ValueError(reply.error.reason or f"error {reply.error.code}")
-        found = {record: frozenset(values.keys()) for record, values in reply.content.array_records.items()}
-        if found != expected:
-            raise ValueError(f"records {sorted(found)} do not hold the entries the other clients sent")
+        if differing := sorted("/".join(entry) for entry in _form(reply).keys() ^ expected.keys()):
+            raise ValueError(f"'{differing[0]}' is in its reply or in those of the other clients, but not in both")
         metrics = _metrics_of(reply)
+        for name in ("steps", "samples", "train-loss"):
+            if not math.isfinite(metrics.get(name, 0.0)):
+                raise ValueError(f"{name} is {metrics[name]}")
         if self.weighting == "samples" and not 0 < metrics.get("num-examples", 0) < math.inf:
             raise ValueError(f"num-examples is {metrics.get('num-examples')}")
-        records = trees(reply.content)
-        assert self._arrays is not None
+        try:
+            records = trees(reply.content)
+        except (TypeError, OSError, EOFError) as problem:
+            raise ValueError(f"an array cannot be read: {problem}") from problem
+        floats: dict[str, Tensor] = {}
         for record, values in records.items():
-            tensors = self._arrays if record == ARRAYS else self.state.get(record)
-            reference = {} if tensors is None else entries(tensors)
             for name, value in entries(values).items():
-                like = reference.get(name)
-                if like is not None and value.shape != like.shape:
-                    raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(like.shape)}")
-                if value.is_floating_point() and not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+                shape = expected[record, name]
+                if tuple(value.shape) != shape:
+                    raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(shape)}")
+                if value.is_floating_point():
+                    floats[name] = value
+        # One look at all sums, which waits for a GPU only once; the entries themselves only if that finds something.
+        if floats and not torch.stack([v.sum().double() for v in floats.values()]).isfinite().all():
+            for name, value in floats.items():
+                if not torch.isfinite(value).all():
                     raise ValueError(f"'{name}' holds values that are not finite")
         return records, metrics
 
@@ -286,9 +298,15 @@ class PersonalizedStrategy(FlowerFedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> Iterable[flower.Message]:
-        """Address all clients, also those that were not sampled."""
+        """Address all clients, also those that were not sampled, every `evaluate_every` rounds."""
         if server_round % self.evaluate_every:
             return []
+        return self.evaluation_messages(server_round, arrays, config, grid)
+
+    def evaluation_messages(
+        self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+    ) -> list[flower.Message]:
+        """Address all clients now."""
         config["server-round"] = server_round
         content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
         for name, values in self.broadcast(server_round, from_record(arrays)).items():
@@ -312,6 +330,14 @@ class PersonalizedStrategy(FlowerFedAvg):
         names = sorted({name for metrics in report.clients.values() for name in metrics if name != "num-examples"})
         values = {name: [m[name] for m in report.clients.values() if name in m] for name in names}
         return flower.MetricRecord({name: sum(own) / len(own) for name, own in values.items()})
+
+
+def _form(reply: flower.Message) -> Form:
+    return {
+        (record, name): tuple(array.shape)
+        for record, values in reply.content.array_records.items()
+        for name, array in values.items()
+    }
 
 
 def _metrics_of(reply: flower.Message) -> dict[str, float]:

@@ -1,0 +1,221 @@
+"""The ``fedpers`` command: compose settings, run, compare."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedpers import __version__
+from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
+
+USAGE = """\
+fedpers - personalized federated learning
+
+Run (settings are key=value, see below):
+  fedpers strategy=ditto dataset=digits partition=dirichlet partition.alpha=0.1 seed=1
+  fedpers -m strategy=local,fedavg,fedrep seed=0,1,2        every combination
+  fedpers +experiment=demo                                  a preset
+
+Subcommands:
+  fedpers compare FOLDER... [--json]     leaderboard of the runs found in folders
+  fedpers --help | --version
+
+Settings people change (choose = one of the files of conf/KEY):
+  strategy    {strategies}
+              strategy.KEY=VALUE for a method's own settings
+  dataset     {datasets}      dataset.root=PATH
+  partition   {partitions}
+              partition.alpha=0.1  partition.num_clients=20
+  model       {models}        split   {splits}
+  training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
+  rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
+  runtime     runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
+  tracker     none, wandb, tensorboard, [wandb,tensorboard]
+  +experiment {experiments}
+
+All settings with their values:  fedpers --cfg job [key=value ...]
+Further options of Hydra:        fedpers --hydra-help
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."""
+    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"fedpers {__version__}")
+        return 0
+    first = arguments[0]
+    try:
+        if first in SUBCOMMANDS:
+            return SUBCOMMANDS[first](arguments[1:])
+        if not first.startswith("-") and "=" not in first and not first.startswith("~"):
+            raise FedpersError(f"'{first}' is neither a setting (key=value) nor a subcommand: {one_of(SUBCOMMANDS, first)}.")
+        return _run(arguments)
+    except TrainingError as error:
+        print(f"fedpers: {error}", file=sys.stderr)
+        return 1
+    except FedpersError as error:
+        print(f"fedpers: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedpers: interrupted; what was done is kept in the run folder.", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    def options(group: str) -> str:
+        from fedpers.config import conf_folder
+
+        return ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
+
+    return USAGE.format(
+        strategies=options("strategy"), datasets=options("dataset"), partitions=options("partition"),
+        models=options("model"), splits=options("split"), experiments=options("experiment"),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------- run
+
+
+def _run(arguments: list[str]) -> int:
+    """Compose with Hydra and run, once or for every combination of a sweep."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedpers.config import conf_folder
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here
+    before = sys.argv
+    sys.argv = ["fedpers", *arguments]
+    failed: list[int] = []
+
+    def job(cfg: Any) -> float | None:
+        try:
+            return _job(cfg)
+        except FedpersError as error:  # told here: Hydra would add lines, and end a sweep at its first failure
+            print(f"fedpers: {error}", file=sys.stderr)
+            failed.append(1 if isinstance(error, TrainingError) else 2)
+            return None
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _sentence(error, arguments) from error
+    except OSError as error:
+        raise FedpersError(f"{error.filename}: {error.strerror}; choose another folder with output=.") from error
+    finally:
+        sys.argv = before
+    return max(failed, default=0)
+
+
+def _job(cfg: Any) -> float | None:
+    """One job; returns the validation accuracy of the selected round, for sweepers that optimize."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from fedpers.config import Config, build
+    from fedpers.run import SELECTED_BY, run
+
+    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    summary = run(build(Config, resolved), folder, resolved)
+    selected = summary["selected"]
+    print(
+        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: test accuracy "
+        f"{_percent(selected.get('test/accuracy'))} at round {summary['selected_round']} (chosen on validation), "
+        f"{_percent(summary['last'].get('test/accuracy'))} at round {summary['last_round']}; "
+        f"{summary['seconds']:.1f} s; {_shown(folder)}"
+    )
+    accuracy: float | None = selected.get(SELECTED_BY)
+    return accuracy
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def _shown(folder: Path) -> Path:
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
+def _sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
+    """One sentence for what Hydra says in several lines."""
+    from hydra.errors import OverrideParseException
+
+    text = str(error)
+    if found := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, name = found.groups()
+        from fedpers.config import conf_folder
+
+        options = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+        return ConfigError(group, name, one_of(options, name))
+    if found := re.search(r"Could not override '([^']+)'", text):
+        key = found.group(1)
+        given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
+        parent, _, name = key.rpartition(".")
+        return ConfigError(key, given, f"a known key: {one_of(_keys(parent, key, arguments), name)}")
+    if isinstance(error, OverrideParseException):
+        return FedpersError(f"'{error.override}' cannot be read as key=value: {text.splitlines()[0]}.")
+    first = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return FedpersError(first.removesuffix(".") + ".")
+
+
+def _keys(parent: str, offending: str, arguments: Sequence[str]) -> list[str]:
+    """Keys that exist under `parent` when the offending override is left out."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    from fedpers.config import conf_folder
+
+    kept = [a for a in arguments if "=" in a and "," not in a and not a.startswith("-") and not a.startswith(offending)]
+    with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=kept)
+        except Exception:  # another override is wrong as well: name the keys of the defaults
+            cfg = compose("config")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return [str(key) for key in node] if isinstance(node, DictConfig) else [parent]
+
+
+# ------------------------------------------------------------------- compare
+
+
+def _compare(arguments: list[str]) -> int:
+    """Print the leaderboard of the runs in folders."""
+    import json
+
+    from fedpers.evaluation import find_runs, leaderboard_rows, print_leaderboard
+
+    parser = argparse.ArgumentParser(prog="fedpers compare", description="Leaderboard of the runs found in folders.")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders above them")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    runs = find_runs(options.folders)
+    if not runs:
+        raise FedpersError(f"no finished run was found in {', '.join(options.folders)}.")
+    if options.json:
+        print(json.dumps(leaderboard_rows(runs), indent=1))
+    else:
+        print_leaderboard(runs)
+    return 0
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": _compare}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The command line as a user types it, and errors as a user sees them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from fedpers.app import _main
+from fedpers.config import conf_folder
+from fedpers.run import TIMES
+from fedpers.strategies import STRATEGIES, options_of
+
+SMALL = ["rounds=3", "partition.num_clients=6", "partition.alpha=1.0"]
+
+
+@pytest.fixture(autouse=True)
+def _keep_logging() -> Iterator[None]:
+    """Hydra configures the root logger; give it back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.handlers[:], root.level = handlers, level
+
+
+def run_folders(output: Path) -> list[Path]:
+    return sorted(path.parent for path in output.rglob("summary.json"))
+
+
+def fedpers(*arguments: str, output: Path) -> list[Path]:
+    """Run the command in this process; return the run folders."""
+    assert _main([*arguments, f"output={output}"]) == 0
+    return run_folders(output)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2) -> str:
+    """The one sentence a wrong command ends in."""
+    assert _main(list(arguments)) == code
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("fedpers: ")]
+    assert len(lines) == 1
+    assert text.strip().splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+# ------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbn"}))
+def test_every_strategy_runs(strategy: str, tmp_path: Path) -> None:
+    (folder,) = fedpers(f"strategy={strategy}", *SMALL, output=tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["strategy"] == strategy
+    assert summary["rounds_done"] == 3
+    assert summary["failures"] == 0
+    assert 0.2 < summary["last"]["test/accuracy"] <= 1
+
+
+def test_fedbn_runs_on_a_network_with_batch_norm(tmp_path: Path) -> None:
+    (folder,) = fedpers(
+        "strategy=fedbn", "model=resnet18_bn", "model.width=4", "partition=iid", "partition.num_clients=3", "rounds=1",
+        "training.batch_size=64", output=tmp_path,
+    )  # fmt: skip
+    assert json.loads((folder / "summary.json").read_text())["failures"] == 0
+
+
+def test_run_folder_holds_everything(tmp_path: Path) -> None:
+    (folder,) = fedpers("strategy=fedper", "fraction=0.5", "seed=4", *SMALL, output=tmp_path)
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.strategy.name == "fedper"
+    assert config.seed == 4
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["versions"]) >= {"fedpers", "python", "flwr", "torch"}
+    assert manifest["data"]["samples"]["train"] > 500
+    assert manifest["runtime"]["cohort"] >= 1
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rounds] == [0, 1, 2, 3]
+    assert rounds[1]["clients/sampled"] == 3
+    assert rounds[1]["bytes_down"] == rounds[1]["bytes_up"] == 3 * 4 * (64 * 64 + 64)  # the body of the MLP
+    clients = pd.read_parquet(folder / "clients.parquet")
+    assert len(clients) == 6
+    assert (clients.train_size + clients.validation_size + clients.test_size).sum() == 1797
+    summary = json.loads((folder / "summary.json").read_text())
+    assert np.isclose(clients.test_accuracy_last.mean(), summary["last"]["test/accuracy"])
+    assert np.isclose(clients.test_accuracy_selected.mean(), summary["selected"]["test/accuracy"])
+
+
+def test_the_selected_round_is_the_best_on_validation_never_on_test(tmp_path: Path) -> None:
+    (folder,) = fedpers("strategy=fedavg", "rounds=8", *SMALL[1:], output=tmp_path)
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()][1:]
+    summary = json.loads((folder / "summary.json").read_text())
+    best = max(rounds, key=lambda row: row["validation/accuracy"])  # the first of equals
+    assert summary["selected_round"] == best["round"]
+    assert summary["selected"]["test/accuracy"] == best["test/accuracy"]
+
+
+def test_same_run_twice_and_with_two_workers_is_identical_but_for_times(tmp_path: Path) -> None:
+    found = []
+    for name, extra in (("a", []), ("b", []), ("c", ["runtime.workers=2", "runtime.cohort=2"]),
+                        ("d", ["runtime.workers=1", "runtime.cohort=2"])):  # fmt: skip
+        (folder,) = fedpers("strategy=ditto", "fraction=0.7", *SMALL, *extra, output=tmp_path / name)
+        rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        found.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def test_evaluate_every_and_the_last_round(tmp_path: Path) -> None:
+    (folder,) = fedpers("strategy=local", "rounds=5", "evaluate_every=2", *SMALL[1:], output=tmp_path)
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rounds if "test/accuracy" in row] == [0, 2, 4, 5]
+
+
+def test_multirun_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["-m", "strategy=local,fedavg,fedrep", "seed=0,1", *SMALL, f"output={tmp_path}"]) == 0
+    assert len(run_folders(tmp_path)) == 6
+    capsys.readouterr()
+    assert _main(["compare", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "local (baseline)" in table
+    assert "fedavg (baseline)" in table
+    assert _main(["compare", "--json", str(tmp_path)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["strategy"]: row["seeds"] for row in rows} == {"local": [0, 1], "fedavg": [0, 1], "fedrep": [0, 1]}
+
+
+def test_a_failing_job_does_not_end_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["-m", "training.lr=-1,0.1", *SMALL, f"output={tmp_path}"]) == 2
+    assert "training.lr=-1.0: expected a number > 0" in capsys.readouterr().err
+    assert len(run_folders(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml")))
+def test_every_preset_composes_and_runs_one_round(preset: str, tmp_path: Path) -> None:
+    assert _main([f"+experiment={preset}", "rounds=1", "seed=0", f"output={tmp_path}"]) == 0
+    assert run_folders(tmp_path)
+
+
+def test_help_names_every_option_and_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in (*STRATEGIES, "compare", "partition.alpha", "runtime.workers", "digits", "resnet18_bn", "demo"):
+        assert word in text
+    assert _main([]) == 0
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_the_yaml_of_a_strategy_lists_all_its_settings_with_their_defaults(name: str) -> None:
+    listed = OmegaConf.to_container(OmegaConf.load(conf_folder() / "strategy" / f"{name}.yaml"))
+    expected = {"name": name, **options_of(name)}
+    if name == "local":  # averages nothing
+        del expected["weighting"]
+    assert listed == expected
+
+
+def test_installed_command(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "fedpers"), "strategy=fedavg", *SMALL, f"output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # quiet when not on a terminal
+    assert done.stdout.startswith("fedavg on digits, seed 0: test accuracy ")
+    assert len(done.stdout.splitlines()) == 1
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["strategy=dito"], "strategy=dito: expected one of apfl, ditto, "),
+        (["strategy=dito"], "did you mean 'ditto'?"),
+        (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
+        (["strategy.mu=1"], "strategy.mu=1: expected a known key: one of name, weighting."),
+        (["strategy=ditto", "strategy.mu=abc"], "strategy.mu=abc: expected a number."),
+        (["strategy=ditto", "strategy.mu=-1"], "strategy.mu=-1.0: expected a number >= 0."),
+        (["+round=3"], "round=3: expected a known key: "),
+        (["rounds=0"], "rounds=0: expected a whole number >= 1."),
+        (["rounds=2.5"], "rounds=2.5: expected a whole number."),
+        (["fraction=0"], "fraction=0.0: expected a number > 0 and <= 1."),
+        (["fraction=1.5"], "fraction=1.5: expected a number > 0 and <= 1."),
+        (["seed=-1"], "seed=-1: expected a whole number >= 0."),
+        (["training.lr=nan"], "training.lr=nan: expected a number."),
+        (["training.momentum=1"], "training.momentum=1.0: expected a number >= 0 and < 1."),
+        (["training.optimizer=sdg"], "training.optimizer=sdg: expected one of adam, adamw, sgd (did you mean 'sgd'?)."),
+        (["training.groups={heat:{lr:1}}"], "training.groups=heat: expected one of "),
+        (["training.groups={head:{rate:1}}"], "training.groups.head.rate=1: expected one of lr, weight_decay"),
+        (["runtime.workers=0"], "runtime.workers=0: expected a whole number >= 1, or auto."),
+        (["runtime.device=gpu"], "runtime.device=gpu: expected auto, cpu, cuda or cuda:i."),
+        (["partition.num_clients=5000"], "partition.num_clients=5000"),
+        (["partition.alpha=0"], "partition.alpha=0"),
+        (["dataset=npz"], "dataset.root"),
+        (["dataset=npz", "dataset.root=missing.npz"], "missing.npz"),
+        (["dataset=mnist", "dataset.download=false", "dataset.root=missing"], "missing"),
+        (["model=cnn", "model.width=0"], "model.width=0: expected an integer >= 1."),
+        (["strategy=fedbn"], "model=MLP: expected a network with normalization layers for strategy=fedbn"),
+        (["strategy=scaffold", "training.momentum=0.9"], "training.momentum=0.9: expected 0.0 for strategy=scaffold"),
+        (["strategy=fedavg,local"], "--multirun"),
+        (["seed=["], "seed"),
+        (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare."),
+        (["compare", "no-such-folder"], "no finished run was found in no-such-folder."),
+    ],
+)
+def test_wrong_input_ends_in_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in error_of(capsys, *arguments)
+    assert not run_folders(tmp_path)
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    text = error_of(capsys, *SMALL, f"output={tmp_path / 'file' / 'runs'}")
+    assert "file" in text
+    assert "choose another folder with output=" in text
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_clients_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = error_of(capsys, "training.lr=1e30", *SMALL, f"output={tmp_path}", code=1)
+    assert "round " in text
+    assert "0 of 6 sampled clients sent a usable reply" in text
+    assert "not finite" in text
+
+
+def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedpers.app", "rounds=100000", *SMALL[1:], f"output={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        written = list(tmp_path.rglob("rounds.jsonl"))
+        if written and len(written[0].read_text().splitlines()) > 5:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "fedpers: interrupted; what was done is kept in the run folder."
+    assert "Traceback" not in errors
+    (folder,) = run_folders(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    assert summary["rounds_done"] == json.loads(lines[-1])["round"] >= 4
+    assert 0 < summary["selected"]["test/accuracy"] <= 1
+    assert len(pd.read_parquet(folder / "clients.parquet")) == 6

@@ -61,7 +61,8 @@ def _main(arguments: list[str]) -> int:
         if first in SUBCOMMANDS:
             return SUBCOMMANDS[first](arguments[1:])
         if not first.startswith("-") and "=" not in first and not first.startswith("~"):
-            raise FedpersError(f"'{first}' is neither a setting (key=value) nor a subcommand: {one_of(SUBCOMMANDS, first)}.")
+            known = one_of(SUBCOMMANDS, first)
+            raise FedpersError(f"'{first}' is neither a setting (key=value) nor a subcommand: {known}.")
         return _run(arguments)
     except TrainingError as error:
         print(f"fedpers: {error}", file=sys.stderr)

@@ -43,7 +43,8 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         check(self.name in RUNTIMES, "runtime", self.name, one_of(RUNTIMES, self.name))
         for key, value in (("runtime.cohort", self.cohort), ("runtime.workers", self.workers)):
-            check(value == "auto" or (isinstance(value, int) and value >= 1), key, value, "a whole number >= 1, or auto")
+            good = value == "auto" or (isinstance(value, int) and value >= 1)
+            check(good, key, value, "a whole number >= 1, or auto")
         self.torch_device()
 
     def torch_device(self) -> torch.device:

@@ -158,10 +158,10 @@ def metrics_of(report: RoundReport) -> dict[str, float]:
 
 
 def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Run and write the folder: ``config.yaml``, ``manifest.json``, ``rounds.jsonl``, ``clients.parquet``,
-    ``summary.json``.
+    """Run and write the run folder.
 
-    On Ctrl-C what is done so far is written, and ``KeyboardInterrupt`` raised again.
+    It holds ``config.yaml``, ``manifest.json``, ``rounds.jsonl``, ``clients.parquet`` and ``summary.json``. On Ctrl-C
+    what is done so far is written, and ``KeyboardInterrupt`` raised again.
 
     Parameters
     ----------
@@ -180,15 +180,13 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
     ------
     FedpersError
         If settings, data or the folder cannot be used, or too few clients reply.
-    """  # fmt: skip
+    """
     started = time.perf_counter()
     setup = prepare_run(config)
     _make_folder(folder)
     plain = dict(resolved or {})
     _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    grid = LocalGrid(
-        setup.app, setup.data.num_clients, cohort=config.runtime.cohort, workers=config.runtime.workers
-    )
+    grid = LocalGrid(setup.app, setup.data.num_clients, cohort=config.runtime.cohort, workers=config.runtime.workers)
     assert grid.engine is not None
     progress = Progress()
     name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
@@ -331,8 +329,8 @@ class _writing:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise FedpersError(f"{self.path} cannot be written ({reason}); choose another folder with output=.") from error
+            text = f"{self.path} cannot be written ({error.strerror or error}); choose another folder with output=."
+            raise FedpersError(text) from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -32,20 +32,23 @@ class Raise(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         raise RuntimeError(record.getMessage())
 
+
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int) -> dict[str, Tensor]:
+def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int, device: str = "cpu") -> dict[str, Tensor]:
     """Server arrays, server state, personal states and clients' metrics after the last round, by name."""
     training = Training(lr=0.02, epochs=2, batch_size=8, momentum=0.0 if method == "scaffold" else 0.5)
     strategy, update = make_strategy(method, {}, server={"fraction": 0.7, "seed": 3}, training=training)
     data = gaussian_data(dtype=dtype)
-    app = update.client_app(SmallNetwork().to(dtype), data, seed=3)
+    app = update.client_app(SmallNetwork().to(dtype), data, seed=3, device=device)
     grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=workers)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     with server_identity(1):
         for r in range(1, ROUNDS + 1):
-            new, _ = strategy.aggregate_train(r, grid.send_and_receive(strategy.configure_train(r, arrays, config, grid)))
+            new, _ = strategy.aggregate_train(
+                r, grid.send_and_receive(strategy.configure_train(r, arrays, config, grid))
+            )
             assert new is not None
             arrays = new
         strategy.aggregate_evaluate(r, grid.send_and_receive(strategy.configure_evaluate(r, arrays, config, grid)))
@@ -53,11 +56,11 @@ def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int) -> dict[
     assert grid.engine is not None
     if strategy.report.failures or strategy.report.evaluation_failures:
         raise RuntimeError(f"{method}: {strategy.report.failures or strategy.report.evaluation_failures}")
-    found: dict[str, Tensor] = {f"server/{n}": v for n, v in leaves(from_record(arrays)).items()}
+    found: dict[str, Tensor] = {f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()}
     for role, values in strategy.state.items():
-        found.update({f"server/{role}/{n}": v for n, v in leaves(values).items()})
+        found.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})
     states = grid.engine.store.gather(range(data.num_clients))
-    found.update({f"clients/{n}": v for n, v in leaves(states).items()})
+    found.update({f"clients/{n}": v.cpu() for n, v in leaves(states).items()})
     for name in next(iter(strategy.report.clients.values())):
         found[f"metrics/{name}"] = torch.tensor([m[name] for m in strategy.report.clients.values()]).double()
     return found
@@ -78,7 +81,7 @@ def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     return worst
 
 
-def compare_cohorts(methods: list[str]) -> int:
+def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
     """Print the table of differences between cohort sizes and workers; 1 when one is over its tolerance."""
     everyone = gaussian_data().num_clients
     pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -92,24 +95,32 @@ def compare_cohorts(methods: list[str]) -> int:
         for dtype, tolerance in TOLERANCE.items():
             known: dict[str, dict[str, Tensor]] = {}
 
-            def get(setting: dict[str, Any], method: str = method, dtype: torch.dtype = dtype,
-                    known: dict[str, dict[str, Tensor]] = known) -> dict[str, Tensor]:
+            def get(
+                setting: dict[str, Any],
+                method: str = method,
+                dtype: torch.dtype = dtype,
+                known: dict[str, dict[str, Tensor]] = known,
+            ) -> dict[str, Tensor]:
                 key = str(setting)
                 if key not in known:
-                    known[key] = outcome(method, dtype, **setting)
+                    known[key] = outcome(method, dtype, **setting, device=device)
                 return known[key]
 
             gaps = [difference(get(a), get(b)) for _, a, b in pairs]
             bad = max(gaps) > tolerance
             over += bad
             name = str(dtype).removeprefix("torch.")
-            print(f"{method:<12}{name:<10}" + "".join(f"{gap:16.1e}" for gap in gaps) + f"{tolerance:12.0e}"
-                  + ("  OVER" if bad else ""))
+            print(
+                f"{method:<12}{name:<10}"
+                + "".join(f"{gap:16.1e}" for gap in gaps)
+                + f"{tolerance:12.0e}"
+                + ("  OVER" if bad else "")
+            )
     print(f"{len(methods)} methods, {over} over tolerance")
     return 1 if over else 0
 
 
-COMPARISONS: dict[str, Callable[[list[str]], int]] = {"cohort": compare_cohorts}
+COMPARISONS: dict[str, Callable[[list[str], str], int]] = {"cohort": compare_cohorts}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,11 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=__doc__)
     parser.add_argument("comparison", choices=sorted(COMPARISONS))
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(STRATEGIES)} (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
     if unknown := [m for m in options.methods if m not in STRATEGIES]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(STRATEGIES)}")
     logging.getLogger("fedpers").addHandler(Raise(logging.WARNING))
-    return COMPARISONS[options.comparison](options.methods or list(STRATEGIES))
+    return COMPARISONS[options.comparison](options.methods or list(STRATEGIES), options.device)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,14 @@ SIZES = (27, 11, 46, 22, 38, 6, 31)  # batches of 8 or 16 leave no remainder too
 
 
 def gaussian_data(
-    sizes: tuple[int, ...] = SIZES, *, classes: int = 4, features: tuple[int, ...] = (6,), seed: int = 0,
+    sizes: tuple[int, ...] = SIZES,
+    *,
+    classes: int = 4,
+    features: tuple[int, ...] = (6,),
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> FederatedData:
-    """Clients of unequal `sizes` (training samples) with own mixes of Gaussian classes; 5 samples more in each other part."""
+    """Clients of unequal `sizes` (training samples), own mixes of Gaussian classes; 5 more samples per other part."""
     rng = np.random.default_rng(seed)
     centers = rng.normal(size=(classes, *features))
     xs, ys, lists = [], [], {"train": [], "validation": [], "test": []}

@@ -62,7 +62,8 @@ class Comparison:
 
     def add(self, kind: str, ours: Any, theirs: Any) -> None:
         """Compare two arrays; the difference is relative to the largest reference entry."""
-        a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+        own = ours.cpu() if isinstance(ours, torch.Tensor) else ours
+        a, b = np.asarray(own, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
         if a.shape != b.shape:
             difference = float("inf")
         elif not a.size:
@@ -173,7 +174,7 @@ class Trace:
         return self.arrays[f"in/test_x/c{c}"], self.arrays[f"in/test_y/c{c}"]
 
 
-def compare_pfllib(method: str, path: Path) -> Comparison:
+def compare_pfllib(method: str, path: Path, device: str = "cpu") -> Comparison:
     """Run one method on one trace of PFLlib and compare every stage of every round."""
     trace = Trace(path)
     meta = trace.meta
@@ -195,7 +196,7 @@ def compare_pfllib(method: str, path: Path) -> Comparison:
     strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=training)
     schedule = [sorted(int(c) for c in row) for row in meta["selected"]]
     strategy.sample = lambda round: schedule[round - 1]  # type: ignore[method-assign]
-    app = update.client_app(trace.network(), trace.data(chunk))
+    app = update.client_app(trace.network(), trace.data(chunk), device=device)
     grid = LocalGrid(app, trace.clients, cohort=trace.clients, workers=1)
     assert grid.engine is not None
     found = Comparison(method, f"{folder}/{path.stem}")
@@ -304,11 +305,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reference", description=__doc__)
     parser.add_argument("--root", type=Path, default=HERE, help="folder of traces (default: tests/reference)")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(PFLLIB)} (default: all)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
     if unknown := [m for m in options.methods if m not in PFLLIB]:
         parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(PFLLIB)}")
     logging.disable(logging.WARNING)
-    results = [compare_pfllib(m, path) for m, path in cases(options.root, options.methods or list(PFLLIB))]
+    results = [compare_pfllib(m, path, options.device) for m, path in cases(options.root, options.methods or list(PFLLIB))]
     if not results:
         print(f"no traces under {options.root}", file=sys.stderr)
         return 1

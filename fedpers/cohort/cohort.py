@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 
-from fedpers.cohort.modules import announce, has_batch_norm_1d, has_dropout
+from fedpers.cohort.modules import announce, call, has_batch_norm_1d, has_dropout
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
 from fedpers.cohort.training import Training
@@ -52,8 +52,7 @@ class Network:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the whole network to ``[B, ...]``."""
         announce(self.module, self.weight, self.key)
-        out: Tensor = functional_call(self.module, dict(self.tensors), (x,))
-        return out
+        return call(self.module, self.tensors, x)
 
     def part(self, name: str) -> Network:
         """One submodule by its dotted name, e.g. ``network.part("body")(x)`` for features."""
@@ -246,7 +245,6 @@ class Cohort:
         self.samples_seen = torch.zeros(self.size, dtype=torch.int64)
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
-        self._names: dict[str | tuple[str, ...], tuple[str, ...]] = {}
         self._dropout = has_dropout(module)
         self._needs_pairs = has_batch_norm_1d(module)
         if any(a < b for a, b in pairwise(self.sizes().tolist())):
@@ -261,10 +259,11 @@ class Cohort:
 
     def names(self, what: Selection) -> tuple[str, ...]:
         """Names of the network's entries that a selection stands for."""
+        known: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_names", {})
         key = what if isinstance(what, str) else tuple(what)
-        if key not in self._names:
-            self._names[key] = select(self.module, what)
-        return self._names[key]
+        if key not in known:
+            known[key] = select(self.module, what)
+        return known[key]
 
     def trainable(self, only: Selection = "parameters") -> tuple[str, ...]:
         """Names of the selected parameters that training may move: those that require a gradient in the network."""

@@ -8,6 +8,9 @@ layers that do so; parameters, buffers and their names stay as they are.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,10 +128,13 @@ def prepare(module: nn.Module) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a layer draws from a global generator or spans processes (``AlphaDropout``, ``SyncBatchNorm``, ``RReLU``,
-        attention and recurrent layers with dropout of their own), is a subclass of a batch normalization or dropout
-        whose code is not known, or normalizes by the batch at hand in evaluation too.
+        If parameters are tied; a layer draws from a global generator or spans processes (``AlphaDropout``,
+        ``SyncBatchNorm``, ``RReLU``, attention and recurrent layers with dropout of their own); a layer is a subclass
+        of a batch normalization or dropout whose code is not known, or normalizes by the batch in evaluation too.
     """
+    names = list(module.state_dict())
+    if len({id(value) for value in module.state_dict(keep_vars=True).values()}) < len(names):
+        raise ConfigError("model", type(module).__name__, "a network without tied parameters")
     prepared = copy.deepcopy(module)
     for place, (name, layer) in enumerate(prepared.named_modules()):
         if allowed := _objection(layer):
@@ -156,6 +162,31 @@ def _objection(layer: nn.Module) -> str:
     return ""
 
 
+def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """Apply `module` with other parameters and buffers, which may be those of one client under ``vmap``.
+
+    As ``torch.func.functional_call`` with ``tie_weights=False``, in a tenth of its time: for small networks that call
+    costs as much as the computation. No other thread may use `module` meanwhile.
+
+    Parameters
+    ----------
+    module : nn.Module
+    tensors : mapping of name to Tensor
+        What it lacks keeps its value in `module`.
+    x : Tensor ``[B, ...]``
+    """
+    slots = _facts(module).slots
+    before = [(*slots[name], slots[name][0][slots[name][1]]) for name in tensors]
+    try:
+        for (own, name, _), tensor in zip(before, tensors.values(), strict=True):
+            own[name] = tensor
+        out: Tensor = module(x)
+    finally:
+        for own, name, value in before:
+            own[name] = value
+    return out
+
+
 def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> None:
     """Tell a prepared network's layers about the coming batch.
 
@@ -167,15 +198,35 @@ def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> No
     key : Tensor or None
         One int64 number for this client and step.
     """
-    layers = module.__dict__.get("_cohort_layers")
-    if layers is None:  # looked up once per module
-        layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
-        module.__dict__["_cohort_layers"] = layers
-    for layer in layers:
+    for layer in _facts(module).layers:
         if isinstance(layer, _BatchNorm):
             layer.__dict__["weight_of_batch"] = weight
         else:
             layer.__dict__["key"] = key
+
+
+@dataclass
+class _Facts:
+    """What is looked up once per module: it is called at every step."""
+
+    owner: int
+    slots: dict[str, tuple[dict[str, Any], str]]  # where each parameter and buffer is kept, by dotted name
+    layers: list[_BatchNorm | _Dropout]
+
+
+def _facts(module: nn.Module) -> _Facts:
+    known = module.__dict__.get("_cohort_facts")
+    if isinstance(known, _Facts) and known.owner == id(module):  # a copy of a module looks again
+        return known
+    slots = {
+        f"{prefix}.{name}" if prefix else name: (own, name)
+        for prefix, layer in module.named_modules()
+        for own in (layer._parameters, layer._buffers)
+        for name in own
+    }
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
+    facts = module.__dict__["_cohort_facts"] = _Facts(id(module), slots, layers)
+    return facts
 
 
 def has_batch_norm_1d(module: nn.Module) -> bool:

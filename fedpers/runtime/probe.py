@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,16 +77,23 @@ def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | st
     if cohort != "auto" and workers != "auto":
         return Choice(min(int(cohort), num_clients), int(workers), "given")
     key = _key(app, num_clients, cohort)
-    known = _read_cache().get(key)
-    if known is None:
+    found = _choice(_read_cache().get(key), "cached")
+    if found is None:
         known = _measure(app, num_clients, cohort)
         _write_cache(key, known)
-        how = "measured"
-    else:
-        how = "cached"
-    chosen = int(known["cohort"])
-    threads = int(known["workers"]) if workers == "auto" else int(workers)
-    return Choice(chosen, max(1, min(threads, -(-num_clients // chosen))), how, known["microseconds"])
+        found = Choice(how="measured", **known)
+    threads = found.workers if workers == "auto" else int(workers)
+    return replace(found, workers=max(1, min(threads, -(-num_clients // found.cohort))))
+
+
+def _choice(known: Any, how: str) -> Choice | None:
+    """Make a choice of what was kept; None where that is none."""
+    match known:
+        case {"cohort": int(cohort), "workers": int(workers), "microseconds": dict(microseconds)} if (
+            cohort >= 1 and workers >= 1
+        ):
+            return Choice(cohort, workers, how, microseconds)
+    return None
 
 
 def _measure(app: CohortApp, num_clients: int, cohort: int | str) -> dict[str, Any]:

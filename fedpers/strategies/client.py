@@ -189,8 +189,6 @@ class CohortApp(ClientApp):
         self.data = data.to(self.device)
         self.seed = seed
         self.module = prepare(model).to(self.device)
-        for group in update.training.groups:
-            select(self.module, group)  # refuses a name that the network does not have
         self.template = model_tree(self.module)
         self.initial_state = update.initial_state(self.template, self.module)
         self.sizes = self.data.sizes("train").tolist()

@@ -29,7 +29,14 @@ from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.records import ARRAYS
 
 CONTROL = "control"
-_PLAIN = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "clip": None, "groups": {}}
+_PLAIN = {
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "weight_decay": 0.0,
+    "schedule": "constant",
+    "clip": None,
+    "groups": None,
+}
 
 
 @dataclass(kw_only=True)
@@ -60,8 +67,8 @@ class ScaffoldUpdate(LocalUpdate):
         own = cohort.state[CONTROL]
         common = cohort.spread(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
         cohort.fit(params, self.loss, adjust=shifted({n: common[n] - own[n] for n in names}))
-        travelled = (cohort.steps_taken.clamp(min=1) * cohort.rate).to(cohort.device)
-        change = {n: (start[n] - params[n]) / expand_rows(travelled, params[n]) - common[n] for n in names}
+        steps = cohort.steps_taken.clamp(min=1).to(cohort.device)
+        change = {n: (start[n] - params[n]) / expand_rows(steps, params[n]) / cohort.rate - common[n] for n in names}
         new = tree({n: own[n] + change[n] for n in names}, cohort.size)
         return cohort.reply(params, state={CONTROL: new}, control=tree(change, cohort.size))
 

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpers.cohort import Network, View, tree
+from fedpers.cohort import cohort as cohort_module
+from fedpers.data.federated import FederatedData
+from fedpers.strategies import FedAvgUpdate, LocalOnlyUpdate
+from tests.cohort.helpers import make_cohort
+from tests.problems import SmallNetwork, gaussian_data
+
+
+def predict(network: Network, x: Tensor) -> Tensor:
+    return network(x)
+
+
+class Scaled(nn.Module):
+    """Scores are the inputs times one factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.head.weight[0]
+
+
+def listed(*sizes: int) -> list[Tensor]:
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    return [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+@pytest.fixture
+def data() -> FederatedData:
+    x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 2, 0], [0, 0, 3]])
+    y = torch.tensor([0, 1, 1, 2, 1, 2])
+    return FederatedData(x, y, listed(2, 2, 2), listed(4, 0, 2), listed(0, 0, 6), 3)
+
+
+def test_scores_counted_by_hand(data: FederatedData) -> None:
+    cohort = make_cohort(Scaled(), data, [0, 1, 2])
+    stacked = tree({"head.weight": torch.tensor([[[1.0]], [[1.0]], [[-1.0]]])}, 3)
+    found = cohort.scores(stacked, "validation", predict)
+    assert found["examples"].tolist() == [4, 0, 2]
+    assert found["correct"].tolist() == [2, 0, 0]
+    assert found["class_examples"].tolist() == [[1, 2, 1], [0, 0, 0], [0, 1, 1]]
+    assert found["class_correct"].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
+    right, wrong = math.log(1 + 2 / math.e), math.log(2 + math.e)
+    two, three = math.log(2 + math.exp(-2)) + 2, math.log(2 + math.exp(-3)) + 3
+    assert found["loss"].tolist() == pytest.approx([2 * right + 2 * wrong, 0, two + three])
+
+
+def test_logits_stand_in_the_order_of_the_list() -> None:
+    data = FederatedData(torch.arange(12.0).view(6, 2), torch.zeros(6, dtype=torch.int64),
+                         [torch.tensor([5, 0, 3]), torch.tensor([1])], listed(0, 0), listed(0, 0), 2)  # fmt: skip
+    cohort = make_cohort(Scaled(), data, [0, 1])
+    stacked = tree({"head.weight": torch.tensor([[[1.0]], [[10.0]]])}, 2)
+    first, second = cohort.logits(stacked, "train", predict)
+    assert first.tolist() == [[10, 11], [0, 1], [6, 7]]
+    assert second.tolist() == [[20, 30]]
+
+
+@pytest.mark.parametrize("samples_at_once", [2048, 20])  # all in one piece, or in several
+def test_shared_stacked_and_mixed_views_agree(samples_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cohort_module, "EVALUATION_SAMPLES", samples_at_once)
+    network = SmallNetwork().double()
+    data = gaussian_data(dtype=torch.float64)
+    cohort = make_cohort(network, data)
+    one = cohort.template
+    stack = cohort.spread(one)
+    mixed = View({n: stack[n] if n.startswith("head") else one[n] for n in cohort.names("all")},
+                 frozenset(cohort.names("head")))  # fmt: skip
+    network.eval()
+    for client, *rows in zip(
+        cohort.clients,
+        cohort.logits(cohort.view(one), "train", predict),
+        cohort.logits(stack, "train", predict),
+        cohort.logits(mixed, "train", predict),
+        strict=True,
+    ):
+        expected = network(data.x[data.train[client]])
+        for row in rows:
+            torch.testing.assert_close(row, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_each_client_predicts_with_its_own_tensors() -> None:
+    network, data = SmallNetwork(norm=False).double(), gaussian_data((9, 7, 4), dtype=torch.float64)
+    cohort = make_cohort(network, data)
+    stack = cohort.spread(cohort.template)
+    for row in range(3):
+        stack["head.bias"][row] += row
+    shared = cohort.logits(cohort.view(cohort.template), "test", predict)
+    for row, found in enumerate(cohort.logits(stack, "test", predict)):
+        torch.testing.assert_close(found, shared[row] + row, rtol=1e-10, atol=1e-10)
+    alone = make_cohort(network, data, [2])
+    (found,) = alone.logits(stack[2:3], "test", predict)
+    torch.testing.assert_close(found, shared[2] + 2, rtol=1e-10, atol=1e-10)
+
+
+class NoEmptyBatch(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x).view(len(x), -1)  # fails on an empty batch
+        return out
+
+
+@pytest.mark.parametrize("clients", [[0, 1, 2], [1], [0, 1]])
+@pytest.mark.parametrize("update", [FedAvgUpdate(), LocalOnlyUpdate()])
+def test_a_part_without_samples_has_no_metrics(
+    data: FederatedData, clients: list[int], update: FedAvgUpdate | LocalOnlyUpdate
+) -> None:
+    app = update.client_app(NoEmptyBatch(), data)
+    state = app.initial_state.expand(len(clients)).clone()
+    received = {"arrays": app.template.select(*app.initial_arrays())}
+    outcomes, _, _ = app.run("evaluate", clients, state, received, {})
+    for client, outcome in zip(clients, outcomes, strict=True):
+        assert outcome.content is not None, outcome.error
+        metrics = dict(outcome.content.metric_records["metrics"])
+        for part in ("validation", "test"):
+            size = len(data.part(part)[client])  # type: ignore[arg-type]
+            assert metrics[f"{part}-examples"] == size
+            names = {f"{part}-{name}" for name in ("accuracy", "balanced-accuracy", "loss")}
+            assert names & metrics.keys() == (names if size else set())
+        assert metrics["num-examples"] == len(data.validation[client]) + len(data.test[client])
+
+
+def test_metrics_follow_from_the_counts(data: FederatedData) -> None:
+    app = FedAvgUpdate().client_app(Scaled(), data)
+    app.template["head.weight"].fill_(1.0)
+    outcomes, _, _ = app.run("evaluate", [0], tree({}, 1), {"arrays": app.template}, {})
+    metrics = outcomes[0].content.metric_records["metrics"]  # type: ignore[union-attr]
+    assert metrics["validation-accuracy"] == pytest.approx(2 / 4)
+    assert metrics["validation-balanced-accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+
+
+def test_evaluation_that_is_not_finite_is_an_error(data: FederatedData) -> None:
+    app = FedAvgUpdate().client_app(Scaled(), data)
+    app.template["head.weight"].fill_(math.nan)
+    outcomes, _, _ = app.run("evaluate", [0, 1, 2], tree({}, 3), {"arrays": app.template}, {})
+    assert [o.error for o in outcomes] == [
+        "client 0: validation-loss is nan", "", "client 2: validation-loss is nan"
+    ]  # fmt: skip

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from fedpers.cohort import Training, prepare
+from fedpers.cohort.modules import announce
+from fedpers.data.federated import FederatedData
+from fedpers.errors import ConfigError
+from tests.cohort.helpers import assert_same, cross_entropy, make_cohort
+from tests.problems import SmallNetwork, gaussian_data
+
+LAYERS = {
+    "1d": (lambda **o: nn.BatchNorm1d(3, **o), (5, 3)),
+    "1d with length": (lambda **o: nn.BatchNorm1d(3, **o), (5, 3, 4)),
+    "2d": (lambda **o: nn.BatchNorm2d(3, **o), (5, 3, 2, 4)),
+    "3d": (lambda **o: nn.BatchNorm3d(3, **o), (5, 3, 2, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"momentum": 0.3, "eps": 1e-2}, {"affine": False}])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_batch_norm_leaves_padding_out(kind: str, options: dict[str, object]) -> None:
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    theirs = make(**options).double().train()
+    if theirs.affine:
+        nn.init.normal_(theirs.weight)
+        nn.init.normal_(theirs.bias)
+    ours = prepare(theirs).train()
+    direction = torch.randn(shape, dtype=torch.float64)
+    for _ in range(3):  # running statistics over several batches
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        padded = torch.cat([x.detach(), torch.full((3, *shape[1:]), 77.0, dtype=torch.float64)]).requires_grad_()
+        out = theirs(x)
+        (out * direction).sum().backward()
+        announce(ours, torch.tensor([1.0] * 5 + [0.0] * 3), None)
+        found = ours(padded)
+        (found[:5] * direction).sum().backward()
+        torch.testing.assert_close(found[:5], out, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(padded.grad[:5], x.grad, rtol=1e-9, atol=1e-10)  # type: ignore[index]
+        assert padded.grad[5:].abs().max() == 0  # type: ignore[index]
+    assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
+    for (name, a), b in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_norm_in_a_stack_has_statistics_per_client(momentum: float | None) -> None:
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=momentum), nn.Linear(5, 4)).double()
+    data = gaussian_data((19, 14), dtype=torch.float64)
+    cohort = make_cohort(network, data, training=Training(lr=0.1, batch_size=8, epochs=2))
+    params = cohort.assemble(cohort.template)
+    cohort.fit(params, cross_entropy)
+    for client in (0, 1):
+        alone = make_cohort(network, data, [client], training=cohort.training)
+        own = alone.assemble(alone.template)
+        alone.fit(own, cross_entropy)
+        assert_same(params, {n: own[n][0] for n in cohort.names("all")}, client)
+
+
+def test_one_value_per_channel_cannot_be_normalized() -> None:
+    layer = prepare(nn.BatchNorm1d(3)).train()
+    announce(layer, None, None)
+    with pytest.raises(ValueError, match="one value per channel"):
+        layer(torch.randn(1, 3))
+    announce(layer, torch.tensor([1.0, 0.0]), None)  # the same batch, padded: marks the client
+    assert layer(torch.randn(2, 3))[0].isnan().all()
+
+
+class Dropping(nn.Module):
+    """Shows the masks of two dropout layers."""
+
+    def __init__(self, p: float = 0.25) -> None:
+        super().__init__()
+        self.one, self.two = nn.Dropout(p), nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x), self.two(x)], dim=1)
+
+
+def mask(module: nn.Module, x: Tensor, key: int) -> Tensor:
+    announce(module, None, torch.tensor(key))
+    out: Tensor = module(x)
+    return out
+
+
+def test_dropout_rate_and_scale() -> None:
+    out = mask(prepare(Dropping(0.25)).train(), torch.ones(400, 100), 12345)
+    values = out.unique().tolist()
+    assert values == pytest.approx([0.0, 1 / 0.75])
+    assert float((out != 0).double().mean()) == pytest.approx(0.75, abs=0.005)
+    assert float(out.mean(0).std()) < 0.05  # no column is favoured
+    assert float(out.mean(1).std()) < 0.08
+
+
+def test_dropout_differs_between_clients_steps_and_layers() -> None:
+    module = prepare(Dropping(0.5)).train()
+    x = torch.ones(20, 50)
+    base = mask(module, x, 2**62 + 7)
+    assert torch.equal(base, mask(module, x, 2**62 + 7))
+    for other in (2**62 + 8, 2**61 + 7, 7):
+        agreement = float((mask(module, x, other) == base).double().mean())
+        assert 0.4 < agreement < 0.6
+    assert 0.4 < float((base[:, :50] == base[:, 50:]).double().mean()) < 0.6
+
+
+def test_dropout_does_not_depend_on_padding_or_the_stack() -> None:
+    module = prepare(Dropping(0.5)).train()
+    keys = torch.tensor([2**61 + 3, 99])
+
+    def one(key: Tensor) -> Tensor:
+        announce(module, None, key)
+        out: Tensor = module(torch.ones(6, 10))
+        return out
+
+    stacked = vmap(one)(keys)
+    for row in (0, 1):
+        assert torch.equal(stacked[row], one(keys[row]))
+        assert torch.equal(stacked[row][:4], mask(module, torch.ones(4, 10), int(keys[row])))
+
+
+def test_channel_dropout_drops_whole_channels() -> None:
+    out = mask(prepare(nn.Dropout2d(0.5)).train(), torch.ones(30, 20, 3, 3), 5)
+    per_channel = out.flatten(2).sum(2)
+    assert set(per_channel.unique().tolist()) == {0.0, 18.0}
+
+
+def test_dropout_is_off_in_evaluation_and_at_rate_zero() -> None:
+    x = torch.ones(5, 5)
+    assert torch.equal(mask(prepare(nn.Dropout(0.9)).eval(), x, 3), x)
+    assert torch.equal(mask(prepare(nn.Dropout(0.0)).train(), x, 3), x)
+    assert not mask(prepare(nn.Dropout(1.0)).train(), x, 3).any()
+
+
+def test_training_with_dropout_ignores_and_leaves_the_global_generator() -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.random.get_rng_state()
+        for clients in ([2, 4], [2]):
+            cohort = make_cohort(SmallNetwork().double(), gaussian_data(dtype=torch.float64), clients)
+            params = cohort.assemble(cohort.template)
+            cohort.fit(params, cross_entropy)
+            results.append({n: params[n][0] for n in cohort.names("all")})
+        assert torch.equal(before, torch.random.get_rng_state())
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_dropout_of_a_second_training_is_a_new_draw() -> None:
+    network, data = SmallNetwork(norm=False, dropout=0.5).double(), gaussian_data(dtype=torch.float64)
+    cohort = make_cohort(network, data, [2], training=Training(lr=1e-12, batch_size=0, shuffle=False))
+    sums = []
+    for _ in range(2):
+        before = float(cohort.loss_sum)
+        cohort.fit(cohort.assemble(cohort.template), cross_entropy, steps=1)
+        sums.append(float(cohort.loss_sum) - before)
+    assert sums[0] != pytest.approx(sums[1], rel=1e-3)
+
+
+class OwnNorm(nn.BatchNorm1d):
+    pass
+
+
+class OwnDropout(nn.Dropout):
+    pass
+
+
+REFUSED = [
+    nn.AlphaDropout(),
+    nn.FeatureAlphaDropout(),
+    nn.SyncBatchNorm(3),
+    nn.RReLU(),
+    nn.MultiheadAttention(4, 2, dropout=0.1),
+    nn.LSTM(3, 3, 2, dropout=0.1),
+    nn.InstanceNorm1d(3, track_running_stats=True),
+    nn.BatchNorm1d(3, track_running_stats=False),
+    OwnNorm(3),
+    OwnDropout(),
+]
+
+
+@pytest.mark.parametrize("layer", REFUSED, ids=lambda layer: type(layer).__name__)
+def test_refuses_layers_that_would_make_results_depend_on_the_cohort(layer: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=f"model={type(layer).__name__} at '1': expected"):
+        prepare(nn.Sequential(nn.Linear(3, 3), layer))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.MultiheadAttention(4, 2), nn.GRU(3, 3, 2), nn.InstanceNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3)]
+)
+def test_takes_layers_that_see_one_sample_at_a_time(layer: nn.Module) -> None:
+    assert list(prepare(nn.Sequential(layer)).state_dict()) == list(nn.Sequential(layer).state_dict())
+
+
+def test_prepare_copies_and_keeps_names_and_values() -> None:
+    network = SmallNetwork()
+    before = copy.deepcopy(network.state_dict())
+    prepared = prepare(network)
+    assert type(network.body[1]) is nn.BatchNorm1d
+    assert list(prepared.state_dict()) == list(before)
+    with torch.no_grad():
+        prepared.head.weight.zero_()  # type: ignore[union-attr,operator]
+    assert torch.equal(network.head.weight, before["head.weight"])
+    assert list(prepare(prepared).state_dict()) == list(before)  # what is prepared may be prepared again
+
+
+def test_second_order_gradients_go_through_masked_batch_norm() -> None:
+    module = prepare(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))).double().train()
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = {n: p.detach() for n, p in module.named_parameters()}
+
+    def slope(weight: Tensor, padded: bool) -> Tensor:
+        announce(module, torch.tensor([1.0] * 4 + [0.0] * 2) if padded else None, None)
+
+        def loss(weight: Tensor) -> Tensor:
+            buffers = {n: b.clone() for n, b in module.named_buffers()}
+            out = functional_call(module, {**values, **buffers, "0.weight": weight}, (x if padded else x[:4],))
+            return (out[:4] ** 3).sum()
+
+        return grad(loss)(weight).square().sum()
+
+    found, expected = (grad(lambda w, p=p: slope(w, p))(values["0.weight"]) for p in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_pictures_under_batch_norm_train_alike_in_any_cohort() -> None:
+    class Pictures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.3), nn.AdaptiveAvgPool2d(1)
+            )
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.body(x).flatten(1))
+            return out
+
+    torch.manual_seed(0)
+    network = Pictures().double()
+    data: FederatedData = gaussian_data((13, 9, 6), features=(1, 5, 5), dtype=torch.float64)
+    cohort = make_cohort(network, data, training=Training(lr=0.1, batch_size=4, epochs=2))
+    params = cohort.assemble(cohort.template)
+    cohort.fit(params, cross_entropy)
+    for client in range(3):
+        alone = make_cohort(network, data, [client], training=cohort.training)
+        own = alone.assemble(alone.template)
+        alone.fit(own, cross_entropy)
+        assert_same(params, {n: own[n][0] for n in cohort.names("all")}, client)

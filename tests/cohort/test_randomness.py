@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedpers.randomness import derive, generator, sample_clients, torch_generator
+
+
+def test_derive_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert derive(0, "batches", 3, 1) == PINNED
+    assert derive(np.int64(0), "batches", np.int64(3), 1) == PINNED  # type: ignore[arg-type]
+
+
+PINNED = 3857532704859168239
+
+
+def test_derive_tells_all_its_arguments_apart() -> None:
+    seen = {
+        derive(seed, purpose, client, round)
+        for seed in range(5)
+        for purpose in ("batches", "dropout")
+        for client in range(20)
+        for round in range(20)
+    }
+    assert len(seen) == 5 * 2 * 20 * 20
+    assert all(0 <= value < 2**63 for value in seen)
+    assert derive(0, "a", 1, 23) != derive(0, "a", 12, 3)
+    assert derive(0, "a") != derive(0, "a", 0)
+
+
+def test_generators_start_anew() -> None:
+    assert generator(1, "x", 2).integers(10**9) == generator(1, "x", 2).integers(10**9)
+    assert generator(1, "x", 2).integers(10**9) != generator(1, "x", 3).integers(10**9)
+    first, second = (torch.rand(3, generator=torch_generator(1, "x", 2)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("clients", "fraction", "size"),
+    [(10, 0.3, 3), (10, 0.25, 3), (10, 0.04, 1), (10, 0.001, 1), (10, 0.99, 10), (10, 1.0, 10), (1, 0.5, 1)],
+)
+def test_sample_sizes(clients: int, fraction: float, size: int) -> None:
+    drawn = sample_clients(3, 1, clients, fraction)
+    assert len(drawn) == size
+    assert drawn == sorted(set(drawn))
+    assert set(drawn) <= set(range(clients))
+
+
+def test_sampling_depends_on_seed_and_round_alone_and_reaches_everyone() -> None:
+    rounds = [sample_clients(3, r, 20, 0.25) for r in range(60)]
+    assert rounds == [sample_clients(3, r, 20, 0.25) for r in range(60)]
+    assert rounds != [sample_clients(4, r, 20, 0.25) for r in range(60)]
+    assert len({tuple(drawn) for drawn in rounds}) > 50
+    counts = np.bincount(np.concatenate(rounds), minlength=20)
+    assert counts.min() > 3
+    assert counts.max() < 32

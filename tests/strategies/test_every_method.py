@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpers.cohort import Cohort, Reply
+from fedpers.strategies import STRATEGIES, FedAvgUpdate
+from tests import equivalence, reference
+from tests.cohort.helpers import assert_same
+from tests.problems import SmallNetwork
+from tests.strategies.helpers import initial, run
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The two programs change logging for the process that they usually have to themselves."""
+    log = logging.getLogger("fedpers")
+    handlers = list(log.handlers)
+    yield
+    log.handlers = handlers
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="fedpers"):
+        settings: dict[str, Any] = {} if method != "perfedavg" else {"batch_size": 4, "drop_last": True}
+        found = run(method, rounds=2, network=SmallNetwork().double(), device=device, **settings)
+    assert not caplog.records, caplog.text  # among them: clients that are computed one by one
+    start = initial(SmallNetwork().double())
+    moved = {name: value.cpu() for name, value in found.arrays.items()}
+    for client in range(found.app.data.num_clients):
+        state = found.state(client)
+        moved.update({f"{client}/{name}": value.cpu() for name, value in state.items()})
+    assert moved
+    for name, value in moved.items():
+        before = start.get(name.rpartition("/")[2])
+        if before is not None:
+            assert not torch.equal(value, before if "control" not in name else torch.zeros_like(value)), name
+    report = found.strategy.report
+    assert report.steps > 0
+    assert not report.evaluation_failures
+    assert len(report.clients) == found.app.data.num_clients
+    accuracy = [metrics["test-accuracy"] for metrics in report.clients.values()]
+    assert all(0 <= value <= 1 for value in accuracy)
+
+
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_nothing_global_is_drawn_or_changed(method: str) -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        before = torch.random.get_rng_state()
+        results.append(run(method, rounds=1, network=SmallNetwork(norm=method == "fedbn").double()))
+        assert torch.equal(before, torch.random.get_rng_state())
+    for client in range(4):
+        assert_same(results[0].state(client), results[1].state(client))
+    assert_same(results[0].arrays, results[1].arrays)
+
+
+def test_traces_of_another_library_are_met(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reference.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n{method} " in printed for method in reference.PFLLIB)
+
+
+@pytest.mark.parametrize(
+    ("method", "case", "array"),
+    [
+        ("fedavg", "full_mb", "out/server/model/head.bias"),
+        ("ditto", "part_mb", "out/client/trained/model_per/head.bias"),
+        ("scaffold", "full_1b", "out/server/c/head.bias"),
+        ("local", "full_mb", "out/eval/main/test_correct"),
+    ],
+)
+def test_a_changed_trace_is_noticed(
+    method: str, case: str, array: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reference.PFLLIB[method][0]
+    copy = tmp_path / "pfllib" / folder / f"{case}.npz"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(reference.HERE / "pfllib" / folder / f"{case}.npz", copy)
+    assert reference.main(["--root", str(tmp_path), method]) == 0
+    with np.load(copy) as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays[array][-1] += 1 if array.endswith("correct") else 1e-3
+    np.savez(copy, **arrays)
+    assert reference.main(["--root", str(tmp_path), method]) == 1
+    assert "OVER" in capsys.readouterr().out
+
+
+def test_no_traces_are_no_success(tmp_path: Path) -> None:
+    assert reference.main(["--root", str(tmp_path), "fedavg"]) == 1
+
+
+def test_cohort_size_and_workers_do_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert equivalence.main(["cohort", "fedavg"]) == 0
+    assert "1 methods, 0 over tolerance" in capsys.readouterr().out
+
+
+def test_dependence_on_cohort_size_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = FedAvgUpdate.train
+
+    def leaning(self: FedAvgUpdate, cohort: Cohort, received: Any, config: Any) -> Reply:
+        reply = whole(self, cohort, received, config)
+        reply.records["arrays"]["head.bias"] += 1e-3 * cohort.size
+        return reply
+
+    monkeypatch.setattr(FedAvgUpdate, "train", leaning)
+    assert equivalence.main(["cohort", "fedavg"]) == 1
+    assert "OVER" in capsys.readouterr().out

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from fedpers.cohort import Training
+from fedpers.errors import ConfigError
+from fedpers.strategies import STRATEGIES, make_strategy, options_of
+
+BAD: list[tuple[str, str, Any]] = [
+    *((method, "weighting", "sample") for method in STRATEGIES),
+    ("fedavg_ft", "finetune_epochs", 0),
+    ("fedprox", "mu", -0.1),
+    ("fedprox", "mu", math.nan),
+    ("scaffold", "server_lr", 0.0),
+    ("fedrep", "head_epochs", -1),
+    ("fedrep", "body_epochs", -1),
+    ("ditto", "mu", -1.0),
+    ("ditto", "personal_epochs", -1),
+    ("pfedme", "lam", 0.0),
+    ("pfedme", "inner_steps", 0),
+    ("pfedme", "personal_lr", 0.0),
+    ("pfedme", "variant", "papers"),
+    ("pfedme", "beta", -0.1),
+    ("perfedavg", "inner_lr", 0.0),
+    ("apfl", "alpha", 1.1),
+    ("apfl", "alpha", -0.1),
+    ("apfl", "variant", "pflib"),
+]
+
+
+@pytest.mark.parametrize(("method", "option", "value"), BAD, ids=str)
+def test_a_value_out_of_range_is_named(method: str, option: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_strategy(method, {option: value})
+    assert str(caught.value).startswith(f"strategy.{option}={value}: expected ")
+
+
+@pytest.mark.parametrize("method", STRATEGIES)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("fraction", 0.0), ("fraction", 1.01), ("fraction", math.nan), ("evaluate_every", 0), ("min_replies", 0)],
+)
+def test_server_settings_out_of_range(method: str, option: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"^{option}={value}: expected "):
+        make_strategy(method, server={option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("optimizer", "adam"), ("momentum", 0.9), ("weight_decay", 0.1), ("schedule", "cosine"), ("clip", 1.0),
+     ("groups", {"head": {"lr": 0.1}})],
+)  # fmt: skip
+def test_scaffold_names_the_setting_it_cannot_use(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_strategy("scaffold", training=Training(**{option: value}))
+    assert str(caught.value).startswith(f"training.{option}={value}: expected ")
+    make_strategy("scaffold", training=Training(lr=0.3, lr_decay=0.9, epochs=3))
+
+
+def test_perfedavg_needs_batches_to_halve() -> None:
+    with pytest.raises(ConfigError, match=r"training\.batch_size=0"):
+        make_strategy("perfedavg", training=Training(batch_size=0))
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    for call in (lambda: make_strategy("fedrap"), lambda: options_of("fedrap")):
+        with pytest.raises(ConfigError, match=r"strategy=fedrap: .*did you mean 'fedrep'"):
+            call()
+    with pytest.raises(ConfigError, match=r"strategy\.head_epoch=2: .*of fedrep.*did you mean 'head_epochs'"):
+        make_strategy("fedrep", {"head_epoch": 2})
+
+
+def test_settings_go_to_the_half_that_has_them() -> None:
+    server, client = make_strategy("pfedme", {"beta": 0.5, "lam": 3.0}, server={"seed": 4}, training=Training(lr=0.7))
+    assert (server.beta, server.seed, client.lam, client.training.lr) == (0.5, 4, 3.0, 0.7)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_defaults_are_valid_options(method: str) -> None:
+    options = options_of(method)
+    assert "training" not in options
+    assert "fraction" not in options
+    server, client = make_strategy(method, options)
+    for name, value in options.items():
+        assert getattr(server if hasattr(server, name) else client, name) == value

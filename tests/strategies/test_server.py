@@ -1,0 +1,349 @@
+"""What the server half does with sampling, replies that cannot be used, weights and counts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flwr.app as flower
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedpers.cohort import Cohort, Reply, Training, entries, leaves
+from fedpers.errors import TrainingError
+from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy
+from fedpers.strategies.records import from_record
+from tests.problems import SmallNetwork, gaussian_data
+
+SIZES = (20, 9, 13, 7)
+DATA = gaussian_data(SIZES)
+
+
+class Round:
+    """One round of a method, with its replies open to change."""
+
+    def __init__(self, method: str = "fedavg", options: dict[str, Any] | None = None, **server: Any) -> None:
+        strategy, update = make_strategy(
+            method, options, server=server, training=Training(lr=0.1, batch_size=5, epochs=1)
+        )
+        self.strategy: PersonalizedStrategy = strategy
+        self.app: CohortApp = update.client_app(SmallNetwork(), DATA)
+        self.grid = LocalGrid(self.app, DATA.num_clients, cohort=2, workers=1)
+        self.arrays = self.app.initial_arrays()
+        self.config = flower.ConfigRecord()
+        self.number = 0
+        self.ask()
+
+    def ask(self) -> None:
+        """Train; the replies wait for :meth:`aggregate`."""
+        self.number += 1
+        self.messages = list(self.strategy.configure_train(self.number, self.arrays, self.config, self.grid))
+        replies = list(self.grid.send_and_receive(self.messages))
+        self.replies = {self.strategy._clients[reply.metadata.src_node_id]: reply for reply in replies}
+
+    def aggregate(self) -> dict[str, torch.Tensor]:
+        new, _ = self.strategy.aggregate_train(self.number, self.replies.values())
+        assert new is not None
+        self.arrays = new
+        return entries(from_record(new))
+
+    def mean_over(self, clients: list[int]) -> dict[str, torch.Tensor]:
+        """Average by samples of what these clients sent."""
+        sent = [entries(from_record(self.replies[c].content.array_records["arrays"])) for c in clients]
+        total = sum(SIZES[c] for c in clients)
+        return {
+            name: sum(SIZES[c] / total * s[name].double() for c, s in zip(clients, sent, strict=True))  # type: ignore[misc]
+            for name in sent[0]
+        }
+
+
+@pytest.fixture(autouse=True)
+def _server() -> Iterator[None]:
+    with server_identity(1):
+        yield
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=0.5 if "num_batches" in name else 1e-6)
+
+
+Tamper = Callable[[flower.Message], flower.Message | None]
+
+
+def replaced(name: str, array: Any) -> Tamper:
+    def tamper(reply: flower.Message) -> flower.Message:
+        record = reply.content.array_records["arrays"].copy()
+        record[name] = array if isinstance(array, flower.Array) else flower.Array(np.asarray(array, dtype=np.float32))
+        reply.content["arrays"] = record
+        return reply
+
+    return tamper
+
+
+def without(name: str) -> Tamper:
+    def tamper(reply: flower.Message) -> flower.Message:
+        record = reply.content.array_records["arrays"].copy()
+        del record[name]
+        reply.content["arrays"] = record
+        return reply
+
+    return tamper
+
+
+def metric(name: str, value: float) -> Tamper:
+    def tamper(reply: flower.Message) -> flower.Message:
+        reply.content.metric_records["metrics"][name] = value
+        return reply
+
+    return tamper
+
+
+def more_records(reply: flower.Message) -> flower.Message:
+    reply.content["more"] = flower.ArrayRecord({"x": flower.Array(np.zeros(2))})
+    return reply
+
+
+def error(reply: flower.Message) -> flower.Message:
+    reply._content = None  # type: ignore[attr-defined]
+    reply.__dict__["_error"] = flower.Error(7, "out of memory")
+    return reply
+
+
+NAN = [np.nan, 0.0, 0.0, 0.0]
+BAD: dict[str, tuple[Tamper, str]] = {
+    "missing": (lambda reply: None, "no reply"),
+    "error": (error, "out of memory"),
+    "nan": (replaced("head.bias", NAN), "'head.bias' holds values that are not finite"),
+    "inf": (replaced("head.bias", [0, 0, np.inf, 0]), "'head.bias' holds values that are not finite"),
+    "shape": (replaced("head.bias", [0.0]), "'head.bias' has shape [1], expected [4]"),
+    "scalar": (replaced("head.bias", 0.0), "'head.bias' has shape [], expected [4]"),
+    "less": (without("head.bias"), "'arrays/head.bias' is in its reply or in those of the other clients, but not in "
+             "both"),
+    "more": (more_records, "'more/x' is in its reply or in those of the other clients, but not in both"),
+    "bytes": (replaced("head.bias", flower.Array("float32", (4,), "numpy.ndarray", b"")), "an array cannot be read"),
+    "text": (replaced("head.bias", flower.Array(np.array(["a", "b", "c", "d"]))), "an array cannot be read"),
+    "no samples": (metric("num-examples", 0), "num-examples is 0"),
+    "negative": (metric("num-examples", -5), "num-examples is -5"),
+    "infinite": (metric("num-examples", float("inf")), "num-examples is inf"),
+    "nan samples": (metric("num-examples", float("nan")), "num-examples is nan"),
+    "nan loss": (metric("train-loss", float("nan")), "train-loss is nan"),
+    "nan steps": (metric("steps", float("nan")), "steps is nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_an_unusable_reply_is_left_out_counted_and_named(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    tamper, reason = BAD[what]
+    one = Round()
+    expected = one.mean_over([0, 1, 3])
+    steps = sum(int(one.replies[c].content.metric_records["metrics"]["steps"]) for c in (0, 1, 3))  # type: ignore[arg-type]
+    changed = tamper(one.replies.pop(2))
+    if changed is not None:
+        one.replies[2] = changed
+    with caplog.at_level(logging.WARNING, logger="fedpers"):
+        found = one.aggregate()
+    assert_close(found, expected)
+    report = one.strategy.report
+    assert list(report.failures) == [2]
+    assert report.failures[2].startswith(reason)
+    assert f"client 2 left out: {reason}" in caplog.text
+    assert report.steps == steps
+    assert report.samples == 20 + 9 + 7
+
+
+def test_the_first_bad_reply_is_not_the_measure_for_the_others() -> None:
+    one = Round("scaffold", fraction=0.5)  # the server has no control variate yet to compare with
+    clients = sorted(one.replies)
+    assert len(clients) == 2
+    reply = one.replies[clients[0]]
+    reply.content["arrays"] = replaced("head.bias", [0.0])(reply).content.array_records["arrays"]
+    one.aggregate()
+    assert list(one.strategy.report.failures) == [clients[0]]
+
+
+def test_a_record_the_server_does_not_hold_is_compared_with_the_other_replies() -> None:
+    one = Round("scaffold")
+    control = one.replies[0].content.array_records["control"].copy()
+    control["head.bias"] = flower.Array(np.zeros(1, dtype=np.float32))  # would be broadcast in a sum
+    one.replies[0].content["control"] = control
+    one.aggregate()
+    assert one.strategy.report.failures == {0: "'head.bias' has shape [1], expected [4]"}
+
+
+def test_order_of_arrival_does_not_matter() -> None:
+    first, second = Round(), Round()
+    second.replies = dict(reversed(second.replies.items()))
+    for a, b in zip(first.aggregate().values(), second.aggregate().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_too_few_replies_end_the_run_with_the_reasons() -> None:
+    one = Round(min_replies=3)
+    for client in (0, 3):
+        one.replies[client] = error(one.replies[client])
+    with pytest.raises(
+        TrainingError,
+        match=r"^round 1: 2 of 4 sampled clients sent a usable reply, 3 needed \(out of memory\)\.$",
+    ):
+        one.aggregate()
+
+
+def test_no_clients_at_all() -> None:
+    class Empty(LocalGrid):
+        def get_node_ids(self) -> list[int]:
+            return []
+
+    one = Round()
+    one.grid.__class__ = Empty
+    with pytest.raises(TrainingError, match="round 2: no client is connected"):
+        one.ask()
+
+
+def test_bytes_counted_by_hand() -> None:
+    body = 8 * 6 + 4 * 8  # weights without bias; scale, shift, mean and variance
+    head = 4 * 8 + 4
+    expected = {
+        "fedavg": (4 * (body + head) + 8, 4 * (body + head) + 8),
+        "fedper": (4 * body + 8, 4 * body + 8),
+        "fedbn": (4 * (8 * 6 + head), 4 * (8 * 6 + head)),
+        "local": (0, 0),
+        "scaffold": (4 * (body + head) + 8, 4 * (body + head) + 8 + 4 * (8 * 6 + 2 * 8 + head)),
+    }
+    for method, (down, up) in expected.items():
+        one = Round(method, fraction=0.5)
+        one.aggregate()
+        assert (one.strategy.report.bytes_down, one.strategy.report.bytes_up) == (2 * down, 2 * up), method
+    one.ask()  # from the second round on the server's control variate goes down too
+    assert one.strategy.report.bytes_down == 2 * (down + 4 * (8 * 6 + 2 * 8 + head))
+
+
+def test_train_loss_is_the_mean_over_samples() -> None:
+    one = Round()
+    own = {c: one.replies[c].content.metric_records["metrics"] for c in range(4)}
+    assert [own[c]["num-examples"] for c in range(4)] == list(SIZES)
+    assert [own[c]["steps"] for c in range(4)] == [4, 2, 3, 2]
+    one.aggregate()
+    expected = sum(float(own[c]["train-loss"]) * SIZES[c] for c in range(4)) / sum(SIZES)  # type: ignore[arg-type]
+    assert one.strategy.report.train_loss == pytest.approx(expected)
+
+
+class Shuffled(LocalGrid):
+    """The same clients behind other node ids."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.there = {1000 - 7 * node: node for node in super().get_node_ids()}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.there)
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        back = {node: other for other, node in self.there.items()}
+        messages = list(messages)
+        for message in messages:
+            message.metadata.dst_node_id = self.there[message.metadata.dst_node_id]
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        for reply in replies:
+            reply.metadata.__dict__["_src_node_id"] = back[reply.metadata.src_node_id]
+        return replies
+
+
+def test_clients_are_sampled_alike_by_every_method_and_whatever_their_node_ids() -> None:
+    drawn = []
+    for method in STRATEGIES:
+        for grid in (LocalGrid, Shuffled):
+            strategy, update = make_strategy(method, server={"fraction": 0.5, "seed": 9})
+            app = update.client_app(SmallNetwork(), DATA)
+            nodes = grid(app, DATA.num_clients, cohort=1, workers=1)
+            strategy.nodes(nodes)
+            drawn.append([strategy.sample(r) for r in range(1, 9)])
+    assert all(rounds == drawn[0] for rounds in drawn)
+    assert len({tuple(clients) for clients in drawn[0]}) > 2
+
+
+def test_node_ids_do_not_change_what_is_learnt() -> None:
+    results = []
+    for grid in (LocalGrid, Shuffled):
+        one = Round("ditto", fraction=0.5)
+        one.strategy._clients = {}
+        one.grid = grid(one.app, DATA.num_clients, cohort=2, workers=1)
+        one.number = 0
+        one.ask()
+        results.append(one.aggregate())
+        messages = one.strategy.configure_evaluate(1, one.arrays, one.config, one.grid)
+        one.strategy.aggregate_evaluate(1, one.grid.send_and_receive(messages))
+        results[-1].update({f"{c}": torch.tensor(m["test-loss"]) for c, m in one.strategy.report.clients.items()})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_all_clients_are_evaluated_every_so_many_rounds() -> None:
+    one = Round("fedper", fraction=0.25, evaluate_every=2)
+    assert len(one.replies) == 1
+    one.aggregate()
+    assert list(one.strategy.configure_evaluate(1, one.arrays, one.config, one.grid)) == []
+    one.ask()
+    one.aggregate()
+    messages = list(one.strategy.configure_evaluate(2, one.arrays, one.config, one.grid))
+    replies = list(one.grid.send_and_receive(messages))
+    error(next(r for r in replies if one.strategy._clients[r.metadata.src_node_id] == 1))
+    means = one.strategy.aggregate_evaluate(2, replies)
+    report = one.strategy.report
+    assert list(report.clients) == [0, 2, 3]
+    assert report.evaluation_failures == {1: "out of memory"}
+    assert all(m["validation-examples"] == m["test-examples"] == 5 for m in report.clients.values())
+    assert means is not None
+    assert means["test-accuracy"] == pytest.approx(sum(m["test-accuracy"] for m in report.clients.values()) / 3)
+
+
+def test_a_client_that_becomes_non_finite_keeps_its_former_personal_state() -> None:
+    one = Round("ditto")
+    one.aggregate()
+    assert one.grid.engine is not None
+    store = one.grid.engine.store
+    before = leaves(store.gather(range(4)).clone())
+    poisoned = DATA.x.clone()
+    poisoned[DATA.train[2][0]] = torch.inf
+    object.__setattr__(one.app.data, "x", poisoned)
+    one.ask()
+    found = one.aggregate()
+    assert all(torch.isfinite(value).all() for value in found.values())
+    assert list(one.strategy.report.failures) == [2]
+    assert "client 2: training gave values that are not finite" in one.strategy.report.failures[2]
+    after = leaves(store.gather(range(4)))
+    for name, value in before.items():
+        assert torch.equal(after[name][2], value[2]), name
+    assert not torch.equal(after["model/head.bias"][0], before["model/head.bias"][0])
+
+
+def test_personal_state_with_other_names_than_the_initial_one_is_refused() -> None:
+    from fedpers.strategies import LocalUpdate
+
+    class Forgetful(LocalUpdate):
+        def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+            return cohort.reply(cohort.assemble(received["arrays"]), state={"momentum": torch.zeros(cohort.size)})
+
+    app = Forgetful().client_app(SmallNetwork(), DATA)
+    with pytest.raises(ValueError, match=r"Forgetful: the new personal state \['momentum'\]"):
+        app.run("train", [0], app.initial_state.expand(1), {"arrays": app.template}, {})
+
+
+def test_parameter_groups_with_unknown_names_are_refused_before_training() -> None:
+    _, update = make_strategy("fedavg", training=Training(groups={"heat": {"lr": 0.1}}))
+    with pytest.raises(ValueError, match="heat"):
+        update.client_app(SmallNetwork(), DATA)
+
+
+def test_fedbn_refuses_a_network_without_normalization() -> None:
+    _, update = make_strategy("fedbn")
+    with pytest.raises(ValueError, match="normalization"):
+        update.client_app(SmallNetwork(norm=False), DATA)
+    with pytest.raises(ValueError, match="'head'"):
+        make_strategy("fedper")[1].client_app(nn.Linear(6, 4), DATA)

@@ -12,6 +12,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ def seconds(run: Run, strategy: Strategy, arrays: Callable[[], ArrayRecord], cli
     """Median seconds of the rounds after the first."""
     stamps: list[float] = []
     run(server(strategy, arrays, rounds, stamps), client, clients)
-    return statistics.median(after - before for before, after in zip(stamps[1:-1], stamps[2:], strict=True))
+    return statistics.median(after - before for before, after in pairwise(stamps[1:]))
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import re
@@ -23,7 +24,7 @@ Run (settings are key=value, see below):
   fedpers +experiment=demo                                  a preset
 
 Subcommands:
-  fedpers compare FOLDER... [--json]     leaderboard of the runs found in folders
+  fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
   fedpers --help | --version
 
 Settings people change (choose = one of the files of conf/KEY):
@@ -32,7 +33,8 @@ Settings people change (choose = one of the files of conf/KEY):
   dataset     {datasets}      dataset.root=PATH
   partition   {partitions}
               partition.alpha=0.1  partition.num_clients=20
-  model       {models}        split   {splits}
+  heterogeneity  {heterogeneities}        split   {splits}
+  model       {models}
   training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
   runtime     runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
@@ -83,7 +85,7 @@ def _usage() -> str:
 
     return USAGE.format(
         strategies=options("strategy"), datasets=options("dataset"), partitions=options("partition"),
-        models=options("model"), splits=options("split"), experiments=options("experiment"),
+        models=options("model"), splits=options("split"), heterogeneities=options("heterogeneity"), experiments=options("experiment"),
     )  # fmt: skip
 
 
@@ -204,6 +206,7 @@ def _compare(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fedpers compare", description="Leaderboard of the runs found in folders.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders above them")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--svg", metavar="FILE", type=Path, help="also draw the tables into a picture")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     runs = find_runs(options.folders)
@@ -213,6 +216,15 @@ def _compare(arguments: list[str]) -> int:
         print(json.dumps(leaderboard_rows(runs), indent=1))
     else:
         print_leaderboard(runs)
+    if options.svg:
+        from rich.console import Console
+
+        picture = Console(record=True, width=100, file=io.StringIO())
+        print_leaderboard(runs, picture)
+        try:
+            picture.save_svg(str(options.svg), title="fedpers compare")
+        except OSError as error:
+            raise FedpersError(f"{options.svg} cannot be written ({error.strerror}).") from error
     return 0
 
 

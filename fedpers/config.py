@@ -13,7 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import torch
 
 from fedpers.cohort import Training
-from fedpers.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
 from fedpers.errors import ConfigError, check, one_of
 from fedpers.models import ModelConfig
 from fedpers.tracking import TrackerConfig
@@ -75,7 +75,7 @@ class Config:
     ----------
     strategy : mapping
         ``name`` and the method's own settings (:func:`fedpers.strategies.options_of`).
-    dataset, partition, split, model, training, runtime, tracker
+    dataset, partition, split, heterogeneity, model, training, runtime, tracker
         See their classes.
     rounds : int
         >= 1.
@@ -97,6 +97,7 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
+    heterogeneity: HeterogeneityConfig = field(default_factory=HeterogeneityConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: Training = field(default_factory=Training)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

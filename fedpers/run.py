@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from fedpers import __version__
 from fedpers.config import Config, convert
-from fedpers.data import FederatedData, load_federated
+from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
 from fedpers.errors import FedpersError
 from fedpers.evaluation.metrics import distribution
@@ -103,6 +103,7 @@ def prepare_run(config: Config) -> Setup:
         name, options, server={**server, "min_replies": config.min_replies}, training=config.training
     )
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
+    data = apply_heterogeneity(data, config.heterogeneity, config.seed)
     model = build_model(config.model, tuple(data.x.shape[1:]), data.num_classes, config.seed)
     return Setup(data, strategy, update.client_app(model, data, seed=config.seed, device=device))
 
@@ -125,8 +126,6 @@ def run_rounds(
             messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
             new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages))
             arrays = arrays if new is None else new
-        else:
-            strategy.report = RoundReport(0)
         due = round % strategy.evaluate_every == 0 or round == rounds
         if due:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)

@@ -310,7 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [m for m in options.methods if m not in PFLLIB]:
         parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(PFLLIB)}")
     logging.disable(logging.WARNING)
-    results = [compare_pfllib(m, path, options.device) for m, path in cases(options.root, options.methods or list(PFLLIB))]
+    results = [
+        compare_pfllib(m, path, options.device) for m, path in cases(options.root, options.methods or list(PFLLIB))
+    ]
     if not results:
         print(f"no traces under {options.root}", file=sys.stderr)
         return 1

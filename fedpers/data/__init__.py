@@ -2,6 +2,7 @@
 
 from fedpers.data.datasets import Dataset, DatasetConfig, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
+from fedpers.data.heterogeneity import HeterogeneityConfig, apply_heterogeneity
 from fedpers.data.load import load_federated
 from fedpers.data.partition import PartitionConfig, partition_samples
 from fedpers.data.split import SplitConfig, split_clients
@@ -11,9 +12,11 @@ __all__ = [
     "Dataset",
     "DatasetConfig",
     "FederatedData",
+    "HeterogeneityConfig",
     "Part",
     "PartitionConfig",
     "SplitConfig",
+    "apply_heterogeneity",
     "load_dataset",
     "load_federated",
     "partition_samples",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_type_hints
@@ -40,6 +43,35 @@ STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
 _NOT_A_METHODS_OWN = {"training", "fraction", "seed", "evaluate_every", "min_replies"}
 
 
+def strategy_class(name: str) -> type[PersonalizedStrategy]:
+    """Return the server half of a method.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`STRATEGIES`, or ``module:Class`` for a method of your own, importable from the current folder.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method, or the class is not a :class:`PersonalizedStrategy`.
+    """
+    if ":" not in name:
+        if name not in STRATEGIES:
+            raise ConfigError("strategy", name, f"{one_of(STRATEGIES, name)}, or module:Class")
+        return STRATEGIES[name]
+    module, _, attribute = name.partition(":")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise ConfigError("strategy.name", name, f"module:Class of a module that can be imported ({error})") from error
+    if not (isinstance(found, type) and issubclass(found, PersonalizedStrategy)):
+        raise ConfigError("strategy.name", name, "module:Class of a subclass of PersonalizedStrategy")
+    return found
+
+
 def option_types(name: str) -> dict[str, Any]:
     """Return the types of a method's own settings, of both halves.
 
@@ -49,7 +81,8 @@ def option_types(name: str) -> dict[str, Any]:
         If the method is unknown.
     """
     allowed = options_of(name)
-    hints = {**get_type_hints(STRATEGIES[name].update), **get_type_hints(STRATEGIES[name])}
+    server = strategy_class(name)
+    hints = {**get_type_hints(server.update), **get_type_hints(server)}
     return {key: hints[key] for key in allowed}
 
 
@@ -61,9 +94,7 @@ def options_of(name: str) -> dict[str, Any]:
     ConfigError
         If the method is unknown.
     """
-    if name not in STRATEGIES:
-        raise ConfigError("strategy", name, one_of(STRATEGIES, name))
-    server = STRATEGIES[name]
+    server = strategy_class(name)
     found: dict[str, Any] = {}
     for half in (server, server.update):
         for field in fields(half):
@@ -80,7 +111,7 @@ def make_strategy(
     Parameters
     ----------
     name : str
-        A key of :data:`STRATEGIES`.
+        See :func:`strategy_class`.
     options : mapping, optional
         The method's own settings; each goes to the half that has it.
     server : mapping, optional
@@ -94,7 +125,7 @@ def make_strategy(
         If the method or a setting is unknown, or a value is out of its range.
     """
     allowed = options_of(name)
-    strategy = STRATEGIES[name]
+    strategy = strategy_class(name)
     for key, value in (options or {}).items():
         if key not in allowed:
             raise ConfigError(f"strategy.{key}", value, f"one of the settings of {name}: {one_of(allowed, key)}")
@@ -139,4 +170,5 @@ __all__ = [
     "make_strategy",
     "option_types",
     "options_of",
+    "strategy_class",
 ]

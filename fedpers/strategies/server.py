@@ -114,7 +114,6 @@ class PersonalizedStrategy(FlowerFedAvg):
         self._nodes: dict[int, int] = {}  # client -> node
         self._clients: dict[int, int] = {}  # node -> client
         self._arrays: Tree | None = None
-        self._last_round = 0
         self._started = 0.0
 
     # -------------------------------------------------- what a method overrides
@@ -193,7 +192,6 @@ class PersonalizedStrategy(FlowerFedAvg):
             raise TrainingError(f"round {server_round}: no client is connected.")
         sampled = self.sample(server_round)
         self._arrays = from_record(arrays)
-        self._last_round = server_round
         config["server-round"] = server_round
         content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
         for name, values in self.broadcast(server_round, self._arrays).items():
@@ -306,7 +304,10 @@ class PersonalizedStrategy(FlowerFedAvg):
     def evaluation_messages(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> list[flower.Message]:
-        """Address all clients now."""
+        """Address all clients now; without a training before it, this is where a round starts."""
+        if self.report.round != server_round or not self.report.sampled:
+            self.report = RoundReport(server_round)
+            self._started = time.perf_counter()
         config["server-round"] = server_round
         content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
         for name, values in self.broadcast(server_round, from_record(arrays)).items():

@@ -172,6 +172,46 @@ def test_stop_ends_each_client_after_its_own_passes(settings: dict[str, object],
         assert float(cohort.loss_sum[row]) == pytest.approx(float(alone.loss_sum[0]), rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"schedule": "cosine", "momentum": 0.9}, {"schedule": "linear"}])
+def test_a_schedule_goes_on_over_the_planned_steps_when_others_stop(settings: dict[str, object]) -> None:
+    training = Training(lr=0.05, batch_size=8, epochs=6, **settings)  # type: ignore[arg-type]
+    rule = small_change(0.02)
+    network = SmallNetwork(dropout=0.4).double()
+    cohort = make_cohort(network, DATA, training=training)
+    params = start(cohort)
+    cohort.fit(params, cross_entropy, stop=rule)
+    planned = [6 * -(-len(DATA.train[c]) // 8) for c in by_size(DATA)]
+    stopped = [taken < steps for taken, steps in zip(cohort.steps_taken.tolist(), planned, strict=True)]
+    assert any(stopped)
+    assert not all(stopped)
+    for row, client in enumerate(by_size(DATA)):
+        alone = make_cohort(network, DATA, [client], training=training)
+        own = start(alone)
+        alone.fit(own, cross_entropy, stop=rule)
+        assert alone.steps_taken[0] == cohort.steps_taken[row]
+        assert_same(params, {n: own[n][0] for n in cohort.names("all")}, row)
+
+
+def test_a_rule_sees_the_mean_loss_of_each_pass() -> None:
+    seen: list[list[float]] = []
+
+    def rule(losses: Tensor) -> Tensor:
+        seen.append(losses[:, 0].tolist())
+        return torch.tensor([False])
+
+    whole = make_cohort(NETWORK, DATA, [2], training=SMALL)
+    whole.fit(start(whole), cross_entropy, epochs=3, stop=rule)
+    parts = make_cohort(NETWORK, DATA, [2], training=SMALL)
+    params = start(parts)
+    expected, before = [], 0.0
+    for _ in range(3):
+        parts.fit(params, cross_entropy, epochs=1)
+        expected.append((float(parts.loss_sum[0]) - before) / len(DATA.train[2]))
+        before = float(parts.loss_sum[0])
+    assert [len(losses) for losses in seen] == [1, 2, 3]
+    assert seen[-1] == pytest.approx(expected, rel=1e-5)
+
+
 def test_small_change_stops_when_the_loss_stands_still() -> None:
     rule = small_change(0.1)
     assert rule(torch.tensor([[1.0, 5.0]])).tolist() == [False, False]

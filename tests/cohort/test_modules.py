@@ -163,6 +163,19 @@ def test_dropout_of_a_second_training_is_a_new_draw() -> None:
     assert sums[0] != pytest.approx(sums[1], rel=1e-3)
 
 
+def test_dropout_of_the_next_step_is_a_new_draw() -> None:
+    network, data = SmallNetwork(norm=False, dropout=0.5).double(), gaussian_data(dtype=torch.float64)
+    losses = []
+
+    def note(value: Tensor) -> Tensor:
+        losses.append(float(value[-1, 0]))
+        return torch.tensor([False])
+
+    cohort = make_cohort(network, data, [2], training=Training(lr=1e-12, batch_size=0, shuffle=False))
+    cohort.fit(cohort.assemble(cohort.template), cross_entropy, steps=4, stop=note)
+    assert len({round(loss, 4) for loss in losses}) == 4
+
+
 class OwnNorm(nn.BatchNorm1d):
     pass
 

@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedpers
 from tests import flower_app
+
+
+def all_three() -> FedAvg:
+    """Flower's engine asks the strategy while nodes still register."""
+    return FedAvg(min_train_nodes=3, min_evaluate_nodes=3, min_available_nodes=3)
 
 
 @pytest.mark.slow
@@ -20,7 +26,8 @@ def test_an_app_gives_what_it_gives_under_flowers_simulation(monkeypatch: pytest
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     found: list[dict[str, Any]] = [{}, {}]
     for run, result in zip((fedpers.simulate, run_simulation), found, strict=True):
-        run(flower_app.server_app(result, rounds=2), flower_app.client_app(), num_supernodes=3)
+        server = flower_app.server_app(result, all_three, rounds=2)
+        run(server, flower_app.client_app(), num_supernodes=3)
     ours, theirs = found
     for name, value in theirs["arrays"].items():
         np.testing.assert_allclose(ours["arrays"][name], value, rtol=1e-9)

@@ -1,0 +1,5 @@
+"""``python -m fedpers`` is the ``fedpers`` command."""
+
+from fedpers.app import main
+
+main()

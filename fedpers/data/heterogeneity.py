@@ -1,0 +1,83 @@
+"""Ways in which clients differ beyond the samples they own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedpers.data.federated import PARTS, FederatedData
+from fedpers.errors import DataError, check, one_of
+from fedpers.randomness import generator
+
+NAMES = ("none", "feature_shift", "label_noise")
+
+
+@dataclass
+class HeterogeneityConfig:
+    """Settings of a heterogeneity.
+
+    Parameters
+    ----------
+    name : {"none", "feature_shift", "label_noise"}
+        ``feature_shift``: client k sees ``exp(strength * a_k) * x + strength * b_k`` with a_k, b_k drawn from N(0, 1),
+        the same in all its parts: another contrast and brightness, as of another camera. ``label_noise``: a share
+        ``strength * u_k`` of client k's training labels, u_k uniform in [0, 1], is replaced by other classes;
+        validation and test labels stay right.
+    strength : float
+        >= 0; for ``label_noise`` at most 1.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    name: str = "none"
+    strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check(self.name in NAMES, "heterogeneity", self.name, one_of(NAMES, self.name))
+        check(self.strength >= 0, "heterogeneity.strength", self.strength, "a number >= 0")
+        if self.name == "label_noise":
+            check(self.strength <= 1, "heterogeneity.strength", self.strength, "a number >= 0 and <= 1")
+
+
+def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: int) -> FederatedData:
+    """Change each client's samples as `config` says; draws come from (`seed`, client).
+
+    Raises
+    ------
+    DataError
+        If a sample that would change belongs to two clients.
+    """
+    if config.name == "none" or config.strength == 0:
+        return data
+    parts = PARTS if config.name == "feature_shift" else PARTS[:1]
+    owned = torch.cat([indices for part in parts for indices in data.part(part)])
+    if len(owned.unique()) < len(owned):
+        raise DataError(f"heterogeneity={config.name} needs samples that belong to one client each.")
+    if config.name == "feature_shift":
+        return replace(data, x=_shifted(data, config.strength, seed))
+    return replace(data, y=_noisy(data, config.strength, seed))
+
+
+def _shifted(data: FederatedData, strength: float, seed: int) -> Tensor:
+    x = data.x.clone()
+    for client in range(data.num_clients):
+        contrast, brightness = generator(seed, "feature_shift", client).normal(size=2)
+        own = torch.cat([data.part(part)[client] for part in PARTS])
+        x[own] = x[own] * float(torch.tensor(strength * contrast).exp()) + strength * brightness
+    return x
+
+
+def _noisy(data: FederatedData, strength: float, seed: int) -> Tensor:
+    y = data.y.clone()
+    for client, own in enumerate(data.train):
+        rng = generator(seed, "label_noise", client)
+        wrong = own[torch.from_numpy(rng.permutation(len(own))[: round(strength * rng.random() * len(own))])]
+        other = torch.from_numpy(rng.integers(1, data.num_classes, len(wrong)))
+        y[wrong] = (y[wrong] + other) % data.num_classes
+    return y

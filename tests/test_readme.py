@@ -1,0 +1,80 @@
+"""What the README says works as it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from fedpers.strategies import STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(python_blocks()[0], "README.md", "exec"), {})
+    accuracy = float(capsys.readouterr().out.strip())
+    assert 0.5 < accuracy <= 1
+
+
+def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(python_blocks()[1])
+    (command,) = re.findall(r"^fedpers (strategy\.name=.*)$", README, flags=re.MULTILINE)
+    arguments = [*command.split(), "rounds=2", "partition.num_clients=5", f"output={tmp_path / 'runs'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpers", *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (summary,) = (tmp_path / "runs").rglob("summary.json")
+    assert json.loads(summary.read_text())["rounds_done"] == 2
+
+
+def test_every_method_stands_in_the_table() -> None:
+    assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == set(STRATEGIES)
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / target).exists(), target
+
+
+@pytest.mark.slow
+def test_the_quick_start_notebook_runs(tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    assert "fedavg (baseline)" in text
+    assert "image/png" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_its_configuration(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "site")], check=True)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import fedpers.config as c;"
+        "print(c.conf_folder()); from fedpers.app import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site"), "rounds=1", f"output={tmp_path / 'runs'}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(tmp_path / "site" / "fedpers" / "conf")
+    assert list((tmp_path / "runs").rglob("summary.json"))

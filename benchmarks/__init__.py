@@ -1,0 +1,1 @@
+"""How fast it is; run one with ``python -m benchmarks.NAME``."""

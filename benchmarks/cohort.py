@@ -1,8 +1,8 @@
 """Clients trained together against one after another: ``python -m benchmarks.cohort [--device cuda]``.
 
-One round of FedAvg (one epoch, batch size 10, 100 clients of 50 made-up samples) for an MLP and the two-convolution
-CNN, with different cohort sizes and workers; beside it the ordinary loop of ``torch.nn`` and ``torch.optim``, one client
-after another on all threads. Prints seconds per round, the median of several after a first one.
+One round of FedAvg (one epoch, batch size 10, 100 clients of 50 made-up samples) for an MLP, the two-convolution CNN
+and a narrow ResNet-18, with different cohort sizes and workers; beside it the ordinary loop of ``torch.nn`` and
+``torch.optim``, one client after another on all threads. Prints seconds per round, the median of several after a first.
 """
 
 from __future__ import annotations

@@ -28,18 +28,19 @@ Subcommands:
   fedpers --help | --version
 
 Settings people change (choose = one of the files of conf/KEY):
-  strategy    {strategies}
+  strategy    {strategy}
               strategy.KEY=VALUE for a method's own settings
-  dataset     {datasets}      dataset.root=PATH
-  partition   {partitions}
+  dataset     {dataset}      dataset.root=PATH
+  partition   {partition}
               partition.alpha=0.1  partition.num_clients=20
-  heterogeneity  {heterogeneities}        split   {splits}
-  model       {models}
+  heterogeneity
+              {heterogeneity}      split   {split}
+  model       {model}
   training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
   runtime     runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
   tracker     none, wandb, tensorboard, [wandb,tensorboard]
-  +experiment {experiments}
+  +experiment {experiment}
 
 All settings with their values:  fedpers --cfg job [key=value ...]
 Further options of Hydra:        fedpers --hydra-help
@@ -83,10 +84,8 @@ def _usage() -> str:
 
         return ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
 
-    return USAGE.format(
-        strategies=options("strategy"), datasets=options("dataset"), partitions=options("partition"),
-        models=options("model"), splits=options("split"), heterogeneities=options("heterogeneity"), experiments=options("experiment"),
-    )  # fmt: skip
+    groups = ("strategy", "dataset", "partition", "heterogeneity", "split", "model", "experiment")
+    return USAGE.format(**{group: options(group) for group in groups})
 
 
 # ----------------------------------------------------------------------- run

@@ -175,7 +175,7 @@ def test_stop_ends_each_client_after_its_own_passes(settings: dict[str, object],
 @pytest.mark.parametrize("settings", [{"schedule": "cosine", "momentum": 0.9}, {"schedule": "linear"}])
 def test_a_schedule_goes_on_over_the_planned_steps_when_others_stop(settings: dict[str, object]) -> None:
     training = Training(lr=0.05, batch_size=8, epochs=6, **settings)  # type: ignore[arg-type]
-    rule = small_change(0.02)
+    rule = small_change(0.03)
     network = SmallNetwork(dropout=0.4).double()
     cohort = make_cohort(network, DATA, training=training)
     params = start(cohort)

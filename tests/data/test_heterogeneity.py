@@ -47,7 +47,7 @@ def test_label_noise_touches_training_labels_only_and_never_leaves_one_right() -
 def test_bad_values_and_shared_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="heterogeneity=nois: expected one of"):
         HeterogeneityConfig("nois")
-    with pytest.raises(ConfigError, match="heterogeneity.strength=1.5: expected a number >= 0 and <= 1"):
+    with pytest.raises(ConfigError, match=r"heterogeneity\.strength=1\.5: expected a number >= 0 and <= 1"):
         HeterogeneityConfig("label_noise", 1.5)
     data = gaussian_data((5, 5))
     shared = type(data)(data.x, data.y, [data.train[0]] * 2, data.validation, data.test, data.num_classes)

@@ -163,7 +163,10 @@ def test_the_first_bad_reply_is_not_the_measure_for_the_others() -> None:
     clients = sorted(one.replies)
     assert len(clients) == 2
     reply = one.replies[clients[0]]
-    reply.content["arrays"] = replaced("head.bias", [0.0])(reply).content.array_records["arrays"]
+    for record in ("arrays", "control"):
+        arrays = reply.content.array_records[record].copy()
+        arrays["head.bias"] = flower.Array(np.zeros(1, dtype=np.float32))
+        reply.content[record] = arrays
     one.aggregate()
     assert list(one.strategy.report.failures) == [clients[0]]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
 
 
 def derive(seed: int, purpose: str, *ids: int) -> int:
@@ -24,11 +23,6 @@ def derive(seed: int, purpose: str, *ids: int) -> int:
 def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
     """NumPy generator for one purpose, e.g. ``generator(seed, "batches", client, round)``."""
     return np.random.Generator(np.random.PCG64(derive(seed, purpose, *ids)))
-
-
-def torch_generator(seed: int, purpose: str, *ids: int) -> torch.Generator:
-    """CPU torch generator for one purpose."""
-    return torch.Generator().manual_seed(derive(seed, purpose, *ids))
 
 
 def sample_clients(seed: int, round: int, num_clients: int, fraction: float) -> list[int]:

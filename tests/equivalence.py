@@ -132,8 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [m for m in options.methods if m not in STRATEGIES]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(STRATEGIES)}")
-    logging.getLogger("fedpers").addHandler(Raise(logging.WARNING))
-    return COMPARISONS[options.comparison](options.methods or list(STRATEGIES), options.device)
+    watch = Raise(logging.WARNING)
+    logging.getLogger("fedpers").addHandler(watch)
+    try:
+        return COMPARISONS[options.comparison](options.methods or list(STRATEGIES), options.device)
+    finally:
+        logging.getLogger("fedpers").removeHandler(watch)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -309,10 +308,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := [m for m in options.methods if m not in PFLLIB]:
         parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(PFLLIB)}")
-    logging.disable(logging.WARNING)
-    results = [
-        compare_pfllib(m, path, options.device) for m, path in cases(options.root, options.methods or list(PFLLIB))
-    ]
+    chosen = cases(options.root, options.methods or list(PFLLIB))
+    results = [compare_pfllib(m, path, options.device) for m, path in chosen]
     if not results:
         print(f"no traces under {options.root}", file=sys.stderr)
         return 1

@@ -679,10 +679,19 @@ class Cohort:
         empty = torch.zeros(0, self.data.num_classes, device=self.device)
         return [torch.cat(own_pieces) if own_pieces else empty for own_pieces in pieces]
 
-    def scores(
-        self, params: Tree | View, part: Part, predict: Callable[[Network, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
+    def labels(self, part: Part) -> list[Tensor]:
+        """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
+        index = torch.cat([self.data.part(part)[c] for c in self.clients]).to(self.device)
+        return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
+
+    def scores(self, logits: Sequence[Tensor], part: Part) -> dict[str, Tensor]:
         """Counts from which accuracy, balanced accuracy and loss follow, on the CPU.
+
+        Parameters
+        ----------
+        logits : sequence of Tensor ``[n_k, C]``
+            From :meth:`logits`.
+        part : {"train", "validation", "test"}
 
         Returns
         -------
@@ -692,12 +701,10 @@ class Cohort:
         """
         sizes = self.sizes(part)
         classes = self.data.num_classes
-        logits = torch.cat(self.logits(params, part, predict))
-        index = torch.cat([self.data.part(part)[c] for c in self.clients]).to(self.device)
+        outputs, y = torch.cat(list(logits)), torch.cat(self.labels(part))
         owner = torch.repeat_interleave(torch.arange(self.size), sizes).to(self.device)
-        y = self.data.y[index]
-        right = (logits.argmax(1) == y).double()
-        losses = F.cross_entropy(logits.double(), y, reduction="none") if len(y) else right
+        right = (outputs.argmax(1) == y).double()
+        losses = F.cross_entropy(outputs.double(), y, reduction="none") if len(y) else right
         cell = owner * classes + y
 
         def by_client(values: Tensor) -> Tensor:

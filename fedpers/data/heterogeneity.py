@@ -57,7 +57,7 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
         return data
     parts = PARTS if config.name == "feature_shift" else PARTS[:1]
     owned = torch.cat([indices for part in parts for indices in data.part(part)])
-    if len(owned.unique()) < len(owned):
+    if len(set(owned.tolist())) < len(owned):
         raise DataError(f"heterogeneity={config.name} needs samples that belong to one client each.")
     if config.name == "feature_shift":
         return replace(data, x=_shifted(data, config.strength, seed))

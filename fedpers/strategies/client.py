@@ -23,6 +23,7 @@ from fedpers.cohort import (
     Training,
     Tree,
     View,
+    entries,
     leaves,
     model_tree,
     prepare,
@@ -33,6 +34,7 @@ from fedpers.cohort.plan import lonely_sample, smallest_batch
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import PARTS, FederatedData
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.evaluation.metrics import auc
 from fedpers.strategies.records import (
     CONFIG,
     METRICS,
@@ -121,13 +123,14 @@ class LocalUpdate:
         Returns
         -------
         list of dict
-            ``{part}-examples``, ``-accuracy``, ``-balanced-accuracy`` (mean recall over the classes it has) and
-            ``-loss`` (mean cross-entropy).
+            ``{part}-examples``, ``-accuracy``, ``-balanced-accuracy`` (mean recall over the classes it has), ``-loss``
+            (mean cross-entropy) and, if the message's configuration has ``auc``, ``-auc`` (micro-averaged).
         """
         params = self.personalize(cohort, received, config)
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
         for part in PARTS[1:]:
-            found = cohort.scores(params, part, self.predict)
+            logits = cohort.logits(params, part, self.predict)
+            found = cohort.scores(logits, part)
             recall = found["class_correct"] / found["class_examples"]
             columns = {
                 "examples": found["examples"],
@@ -135,6 +138,9 @@ class LocalUpdate:
                 "balanced-accuracy": recall.nanmean(1),
                 "loss": found["loss"] / found["examples"],
             }
+            if config.get("auc"):
+                pairs = zip(logits, cohort.labels(part), strict=True)
+                columns["auc"] = torch.tensor([auc(scores.cpu(), y.cpu()) for scores, y in pairs])
             for name, column in columns.items():
                 for own, value in zip(rows, column.tolist(), strict=True):
                     own[f"{part}-{name}"] = value
@@ -192,10 +198,29 @@ class CohortApp(ClientApp):
         self.template = model_tree(self.module)
         self.initial_state = update.initial_state(self.template, self.module)
         self.sizes = self.data.sizes("train").tolist()
+        self._check_network()
         self._check_training()
         for register in (self.train, self.evaluate):
             register()(self._call_one)
         self.query("identify")(self._identify)
+
+    def _check_network(self) -> None:
+        """Refuse a network that does not fit the data, or draws from a global generator."""
+        name = type(self.module).__name__
+        key = torch.zeros((), dtype=torch.int64, device=self.device)
+        network = Network(self.module.train(), entries(self.template.clone()), key=key)
+        before = _generator_states(self.device)
+        try:
+            with torch.no_grad():
+                out = self.update.predict(network, self.data.x[:2])
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shape = list(self.data.x.shape[1:])
+            raise ConfigError("model", name, f"a network that takes samples of shape {shape} ({error})") from error
+        classes = self.data.num_classes
+        if out.dim() != 2 or out.shape[1] < classes:
+            raise ConfigError("model", name, f"a network with {classes} outputs, not {list(out.shape[1:])}")
+        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
+            raise ConfigError("model", name, "a network without random functions; use nn.Dropout layers")
 
     def _check_training(self) -> None:
         """Refuse settings that fit neither network nor data before anything is trained."""
@@ -328,6 +353,12 @@ class CohortApp(ClientApp):
         if new is not None and keep[0]:
             context.state[_STATE] = flatten_state(new)
         return flower.Message(outcome.content, reply_to=message)
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """State of torch's global generators."""
+    states = [torch.random.get_rng_state()]
+    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
 
 
 def config_of(content: flower.RecordDict) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class PFedMeUpdate(LocalUpdate):
     inner_steps : int
         Steps on theta per batch (K in the paper), >= 1.
     personal_lr : float, optional
-        Rate of theta, > 0; default ``training.lr``.
+        Rate of theta, > 0; default ``training.lr``; ``training.lr_decay`` holds for both.
     variant : {"paper", "pfllib"}
     """
 
@@ -75,7 +75,7 @@ class PFedMeUpdate(LocalUpdate):
         w = cohort.spread(received["arrays"])
         theta = self._predictor(cohort, w) if self.variant == "pfllib" else w.clone()
         decay = 0.001 if self.variant == "pfllib" else 0.0
-        inner_rate = cohort.training.lr if self.personal_lr is None else self.personal_lr
+        inner_rate = cohort.rate if self.personal_lr is None else self.personal_lr * cohort.rate / cohort.training.lr
         names = cohort.trainable()
         plan = cohort.plan()
         optimizer = cohort.optimizer(names, plan)

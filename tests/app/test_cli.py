@@ -100,6 +100,13 @@ def test_run_folder_holds_everything(tmp_path: Path) -> None:
     assert np.isclose(clients.test_accuracy_selected.mean(), summary["selected"]["test/accuracy"])
 
 
+def test_auc_is_measured_on_demand(tmp_path: Path) -> None:
+    (folder,) = fedpers("auc=true", *SMALL, output=tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0.5 < summary["last"]["test/auc"] <= 1
+    assert "test_auc_last" in pd.read_parquet(folder / "clients.parquet").columns
+
+
 def test_the_selected_round_is_the_best_on_validation_never_on_test(tmp_path: Path) -> None:
     (folder,) = fedpers("strategy=fedavg", "rounds=8", *SMALL[1:], output=tmp_path)
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()][1:]

@@ -44,7 +44,7 @@ def data() -> FederatedData:
 def test_scores_counted_by_hand(data: FederatedData) -> None:
     cohort = make_cohort(Scaled(), data, [0, 1, 2])
     stacked = tree({"head.weight": torch.tensor([[[1.0]], [[1.0]], [[-1.0]]])}, 3)
-    found = cohort.scores(stacked, "validation", predict)
+    found = cohort.scores(cohort.logits(stacked, "validation", predict), "validation")
     assert found["examples"].tolist() == [4, 0, 2]
     assert found["correct"].tolist() == [2, 0, 0]
     assert found["class_examples"].tolist() == [[1, 2, 1], [0, 0, 0], [0, 1, 1]]

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
-from fedpers.randomness import derive, generator, sample_clients, torch_generator
+from fedpers.randomness import derive, generator, sample_clients
 
 
 def test_derive_is_the_same_on_every_machine_and_in_every_version() -> None:
@@ -32,8 +31,6 @@ def test_derive_tells_all_its_arguments_apart() -> None:
 def test_generators_start_anew() -> None:
     assert generator(1, "x", 2).integers(10**9) == generator(1, "x", 2).integers(10**9)
     assert generator(1, "x", 2).integers(10**9) != generator(1, "x", 3).integers(10**9)
-    first, second = (torch.rand(3, generator=torch_generator(1, "x", 2)) for _ in range(2))
-    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(

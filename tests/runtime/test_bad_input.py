@@ -181,9 +181,16 @@ def test_ctrl_c_ends_the_cohorts_that_wait() -> None:
             return super().train(cohort, received, config)
 
     update = Interrupted(training=Training(lr=0.01, epochs=50, batch_size=8))
-    with pytest.raises(KeyboardInterrupt):
-        fedpers.simulate(server_app(), cohort_app(update), CLIENTS, cohort=1, workers=2)
+    app = cohort_app(update)
+    grid = LocalGrid(app, CLIENTS, cohort=1, workers=2)
+    content = flower.RecordDict({"arrays": app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 1})})
+    with server_identity(RUN_ID), pytest.raises(KeyboardInterrupt):
+        grid.send_and_receive([flower.Message(content, node, "train") for node in grid.get_node_ids()])
+    assert grid.engine is not None
+    assert grid.engine._pool is not None
+    grid.engine._pool.submit(int).result()  # whatever was to run before has begun
     assert len(started) < CLIENTS
+    grid.close()
 
 
 def test_ctrl_c_in_a_plain_client_and_in_the_server() -> None:

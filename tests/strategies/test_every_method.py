@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fedpers.cohort import Cohort, Reply
-from fedpers.strategies import STRATEGIES, FedAvgUpdate
+from fedpers.errors import ConfigError
+from fedpers.strategies import STRATEGIES, FedAvgUpdate, LocalUpdate
 from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
-from tests.problems import SmallNetwork
+from tests.problems import SmallNetwork, gaussian_data
 from tests.strategies.helpers import initial, run
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -122,3 +123,27 @@ def test_dependence_on_cohort_size_is_noticed(
     monkeypatch.setattr(FedAvgUpdate, "train", leaning)
     assert equivalence.main(["cohort", "fedavg"]) == 1
     assert "OVER" in capsys.readouterr().out
+
+
+class Functional(torch.nn.Module):
+    """Draws from the global generator behind the back of everybody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(self.head(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    ("network", "sentence"),
+    [
+        (Functional(), "a network without random functions; use nn.Dropout layers"),
+        (SmallNetwork(features=5), r"a network that takes samples of shape \[6\]"),
+        (SmallNetwork(classes=2), r"a network with 4 outputs, not \[2\]"),
+    ],
+)
+def test_networks_that_cannot_work_are_refused(network: torch.nn.Module, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        LocalUpdate().client_app(network, gaussian_data())

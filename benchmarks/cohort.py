@@ -21,7 +21,8 @@ from fedpers.cohort import Training
 from fedpers.data.federated import FederatedData
 from fedpers.models import ModelConfig, build_model
 from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import LocalGrid, cores
+from fedpers.runtime.local import LocalGrid
+from fedpers.runtime.probe import cores
 from fedpers.strategies import FedAvg, FedAvgUpdate
 
 CLIENTS, SAMPLES, BATCH = 100, 50, 10

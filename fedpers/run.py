@@ -195,6 +195,8 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
             sampled = max(1, int(config.fraction * setup.data.num_clients + 0.5))
             choice = grid.engine.choose(sampled)
             log.info("runtime: %s", choice)
+            if sys.stderr.isatty():
+                print(f"runtime: {choice}", file=sys.stderr)
             manifest["runtime"] = {
                 "cohort": choice.cohort, "workers": choice.workers, "chosen": choice.how,
                 "microseconds_per_client_step": choice.microseconds,

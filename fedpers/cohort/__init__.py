@@ -17,6 +17,7 @@ from fedpers.cohort.cohort import (
 from fedpers.cohort.fold import Fold, WeightedMean
 from fedpers.cohort.modules import prepare
 from fedpers.cohort.state import StateStore
+from fedpers.cohort.threads import one_thread
 from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree
 
@@ -39,6 +40,7 @@ __all__ = [
     "leaves",
     "mixed",
     "model_tree",
+    "one_thread",
     "prepare",
     "proximal",
     "select",

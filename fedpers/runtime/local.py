@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from torch import nn
 
-from fedpers.cohort import StateStore
+from fedpers.cohort import StateStore, one_thread
 from fedpers.errors import check
 from fedpers.runtime.flower_private import (
     SERVER_NODE,
@@ -266,7 +264,7 @@ class CohortEngine:
             for start in range(0, len(by_size), choice.cohort):
                 own = by_size[start : start + choice.cohort]
                 tasks.append((_Chunk([clients[p] for p in own], own), received(own), config))
-        with _single_threaded():
+        with one_thread():
             if self._pool is None:
                 answers: Iterable[list[Outcome]] = (self._run_chunk(kind, *task) for task in tasks)
             else:
@@ -358,17 +356,6 @@ def _form(content: flower.RecordDict) -> tuple[Any, ...]:
     return arrays, tuple(sorted((k, str(v)) for k, v in config_of(content).items()))
 
 
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """One intra-op thread: cohorts are small operations, and results must not depend on the number of workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def simulate(
     server_app: ServerApp,
     client_app: ClientApp,
@@ -416,8 +403,3 @@ def simulate(
             server_app(grid, context)
     finally:
         grid.close()
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
 """How many clients to compute together, and on how many threads: a short measurement on the run's own network.
 
 Small networks gain most from large cohorts, convolutions on a CPU from one client per core, a GPU from as many
-clients as fit. The choice for a network and machine is kept in the cache folder, so that a run repeated on the same
-machine computes in the same cohorts and gives the same digits.
+clients as fit. The cohort size for a network and machine is kept in the cache folder, so that a run repeated on the
+same machine computes in the same cohorts and gives the same digits; the number of workers never changes a digit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedpers.cohort import entries
+from fedpers.cohort import entries, one_thread
+from fedpers.data.cache import cache_root
 
 if TYPE_CHECKING:
     from fedpers.strategies.client import CohortApp
@@ -40,7 +40,7 @@ class Choice:
     ----------
     cohort, workers : int
     how : str
-        ``given``, ``measured`` or ``cached``.
+        How the cohort size was found: ``given``, ``measured`` or ``cached``.
     microseconds : dict
         Time per client and step by cohort size, as measured.
     """
@@ -57,11 +57,6 @@ class Choice:
         return f"cohorts of {clients}, {self.workers} worker{'s' * (self.workers > 1)}, {self.how}{measured}"
 
 
-def cache_folder() -> Path:
-    """Folder for what can be made again: ``FEDPERS_CACHE``, or ``~/.cache/fedpers``."""
-    return Path(os.environ.get("FEDPERS_CACHE") or Path.home() / ".cache" / "fedpers")
-
-
 def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | str) -> Choice:
     """Choose what is ``auto`` and keep what is given.
 
@@ -71,58 +66,55 @@ def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | st
     ----------
     app : CohortApp
     num_clients : int
-        Clients in a round.
+        Clients that train in a round.
     cohort, workers : int or "auto"
     """
-    if cohort != "auto" and workers != "auto":
-        return Choice(min(int(cohort), num_clients), int(workers), "given")
-    key = _key(app, num_clients, cohort)
-    found = _choice(_read_cache().get(key), "cached")
-    if found is None:
-        known = _measure(app, num_clients, cohort)
-        _write_cache(key, known)
-        found = Choice(how="measured", **known)
-    threads = found.workers if workers == "auto" else int(workers)
-    return replace(found, workers=max(1, min(threads, -(-num_clients // found.cohort))))
+    with one_thread():
+        if cohort == "auto":
+            size, how, times = _cohort_size(app, num_clients)
+        else:
+            size, how, times = min(int(cohort), app.data.num_clients), "given", {}
+        most = -(-app.data.num_clients // size)  # more workers than cohorts would have nothing to do
+        if workers != "auto":
+            return Choice(size, min(int(workers), most), how, times)
+        return Choice(size, _useful_workers(app, size, most), how, times)
 
 
-def _choice(known: Any, how: str) -> Choice | None:
-    """Make a choice of what was kept; None where that is none."""
-    match known:
-        case {"cohort": int(cohort), "workers": int(workers), "microseconds": dict(microseconds)} if (
-            cohort >= 1 and workers >= 1
-        ):
-            return Choice(cohort, workers, how, microseconds)
-    return None
+def _cohort_size(app: CohortApp, num_clients: int) -> tuple[int, str, dict[str, float]]:
+    """Best cohort size, how it was found, and microseconds per client and step by size."""
+    key = _key(app, num_clients)
+    match _read_cache().get(key):
+        case {"cohort": int(size), "microseconds": dict(times)} if size >= 1:
+            return size, "cached", times
+    per_client: dict[int, float] = {}
+    for size in [*(s for s in SIZES if s < num_clients), num_clients]:
+        try:
+            per_client[size] = _time_steps(_stepper(app, size), app.device) / size
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if per_client[size] > 1.5 * min(per_client.values()):
+            break
+    best = min(per_client.values())
+    size = next(s for s, seconds in per_client.items() if seconds <= 1.05 * best)
+    times = {str(s): seconds * 1e6 for s, seconds in per_client.items()}
+    _write_cache(key, {"cohort": size, "microseconds": times})
+    return size, "measured", times
 
 
-def _measure(app: CohortApp, num_clients: int, cohort: int | str) -> dict[str, Any]:
-    from fedpers.runtime.local import cores
+def _useful_workers(app: CohortApp, size: int, most: int) -> int:
+    """All cores if cohorts side by side are clearly faster than one after another, else 1."""
+    workers = min(cores(), most)
+    if app.device.type != "cpu" or workers == 1:
+        return 1
+    alone = _time_steps(_stepper(app, size), app.device)
+    together = _time_together([_stepper(app, size) for _ in range(workers)])
+    return workers if alone * workers > 1.2 * together else 1
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        per_client: dict[int, float] = {}
-        sizes = [s for s in SIZES if s < num_clients] + [num_clients] if cohort == "auto" else [int(cohort)]
-        for size in sizes:
-            try:
-                per_client[size] = _time_steps(_stepper(app, size), app.device) / size
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                break
-            if per_client[size] > 1.5 * min(per_client.values()):
-                break
-        best = min(per_client.values())
-        size = next(s for s, seconds in per_client.items() if seconds <= 1.05 * best)
-        workers = 1
-        if app.device.type == "cpu" and cores() > 1 and num_clients > size:
-            alone = per_client[size] * size
-            together = _time_together([_stepper(app, size) for _ in range(cores())])
-            if alone * cores() > 1.2 * together:
-                workers = cores()
-    finally:
-        torch.set_num_threads(before)
-    return {"cohort": size, "workers": workers, "microseconds": {str(s): t * 1e6 for s, t in per_client.items()}}
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stepper(app: CohortApp, size: int) -> Callable[[], None]:
@@ -146,8 +138,8 @@ def _stepper(app: CohortApp, size: int) -> Callable[[], None]:
     return run
 
 
-def _time_steps(step: Callable[[], None], device: torch.device, seconds: float = SECONDS_PER_SIZE) -> float:
-    """Seconds per call, the median of as many as fit into `seconds` after a first one, at least two."""
+def _time_steps(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds per call, the median of as many as fit into the time after a first one, at least two."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -158,7 +150,7 @@ def _time_steps(step: Callable[[], None], device: torch.device, seconds: float =
 
     once()
     times = [once(), once()]
-    while sum(times) < seconds:
+    while sum(times) < SECONDS_PER_SIZE:
         times.append(once())
     return sorted(times)[len(times) // 2]
 
@@ -169,7 +161,7 @@ def _time_together(steps: list[Callable[[], None]]) -> float:
 
     def work(step: Callable[[], None]) -> None:
         torch.set_num_threads(1)
-        found.append(_time_steps(step, torch.device("cpu"), 2 * SECONDS_PER_SIZE))
+        found.append(_time_steps(step, torch.device("cpu")))
 
     threads = [threading.Thread(target=work, args=(step,)) for step in steps]
     for thread in threads:
@@ -179,7 +171,7 @@ def _time_together(steps: list[Callable[[], None]]) -> float:
     return sum(found) / len(found)
 
 
-def _key(app: CohortApp, num_clients: int, cohort: int | str) -> str:
+def _key(app: CohortApp, num_clients: int) -> str:
     shapes = {str(n): list(v.shape) for n, v in app.template.items()}
     device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else platform.processor()
     facts = [
@@ -193,21 +185,20 @@ def _key(app: CohortApp, num_clients: int, cohort: int | str) -> str:
         list(app.data.x.shape[1:]),
         app.update.training.batch_size,
         num_clients,
-        cohort,
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 
 def _read_cache() -> dict[str, Any]:
     try:
-        found = json.loads((cache_folder() / "probe.json").read_text())
+        found = json.loads((cache_root() / "probe.json").read_text())
     except (OSError, ValueError):  # nothing kept yet, or damaged: measure again
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def _write_cache(key: str, value: dict[str, Any]) -> None:
-    path = cache_folder() / "probe.json"
+    path = cache_root() / "probe.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
@@ -215,6 +206,3 @@ def _write_cache(key: str, value: dict[str, Any]) -> None:
         draft.replace(path)
     except OSError as error:
         log.warning("the choice of cohort size could not be kept in %s: %s", path.parent, error)
-
-
-__all__ = ["Choice", "cache_folder", "probe"]

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from torch import Tensor
 
-from fedpers.cohort import Fold, Tree, WeightedMean, entries
+from fedpers.cohort import Fold, Tree, WeightedMean, entries, one_thread
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
 from fedpers.strategies.client import IDENTIFY, LocalUpdate
@@ -199,6 +199,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         self.report = RoundReport(server_round, sampled, bytes_down=num_bytes(content) * len(sampled))
         return [flower.Message(content, nodes[client], flower.MessageType.TRAIN) for client in sampled]
 
+    @one_thread()
     def aggregate_train(
         self, server_round: int, replies: Iterable[flower.Message]
     ) -> tuple[flower.ArrayRecord | None, flower.MetricRecord | None]:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-import fedpers.runtime.local as local
 import fedpers.runtime.probe as module
 from fedpers.cohort import Training
+from fedpers.data.cache import cache_root
 from fedpers.runtime.local import CohortEngine
-from fedpers.runtime.probe import Choice, cache_folder, probe
+from fedpers.runtime.probe import Choice, probe
 from fedpers.strategies import CohortApp, FedAvgUpdate
 from tests.problems import SmallNetwork, gaussian_data
 
@@ -28,7 +28,6 @@ def app() -> CohortApp:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "SECONDS_PER_SIZE", 0.002)
-    monkeypatch.setattr(module._time_steps, "__defaults__", (0.002,))
 
 
 @pytest.fixture
@@ -36,38 +35,43 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What was measured, with fixed times: larger cohorts are better up to 4, a second worker helps."""
     calls: list[Any] = []
 
-    def measure(app: CohortApp, num_clients: int, cohort: int | str) -> dict[str, Any]:
-        calls.append((num_clients, cohort))
-        return {"cohort": 4 if cohort == "auto" else cohort, "workers": 2, "microseconds": {"1": 9.0, "4": 3.0}}
+    def time_steps(size: int, device: torch.device) -> float:
+        calls.append(size)
+        return {1: 9.0, 4: 12.0}.get(size, 4.0 * size) * 1e-6
 
-    monkeypatch.setattr(module, "_measure", measure)
+    monkeypatch.setattr(module, "_stepper", lambda app, size: size)
+    monkeypatch.setattr(module, "_time_steps", time_steps)
+    monkeypatch.setattr(module, "_time_together", lambda sizes: 1e-6)
+    monkeypatch.setattr(module, "cores", lambda: 2)
     return calls
 
 
 def test_a_choice_is_measured_once_and_kept(app: CohortApp) -> None:
     torch.set_num_threads(2)
-    first = probe(app, 7, "auto", "auto")
+    first = probe(app, 7, "auto", 1)
     assert torch.get_num_threads() == 2
     assert first.how == "measured"
     assert 1 <= first.cohort <= 7
-    assert first.workers in (1, local.cores())
     assert "1" in first.microseconds
     assert all(us > 0 for us in first.microseconds.values())
-    again = probe(app, 7, "auto", "auto")
-    assert again == Choice(first.cohort, first.workers, "cached", first.microseconds)
-    assert json.loads((cache_folder() / "probe.json").read_text())
-    assert [p.name for p in cache_folder().iterdir()] == ["probe.json"]
+    again = probe(app, 7, "auto", 1)
+    assert again == Choice(first.cohort, 1, "cached", first.microseconds)
+    assert json.loads((cache_root() / "probe.json").read_text())
+    assert [p.name for p in cache_root().iterdir()] == ["probe.json"]
+
+
+def test_workers_are_measured_for_real(app: CohortApp) -> None:
+    assert probe(app, 7, 1, "auto").workers in (1, min(module.cores(), 7))
 
 
 def test_other_questions_are_measured_anew(app: CohortApp, measured: list[Any]) -> None:
-    probe(app, 7, "auto", "auto")
-    probe(app, 6, "auto", "auto")
-    probe(app, 7, 2, "auto")
+    probe(app, 7, "auto", 1)
+    probe(app, 6, "auto", 1)
     other = FedAvgUpdate(training=Training(lr=0.01, batch_size=16)).client_app(SmallNetwork(), gaussian_data())
-    probe(other, 7, "auto", "auto")
-    assert measured == [(7, "auto"), (6, "auto"), (7, 2), (7, "auto")]
-    assert [probe(app, n, c, "auto").how for n, c in ((7, "auto"), (6, "auto"), (7, 2))] == ["cached"] * 3
-    assert len(measured) == 4
+    probe(other, 7, "auto", 1)
+    assert measured == [1, 4, 7, 1, 4, 6, 1, 4, 7]
+    assert [probe(app, n, "auto", 1).how for n in (7, 6)] == ["cached"] * 2
+    assert len(measured) == 9
 
 
 def test_given_values_are_kept(app: CohortApp, measured: list[Any]) -> None:
@@ -79,28 +83,35 @@ def test_given_values_are_kept(app: CohortApp, measured: list[Any]) -> None:
 
 
 def test_the_cohort_does_not_depend_on_the_workers(app: CohortApp, measured: list[Any]) -> None:
-    choices = [probe(app, 100, "auto", workers) for workers in (1, 2, 5, "auto")]
-    assert [c.cohort for c in choices] == [4] * 4
-    assert [c.workers for c in choices] == [1, 2, 5, 2]
-    assert len(measured) == 1
+    choices = [probe(app, 7, "auto", workers) for workers in (1, 2, "auto")]
+    assert [c.cohort for c in choices] == [4] * 3
+    assert [c.workers for c in choices] == [1, 2, 2]
+
+
+def test_a_second_worker_must_be_clearly_faster(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert probe(app, 7, 1, "auto").workers == 2
+    monkeypatch.setattr(module, "_time_together", lambda sizes: 17e-6)  # two clients in the time of 1.9
+    assert probe(app, 7, 1, "auto").workers == 1
 
 
 def test_no_more_workers_than_cohorts(app: CohortApp, measured: list[Any]) -> None:
-    assert probe(app, 3, "auto", 8).workers == 1
-    assert probe(app, 5, "auto", 8).workers == 2
+    assert probe(app, 7, 7, 8).workers == 1
+    assert probe(app, 7, 5, 8).workers == 2
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"KEY": 5}', '{"KEY": {"cohort": 0}}', '{"KEY": {"cohort": "x", "workers": 1}}',
-             '{"KEY": {"cohort": 4, "workers": 1, "microseconds": 3}}', "\x00\xff"],
+    "text", ["", "{", "[]", "null", '{"KEY": 5}', '{"KEY": {"cohort": 0, "microseconds": {}}}',
+             '{"KEY": {"cohort": "x"}}', '{"KEY": {"cohort": 4, "microseconds": 3}}', "\x00\xff"],
 )  # fmt: skip
 def test_a_damaged_cache_is_measured_again_and_repaired(text: str, app: CohortApp, measured: list[Any]) -> None:
-    key = module._key(app, 7, "auto")
-    cache_folder().mkdir()
-    (cache_folder() / "probe.json").write_bytes(text.replace("KEY", key).encode("latin-1"))
-    assert probe(app, 7, "auto", "auto").how == "measured"
-    assert probe(app, 7, "auto", "auto").how == "cached"
-    assert len(measured) == 1
+    key = module._key(app, 7)
+    cache_root().mkdir()
+    (cache_root() / "probe.json").write_bytes(text.replace("KEY", key).encode("latin-1"))
+    assert probe(app, 7, "auto", 1).how == "measured"
+    assert probe(app, 7, "auto", 1).how == "cached"
+    assert len(measured) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -113,7 +124,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert probe(app, 7, "auto", "auto").cohort == 4
+        assert probe(app, 7, "auto", 1).cohort == 4
     assert "could not be kept" in caplog.text
     assert str(tmp_path / "file") in caplog.text
 

@@ -32,7 +32,7 @@ class FedProxUpdate(LocalUpdate):
         Strength of the pull, >= 0; 0 is FedAvg.
     """
 
-    mu: float = 0.01
+    mu: float = 0.1
 
     def __post_init__(self) -> None:
         check(self.mu >= 0, "strategy.mu", self.mu, "a number >= 0")

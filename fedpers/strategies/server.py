@@ -284,7 +284,7 @@ class PersonalizedStrategy(FlowerFedAvg):
                 if tuple(value.shape) != shape:
                     raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(shape)}")
                 if value.is_floating_point():
-                    floats[name] = value
+                    floats[f"{record}/{name}"] = value
         # One look at all sums, which waits for a GPU only once; the entries themselves only if that finds something.
         if floats and not torch.stack([v.sum().double() for v in floats.values()]).isfinite().all():
             for name, value in floats.items():

@@ -272,3 +272,29 @@ def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
     assert summary["rounds_done"] == json.loads(lines[-1])["round"] >= 4
     assert 0 < summary["selected"]["test/accuracy"] <= 1
     assert len(pd.read_parquet(folder / "clients.parquet")) == 6
+
+
+# ------------------------------------------------------- trackers and odd clients
+
+
+def test_trackers_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (folder,) = fedpers("tracker=[wandb,tensorboard]", *SMALL, output=tmp_path)
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_a_client_with_one_class_and_a_batch_larger_than_any_client(tmp_path: Path) -> None:
+    (folder,) = fedpers(
+        "strategy=fedper", "partition=pathological", "partition.classes_per_client=1", "partition.num_clients=10",
+        "training.batch_size=1000", "rounds=2", output=tmp_path,
+    )  # fmt: skip
+    clients = pd.read_parquet(folder / "clients.parquet")
+    assert (clients.test_accuracy_last > 0.5).all()  # one class: the head learns it at once
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert rounds[1]["steps"] == 10  # one batch each
+
+
+def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
+    (folder,) = fedpers(*SMALL, "runtime.cohort=1000", "runtime.workers=8", output=tmp_path)
+    assert json.loads((folder / "manifest.json").read_text())["runtime"]["cohort"] == 6

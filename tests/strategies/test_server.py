@@ -120,8 +120,8 @@ NAN = [np.nan, 0.0, 0.0, 0.0]
 BAD: dict[str, tuple[Tamper, str]] = {
     "missing": (lambda reply: None, "no reply"),
     "error": (error, "out of memory"),
-    "nan": (replaced("head.bias", NAN), "'head.bias' holds values that are not finite"),
-    "inf": (replaced("head.bias", [0, 0, np.inf, 0]), "'head.bias' holds values that are not finite"),
+    "nan": (replaced("head.bias", NAN), "'arrays/head.bias' holds values that are not finite"),
+    "inf": (replaced("head.bias", [0, 0, np.inf, 0]), "'arrays/head.bias' holds values that are not finite"),
     "shape": (replaced("head.bias", [0.0]), "'head.bias' has shape [1], expected [4]"),
     "scalar": (replaced("head.bias", 0.0), "'head.bias' has shape [], expected [4]"),
     "less": (without("head.bias"), "'arrays/head.bias' is in its reply or in those of the other clients, but not in "
@@ -178,6 +178,13 @@ def test_a_record_the_server_does_not_hold_is_compared_with_the_other_replies() 
     one.replies[0].content["control"] = control
     one.aggregate()
     assert one.strategy.report.failures == {0: "'head.bias' has shape [1], expected [4]"}
+
+
+def test_a_value_is_looked_at_in_every_record_that_has_its_name() -> None:
+    one = Round("scaffold")  # arrays and control have the same names
+    replaced("head.bias", NAN)(one.replies[1])
+    one.aggregate()
+    assert one.strategy.report.failures == {1: "'arrays/head.bias' holds values that are not finite"}
 
 
 def test_order_of_arrival_does_not_matter() -> None:

@@ -662,20 +662,21 @@ class Cohort:
             return predict(Network(self.module, {**common, **own}), x)
 
         width = max(1, EVALUATION_SAMPLES // self.size)
-        longest = max(len(index) for index in lists)
+        sizes = [len(positions) for positions in lists]
+        longest = max(sizes)
         index = torch.zeros(self.size, longest, dtype=torch.int64)
         for k, positions in enumerate(lists):
-            index[k, : len(positions)] = positions
+            index[k, : sizes[k]] = positions
         index = index.to(self.device)
         pieces: list[list[Tensor]] = [[] for _ in lists]
         for start in range(0, longest, width):
-            needed = [k for k, positions in enumerate(lists) if len(positions) > start]
+            needed = [k for k, size in enumerate(sizes) if size > start]
             last = needed[-1] + 1  # sizes fall with the position, nearly always: few rows run in vain
             here = index[:last, start : start + width]
             x = self.data.x[here.reshape(-1)].view(*here.shape, *self.data.x.shape[1:])
             out = vmap(one)({n: v[:last] for n, v in own.items()}, x)
             for k in needed:
-                pieces[k].append(out[k, : len(lists[k]) - start])
+                pieces[k].append(out[k, : sizes[k] - start])
         empty = torch.zeros(0, self.data.num_classes, device=self.device)
         return [torch.cat(own_pieces) if own_pieces else empty for own_pieces in pieces]
 

@@ -61,6 +61,8 @@ def _main(arguments: list[str]) -> int:
         return 0
     first = arguments[0]
     try:
+        if "output=" in arguments:
+            raise ConfigError("output", "", "a folder")
         if first in SUBCOMMANDS:
             return SUBCOMMANDS[first](arguments[1:])
         if not first.startswith("-") and "=" not in first and not first.startswith("~"):
@@ -74,7 +76,7 @@ def _main(arguments: list[str]) -> int:
         print(f"fedpers: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fedpers: interrupted; what was done is kept in the run folder.", file=sys.stderr)
+        print("fedpers: interrupted; what a run has done so far is kept in its folder.", file=sys.stderr)
         return 130
 
 
@@ -117,6 +119,8 @@ def _run(arguments: list[str]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error, arguments) from error
     except OSError as error:
+        if error.filename is None:
+            raise
         raise FedpersError(f"{error.filename}: {error.strerror}; choose another folder with output=.") from error
     finally:
         sys.argv = before
@@ -139,10 +143,14 @@ def _job(cfg: Any) -> float | None:
         f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: test accuracy "
         f"{_percent(selected.get('test/accuracy'))} at round {summary['selected_round']} (chosen on validation), "
         f"{_percent(summary['last'].get('test/accuracy'))} at round {summary['last_round']}; "
-        f"{summary['seconds']:.1f} s; {_shown(folder)}"
+        f"{summary['seconds']:.1f} s; {_shown(folder)}{_left_out(summary['failures'])}"
     )
     accuracy: float | None = selected.get(SELECTED_BY)
     return accuracy
+
+
+def _left_out(failures: int) -> str:
+    return f"; {failures} client replies were unusable and left out (see run.log)" if failures else ""
 
 
 def _percent(value: float | None) -> str:
@@ -168,10 +176,13 @@ def _sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     if found := re.search(r"Could not override '([^']+)'", text):
         key = found.group(1)
         given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
-        parent, _, name = key.rpartition(".")
-        return ConfigError(key, given, f"a known key: {one_of(_keys(parent, key, arguments), name)}")
+        *parents, name = key.split(".")
+        while parents and not _keys(".".join(parents), key, arguments):  # the mistake is further up
+            name = parents.pop()
+        return ConfigError(key, given, f"a known key: {one_of(_keys('.'.join(parents), key, arguments), name)}")
     if isinstance(error, OverrideParseException):
-        return FedpersError(f"'{error.override}' cannot be read as key=value: {text.splitlines()[0]}.")
+        hint = "values with special characters need quotes within quotes, as in 'output=\"my runs\"'"
+        return FedpersError(f"'{error.override}' cannot be read as key=value; {hint}.")
     first = " ".join(line.strip() for line in text.splitlines() if line.strip())
     return FedpersError(first.removesuffix(".") + ".")
 
@@ -190,7 +201,7 @@ def _keys(parent: str, offending: str, arguments: Sequence[str]) -> list[str]:
         except Exception:  # another override is wrong as well: name the keys of the defaults
             cfg = compose("config")
     node = OmegaConf.select(cfg, parent) if parent else cfg
-    return [str(key) for key in node] if isinstance(node, DictConfig) else [parent]
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []
 
 
 # ------------------------------------------------------------------- compare
@@ -200,7 +211,7 @@ def _compare(arguments: list[str]) -> int:
     """Print the leaderboard of the runs in folders."""
     import json
 
-    from fedpers.evaluation import find_runs, leaderboard_rows, print_leaderboard
+    from fedpers.evaluation.compare import find_runs, leaderboard_rows, print_leaderboard
 
     parser = argparse.ArgumentParser(prog="fedpers compare", description="Leaderboard of the runs found in folders.")
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders above them")

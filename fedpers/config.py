@@ -111,6 +111,9 @@ class Config:
     output: str = "runs"
 
     def __post_init__(self) -> None:
+        budget = self.training.steps if self.training.steps is not None else self.training.epochs
+        key = "training.epochs" if self.training.steps is None else "training.steps"
+        check(budget >= 1, key, budget, "a whole number >= 1")
         check(self.rounds >= 1, "rounds", self.rounds, "a whole number >= 1")
         check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
         check(self.seed >= 0, "seed", self.seed, "a whole number >= 0")

@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,9 +27,10 @@ from fedpers import __version__
 from fedpers.config import Config, convert
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
-from fedpers.errors import FedpersError
+from fedpers.errors import ConfigError, FedpersError
 from fedpers.evaluation.metrics import distribution
 from fedpers.models import build_model
+from fedpers.randomness import sample_clients
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import RUN_ID, LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, make_strategy, option_types
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 SELECTED_BY = "validation/accuracy"
 TIMES = ("seconds", "train_seconds", "samples_per_second")
 """Metrics that differ between two runs of the same settings."""
+_COUNTED = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "failures")
 _SPREAD = {"mean": "", "weighted": "_weighted", "std": "_std", "worst_decile": "_worst_decile", "min": "_min"}
 _MEASURED = {"accuracy": _SPREAD, "balanced-accuracy": {"mean": ""}, "loss": {"mean": ""}, "auc": {"mean": ""}}
 
@@ -67,18 +70,22 @@ class Progress:
     best: tuple[int, dict[str, float], dict[int, dict[str, float]]] | None = None
     last: tuple[int, dict[str, float], dict[int, dict[str, float]]] | None = None
     totals: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
+    error: str | None = None
+    trained: Counter[int] = field(default_factory=Counter)
 
     def take(self, report: RoundReport, metrics: dict[str, float]) -> None:
         """Take in a finished round."""
         self.rounds_done = report.round
-        for name in ("bytes_up", "bytes_down", "steps", "samples", "seconds", "train_seconds"):
+        self.trained.update(set(report.sampled) - set(report.failures))
+        for name in ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds"):
             self.totals[name] = self.totals.get(name, 0) + getattr(report, name)
-        self.totals["failures"] = self.totals.get("failures", 0) + len(report.failures)
+        failures = len(report.failures) + len(report.evaluation_failures)
+        self.totals["failures"] = self.totals.get("failures", 0) + failures
         if report.clients and report.round:
             self.last = (report.round, metrics, report.clients)
             score = metrics.get(SELECTED_BY, math.nan)
-            if self.best is None or score > self.best[1].get(SELECTED_BY, -math.inf):
+            complete = not report.evaluation_failures  # a mean over those that are left would flatter the round
+            if complete and (self.best is None or score > self.best[1].get(SELECTED_BY, -math.inf)):
                 self.best = self.last
 
 
@@ -91,6 +98,9 @@ def prepare_run(config: Config) -> Setup:
         If settings or data cannot be used.
     """
     device = config.runtime.torch_device()
+    if device.type == "cuda":  # the same digits for every cohort size and in every run are worth some speed
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     name = str(config.strategy["name"])
     kinds = option_types(name)
     options = {
@@ -103,8 +113,13 @@ def prepare_run(config: Config) -> Setup:
         name, options, server={**server, "min_replies": config.min_replies}, training=config.training
     )
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
-    data = apply_heterogeneity(data, config.heterogeneity, config.seed)
-    model = build_model(config.model, tuple(data.x.shape[1:]), data.num_classes, config.seed)
+    shift_seed = config.seed if config.partition.seed is None else config.partition.seed
+    data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
+    try:
+        model = build_model(config.model, tuple(data.x.shape[1:]), data.num_classes, config.seed)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
     return Setup(data, strategy, update.client_app(model, data, seed=config.seed, device=device))
 
 
@@ -149,7 +164,10 @@ def metrics_of(report: RoundReport) -> dict[str, float]:
                     found[f"{part}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
     found["clients/sampled"] = len(report.sampled)
     found["clients/failed"] = len(report.failures) + len(report.evaluation_failures)
-    for name in ("bytes_up", "bytes_down", "steps", "samples", "seconds", "train_seconds"):
+    adapted = [row.get("adaptation-gradients", 0.0) for row in report.clients.values()]
+    if any(adapted):
+        found["adaptation_gradients"] = sum(adapted)
+    for name in ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds"):
         found[name] = getattr(report, name)
     if report.train_seconds:
         found["samples_per_second"] = report.samples / report.train_seconds
@@ -178,21 +196,26 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
     Raises
     ------
     FedpersError
-        If settings, data or the folder cannot be used, or too few clients reply.
+        If settings, data or the folder cannot be used or the folder holds a run, or too few clients reply.
     """
     started = time.perf_counter()
     setup = prepare_run(config)
     _make_folder(folder)
-    plain = dict(resolved or {})
+    if (folder / "rounds.jsonl").exists():
+        raise FedpersError(f"{folder} holds a run already; choose another folder.")
+    plain = dict(resolved) if resolved else asdict(config)
     _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     grid = LocalGrid(setup.app, setup.data.num_clients, cohort=config.runtime.cohort, workers=config.runtime.workers)
     assert grid.engine is not None
+    sampled = len(sample_clients(config.seed, 1, setup.data.num_clients, config.fraction))
+    if config.min_replies > sampled:
+        grid.close()
+        raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
     progress = Progress()
     name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
     manifest = make_manifest(setup)
     try:
         with server_identity(RUN_ID), make_trackers(config.tracker, folder, name, plain, config.rounds) as trackers:
-            sampled = max(1, int(config.fraction * setup.data.num_clients + 0.5))
             choice = grid.engine.choose(sampled)
             log.info("runtime: %s", choice)
             if sys.stderr.isatty():
@@ -208,8 +231,8 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
                     metrics = metrics_of(report)
                     trackers.log(report.round, metrics)
                     progress.take(report, metrics)
-            except KeyboardInterrupt:
-                progress.interrupted = True
+            except FedpersError as error:
+                progress.error = str(error)
                 raise
             finally:
                 summary = _summary(config, setup, progress, time.perf_counter() - started)
@@ -244,13 +267,14 @@ def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -
         "seed": config.seed,
         "rounds": config.rounds,
         "rounds_done": progress.rounds_done,
-        "interrupted": progress.interrupted,
+        "interrupted": progress.rounds_done < config.rounds,
+        "error": progress.error,
         "protocol": "validation-selected",
         "selected_round": None if progress.best is None else progress.best[0],
         "last_round": None if progress.last is None else progress.last[0],
         "selected": measured(progress.best),
         "last": measured(progress.last),
-        **{name: int(totals.get(name, 0)) for name in ("bytes_up", "bytes_down", "steps", "samples", "failures")},
+        **{name: int(totals.get(name, 0)) for name in _COUNTED},
         "seconds": seconds,
         "train_seconds": totals.get("train_seconds", 0.0),
     }
@@ -263,6 +287,7 @@ def _write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
     columns: dict[str, list[Any]] = {"client": list(range(data.num_clients))}
     for part in PARTS:
         columns[f"{part}_size"] = data.sizes(part).tolist()
+    columns["rounds_trained"] = [progress.trained[client] for client in range(data.num_clients)]
     for when, found in (("selected", progress.best), ("last", progress.last)):
         rows = {} if found is None else found[2]
         names = sorted({name for row in rows.values() for name in row if name.startswith(PARTS[1:])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedpers.cohort.modules import announce, call, has_batch_norm_1d, has_dropout
+from fedpers.cohort.modules import announce, call, has_dropout
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
 from fedpers.cohort.training import Training
@@ -123,6 +124,18 @@ class Step:
     key: Tensor | None
     rows: Tensor | None
 
+    def view(self, stacked: Tensor) -> Tensor:
+        """As :meth:`take`, to be changed in place.
+
+        Raises
+        ------
+        RuntimeError
+            If clients have numbers of steps that do not fall with their position: then there is no view.
+        """
+        if self.rows is not None:
+            raise RuntimeError("rows of a reordered plan cannot be changed in place; use Cohort.fit")
+        return stacked[: self.active]
+
     def take(self, stacked: Tensor) -> Tensor:
         """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view of them if `rows` is None."""
         return stacked[: self.active] if self.rows is None else stacked[self.rows.to(stacked.device)]
@@ -212,6 +225,8 @@ class Cohort:
     seed, round : int
         What random draws depend on, beside the client.
     training : Training
+    needs_pairs : bool
+        Whether the network cannot train on a batch of one sample.
 
     Raises
     ------
@@ -230,6 +245,7 @@ class Cohort:
         seed: int,
         round: int,
         training: Training,
+        needs_pairs: bool = False,
     ) -> None:
         self.module = module
         self.data = data
@@ -243,10 +259,11 @@ class Cohort:
         self.device = data.device
         self.steps_taken = torch.zeros(self.size, dtype=torch.int64)
         self.samples_seen = torch.zeros(self.size, dtype=torch.int64)
+        self.gradients_taken = torch.zeros(self.size, dtype=torch.int64)
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
         self._dropout = has_dropout(module)
-        self._needs_pairs = has_batch_norm_1d(module)
+        self._needs_pairs = needs_pairs
         if any(a < b for a, b in pairwise(self.sizes().tolist())):
             raise ValueError("clients of a cohort must stand in descending order of their number of training samples")
 
@@ -437,6 +454,8 @@ class Cohort:
             A parameter the loss does not depend on is left out.
         """
         self._mode(training=True)
+        rows = slice(0, step.active) if step.rows is None else step.rows
+        self.gradients_taken[rows] += 1
         free = set(names)
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
@@ -688,6 +707,8 @@ class Cohort:
     def scores(self, logits: Sequence[Tensor], part: Part) -> dict[str, Tensor]:
         """Counts from which accuracy, balanced accuracy and loss follow, on the CPU.
 
+        A prediction that is not finite is a wrong one, of infinite loss.
+
         Parameters
         ----------
         logits : sequence of Tensor ``[n_k, C]``
@@ -703,17 +724,20 @@ class Cohort:
         sizes = self.sizes(part)
         classes = self.data.num_classes
         outputs, y = torch.cat(list(logits)), torch.cat(self.labels(part))
-        owner = torch.repeat_interleave(torch.arange(self.size), sizes).to(self.device)
-        right = (outputs.argmax(1) == y).double()
-        losses = F.cross_entropy(outputs.double(), y, reduction="none") if len(y) else right
+        finite = outputs.isfinite().all(1)
+        right = ((outputs.argmax(1) == y) & finite).double().cpu()
+        losses = right
+        if len(y):
+            losses = F.cross_entropy(outputs.double(), y, reduction="none").masked_fill(~finite, math.inf).cpu()
+        owner, y = torch.repeat_interleave(torch.arange(self.size), sizes), y.cpu()
         cell = owner * classes + y
 
         def by_client(values: Tensor) -> Tensor:
-            return torch.zeros(self.size, dtype=torch.float64, device=self.device).index_add_(0, owner, values).cpu()
+            return torch.zeros(self.size, dtype=torch.float64).index_add_(0, owner, values)
 
         def by_class(values: Tensor) -> Tensor:
-            flat = torch.zeros(self.size * classes, dtype=torch.float64, device=self.device)
-            return flat.index_add_(0, cell, values).view(self.size, classes).cpu()
+            flat = torch.zeros(self.size * classes, dtype=torch.float64)
+            return flat.index_add_(0, cell, values).view(self.size, classes)
 
         return {
             "examples": sizes.double(),

@@ -229,11 +229,6 @@ def _facts(module: nn.Module) -> _Facts:
     return facts
 
 
-def has_batch_norm_1d(module: nn.Module) -> bool:
-    """Whether a batch of one sample cannot be trained on."""
-    return any(isinstance(layer, nn.BatchNorm1d) for layer in module.modules())
-
-
 def has_dropout(module: nn.Module) -> bool:
     """Whether a forward pass in training mode draws random numbers."""
     return any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())

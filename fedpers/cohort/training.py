@@ -1,4 +1,4 @@
-"""How a client trains: optimizer, rates, batches. The same for every method, so that none has a better budget."""
+"""How a client trains: optimizer, rates, batches; the same for every method of a comparison."""
 
 from __future__ import annotations
 

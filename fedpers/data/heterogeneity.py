@@ -55,6 +55,8 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
     """
     if config.name == "none" or config.strength == 0:
         return data
+    if config.name == "label_noise" and data.num_classes < 2:
+        raise DataError("heterogeneity=label_noise needs at least two classes.")
     parts = PARTS if config.name == "feature_shift" else PARTS[:1]
     owned = torch.cat([indices for part in parts for indices in data.part(part)])
     if len(set(owned.tolist())) < len(owned):

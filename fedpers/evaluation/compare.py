@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 BASELINES = ("local", "fedavg")
 """Strategies a personalized method has to beat."""
 
-IGNORED = frozenset({"strategy", "seed", "runtime", "tracker", "output", "hydra"})
+IGNORED = frozenset({"strategy", "training", "seed", "runtime", "tracker", "output", "hydra"})
 """Top-level config keys in which comparable runs may differ, besides where a data set is found."""
 
 _LEVEL = 0.05
@@ -72,6 +72,12 @@ class RunRecord:
         return {key: value for key, value in flat.items() if key != "name"}
 
     @property
+    def training(self) -> dict[str, Any]:
+        """Settings of local training, which a study may tune for each method."""
+        training = self.config.get("training")
+        return _flatten(training) if isinstance(training, Mapping) else {}
+
+    @property
     def comparable(self) -> dict[str, Any]:
         """What must be equal for two runs to stand in one table, nested keys joined by dots."""
         flat = _flatten({key: value for key, value in self.config.items() if key not in IGNORED})
@@ -108,6 +114,8 @@ class Row:
         Mean test accuracy over clients after the last round.
     megabytes : float
         Sent up and down in all rounds, 10^6 bytes.
+    gradients : float
+        Gradients computed in training, of one client on one batch each.
     seconds : float
         Wall-clock time of the run.
     selected : dict
@@ -134,6 +142,7 @@ class Row:
     worst_decile: float
     last: float
     megabytes: float
+    gradients: float
     seconds: float
     selected: dict[str, float]
     baseline: bool
@@ -181,7 +190,8 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[RunRecord]:
 def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
     """Group comparable runs and rank the methods of each group.
 
-    Of several runs with the same config and seed the newest counts, and a note says so.
+    Of several runs with the same config and seed the newest counts, a finished one before an interrupted one, and a
+    note says so.
     """
     by_config: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
@@ -220,7 +230,7 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
         table.add_column("method", overflow="fold", min_width=12)
         table.add_column("")
-        for name in ("accuracy %", "std", "worst 10%", "last", "MB", "s", "seeds"):
+        for name in ("accuracy %", "std", "worst 10%", "last", "MB", "kgrad", "s", "seeds"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in group.rows:
             interval = "" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}"
@@ -232,6 +242,7 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
                 _percent(row.worst_decile),
                 _percent(row.last),
                 _short(row.megabytes),
+                _short(row.gradients / 1000),
                 _short(row.seconds),
                 str(len(row.seeds)),
                 style="bold" if row.best else "dim" if row.baseline else "",
@@ -267,7 +278,7 @@ def _read(folder: Path) -> RunRecord:
         int(summary["seed"])
         for value in (*summary["selected"].values(), *summary["last"].values()):
             _number(value)
-        for key in ("bytes_up", "bytes_down", "seconds", "failures"):
+        for key in ("bytes_up", "bytes_down", "gradients", "seconds", "failures"):
             _number(summary.get(key))
     except (TypeError, ValueError) as error:
         raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
@@ -296,8 +307,8 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
 def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     methods: dict[str, dict[int, RunRecord]] = defaultdict(dict)
     older = []
-    for run in sorted(runs, key=lambda run: run.finished):
-        key = json.dumps([run.strategy, run.summary.get("label"), run.options], sort_keys=True, default=str)
+    for run in sorted(runs, key=lambda run: (not run.summary.get("interrupted"), run.finished)):
+        key = json.dumps([run.strategy, run.options, run.training], sort_keys=True, default=str)
         if run.seed in methods[key]:
             older.append(methods[key][run.seed])
         methods[key][run.seed] = run
@@ -308,7 +319,8 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         run = next(iter(seeds.values()))
         same = [next(iter(s.values())) for s in per_method]
         settings = [other.options for other in same if other.strategy == run.strategy]
-        labels.append(" ".join([str(run.summary.get("label") or run.strategy), *_differing(run.options, settings)]))
+        budget = _differing(run.training, [other.training for other in same])
+        labels.append(" ".join([run.strategy, *_differing(run.options, settings), *budget]))
     accuracies = [{seed: run.metric("test/accuracy") for seed, run in s.items()} for s in per_method]
     means = [float(np.mean(list(values.values()))) for values in accuracies]
 
@@ -331,6 +343,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
                 last=_mean(run.metric("test/accuracy", "last") for run in kept),
                 megabytes=_mean(_number(r.summary.get("bytes_up")) + _number(r.summary.get("bytes_down")) for r in kept)
                 / 1e6,
+                gradients=_mean(_number(run.summary.get("gradients")) for run in kept),
                 seconds=_mean(_number(run.summary.get("seconds")) for run in kept),
                 selected={name: _mean(run.metric(name) for run in kept) for name in kept[0].summary["selected"]},
                 baseline=kept[0].strategy in BASELINES,
@@ -348,7 +361,7 @@ def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRe
     """Say what a reader of the table must know, in whole sentences."""
     notes = [
         "Test accuracy: mean over clients at the selected round, ± 95 % interval over seeds; "
-        "std and worst 10%: over clients; MB: up and down."
+        "std and worst 10%: over clients; MB: up and down; kgrad: thousand gradients computed in training."
     ]
     others = [row for row in rows if not row.best]
     if others and _single(rows):
@@ -361,6 +374,8 @@ def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRe
     absent = [name for name in BASELINES if not any(row.strategy == name for row in rows)]
     if absent:
         notes.append(f"There is no {' and no '.join(absent)} run to compare with.")
+    if any(_differing(run.training, [other.training for other in runs]) for run in runs):
+        notes.append("Rows differ in training settings (training.*), named beside the method.")
     stopped = [run for run in runs if run.summary.get("interrupted")]
     if stopped:
         ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
@@ -371,7 +386,7 @@ def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRe
         notes.append(f"{failures} client replies were unusable and left out ({', '.join(names)}).")
     if older:
         folders = ", ".join(str(run.folder) for run in older)
-        notes.append(f"Left out because a newer run has the same config and seed: {folders}.")
+        notes.append(f"Left out because a newer or finished run has the same config and seed: {folders}.")
     return notes
 
 

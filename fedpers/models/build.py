@@ -14,7 +14,7 @@ from fedpers.randomness import derive
 
 MODELS: dict[str, tuple[Callable[..., Network], dict[str, Any]]] = {
     "mlp": (MLP, {"hidden": (64,)}),
-    "cnn": (CNN, {"width": 32, "hidden": (512,)}),
+    "cnn": (CNN, {"width": 32, "hidden": (512,), "norm": "none"}),
     "resnet18": (ResNet18, {"norm": "group", "groups": 2, "width": 64}),
 }
 """Name -> what builds the network from ``(input_shape, num_classes, **options)``, and its options' defaults."""
@@ -33,8 +33,9 @@ class ModelConfig:
         ``cnn``, default ``(512,)``).
     width : int, optional
         Channels of the first convolution, >= 1 (``cnn``, default 32; ``resnet18``, default 64).
-    norm : {"group", "batch"}, optional
-        Normalization (``resnet18``, default ``"group"``).
+    norm : str, optional
+        Normalization: ``"group"`` or ``"batch"`` (``resnet18``, default ``"group"``); ``"none"`` or ``"batch"`` (``cnn``,
+        default ``"none"``).
     groups : int, optional
         Groups of a group normalization, >= 1, must divide `width` (``resnet18``, default 2;
         without effect and so refused with ``norm="batch"``).
@@ -67,7 +68,8 @@ class ModelConfig:
             value = getattr(self, option)
             check(value is None or _is_size(value), f"model.{option}", value, "an integer >= 1")
         if self.norm is not None:
-            check(self.norm in ("batch", "group"), "model.norm", self.norm, one_of(("batch", "group"), self.norm))
+            kinds = ("none", "batch") if self.name == "cnn" else ("batch", "group")
+            check(self.norm in kinds, "model.norm", self.norm, one_of(kinds, self.norm))
         allowed = "no value with model.norm=batch (model=resnet18_bn sets none)"
         check(self.groups is None or self.norm != "batch", "model.groups", self.groups, allowed)
 
@@ -100,7 +102,7 @@ def build_model(config: ModelConfig, input_shape: tuple[int, ...], num_classes: 
     build, defaults = MODELS[config.name]
     # devices=[]: only the CPU generator is used, so no GPU needs to be looked at
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "model"))
+        torch.default_generator.manual_seed(derive(seed, "model"))
         return build(input_shape, num_classes, **(defaults | config.options()))
 
 

@@ -74,6 +74,8 @@ class CNN(Network):
         Channels of the first convolution; the second has twice as many.
     hidden : sequence of int
         Sizes of the fully connected layers before the head.
+    norm : {"none", "batch"}
+        Batch normalization after each convolution, or none.
 
     Raises
     ------
@@ -82,14 +84,21 @@ class CNN(Network):
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, width: int = 32, hidden: Sequence[int] = (512,)
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        width: int = 32,
+        hidden: Sequence[int] = (512,),
+        norm: str = "none",
     ) -> None:
         _check_picture("cnn", input_shape, smallest=4)
         channels, *sides = input_shape
         padding = 2 if min(sides) < 16 else 0
         layers: list[nn.Module] = []
         for out in (width, 2 * width):
-            layers += [nn.Conv2d(channels, out, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+            layers.append(nn.Conv2d(channels, out, 5, padding=padding))
+            layers += [nn.BatchNorm2d(out)] if norm == "batch" else []
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
             channels = out
             sides = [(side + 2 * padding - 4) // 2 for side in sides]
         layers.append(nn.Flatten())

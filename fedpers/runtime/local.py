@@ -225,7 +225,7 @@ class CohortEngine:
     Attributes
     ----------
     choice : Choice or None
-        Cohort size and workers in use; None until the first training has been asked for.
+        Cohort size and workers in use; None until the first message.
     store : StateStore
         Personal state of all clients.
     """
@@ -256,7 +256,7 @@ class CohortEngine:
         """Handle one message per client; the answers stand in the order of `clients`."""
         if not clients:
             return []
-        choice = self.choose(len(clients))
+        choice = self.choose(len(clients) if kind.startswith("train") else self.app.data.num_clients)
         outcomes: list[Outcome | None] = [None] * len(clients)
         tasks: list[tuple[_Chunk, Callable[[], Received], Mapping[str, Any]]] = []
         for places, received, config in _groups(contents, self.app.device):

@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import platform
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import torch
 
 from fedpers.cohort import entries, one_thread
 from fedpers.data.cache import cache_root
+from fedpers.errors import TrainingError
 
 if TYPE_CHECKING:
     from fedpers.strategies.client import CohortApp
@@ -90,8 +91,10 @@ def _cohort_size(app: CohortApp, num_clients: int) -> tuple[int, str, dict[str, 
     for size in [*(s for s in SIZES if s < num_clients), num_clients]:
         try:
             per_client[size] = _time_steps(_stepper(app, size), app.device) / size
-        except torch.cuda.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError as error:
             torch.cuda.empty_cache()
+            if not per_client:
+                raise TrainingError("one client alone does not fit into the memory of the GPU.") from error
             break
         if per_client[size] > 1.5 * min(per_client.values()):
             break
@@ -157,18 +160,9 @@ def _time_steps(step: Callable[[], None], device: torch.device) -> float:
 
 def _time_together(steps: list[Callable[[], None]]) -> float:
     """Seconds per call when all run on threads side by side: the mean of the medians."""
-    found: list[float] = []
-
-    def work(step: Callable[[], None]) -> None:
-        torch.set_num_threads(1)
-        found.append(_time_steps(step, torch.device("cpu")))
-
-    threads = [threading.Thread(target=work, args=(step,)) for step in steps]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(found) / len(found)
+    with ThreadPoolExecutor(len(steps), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        times = list(pool.map(lambda step: _time_steps(step, torch.device("cpu")), steps))
+    return sum(times) / len(times)
 
 
 def _key(app: CohortApp, num_clients: int) -> str:

@@ -80,9 +80,9 @@ class APFLUpdate(LocalUpdate):
             of_v.update(all_v, at_v)
 
         for step in cohort.steps(plan):
-            rows_w = {name: step.take(value) for name, value in all_w.items()}
-            rows_v = {name: step.take(value) for name, value in all_v.items()}
-            cohort.count(step, one_step(cohort, step, rows_w, rows_v, step.take(alpha), move))
+            rows_w = {name: step.view(value) for name, value in all_w.items()}
+            rows_v = {name: step.view(value) for name, value in all_v.items()}
+            cohort.count(step, one_step(cohort, step, rows_w, rows_v, step.view(alpha), move))
         cohort.finish(plan)
         if self.variant == "pfllib":
             v = mixed(alpha, v, w, cohort.names("parameters"))

@@ -29,12 +29,11 @@ from fedpers.cohort import (
     prepare,
     select,
 )
-from fedpers.cohort.modules import has_batch_norm_1d
 from fedpers.cohort.plan import lonely_sample, smallest_batch
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import PARTS, FederatedData
 from fedpers.errors import ConfigError, TrainingError
-from fedpers.evaluation.metrics import auc
+from fedpers.evaluation.metrics import auc, balanced_accuracy
 from fedpers.strategies.records import (
     CONFIG,
     METRICS,
@@ -124,27 +123,34 @@ class LocalUpdate:
         -------
         list of dict
             ``{part}-examples``, ``-accuracy``, ``-balanced-accuracy`` (mean recall over the classes it has), ``-loss``
-            (mean cross-entropy) and, if the message's configuration has ``auc``, ``-auc`` (micro-averaged).
+            (mean cross-entropy) and, if the message's configuration has ``auc``, ``-auc`` (micro-averaged); and
+            ``adaptation-gradients``, the gradients computed to personalize before predicting.
         """
         params = self.personalize(cohort, received, config)
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
         for part in PARTS[1:]:
             logits = cohort.logits(params, part, self.predict)
             found = cohort.scores(logits, part)
-            recall = found["class_correct"] / found["class_examples"]
+            balanced = balanced_accuracy(found["class_correct"].numpy(), found["class_examples"].numpy())
             columns = {
                 "examples": found["examples"],
                 "accuracy": found["correct"] / found["examples"],
-                "balanced-accuracy": recall.nanmean(1),
+                "balanced-accuracy": torch.from_numpy(balanced),
                 "loss": found["loss"] / found["examples"],
             }
             if config.get("auc"):
                 pairs = zip(logits, cohort.labels(part), strict=True)
-                columns["auc"] = torch.tensor([auc(scores.cpu(), y.cpu()) for scores, y in pairs])
+                columns["auc"] = torch.tensor([auc(_probabilities(scores), y.cpu()) for scores, y in pairs])
             for name, column in columns.items():
                 for own, value in zip(rows, column.tolist(), strict=True):
                     own[f"{part}-{name}"] = value
+        for own, taken in zip(rows, cohort.gradients_taken.tolist(), strict=True):
+            own["adaptation-gradients"] = float(taken)
         return rows
+
+    def smallest_batch(self, size: int) -> int:
+        """Samples in the smallest batch a client of `size` samples trains on."""
+        return smallest_batch(size, self.training.batch_size, self.training.drop_last)
 
     def client_app(
         self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
@@ -221,16 +227,25 @@ class CohortApp(ClientApp):
             raise ConfigError("model", name, f"a network with {classes} outputs, not {list(out.shape[1:])}")
         if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
             raise ConfigError("model", name, "a network without random functions; use nn.Dropout layers")
+        self.needs_pairs = self._fails_alone(network)
+        if self.needs_pairs:
+            for client, size in enumerate(self.sizes):
+                if self.update.smallest_batch(size) == 1:
+                    raise lonely_sample(self.update.training.batch_size, client)
+
+    def _fails_alone(self, network: Network) -> bool:
+        """Whether a batch of one sample leaves a layer that normalizes over the batch nothing to go by."""
+        try:
+            with torch.no_grad():
+                return not bool(self.update.predict(network, self.data.x[:1]).isfinite().all())
+        except ValueError:  # what batch normalization raises for one value per channel
+            return True
 
     def _check_training(self) -> None:
         """Refuse settings that fit neither network nor data before anything is trained."""
         training = self.update.training
         for group in training.groups or ():
             select(self.module, group, "training.groups")
-        if has_batch_norm_1d(self.module):
-            for client, size in enumerate(self.sizes):
-                if smallest_batch(size, training.batch_size, training.drop_last) == 1:
-                    raise lonely_sample(training.batch_size, client)
 
     def initial_arrays(self) -> flower.ArrayRecord:
         """What the server starts from: the shared entries of the initial network."""
@@ -259,6 +274,7 @@ class CohortApp(ClientApp):
             seed=self.seed,
             round=int(config.get("server-round", 0)),
             training=self.update.training,
+            needs_pairs=self.needs_pairs,
         )
 
     def run(
@@ -306,15 +322,12 @@ class CohortApp(ClientApp):
         outcomes = []
         for k, client in enumerate(cohort.clients):
             if not finite[k]:
-                outcomes.append(
-                    Outcome(
-                        None, f"client {client}: training gave values that are not finite (mean loss {losses[k]:g})"
-                    )
-                )
+                outcomes.append(Outcome(None, f"training gave values that are not finite (mean loss {losses[k]:g})"))
                 continue
             metrics = {
                 "num-examples": self.sizes[client],
                 "steps": int(cohort.steps_taken[k]),
+                "gradients": int(cohort.gradients_taken[k]),
                 "samples": int(cohort.samples_seen[k]),
                 "train-loss": losses[k],
             }
@@ -355,6 +368,11 @@ class CohortApp(ClientApp):
         return flower.Message(outcome.content, reply_to=message)
 
 
+def _probabilities(logits: Tensor) -> Tensor:
+    """Probabilities ``[n, C]`` on the CPU; a prediction that is not finite says nothing."""
+    return torch.softmax(logits.cpu().double(), 1).nan_to_num(1.0 / max(1, logits.shape[1]))
+
+
 def _generator_states(device: torch.device) -> list[Tensor]:
     """State of torch's global generators."""
     states = [torch.random.get_rng_state()]
@@ -372,8 +390,8 @@ def config_of(content: flower.RecordDict) -> dict[str, Any]:
 def _measured(client: int, metrics: Mapping[str, float]) -> Outcome:
     """Answer to an evaluation; NaN is right only where the client has no samples of a part."""
     for name, value in metrics.items():
-        if not math.isfinite(value) and metrics.get(f"{name.partition('-')[0]}-examples", 1.0):
-            return Outcome(None, f"client {client}: {name} is {value}")
+        if math.isnan(value) and metrics.get(f"{name.partition('-')[0]}-examples", 1.0):
+            return Outcome(None, f"{name} is {value}")
     own = {name: value for name, value in metrics.items() if value == value}
     examples = own.get("validation-examples", 0.0) + own.get("test-examples", 0.0)
     return Outcome(_content({}, {"num-examples": examples, **own}))

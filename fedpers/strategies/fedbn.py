@@ -36,7 +36,7 @@ class FedBNUpdate(LocalUpdate):
             raise ConfigError(
                 "model",
                 type(module).__name__,
-                "a network with normalization layers for strategy=fedbn, e.g. model=resnet18_bn",
+                "a network with normalization layers for strategy=fedbn, e.g. model=cnn_bn",
             )
         return super().initial_state(model, module)
 

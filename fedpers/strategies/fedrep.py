@@ -7,11 +7,12 @@ ICML 2021, arXiv:2102.07078.
     b_k <- E_body passes of SGD on f_k(., h_k)      the head fixed
     b   <- mean_k b_k
 
-Shared: the body, its BatchNorm statistics averaged with it. Personal: the head.
+Shared: the body, its BatchNorm statistics averaged with it. Personal: the head. "Fixed" means parameters: BatchNorm
+statistics of the body follow the data in both phases, as in any forward pass in training mode.
 
 The paper averages bodies uniformly (``weighting: uniform``); common implementations weight by samples
 (``weighting: samples``). The paper takes many head passes for one body pass; here both default to ``training.epochs``,
-and every table shows the steps taken.
+and every table shows the gradients computed.
 """
 
 from __future__ import annotations

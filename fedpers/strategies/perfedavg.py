@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree
+from fedpers.cohort.plan import smallest_batch
 from fedpers.errors import check
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 
@@ -62,7 +63,12 @@ class PerFedAvgUpdate(LocalUpdate):
         """Pass over the data in pairs of batches."""
         params = cohort.assemble(received["arrays"])
         cohort.fit(params, self.adapted_loss, batch_size=2 * self.training.batch_size)
+        cohort.gradients_taken *= 2  # one inside the loss, one of it
         return cohort.reply(params)
+
+    def smallest_batch(self, size: int) -> int:
+        """Samples in the smaller half of the smallest pair of batches."""
+        return max(1, smallest_batch(size, 2 * self.training.batch_size, self.training.drop_last) // 2)
 
     def adapted_loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss on the second half of the batch after a step on the first."""

@@ -81,8 +81,8 @@ class PFedMeUpdate(LocalUpdate):
         optimizer = cohort.optimizer(names, plan)
         all_theta, all_w = entries(theta), entries(w)
         for step in cohort.steps(plan):
-            rows = {name: step.take(value) for name, value in all_theta.items()}
-            anchor = {name: step.take(all_w[name]) for name in names}
+            rows = {name: step.view(value) for name, value in all_theta.items()}
+            anchor = {name: step.view(all_w[name]) for name in names}
             for _ in range(self.inner_steps):
                 losses, grads = cohort.gradients(step, rows, self.loss, names)
                 for name, grad in grads.items():

@@ -89,6 +89,7 @@ class Scaffold(PersonalizedStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.weighting == "uniform", "strategy.weighting", self.weighting, "uniform for strategy=scaffold")
         check(self.server_lr > 0, "strategy.server_lr", self.server_lr, "a number > 0")
 
     def broadcast(self, round: int, arrays: Tree) -> dict[str, Tree]:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from torch import Tensor
 
-from fedpers.cohort import Fold, Tree, WeightedMean, entries, one_thread
+from fedpers.cohort import Fold, Tree, WeightedMean, entries, one_thread, tree
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
 from fedpers.strategies.client import IDENTIFY, LocalUpdate
@@ -24,7 +24,8 @@ from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
-Form = dict[tuple[str, str], tuple[int, ...]]
+Form = dict[tuple[str, str], tuple[tuple[int, ...], str]]
+"""Shape and dtype of each entry, by record and name."""
 """Shape of each entry ``(record, name)`` of a message."""
 
 
@@ -41,8 +42,8 @@ class RoundReport:
         Those whose reply was left out, and why.
     bytes_down, bytes_up : int
         Arrays sent to and received from the clients asked to train; evaluation is measurement, not part of a method.
-    steps, samples : int
-        Optimizer steps and samples of all replies.
+    steps, samples, gradients : int
+        Optimizer steps, samples and gradient computations (of one client on one batch) of all replies.
     train_loss : float
         Mean over samples of the losses met while training; NaN without replies.
     clients : dict of int to dict
@@ -61,6 +62,7 @@ class RoundReport:
     bytes_up: int = 0
     steps: int = 0
     samples: int = 0
+    gradients: int = 0
     train_loss: float = math.nan
     clients: dict[int, dict[str, float]] = field(default_factory=dict)
     evaluation_failures: dict[int, str] = field(default_factory=dict)
@@ -157,7 +159,11 @@ class PersonalizedStrategy(FlowerFedAvg):
                 for reply in replies
                 if reply.has_content() and METRICS in reply.content.metric_records
             }
-            if set(known) == set(ids) and len(set(known.values())) == len(ids):
+            if len(set(known.values())) < len(known):
+                raise TrainingError("two nodes hold the same partition-id.")
+            if known:
+                for silent in sorted(set(ids) - set(known)):
+                    log.warning("node %d does not say which client it holds and is left out", silent)
                 self._clients = known
             else:
                 self._clients = dict(zip(ids, range(len(ids)), strict=True))
@@ -212,8 +218,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         """
         assert self._arrays is not None
         report = self.report
-        answered = {self._clients[reply.metadata.src_node_id]: reply for reply in replies}
-        report.bytes_up = sum(num_bytes(r.content) for r in answered.values() if r.has_content())
+        answered = self._by_client(replies)
         expected = self._expected([answered[client] for client in report.sampled if client in answered])
         fold = self.fold()
         good: list[int] = []
@@ -224,40 +229,56 @@ class PersonalizedStrategy(FlowerFedAvg):
                 records, metrics = self._checked(reply, expected)
             except ValueError as problem:
                 report.failures[client] = str(problem)
-                log.warning("round %d: client %d left out: %s", server_round, client, problem)
+                log.info("round %d: client %d left out: %s", server_round, client, problem)
                 continue
+            report.bytes_up += num_bytes(reply.content) if reply is not None else 0
             fold.add(records, self.weight(metrics))
             good.append(client)
             report.steps += int(metrics.get("steps", 0))
+            report.gradients += int(metrics.get("gradients", 0))
             report.samples += int(metrics.get("samples", 0))
             losses += metrics.get("train-loss", math.nan) * metrics.get("samples", 0)
+        if report.failures:
+            log.warning("round %d: %s", server_round, _told(report.failures, len(report.sampled)))
         if len(good) < self.min_replies:
-            reasons = "; ".join(sorted(set(report.failures.values()))[:3])
+            reasons = "".join(f"; {reason}" for reason in sorted(set(report.failures.values()))[:3])
             raise TrainingError(
                 f"round {server_round}: {len(good)} of {len(report.sampled)} sampled clients sent a usable reply, "
-                f"{self.min_replies} needed ({reasons})."
+                f"{self.min_replies} needed{reasons}."
             )
         report.train_loss = losses / report.samples if report.samples else math.nan
-        arrays = self.combine(self._arrays, fold.result(), good)
+        means = {record: _beside(values, self._arrays) for record, values in fold.result().items()}
+        arrays = self.combine(self._arrays, means, good)
         report.train_seconds = report.seconds = time.perf_counter() - self._started
         metrics_out = {"train-loss": report.train_loss, "steps": report.steps, "samples": report.samples}
         return to_record(arrays), flower.MetricRecord({**metrics_out, "failures": len(report.failures)})
+
+    def _by_client(self, replies: Iterable[flower.Message]) -> dict[int, flower.Message]:
+        """Replies by client; one from a node that was not asked is no reply."""
+        found = {}
+        for reply in replies:
+            client = self._clients.get(reply.metadata.src_node_id)
+            if client is None:
+                log.warning("a reply from node %d, which holds no client, is left out", reply.metadata.src_node_id)
+            else:
+                found[client] = reply
+        return found
 
     def weight(self, metrics: Mapping[str, float]) -> float:
         """Weight of a reply in the average."""
         return 1.0 if self.weighting == "uniform" else float(metrics["num-examples"])
 
     def _expected(self, replies: list[flower.Message]) -> Form:
-        """Entries that most replies hold, with the shapes of the server's arrays or else of most replies."""
+        """Entries that most replies hold, formed as the server's arrays or else as in most replies."""
         assert self._arrays is not None
-        known = {(ARRAYS, name): tuple(value.shape) for name, value in entries(self._arrays).items()}
+        known = {(ARRAYS, name): (tuple(v.shape), _dtype(v)) for name, v in entries(self._arrays).items()}
         seen = Counter(frozenset(_form(reply).items()) for reply in replies if reply.has_content())
         if not seen:
             return {}
 
-        agreeing = [form for form in seen if all(known.get(entry, shape) == shape for entry, shape in form)]
+        agreeing = [form for form in seen if all(known.get(entry, kind) == kind for entry, kind in form)]
         most = dict(max(agreeing or seen, key=lambda form: seen[form]))
-        return {entry: known.get(entry, shape) for entry, shape in most.items()}
+        return {entry: known.get(entry, kind) for entry, kind in most.items()}
 
     def _checked(self, reply: flower.Message | None, expected: Form) -> tuple[dict[str, Tree], dict[str, float]]:
         """Records and metrics of a reply; ValueError says why it cannot be used."""
@@ -268,7 +289,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         if differing := sorted("/".join(entry) for entry in _form(reply).keys() ^ expected.keys()):
             raise ValueError(f"'{differing[0]}' is in its reply or in those of the other clients, but not in both")
         metrics = _metrics_of(reply)
-        for name in ("steps", "samples", "train-loss"):
+        for name in ("steps", "samples", "gradients", "train-loss"):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise ValueError(f"{name} is {metrics[name]}")
         if self.weighting == "samples" and not 0 < metrics.get("num-examples", 0) < math.inf:
@@ -280,9 +301,11 @@ class PersonalizedStrategy(FlowerFedAvg):
         floats: dict[str, Tensor] = {}
         for record, values in records.items():
             for name, value in entries(values).items():
-                shape = expected[record, name]
+                shape, dtype = expected[record, name]
                 if tuple(value.shape) != shape:
                     raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(shape)}")
+                if _dtype(value) != dtype:
+                    raise ValueError(f"'{name}' has dtype {_dtype(value)}, expected {dtype}")
                 if value.is_floating_point():
                     floats[f"{record}/{name}"] = value
         # One look at all sums, which waits for a GPU only once; the entries themselves only if that finds something.
@@ -318,13 +341,15 @@ class PersonalizedStrategy(FlowerFedAvg):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:
         """Collect the clients' metrics in :attr:`report`; return their means over clients."""
         report = self.report
-        for reply in replies:
-            client = self._clients[reply.metadata.src_node_id]
+        for client, reply in self._by_client(replies).items():
             if reply.has_error():
                 report.evaluation_failures[client] = reply.error.reason or f"error {reply.error.code}"
-                log.warning("round %d: client %d not evaluated: %s", server_round, client, reply.error.reason)
+                log.info("round %d: client %d not evaluated: %s", server_round, client, reply.error.reason)
             else:
                 report.clients[client] = _metrics_of(reply)
+        if report.evaluation_failures:
+            total = len(report.clients) + len(report.evaluation_failures)
+            log.warning("evaluation of round %d: %s", server_round, _told(report.evaluation_failures, total))
         report.clients = dict(sorted(report.clients.items()))
         report.seconds = time.perf_counter() - self._started
         if not report.clients:
@@ -336,10 +361,26 @@ class PersonalizedStrategy(FlowerFedAvg):
 
 def _form(reply: flower.Message) -> Form:
     return {
-        (record, name): tuple(array.shape)
+        (record, name): (tuple(array.shape), array.dtype)
         for record, values in reply.content.array_records.items()
         for name, array in values.items()
     }
+
+
+def _told(failures: Mapping[int, str], total: int) -> str:
+    """One line for all clients left out."""
+    client, reason = next(iter(failures.items()))
+    return f"{len(failures)} of {total} clients left out, e.g. client {client}: {reason}"
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _beside(values: Tree, arrays: Tree) -> Tree:
+    """Return `values` on the device of the server's arrays: replies from a wire come on the CPU."""
+    device = next((value.device for value in entries(arrays).values()), None)
+    return values if device is None else tree({n: v.to(device) for n, v in entries(values).items()})
 
 
 def _metrics_of(reply: flower.Message) -> dict[str, float]:

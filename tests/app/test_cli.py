@@ -218,7 +218,13 @@ def test_installed_command(tmp_path: Path) -> None:
         (["strategy=fedbn"], "model=MLP: expected a network with normalization layers for strategy=fedbn"),
         (["strategy=scaffold", "training.momentum=0.9"], "training.momentum=0.9: expected 0.0 for strategy=scaffold"),
         (["strategy=fedavg,local"], "--multirun"),
-        (["seed=["], "seed"),
+        (["seed=["], "'seed=[' cannot be read as key=value"),
+        (["trainig.lr=0.1"], "did you mean 'training'?"),
+        (["output="], "output=: expected a folder."),
+        (["training.epochs=0"], "training.epochs=0: expected a whole number >= 1"),
+        (["min_replies=50"], "min_replies=50: expected at most 20, the clients sampled in a round."),
+        (["strategy=scaffold", "strategy.weighting=samples"], "strategy.weighting=samples: expected uniform"),
+        (["model=resnet18_bn", "model.width=4", "training.batch_size=9"], "no batch of one sample"),
         (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare."),
         (["compare", "no-such-folder"], "no finished run was found in no-such-folder."),
     ],
@@ -263,7 +269,7 @@ def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "fedpers: interrupted; what was done is kept in the run folder."
+    assert errors.splitlines()[-1] == "fedpers: interrupted; what a run has done so far is kept in its folder."
     assert "Traceback" not in errors
     (folder,) = run_folders(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
@@ -271,7 +277,9 @@ def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     assert summary["rounds_done"] == json.loads(lines[-1])["round"] >= 4
     assert 0 < summary["selected"]["test/accuracy"] <= 1
-    assert len(pd.read_parquet(folder / "clients.parquet")) == 6
+    clients = pd.read_parquet(folder / "clients.parquet")
+    assert len(clients) == 6
+    assert (clients.rounds_trained == summary["rounds_done"]).all()
 
 
 # ------------------------------------------------------- trackers and odd clients

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedpers.evaluation import find_runs, leaderboard, leaderboard_rows, print_leaderboard
+from fedpers.evaluation.compare import find_runs, leaderboard, leaderboard_rows, print_leaderboard
 
 
 def metrics(accuracy):

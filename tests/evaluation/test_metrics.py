@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from fedpers.evaluation import auc, balanced_accuracy, distribution
+from fedpers.evaluation.metrics import auc, balanced_accuracy, distribution
 
 NAMES = ["mean", "weighted", "std", "worst_decile", "min", "missing"]
 

@@ -228,9 +228,9 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
         # a terminal too narrow for the numbers wraps whole lines rather than losing names and digits
         width = 80 if console.width < 80 else None
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
-        table.add_column("method", overflow="fold", min_width=12)
+        table.add_column("method", overflow="fold", min_width=16)
         table.add_column("")
-        for name in ("accuracy %", "std", "worst 10%", "last", "MB", "kgrad", "s", "seeds"):
+        for name in ("accuracy %", "std", "worst", "last", "MB", "kgrad", "s", "n"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in group.rows:
             interval = "" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}"
@@ -361,7 +361,8 @@ def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRe
     """Say what a reader of the table must know, in whole sentences."""
     notes = [
         "Test accuracy: mean over clients at the selected round, ± 95 % interval over seeds; "
-        "std and worst 10%: over clients; MB: up and down; kgrad: thousand gradients computed in training."
+        "std: over clients; worst: mean of the worst tenth of the clients; MB: up and down; "
+        "kgrad: thousand gradients computed in training; s: seconds; n: seeds."
     ]
     others = [row for row in rows if not row.best]
     if others and _single(rows):

@@ -34,8 +34,8 @@ class ModelConfig:
     width : int, optional
         Channels of the first convolution, >= 1 (``cnn``, default 32; ``resnet18``, default 64).
     norm : str, optional
-        Normalization: ``"group"`` or ``"batch"`` (``resnet18``, default ``"group"``); ``"none"`` or ``"batch"`` (``cnn``,
-        default ``"none"``).
+        Normalization: ``"group"`` or ``"batch"`` (``resnet18``, default ``"group"``); ``"none"`` or ``"batch"``
+        (``cnn``, default ``"none"``).
     groups : int, optional
         Groups of a group normalization, >= 1, must divide `width` (``resnet18``, default 2;
         without effect and so refused with ``norm="batch"``).

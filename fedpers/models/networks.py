@@ -96,7 +96,7 @@ class CNN(Network):
         padding = 2 if min(sides) < 16 else 0
         layers: list[nn.Module] = []
         for out in (width, 2 * width):
-            layers.append(nn.Conv2d(channels, out, 5, padding=padding))
+            layers.append(nn.Conv2d(channels, out, 5, padding=padding, bias=norm != "batch"))
             layers += [nn.BatchNorm2d(out)] if norm == "batch" else []
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
             channels = out

@@ -222,7 +222,7 @@ def test_small_change_stops_when_the_loss_stands_still() -> None:
 
 
 def test_a_batch_of_one_sample_under_batch_normalization_is_refused() -> None:
-    cohort = make_cohort(NETWORK, gaussian_data((16, 9), dtype=torch.float64), training=SMALL)
+    cohort = make_cohort(NETWORK, gaussian_data((16, 9), dtype=torch.float64), training=SMALL, needs_pairs=True)
     with pytest.raises(ConfigError, match=r"training\.batch_size=8.*client 1 "):
         cohort.fit(start(cohort), cross_entropy)
 

@@ -48,10 +48,11 @@ def write(tmp_path):
         }
         (folder / "config.yaml").write_text(json.dumps(values))  # JSON is YAML
         base = {
-            "strategy": strategy, "label": strategy, "dataset": "digits", "partition": "dirichlet(alpha=0.1)",
+            "strategy": strategy, "dataset": "digits", "partition": "dirichlet(alpha=0.1)",
             "model": "mlp", "num_clients": 20, "seed": seed, "rounds": 50, "rounds_done": 50, "interrupted": False,
             "selected_round": 37, "protocol": "validation-selected", "selected": metrics(accuracy),
-            "last": metrics(last), "bytes_up": 1_500_000, "bytes_down": 500_000, "seconds": 12.0, "failures": 0,
+            "last": metrics(last),
+            "bytes_up": 1_500_000, "bytes_down": 500_000, "gradients": 34_500, "seconds": 12.0, "failures": 0,
         }  # fmt: skip
         path = folder / "summary.json"
         path.write_text(json.dumps(base | summary))
@@ -117,7 +118,7 @@ def test_rows_are_sorted_tested_and_marked(write, tmp_path):
     assert "local (baseline)" in text
     assert "~ Not significantly different" in text
     (line,) = [line for line in text.splitlines() if line.strip().startswith("fedper")]
-    assert line.split() == ["fedper", "~", "90.7", "±3.8", "10.0", "65.7", "50.0", "2.0", "12.0", "3"]
+    assert line.split() == ["fedper", "~", "90.7", "±3.8", "10.0", "65.7", "50.0", "2.0", "34.5", "12.0", "3"]
     assert "There is no" not in text
     assert "?" not in text
 
@@ -174,10 +175,11 @@ def test_only_comparable_runs_share_a_table(write, tmp_path):
     write("fedrep", 0, 0.6, protocol="official")
     groups = leaderboard(find_runs([tmp_path]))
     assert {group.title.split(" · ")[-1]: [row.method for row in group.rows] for group in groups} == {
-        "training.lr=0.1": ["fedrep", "fedavg"],
-        "training.lr=0.01": ["fedrep"],
+        "50 rounds": ["fedrep lr=0.1", "fedavg lr=0.1", "fedrep lr=0.01"],
         "protocol official": ["fedrep"],
     }
+    notes = [note for group in groups for note in group.notes]
+    assert notes.count("Rows differ in training settings (training.*), named beside the method.") == 1
 
 
 def test_arrays_of_different_files_are_not_comparable(write, tmp_path):
@@ -193,7 +195,14 @@ def test_the_newest_of_equal_runs_counts(write, tmp_path):
     group = board(tmp_path)
     assert group.rows[0].accuracy == pytest.approx(0.6)
     assert group.rows[0].folders[0] == str(new)
-    assert any(note.startswith("Left out because a newer run") and str(old) in note for note in group.notes)
+    assert any(note.startswith("Left out because a newer or finished run") and str(old) in note for note in group.notes)
+
+
+def test_a_finished_run_counts_before_a_newer_interrupted_one(write, tmp_path):
+    finished = write("fedrep", 0, 0.9)
+    write("fedrep", 0, 0.5, interrupted=True, rounds_done=12)
+    (row,) = board(tmp_path).rows
+    assert row.folders == (str(finished),)
 
 
 def test_interrupted_runs_and_unusable_replies_are_told(write, tmp_path):
@@ -284,10 +293,10 @@ def test_tables_fit_80_columns_and_never_lose_a_digit(write, tmp_path, width):
 
 def test_names_with_brackets_are_printed_as_they_are(write, tmp_path):
     write("ditto", 0, 0.9, options={"groups": ["[red]"]})
-    write("ditto", 0, 0.8, options={"groups": []}, label="[bold]x")
+    write("ditto", 0, 0.8, options={"groups": ["[bold]x"]})
     text = printed(tmp_path)
     assert "ditto groups=['[red]']" in text
-    assert "[bold]x groups=[]" in text
+    assert "ditto groups=['[bold]x']" in text
 
 
 def test_import_is_cheap():

@@ -20,6 +20,7 @@ CASES = [
     (ModelConfig("cnn", width=4, hidden=(16,)), (1, 8, 8)),
     (ModelConfig("cnn", width=4, hidden=(16,)), (1, 28, 28)),
     (ModelConfig("cnn", width=4, hidden=(16,)), (3, 32, 32)),
+    (ModelConfig("cnn", width=4, hidden=(16,), norm="batch"), (1, 28, 28)),
     (ModelConfig(**RESNET, norm="group"), (3, 32, 32)),
     (ModelConfig(**RESNET, norm="batch"), (3, 32, 32)),
     (ModelConfig(**RESNET, norm="batch"), (1, 8, 8)),
@@ -149,7 +150,8 @@ def test_models_that_cannot_be_built_are_refused(config, shape, sentence):
     ("file", "expected"),
     [
         ("mlp", ModelConfig("mlp", hidden=(64,))),
-        ("cnn", ModelConfig("cnn", width=32, hidden=(512,))),
+        ("cnn", ModelConfig("cnn", width=32, hidden=(512,), norm="none")),
+        ("cnn_bn", ModelConfig("cnn", width=32, hidden=(512,), norm="batch")),
         ("resnet18_gn", ModelConfig("resnet18", norm="group", groups=2, width=64)),
         ("resnet18_bn", ModelConfig("resnet18", norm="batch", width=64)),
     ],
@@ -163,4 +165,4 @@ def test_every_model_of_conf_fits_the_typed_schema(file, expected):
 
 
 def test_conf_has_no_other_models():
-    assert {path.stem for path in CONF.glob("*.yaml")} == {"mlp", "cnn", "resnet18_gn", "resnet18_bn"}
+    assert {path.stem for path in CONF.glob("*.yaml")} == {"mlp", "cnn", "cnn_bn", "resnet18_gn", "resnet18_bn"}

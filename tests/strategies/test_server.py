@@ -200,7 +200,7 @@ def test_too_few_replies_end_the_run_with_the_reasons() -> None:
         one.replies[client] = error(one.replies[client])
     with pytest.raises(
         TrainingError,
-        match=r"^round 1: 2 of 4 sampled clients sent a usable reply, 3 needed \(out of memory\)\.$",
+        match=r"^round 1: 2 of 4 sampled clients sent a usable reply, 3 needed; out of memory\.$",
     ):
         one.aggregate()
 

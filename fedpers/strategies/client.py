@@ -227,11 +227,25 @@ class CohortApp(ClientApp):
             raise ConfigError("model", name, f"a network with {classes} outputs, not {list(out.shape[1:])}")
         if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(self.device), strict=True)):
             raise ConfigError("model", name, "a network without random functions; use nn.Dropout layers")
+        self._check_loss(network)
         self.needs_pairs = self._fails_alone(network)
         if self.needs_pairs:
             for client, size in enumerate(self.sizes):
                 if self.update.smallest_batch(size) == 1:
                     raise lonely_sample(self.update.training.batch_size, client)
+
+    def _check_loss(self, network: Network) -> None:
+        """Refuse a method whose loss counts padding: the same samples, padded, must give the same loss."""
+        if type(self.update).loss is LocalUpdate.loss or len(self.data.x) < 3:
+            return
+        x, y = self.data.x[:3], self.data.y[:3]
+        padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), x.new_tensor([1.0, 1, 1, 0, 0]))
+        with torch.no_grad():
+            plain = self.update.loss(network, Batch(x, y))
+            masked = self.update.loss(network.seeing(padded), padded)
+        if not torch.allclose(plain, masked, rtol=1e-3, atol=1e-5, equal_nan=True):
+            name = f"{type(self.update).__name__}.loss"
+            raise ConfigError("strategy", name, "a loss that leaves padding out: reduce over samples with batch.mean")
 
     def _fails_alone(self, network: Network) -> bool:
         """Whether a batch of one sample leaves a layer that normalizes over the batch nothing to go by."""

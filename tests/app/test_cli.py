@@ -18,8 +18,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpers.app import _main
-from fedpers.config import conf_folder
-from fedpers.run import TIMES
+from fedpers.config import Config, conf_folder
+from fedpers.data import PartitionConfig
+from fedpers.run import TIMES, run
 from fedpers.strategies import STRATEGIES, options_of
 
 SMALL = ["rounds=3", "partition.num_clients=6", "partition.alpha=1.0"]
@@ -158,6 +159,39 @@ def test_every_preset_composes_and_runs_one_round(preset: str, tmp_path: Path) -
     assert run_folders(tmp_path)
 
 
+def test_a_run_never_overwrites_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = f"hydra.run.dir={tmp_path / 'here'}"
+    assert _main([*SMALL, place]) == 0
+    before = (tmp_path / "here" / "rounds.jsonl").read_bytes()
+    assert "holds a run already" in error_of(capsys, *SMALL, "training.lr=0.5", place)
+    assert (tmp_path / "here" / "rounds.jsonl").read_bytes() == before
+
+
+def test_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fedpers", *SMALL, f"output={tmp_path}"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert len(run_folders(tmp_path)) == 2
+
+
+def test_a_partition_seed_gives_runs_with_different_seeds_the_same_data(tmp_path: Path) -> None:
+    checksums = set()
+    for seed in (0, 1):
+        (folder,) = fedpers(
+            *SMALL, "partition.seed=7", "heterogeneity=feature_shift", f"seed={seed}", output=tmp_path / str(seed)
+        )
+        checksums.add(json.loads((folder / "manifest.json").read_text())["data"]["checksum"])
+    assert len(checksums) == 1
+
+
+def test_a_run_from_python_keeps_its_settings(tmp_path: Path) -> None:
+    config = Config(strategy={"name": "ditto", "mu": 0.5}, rounds=1, partition=PartitionConfig("iid", num_clients=4))
+    run(config, tmp_path / "run")
+    kept = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    assert kept.strategy.mu == 0.5
+    assert kept.partition.num_clients == 4
+
+
 def test_help_names_every_option_and_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -255,6 +289,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_clients_named(
     assert "round " in text
     assert "0 of 6 sampled clients sent a usable reply" in text
     assert "not finite" in text
+    (folder,) = run_folders(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is True  # a run that failed must not pass for a finished one
+    assert summary["error"] == text.removeprefix("fedpers: ")
 
 
 def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpers.cohort import Cohort, Reply
+from fedpers.cohort import Batch, Cohort, Network, Reply
 from fedpers.errors import ConfigError
 from fedpers.strategies import STRATEGIES, FedAvgUpdate, LocalUpdate
 from tests import equivalence, reference
@@ -123,6 +123,16 @@ def test_dependence_on_cohort_size_is_noticed(
     monkeypatch.setattr(FedAvgUpdate, "train", leaning)
     assert equivalence.main(["cohort", "fedavg"]) == 1
     assert "OVER" in capsys.readouterr().out
+
+
+class CountsPadding(FedAvgUpdate):
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(network(batch.x), batch.y)
+
+
+def test_a_loss_that_counts_padding_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"CountsPadding\.loss: expected a loss that leaves padding out"):
+        CountsPadding().client_app(SmallNetwork(), gaussian_data())
 
 
 class Functional(torch.nn.Module):

@@ -15,8 +15,9 @@ from torch import nn
 from fedpers.cohort import Cohort, Reply, Training, entries, leaves
 from fedpers.errors import TrainingError
 from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import LocalGrid
-from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy
+from fedpers.runtime.local import FIRST_NODE, LocalGrid
+from fedpers.strategies import STRATEGIES, CohortApp, FedAvg, FedAvgUpdate, PersonalizedStrategy, make_strategy
+from fedpers.strategies.client import IDENTIFY
 from fedpers.strategies.records import from_record
 from tests.problems import SmallNetwork, gaussian_data
 
@@ -123,6 +124,8 @@ BAD: dict[str, tuple[Tamper, str]] = {
     "nan": (replaced("head.bias", NAN), "'arrays/head.bias' holds values that are not finite"),
     "inf": (replaced("head.bias", [0, 0, np.inf, 0]), "'arrays/head.bias' holds values that are not finite"),
     "shape": (replaced("head.bias", [0.0]), "'head.bias' has shape [1], expected [4]"),
+    "dtype": (replaced("head.bias", flower.Array(np.zeros(4, np.int64))), "'head.bias' has dtype int64, expected "),
+    "complex": (replaced("head.bias", flower.Array(np.zeros(4, np.complex64))), "'head.bias' has dtype complex64"),
     "scalar": (replaced("head.bias", 0.0), "'head.bias' has shape [], expected [4]"),
     "less": (without("head.bias"), "'arrays/head.bias' is in its reply or in those of the other clients, but not in "
              "both"),
@@ -203,6 +206,26 @@ def test_too_few_replies_end_the_run_with_the_reasons() -> None:
         match=r"^round 1: 2 of 4 sampled clients sent a usable reply, 3 needed; out of memory\.$",
     ):
         one.aggregate()
+
+
+class OneSilent(LocalGrid):
+    """A grid of which one node never says which client it holds."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        asked = [r for r in replies if r.metadata.message_type == IDENTIFY]
+        return [r for r in replies if r not in asked[1:2]]
+
+
+def test_a_node_that_does_not_identify_itself_is_left_out_and_nobody_is_renumbered(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = FedAvgUpdate().client_app(SmallNetwork(norm=False), gaussian_data((6, 5, 7, 8)))
+    strategy = FedAvg()
+    with caplog.at_level(logging.WARNING):
+        nodes = strategy.nodes(OneSilent(app, 4))
+    assert nodes == {client: FIRST_NODE + client for client in (0, 2, 3)}
+    assert "does not say which client it holds" in caplog.text
 
 
 def test_no_clients_at_all() -> None:

@@ -1,22 +1,10 @@
 """The numerical core: K clients as one stacked computation. Knows torch, not Flower."""
 
-from fedpers.cohort.cohort import (
-    Adjust,
-    Batch,
-    Cohort,
-    Loss,
-    Network,
-    Reply,
-    Step,
-    View,
-    mixed,
-    proximal,
-    shifted,
-    small_change,
-)
+from fedpers.cohort.cohort import Cohort, Reply, View, mixed
 from fedpers.cohort.fold import Fold, WeightedMean
 from fedpers.cohort.modules import prepare
 from fedpers.cohort.state import StateStore
+from fedpers.cohort.step import Adjust, Batch, Loss, Network, Step, proximal, shifted, small_change
 from fedpers.cohort.threads import one_thread
 from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree

@@ -41,7 +41,8 @@ class RoundReport:
     failures : dict of int to str
         Those whose reply was left out, and why.
     bytes_down, bytes_up : int
-        Arrays sent to and received from the clients asked to train; evaluation is measurement, not part of a method.
+        Arrays sent to the clients asked to train, and those of their usable replies; evaluation is measurement and
+        no part of a method.
     steps, samples, gradients : int
         Optimizer steps, samples and gradient computations (of one client on one batch) of all replies.
     train_loss : float

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,25 +128,34 @@ def _run(arguments: list[str]) -> int:
 
 
 def _job(cfg: Any) -> float | None:
-    """One job; returns the validation accuracy of the selected round, for sweepers that optimize."""
+    """One job; returns the validation score of the selected round, for sweepers that optimize."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     from fedpers.config import Config, build
-    from fedpers.run import SELECTED_BY, run
+    from fedpers.run import run
 
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     folder = Path(HydraConfig.get().runtime.output_dir)
     summary = run(build(Config, resolved), folder, resolved)
-    selected = summary["selected"]
+    selected, headline = summary["selected"], summary["headline"]
+    chosen = "validation" if summary["protocol"] == "validation-selected" else "test, as published"
     print(
-        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: test accuracy "
-        f"{_percent(selected.get('test/accuracy'))} at round {summary['selected_round']} (chosen on validation), "
-        f"{_percent(summary['last'].get('test/accuracy'))} at round {summary['last_round']}; "
+        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: test {headline} "
+        f"{_percent(selected.get(f'test/{headline}'))} at round {summary['selected_round']} (chosen on {chosen}), "
+        f"{_percent(summary['last'].get(f'test/{headline}'))} at round {summary['last_round']}"
+        f"{_unseen(summary['last'], headline)}; "
         f"{summary['seconds']:.1f} s; {_shown(folder)}{_left_out(summary['failures'])}"
     )
-    accuracy: float | None = selected.get(SELECTED_BY)
-    return accuracy
+    score: float | None = selected.get(f"validation/{headline}")
+    return score
+
+
+def _unseen(last: Mapping[str, float | None], headline: str) -> str:
+    if f"unseen/{headline}" not in last:
+        return ""
+    adapted = last.get(f"adapted/{headline}")
+    return f", unseen clients {_percent(last[f'unseen/{headline}'])}, {_percent(adapted)} after adapting"
 
 
 def _left_out(failures: int) -> str:

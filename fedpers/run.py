@@ -27,6 +27,7 @@ from fedpers import __version__
 from fedpers.config import Config, convert
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
+from fedpers.data.ratings import RankingData
 from fedpers.errors import ConfigError, FedpersError
 from fedpers.evaluation.metrics import distribution
 from fedpers.models import build_model
@@ -37,12 +38,14 @@ from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, mak
 from fedpers.tracking import make_trackers
 
 log = logging.getLogger(__name__)
-SELECTED_BY = "validation/accuracy"
 TIMES = ("seconds", "train_seconds", "samples_per_second")
 """Metrics that differ between two runs of the same settings."""
 _COUNTED = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "failures")
 _SPREAD = {"mean": "", "weighted": "_weighted", "std": "_std", "worst_decile": "_worst_decile", "min": "_min"}
-_MEASURED = {"accuracy": _SPREAD, "balanced-accuracy": {"mean": ""}, "loss": {"mean": ""}, "auc": {"mean": ""}}
+_GROUPS = (*PARTS[1:], "unseen", "adapted")
+"""What the names of measured metrics begin with: parts of the clients that train, and the unseen ones' test part."""
+Evaluation = tuple[int, dict[str, float], "RoundReport"]
+"""An evaluated round: its number, its metrics, its report."""
 
 
 @dataclass
@@ -62,13 +65,16 @@ class Progress:
     ----------
     rounds_done : int
         Rounds trained, aggregated and, where due, evaluated.
-    best, last : tuple (round, metrics, metrics by client) or None
-        Evaluated round with the highest validation accuracy (the first of equals), and the latest evaluated one.
+    best, last : tuple (round, metrics, report) or None
+        Evaluated round with the highest score (the first of equals, or the last if the data's protocol says so), and
+        the latest evaluated one.
     """
 
+    selected_by: str = "validation/accuracy"
+    latest_wins: bool = False
     rounds_done: int = 0
-    best: tuple[int, dict[str, float], dict[int, dict[str, float]]] | None = None
-    last: tuple[int, dict[str, float], dict[int, dict[str, float]]] | None = None
+    best: Evaluation | None = None
+    last: Evaluation | None = None
     totals: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     trained: Counter[int] = field(default_factory=Counter)
@@ -82,11 +88,16 @@ class Progress:
         failures = len(report.failures) + len(report.evaluation_failures)
         self.totals["failures"] = self.totals.get("failures", 0) + failures
         if report.clients and report.round:
-            self.last = (report.round, metrics, report.clients)
-            score = metrics.get(SELECTED_BY, math.nan)
+            self.last = (report.round, metrics, report)
             complete = not report.evaluation_failures  # a mean over those that are left would flatter the round
-            if complete and (self.best is None or score > self.best[1].get(SELECTED_BY, -math.inf)):
+            if complete and self._better(metrics):
                 self.best = self.last
+
+    def _better(self, metrics: dict[str, float]) -> bool:
+        if self.best is None:
+            return True
+        score, best = metrics.get(self.selected_by, math.nan), self.best[1].get(self.selected_by, -math.inf)
+        return score > best or (self.latest_wins and score == best)
 
 
 def prepare_run(config: Config) -> Setup:
@@ -115,8 +126,13 @@ def prepare_run(config: Config) -> Setup:
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
     shift_seed = config.seed if config.partition.seed is None else config.partition.seed
     data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
+    strategy.unseen = data.unseen
     try:
-        model = build_model(config.model, tuple(data.x.shape[1:]), data.num_classes, config.seed)
+        public = None if data.public is None else (data.x[data.public], data.y[data.public])
+        items = data.num_items if isinstance(data, RankingData) else None
+        model = build_model(
+            config.model, tuple(data.x.shape[1:]), data.num_classes, config.seed, num_items=items, public=public
+        )
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
@@ -128,7 +144,8 @@ def run_rounds(
 ) -> Iterator[RoundReport]:
     """Train and evaluate round by round.
 
-    Round 0 is an evaluation of the initial state; the last round is always evaluated.
+    Round 0 is an evaluation of the initial state; the last round is always evaluated, and then the unseen clients
+    once more, after they adapted.
 
     Yields
     ------
@@ -145,23 +162,35 @@ def run_rounds(
         if due:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
             strategy.aggregate_evaluate(round, grid.send_and_receive(messages))
+        if round == rounds and strategy.unseen:
+            strategy.evaluate_adapted(arrays, evaluation, grid)
         yield strategy.report
 
 
-def metrics_of(report: RoundReport) -> dict[str, float]:
-    """Metrics of a round by the names used everywhere, e.g. ``test/accuracy_worst_decile``."""
+def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
+    """Metrics of a round by the names used everywhere, e.g. ``test/accuracy_worst_decile``.
+
+    Parameters
+    ----------
+    report : RoundReport
+    headline : str
+        The metric whose distribution over clients is described too (``FederatedData.headline``).
+    """
     found: dict[str, float] = {}
     if report.round:
         found["train/loss"] = report.train_loss
-    for part in PARTS[1:]:
-        rows = list(report.clients.values())
-        weights = [row.get(f"{part}-examples", 0.0) for row in rows]
-        for name, spread in _MEASURED.items():
-            values = [row.get(f"{part}-{name}", math.nan) for row in rows]
-            if any(value == value for value in values):
-                statistics = distribution(np.array(values), np.array(weights))
-                for statistic, ending in spread.items():
-                    found[f"{part}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
+        found.update({f"train/{name}": value for name, value in report.extra.items()})
+    for group in _GROUPS:
+        rows = list({"unseen": report.unseen, "adapted": report.adapted}.get(group, report.clients).values())
+        part = group if group in PARTS else "test"
+        weights = np.array([row.get(f"{part}-examples", 0.0) for row in rows])
+        names = dict.fromkeys(name.removeprefix(f"{part}-") for row in rows for name in row if name.startswith(part))
+        for name in names:
+            if name == "examples":
+                continue
+            statistics = distribution(np.array([row.get(f"{part}-{name}", math.nan) for row in rows]), weights)
+            for statistic, ending in (_SPREAD if name == headline else {"mean": ""}).items():
+                found[f"{group}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
     found["clients/sampled"] = len(report.sampled)
     found["clients/failed"] = len(report.failures) + len(report.evaluation_failures)
     adapted = [row.get("adaptation-gradients", 0.0) for row in report.clients.values()]
@@ -207,15 +236,22 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
     _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     grid = LocalGrid(setup.app, setup.data.num_clients, cohort=config.runtime.cohort, workers=config.runtime.workers)
     assert grid.engine is not None
-    sampled = len(sample_clients(config.seed, 1, setup.data.num_clients, config.fraction))
+    trainable = setup.data.num_clients - len(setup.data.unseen)
+    sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
     if config.min_replies > sampled:
         grid.close()
         raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
-    progress = Progress()
+    data = setup.data
+    progress = Progress(f"{data.selected_on}/{data.headline}", data.latest_wins)
     name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
     manifest = make_manifest(setup)
     try:
-        with server_identity(RUN_ID), make_trackers(config.tracker, folder, name, plain, config.rounds) as trackers:
+        with (
+            server_identity(RUN_ID),
+            make_trackers(
+                config.tracker, folder, name, plain, config.rounds, headline=f"validation/{data.headline}"
+            ) as trackers,
+        ):
             choice = grid.engine.choose(sampled)
             log.info("runtime: %s", choice)
             if sys.stderr.isatty():
@@ -228,7 +264,7 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
             try:
                 arrays = setup.app.initial_arrays()
                 for report in run_rounds(setup.strategy, grid, arrays, config.rounds, auc=config.auc):
-                    metrics = metrics_of(report)
+                    metrics = metrics_of(report, data.headline)
                     trackers.log(report.round, metrics)
                     progress.take(report, metrics)
             except FedpersError as error:
@@ -253,9 +289,9 @@ def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -
         "quantity": f"({partition.skew})",
     }.get(partition.name, "")
 
-    def measured(found: tuple[int, dict[str, float], Any] | None) -> dict[str, float | None]:
+    def measured(found: Evaluation | None) -> dict[str, float | None]:
         metrics = {} if found is None else found[1]
-        return {k: v if math.isfinite(v) else None for k, v in metrics.items() if k.startswith(PARTS[1:])}
+        return {k: v if math.isfinite(v) else None for k, v in metrics.items() if k.startswith(_GROUPS)}
 
     totals = progress.totals
     return {
@@ -269,7 +305,9 @@ def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -
         "rounds_done": progress.rounds_done,
         "interrupted": progress.rounds_done < config.rounds,
         "error": progress.error,
-        "protocol": "validation-selected",
+        "protocol": setup.data.protocol,
+        "headline": setup.data.headline,
+        "also": list(setup.data.also),
         "selected_round": None if progress.best is None else progress.best[0],
         "last_round": None if progress.last is None else progress.last[0],
         "selected": measured(progress.best),
@@ -287,16 +325,24 @@ def _write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
     columns: dict[str, list[Any]] = {"client": list(range(data.num_clients))}
     for part in PARTS:
         columns[f"{part}_size"] = data.sizes(part).tolist()
+    columns["unseen"] = [client in data.unseen for client in range(data.num_clients)]
     columns["rounds_trained"] = [progress.trained[client] for client in range(data.num_clients)]
     for when, found in (("selected", progress.best), ("last", progress.last)):
-        rows = {} if found is None else found[2]
-        names = sorted({name for row in rows.values() for name in row if name.startswith(PARTS[1:])})
-        for name in names:
-            if not name.endswith("-examples"):
-                values = [rows.get(c, {}).get(name, math.nan) for c in range(data.num_clients)]
-                columns[f"{name.replace('-', '_')}_{when}"] = values
+        rows = {} if found is None else {**found[2].clients, **found[2].unseen}
+        _put(columns, rows, when)
+    if progress.last is not None and progress.last[2].adapted:
+        _put(columns, progress.last[2].adapted, "adapted")
     with _writing(path):
         pd.DataFrame(columns).to_parquet(path, index=False)
+
+
+def _put(columns: dict[str, list[Any]], rows: Mapping[int, Mapping[str, float]], when: str) -> None:
+    """Add a column per metric, NaN for clients without it."""
+    names = sorted({name for row in rows.values() for name in row if name.startswith(PARTS[1:])})
+    clients = columns["client"]
+    for name in names:
+        if not name.endswith("-examples"):
+            columns[f"{name.replace('-', '_')}_{when}"] = [rows.get(c, {}).get(name, math.nan) for c in clients]
 
 
 def make_manifest(setup: Setup) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def _compare_evaluation(
     assert grid.engine is not None
     kinds = trace.meta["eval_kinds"]
     kind = "personalized" if "personalized" in kinds else "main"
-    received = {"arrays": from_record(arrays), **strategy.broadcast(r + 1, from_record(arrays))}
+    received = strategy.send(r + 1, from_record(arrays), list(range(trace.clients)))
     clients = sorted(range(trace.clients), key=lambda c: (-app.sizes[c], c))
     cohort = app.cohort(clients, grid.engine.store.gather(clients), {"server-round": r + 1})
     logits = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn import functional as F
 
 from fedpers.cohort.modules import has_dropout
 from fedpers.cohort.optim import Optimizer
@@ -49,10 +47,14 @@ class Reply:
         What goes to the server.
     state : Tree ``[K]`` or None
         The clients' new personal state; None leaves it as it was.
+    metrics : dict of name to Tensor ``[K]``
+        Further numbers about this training, beside loss, steps and samples; the server averages them over clients
+        and they are recorded as ``train/NAME``.
     """
 
     records: dict[str, Tree]
-    state: Tree | None
+    state: Tree | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Cohort:
@@ -187,6 +189,7 @@ class Cohort:
         share: Selection = "all",
         keep: Selection = "none",
         state: Mapping[str, Tensor | Tree] | None = None,
+        metrics: Mapping[str, Tensor] | None = None,
         **records: Tree,
     ) -> Reply:
         """Divide trained networks into what is shared and what stays.
@@ -200,6 +203,8 @@ class Cohort:
             Kept as personal state ``model``.
         state : mapping, optional
             Further personal state by role.
+        metrics : mapping of name to Tensor ``[K]``, optional
+            See :class:`Reply`.
         **records : Tree ``[K]``
             Further records for the server.
         """
@@ -209,6 +214,7 @@ class Cohort:
         return Reply(
             records={"arrays": params.select(*self.names(share)), **records},
             state=TensorDict(kept, batch_size=[self.size]) if kept else None,
+            metrics=dict(metrics or {}),
         )
 
     # ------------------------------------------------------------- training
@@ -237,7 +243,7 @@ class Cohort:
             return generator(self.seed, purpose, self.clients[k], self.round, first[k] + epoch)
 
         plan = plan_batches(
-            [self.data.train[c].numpy() for c in self.clients],
+            [self.data.samples(c, self.seed, self.round) for c in self.clients],
             batch_size=training.batch_size if batch_size is None else batch_size,
             epochs=epochs,
             steps=steps,
@@ -257,6 +263,7 @@ class Cohort:
         places = torch.arange(plan.index.shape[2], device=self.device)
         rows = None if plan.order is None else plan.order
         keys = self._keys(plan)
+        dtype = self.data.x.dtype if self.data.x.is_floating_point() else torch.float32
         for t in range(start, plan.steps):
             a, width = plan.active[t], plan.width[t]
             index = plan.index[t, :a, :width]
@@ -266,7 +273,7 @@ class Cohort:
                 active=a,
                 x=self.data.x.index_select(0, flat).view(a, width, *self.data.x.shape[1:]),
                 y=self.data.y.index_select(0, flat).view(a, width, *self.data.y.shape[1:]),
-                weight=(places[:width] < count[:, None]).to(self.data.x.dtype) if plan.ragged[t] else None,
+                weight=(places[:width] < count[:, None]).to(dtype) if plan.ragged[t] else None,
                 count=count,
                 key=None if keys is None else keys[:a] + t,
                 rows=None if rows is None else rows[:a],
@@ -372,6 +379,7 @@ class Cohort:
         batch_size: int | None = None,
         drop_last: bool | None = None,
         adjust: Adjust | Sequence[Adjust] = (),
+        mask: Mapping[str, Tensor] | None = None,
         stop: Stop | None = None,
         purpose: str = "batches",
     ) -> None:
@@ -393,6 +401,8 @@ class Cohort:
             Other values than in the settings.
         adjust : callable or sequence
             Change the gradients before clipping and the step (:func:`proximal`, :func:`shifted`).
+        mask : mapping of name to Tensor ``[K, ...]``, optional
+            1 where an entry may move, 0 where not even weight decay moves it; names it lacks are free.
         stop : callable, optional
             Ends a client's training after a pass, see :data:`Stop`.
         purpose : str
@@ -409,11 +419,11 @@ class Cohort:
             work = {n: value[plan.order.to(value.device)] for n, value in work.items()}
         if stop is None:
             for step in self.steps(plan):
-                self._fit_step(step, work, loss, names, hooks, optimizer)
+                self._fit_step(step, work, loss, names, hooks, optimizer, mask)
             self._write_back(params, work, plan.order)
             self.finish(plan)
         else:
-            self._fit_until(plan, params, work, loss, names, hooks, optimizer, stop)
+            self._fit_until(plan, params, work, loss, names, hooks, optimizer, mask, stop)
 
     def _fit_step(
         self,
@@ -423,12 +433,13 @@ class Cohort:
         names: Sequence[str],
         hooks: Sequence[Adjust],
         optimizer: Optimizer,
+        mask: Mapping[str, Tensor] | None,
     ) -> Tensor:
         rows = {n: value[: step.active] for n, value in work.items()}
         losses, grads = self.gradients(step, rows, loss, names)
         for hook in hooks:
             hook(step, rows, grads)
-        optimizer.update(work, grads)
+        optimizer.update(work, grads, None if mask is None else {n: step.take(m) for n, m in mask.items()})
         self.count(step, losses)
         return losses
 
@@ -446,6 +457,7 @@ class Cohort:
         names: Sequence[str],
         hooks: Sequence[Adjust],
         optimizer: Optimizer,
+        mask: Mapping[str, Tensor] | None,
         stop: Stop,
     ) -> None:
         """Train until each client's plan or patience ends; those that stop leave the stack."""
@@ -458,7 +470,7 @@ class Cohort:
         while t < plan.steps:
             leaving = torch.zeros(len(rows), dtype=torch.bool)
             for step in self.steps(plan, t):
-                losses = self._fit_step(step, work, loss, names, hooks, optimizer)
+                losses = self._fit_step(step, work, loss, names, hooks, optimizer, mask)
                 own = rows[: step.active].to(self.device)
                 running[own] += torch.stack([losses * step.count, step.count], dim=1)
                 ended_at[rows[: step.active]] = t + 1
@@ -550,49 +562,6 @@ class Cohort:
         """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
         index = torch.cat([self.data.part(part)[c] for c in self.clients]).to(self.device)
         return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
-
-    def scores(self, logits: Sequence[Tensor], part: Part) -> dict[str, Tensor]:
-        """Counts from which accuracy, balanced accuracy and loss follow, on the CPU.
-
-        A prediction that is not finite is a wrong one, of infinite loss.
-
-        Parameters
-        ----------
-        logits : sequence of Tensor ``[n_k, C]``
-            From :meth:`logits`.
-        part : {"train", "validation", "test"}
-
-        Returns
-        -------
-        dict
-            ``examples`` ``[K]``, ``correct`` ``[K]``, ``loss`` ``[K]`` (sum of cross-entropies),
-            ``class_correct`` and ``class_examples`` ``[K, C]``.
-        """
-        sizes = self.sizes(part)
-        classes = self.data.num_classes
-        outputs, y = torch.cat(list(logits)), torch.cat(self.labels(part))
-        finite = outputs.isfinite().all(1)
-        right = ((outputs.argmax(1) == y) & finite).double().cpu()
-        losses = right
-        if len(y):
-            losses = F.cross_entropy(outputs.double(), y, reduction="none").masked_fill(~finite, math.inf).cpu()
-        owner, y = torch.repeat_interleave(torch.arange(self.size), sizes), y.cpu()
-        cell = owner * classes + y
-
-        def by_client(values: Tensor) -> Tensor:
-            return torch.zeros(self.size, dtype=torch.float64).index_add_(0, owner, values)
-
-        def by_class(values: Tensor) -> Tensor:
-            flat = torch.zeros(self.size * classes, dtype=torch.float64)
-            return flat.index_add_(0, cell, values).view(self.size, classes)
-
-        return {
-            "examples": sizes.double(),
-            "correct": by_client(right),
-            "loss": by_client(losses),
-            "class_correct": by_class(right),
-            "class_examples": by_class(torch.ones_like(right)),
-        }
 
 
 def mixed(share: Tensor, first: Tree, second: Tree, names: Sequence[str]) -> Tree:

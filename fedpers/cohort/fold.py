@@ -17,8 +17,8 @@ from fedpers.cohort.tree import Tree, entries, tree
 class Fold(Protocol):
     """Something that takes replies and yields an aggregate."""
 
-    def add(self, records: Mapping[str, Tree], weight: float) -> None:
-        """Take in one client's records."""
+    def add(self, records: Mapping[str, Tree], weight: float, client: int) -> None:
+        """Take in the records of one client."""
 
     def merge(self, other: Self) -> None:
         """Take in what another fold of the same kind took in."""
@@ -38,8 +38,8 @@ class WeightedMean:
         self.weights: dict[str, dict[str, float]] = {}
         self.dtypes: dict[str, dict[str, torch.dtype]] = {}
 
-    def add(self, records: Mapping[str, Tree], weight: float) -> None:
-        """Take in one client's `records` (batch size []) with its `weight` >= 0."""
+    def add(self, records: Mapping[str, Tree], weight: float, client: int = -1) -> None:
+        """Take in one client's `records` (batch size []) with its `weight` >= 0; whose they are does not matter."""
         for record, values in records.items():
             sums = self.sums.setdefault(record, {})
             weights = self.weights.setdefault(record, {})

@@ -73,7 +73,9 @@ class Optimizer:
         return curve.to(device) * scale
 
     @torch.no_grad()
-    def update(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
+    def update(
+        self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Take one step in place.
 
         Parameters
@@ -82,6 +84,9 @@ class Optimizer:
             The stack; its first ``a`` rows are moved.
         grads : mapping of name to Tensor ``[a, ...]``
             Gradients of the clients that still train. May be overwritten.
+        mask : mapping of name to Tensor ``[a, ...]``, optional
+            1 where an entry may move and 0 where it stays as it is; clipping and momentum see the whole gradient.
+            Names it lacks move freely.
         """
         if not grads:
             return
@@ -100,13 +105,16 @@ class Optimizer:
             rate = self.lr[name] * factor
             if isinstance(rate, Tensor):
                 rate = expand_rows(rate.to(value.dtype), value)
+            free = None if mask is None else mask.get(name)
             if decay and training.optimizer == "adamw":
-                value.mul_(1 - rate * decay)
+                value.mul_(1 - rate * decay if free is None else 1 - rate * decay * free)
             move = (
                 self._sgd(name, params[name], grad)
                 if training.optimizer == "sgd"
                 else self._adam(name, params[name], grad)
             )
+            if free is not None:
+                move = move * free
             if isinstance(rate, Tensor):
                 value.sub_(rate * move)
             else:

@@ -37,13 +37,24 @@ def leaves(values: Tree) -> dict[str, Tensor]:
     return {p if isinstance(p, str) else "/".join(p): v for p, v in found if isinstance(v, Tensor)}
 
 
+def state_names(module: nn.Module) -> list[str]:
+    """Names of what a client may own: the entries of ``module.state_dict()`` without frozen parameters.
+
+    Parameters that require no gradient are nobody's state: they stay in the module, one copy for all clients, and are
+    neither stacked, sent nor stored.
+    """
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return [name for name in module.state_dict() if name not in frozen]
+
+
 def model_tree(module: nn.Module) -> Tree:
-    """Copy of all parameters and persistent buffers of `module`, by dotted name, batch size ``[]``."""
-    return tree({name: value.detach().clone() for name, value in module.state_dict().items()})
+    """Copy of all trainable parameters and persistent buffers of `module`, by dotted name, batch size ``[]``."""
+    values = module.state_dict()
+    return tree({name: values[name].detach().clone() for name in state_names(module)})
 
 
 def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[str, ...]:
-    """Names of the entries of ``module.state_dict()`` that `what` stands for, in the network's order.
+    """Names of the network's entries (:func:`state_names`) that `what` stands for, in the network's order.
 
     Parameters
     ----------
@@ -60,7 +71,7 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
     ConfigError
         If a term matches nothing although it names something.
     """
-    names = list(module.state_dict())
+    names = state_names(module)
     parameters = {name for name, _ in module.named_parameters()}
     norm_layers = [name for name, layer in module.named_modules() if isinstance(layer, _NORMS)]
     head = {name for name in names if name.startswith("head.")}
@@ -69,7 +80,7 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
         return {name for name in names if name == prefix or name.startswith(prefix + ".")}
 
     def term(word: str) -> set[str]:
-        if word in ("body", "head") and not head:
+        if word in ("body", "head") and not hasattr(module, "head"):
             raise ConfigError("model", type(module).__name__, "a network whose last layer is named 'head'")
         match word:
             case "all":
@@ -77,7 +88,7 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
             case "none":
                 return set()
             case "parameters":
-                return parameters
+                return parameters & set(names)
             case "buffers":
                 return set(names) - parameters
             case "head":

@@ -5,6 +5,7 @@ from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.heterogeneity import HeterogeneityConfig, apply_heterogeneity
 from fedpers.data.load import load_federated
 from fedpers.data.partition import PartitionConfig, partition_samples
+from fedpers.data.ratings import RankingData
 from fedpers.data.split import SplitConfig, split_clients
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HeterogeneityConfig",
     "Part",
     "PartitionConfig",
+    "RankingData",
     "SplitConfig",
     "apply_heterogeneity",
     "load_dataset",

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.errors import DataError
@@ -35,11 +36,16 @@ class FederatedData:
     num_classes : int
     name : str
         For tables and manifests.
+    public : Tensor ``[p]`` or None
+        Positions in `x` of samples that belong to no client, int64, for pretraining; None if there are none.
+    unseen : tuple of int
+        Clients that never train, ascending; they are evaluated only. Their `train` lists are for adaptation.
 
     Raises
     ------
     DataError
-        If a client has no training samples, an index is out of range, or the lists disagree in length.
+        If a client has no training samples, an index is out of range, the lists disagree in length, a public sample
+        belongs to a client, or `unseen` does not name clients or names all of them.
     """
 
     x: Tensor
@@ -49,6 +55,8 @@ class FederatedData:
     test: Sequence[Tensor]
     num_classes: int
     name: str = "data"
+    public: Tensor | None = None
+    unseen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -62,11 +70,68 @@ class FederatedData:
             used = torch.cat(list(self.part(part)))
             if len(used) and (int(used.min()) < 0 or int(used.max()) >= len(self.x)):
                 raise DataError(f"{self.name}: a {part} index is outside 0..{len(self.x) - 1}.")
+        if self.public is not None:
+            self._check_public(self.public)
+        if list(self.unseen) != sorted(set(self.unseen) & set(range(self.num_clients))):
+            raise DataError(
+                f"{self.name}: unseen={list(self.unseen)} must name clients 0..{self.num_clients - 1}, in ascending "
+                f"order and each once."
+            )
+        if len(self.unseen) == self.num_clients:
+            raise DataError(f"{self.name}: all {self.num_clients} clients are unseen, none is left to train.")
+
+    def _check_public(self, public: Tensor) -> None:
+        if len(public) == 0 or int(public.min()) < 0 or int(public.max()) >= len(self.x):
+            raise DataError(f"{self.name}: public must list positions in 0..{len(self.x) - 1}, at least one.")
+        free = torch.ones(len(self.x), dtype=torch.bool)
+        for part in PARTS:
+            free[torch.cat(list(self.part(part))).cpu()] = False
+        if not bool(free[public.cpu()].all()):
+            count = int((~free[public.cpu()]).sum())
+            raise DataError(f"{self.name}: {count} public samples also belong to a client.")
 
     def part(self, part: Part) -> Sequence[Tensor]:
         """Index lists of one part, one Tensor ``[n_k]`` per client."""
         lists: Sequence[Tensor] = getattr(self, part)
         return lists
+
+    def samples(self, client: int, seed: int, round: int) -> NDArray[np.int64]:
+        """Positions a client trains on in a round, int64 ``[n]``: here its train list, in every round.
+
+        Parameters
+        ----------
+        client : int
+        seed : int
+            The run's seed; what is drawn anew in each round belongs to (seed, client, round).
+        round : int
+        """
+        positions: NDArray[np.int64] = self.train[client].numpy()
+        return positions
+
+    @property
+    def headline(self) -> str:
+        """Name of the metric by which rounds and runs are ranked; more is better."""
+        return "accuracy"
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Further metrics that a table shows."""
+        return ()
+
+    @property
+    def selected_on(self) -> Part:
+        """Part on which the best round is chosen."""
+        return "validation"
+
+    @property
+    def latest_wins(self) -> bool:
+        """Whether the latest of equally good rounds is the best one, not the earliest."""
+        return False
+
+    @property
+    def protocol(self) -> str:
+        """How the reported round is chosen, for tables."""
+        return "validation-selected"
 
     @property
     def num_clients(self) -> int:
@@ -103,4 +168,14 @@ class FederatedData:
             for indices in self.part(part):
                 digest.update(f"{part}{len(indices)}".encode())
                 digest.update(np.ascontiguousarray(indices.cpu().numpy()).data)
+        if self.public is not None:
+            digest.update(f"public{len(self.public)}".encode())
+            digest.update(np.ascontiguousarray(self.public.cpu().numpy()).data)
+        if self.unseen:
+            digest.update(f"unseen{self.unseen}".encode())
+        digest.update(self._rules().encode())
         return digest.hexdigest()
+
+    def _rules(self) -> str:
+        """What besides arrays decides the samples of a round, for the checksum."""
+        return ""

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from fedpers.data.datasets import DatasetConfig, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.index import OWNED, read_index
+from fedpers.data.label_sets import deal_label_sets
 from fedpers.data.partition import PartitionConfig, partition_samples
-from fedpers.data.split import SplitConfig, hold_out, split_clients
-from fedpers.errors import DataError
+from fedpers.data.rating_files import read_ratings
+from fedpers.data.ratings import leave_one_out
+from fedpers.data.split import SplitConfig, draw_unseen, hold_out, split_clients, take_public
+from fedpers.errors import DataError, check
 
 
 def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig, seed: int) -> FederatedData:
@@ -21,17 +24,19 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     ----------
     dataset : DatasetConfig
     partition : PartitionConfig
-        Its `seed`, if set, replaces `seed` for the partition and the split.
+        Its `seed`, if set, replaces `seed` for the partition and the split. Ratings need ``user``, and only they.
     split : SplitConfig
         Not used if an index file names its own ``train``, ``validation`` and ``test`` lists; if it names only
-        ``train`` and ``test``, `validation` is the fraction of a client's train list that is held out.
+        ``train`` and ``test``, `validation` is the fraction of a client's train list that is held out. `public` and
+        `unseen` are used in any case. Ratings need ``leave_one_out``, and only they.
     seed : int
         The run's seed.
 
     Returns
     -------
     FederatedData
-        On the CPU; every client has at least one sample in each part.
+        On the CPU; every client has at least one sample in each part. :class:`~fedpers.data.ratings.RankingData` for
+        ratings.
 
     Raises
     ------
@@ -40,14 +45,48 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     ConfigError
         If settings do not fit each other or the data set.
     """
-    data = load_dataset(dataset)
     seed = seed if partition.seed is None else partition.seed
-    lists = _listed(len(data), partition, split, seed) if partition.name == "index" else None
-    if lists is None:
-        divided = data.training_part() if split.name == "official" else data
-        lists = split_clients(data, partition_samples(divided, partition, seed), split, seed)
+    _check_kind(dataset, partition, split)
+    if dataset.holds_ratings:
+        return leave_one_out(read_ratings(dataset), dataset, split, seed)
+    data = load_dataset(dataset)
+    if partition.name == "label_sets":
+        lists, unseen = deal_label_sets(data, partition, split, seed)
+    else:
+        listed = _listed(len(data), partition, split, seed) if partition.name == "index" else None
+        if listed is None:
+            divided = data.training_part() if split.name == "official" else data
+            listed = split_clients(data, partition_samples(divided, partition, seed), split, seed)
+        lists, unseen = listed, draw_unseen(len(listed["train"]), split, seed)
+    lists["train"], public = take_public(lists["train"], unseen, split, seed)
     train, validation, test = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)
-    return FederatedData(data.x, data.y, train, validation, test, data.num_classes, data.name)
+    return FederatedData(
+        data.x,
+        data.y,
+        train,
+        validation,
+        test,
+        data.num_classes,
+        data.name,
+        public=None if public is None else torch.from_numpy(public),
+        unseen=unseen,
+    )
+
+
+def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig) -> None:
+    """Ratings are divided by users and split by leaving one out; samples with labels in the other ways."""
+    if dataset.holds_ratings:
+        why = f"because {dataset.name} holds ratings"
+        check(partition.name == "user", "partition", partition.name, f"user, {why}")
+        check(split.name == "leave_one_out", "split", split.name, f"leave_one_out, {why}")
+        check(split.public == 0, "split.public", split.public, f"0, {why}")
+        return
+    why = f"because {dataset.name} holds no ratings"
+    check(partition.name != "user", "partition", partition.name, f"a division of samples, e.g. dirichlet, {why}")
+    check(split.name != "leave_one_out", "split", split.name, f"fractions or official, {why}")
+    if partition.name == "label_sets":
+        allowed = "0 with partition=label_sets, where partition.unseen_label_sets counts unseen clients"
+        check(split.unseen == 0, "split.unseen", split.unseen, allowed)
 
 
 def _listed(

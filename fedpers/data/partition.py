@@ -23,7 +23,8 @@ from fedpers.randomness import derive, generator
 
 logger = logging.getLogger(__name__)
 
-PARTITIONS = ("iid", "dirichlet", "pathological", "quantity", "natural", "index")
+PARTITIONS = ("iid", "dirichlet", "pathological", "quantity", "natural", "index", "label_sets", "user")
+OWN = ("natural", "index", "user")  # the number of clients comes with the data
 SKEWS = ("linear", "square", "exponential")
 DEFAULT_CLIENTS = 20
 ATTEMPTS = 6  # seeds tried until every client has min_samples
@@ -40,15 +41,18 @@ class PartitionConfig:
     name : str
         ``iid``, ``dirichlet`` (each class is divided by proportions drawn from Dirichlet(alpha)), ``pathological``
         (each client has `classes_per_client` classes), ``quantity`` (iid, sizes differ), ``natural`` (client ids of
-        the data) or ``index`` (lists in a file). Typed as ``partition=NAME``.
+        the data), ``index`` (lists in a file), ``label_sets`` (clients hold sets of labels and may share samples, see
+        :func:`fedpers.data.label_sets.deal_label_sets`) or ``user`` (ratings only: each user is a client). Typed as
+        ``partition=NAME``.
     num_clients : int or None
         Number of clients, >= 1. None is 20; for ``natural`` and ``index`` it is all there are. With ``natural`` so
-        many owners are drawn at random, with ``index`` the first so many lists are taken.
+        many owners are drawn at random, with ``index`` the first so many lists are taken; ``label_sets`` adds
+        `unseen_label_sets` clients to them. With ``user`` it is None, users are counted by ``dataset.max_users``.
     seed : int or None
         Seed of the division and of the split; None is the run's seed. Set it to give runs with different seeds
         the same data.
     min_samples : int
-        Samples every client has at least, >= 1.
+        Samples every client has at least, >= 1; not used by ``label_sets`` and ``user``.
     alpha : float
         ``dirichlet``: concentration, > 0; small is heterogeneous.
     classes_per_client : int
@@ -58,6 +62,15 @@ class PartitionConfig:
         ``k`` (linear), ``k**2`` (square) or ``exp(k)`` (exponential).
     file : str or None
         ``index``: path of a .json or .npz file, see :func:`fedpers.data.index.read_index`.
+    anchors : int
+        ``label_sets``: the first so many clients hold disjoint sets of labels that cover all classes, 0 to
+        `num_clients`.
+    labels_per_client : int
+        ``label_sets``: labels each client that is no anchor holds, >= 1.
+    samples_per_client : int
+        ``label_sets``: training samples each client holds, >= 1 for each label.
+    unseen_label_sets : int
+        ``label_sets``: further clients, which never train, hold sets of labels no other client holds; >= 0.
 
     Raises
     ------
@@ -73,10 +86,14 @@ class PartitionConfig:
     classes_per_client: int = 2
     skew: str = "linear"
     file: str | None = None
+    anchors: int = 5
+    labels_per_client: int = 4
+    samples_per_client: int = 100
+    unseen_label_sets: int = 5
 
     def __post_init__(self) -> None:
         check(self.name in PARTITIONS, "partition", self.name, one_of(PARTITIONS, str(self.name)))
-        if self.num_clients is None and self.name not in ("natural", "index"):
+        if self.num_clients is None and self.name not in OWN:
             self.num_clients = DEFAULT_CLIENTS
         _check_whole("num_clients", self.num_clients, 1, optional=True)
         _check_whole("seed", self.seed, None, optional=True)
@@ -86,6 +103,17 @@ class PartitionConfig:
         check(number and math.isfinite(self.alpha) and self.alpha > 0, "partition.alpha", self.alpha, "a number > 0")
         check(self.skew in SKEWS, "partition.skew", self.skew, one_of(SKEWS, str(self.skew)))
         check(self.name != "index" or bool(self.file), "partition.file", self.file, "the path of a .json or .npz file")
+        for key, low in (("anchors", 0), ("labels_per_client", 1), ("samples_per_client", 1), ("unseen_label_sets", 0)):
+            _check_whole(key, getattr(self, key), low)
+        if self.name == "label_sets" and self.num_clients is not None:
+            allowed = f"at most partition.num_clients={self.num_clients}"
+            check(self.anchors <= self.num_clients, "partition.anchors", self.anchors, allowed)
+            enough = self.samples_per_client >= self.labels_per_client
+            allowed = f"at least partition.labels_per_client={self.labels_per_client}"
+            check(enough, "partition.samples_per_client", self.samples_per_client, allowed)
+        if self.name == "user":
+            allowed = "null with partition=user; dataset.max_users limits the users"
+            check(self.num_clients is None, "partition.num_clients", self.num_clients, allowed)
 
 
 def _check_whole(key: str, value: object, low: int | None, optional: bool = False) -> None:
@@ -119,6 +147,8 @@ def partition_samples(dataset: Dataset, config: PartitionConfig, seed: int) -> l
         If a setting does not fit the data set.
     """
     seed = seed if config.seed is None else config.seed
+    allowed = "a partition that deals each sample to one client, because label_sets and user do not"
+    check(config.name not in ("label_sets", "user"), "partition", config.name, allowed)
     if config.num_clients is not None:
         _check_enough(dataset, config, config.num_clients)
     if config.name == "natural":

@@ -16,7 +16,7 @@ from fedpers.randomness import generator
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("fractions", "official")
+SPLITS = ("fractions", "official", "leave_one_out")
 Lists = list[NDArray[np.int64]]
 
 
@@ -27,11 +27,17 @@ class SplitConfig:
     Parameters
     ----------
     name : str
-        ``fractions`` (of the client's own samples) or ``official`` (the official test part is dealt so that a
-        client's test labels are mixed like its training labels). Typed as ``split=NAME``.
+        ``fractions`` (of the client's own samples), ``official`` (the official test part is dealt so that a
+        client's test labels are mixed like its training labels) or ``leave_one_out`` (ratings only: a user's latest
+        item is for testing, the one before for validation). Typed as ``split=NAME``.
     validation, test : float
         Fractions of the client's own samples, between 0 and 1, together below 1; ``official`` uses only
-        `validation`.
+        `validation`, ``leave_one_out`` neither.
+    public : float
+        Share of the samples clients train on that is taken from them, at random, for pretraining; >= 0 and < 1.
+        Validation and test lists stay as they are, and every client keeps at least one training sample.
+    unseen : int
+        Number of clients, drawn at random, that never train and are only evaluated; >= 0.
 
     Raises
     ------
@@ -42,6 +48,8 @@ class SplitConfig:
     name: str = "fractions"
     validation: float = 0.15
     test: float = 0.25
+    public: float = 0.0
+    unseen: int = 0
 
     def __post_init__(self) -> None:
         check(self.name in SPLITS, "split", self.name, one_of(SPLITS, str(self.name)))
@@ -51,6 +59,10 @@ class SplitConfig:
         if self.name == "fractions":
             ok = self.validation + self.test < 1
             check(ok, "split.test", self.test, f"less than 1 - split.validation = {1 - self.validation:g}")
+        number = isinstance(self.public, int | float) and not isinstance(self.public, bool)
+        check(number and 0 <= self.public < 1, "split.public", self.public, "a number >= 0 and < 1")
+        whole = isinstance(self.unseen, int) and not isinstance(self.unseen, bool)
+        check(whole and self.unseen >= 0, "split.unseen", self.unseen, "a whole number >= 0")
 
 
 def split_clients(
@@ -79,8 +91,10 @@ def split_clients(
     DataError
         If a client has too few samples for all its parts.
     ConfigError
-        If ``official`` is asked of a data set without official test part.
+        If ``official`` is asked of a data set without official test part, or ``leave_one_out`` at all: that is for
+        ratings.
     """
+    check(config.name != "leave_one_out", "split", config.name, "fractions or official, except for ratings")
     if config.name == "official":
         held = [hold_out(positions, [config.validation], seed, k) for k, positions in enumerate(owned)]
         train, validation = map(list, zip(*held, strict=True))
@@ -90,6 +104,64 @@ def split_clients(
         held = [hold_out(positions, fractions, seed, k) for k, positions in enumerate(owned)]
         train, validation, test = map(list, zip(*held, strict=True))
     return {"train": train, "validation": validation, "test": test}
+
+
+def draw_unseen(num_clients: int, config: SplitConfig, seed: int) -> tuple[int, ...]:
+    """Draw the clients that never train, ascending.
+
+    Raises
+    ------
+    ConfigError
+        If ``config.unseen`` leaves no client to train.
+    """
+    if config.unseen == 0:
+        return ()
+    allowed = f"a number below {num_clients}, so that a client is left to train"
+    check(config.unseen < num_clients, "split.unseen", config.unseen, allowed)
+    return tuple(np.sort(generator(seed, "unseen").permutation(num_clients)[: config.unseen]).tolist())
+
+
+def take_public(
+    train: Sequence[NDArray[np.int64]], unseen: Sequence[int], config: SplitConfig, seed: int
+) -> tuple[Lists, NDArray[np.int64] | None]:
+    """Take a share of the training samples out of the clients' lists.
+
+    Parameters
+    ----------
+    train : sequence of int64 arrays ``[n_k]``
+        The lists may share samples.
+    unseen : sequence of int
+        Clients that never train; what only they have is not taken.
+    config : SplitConfig
+    seed : int
+
+    Returns
+    -------
+    train : list of int64 arrays ``[>= 1]``
+        What is left to the clients, in the order given.
+    public : int64 array ``[p]`` or None
+        What was taken, ascending: ``config.public`` of the distinct samples in lists of clients that train, rounded,
+        but at least one; none of it is left in any list. None if ``config.public`` is 0.
+
+    Raises
+    ------
+    ConfigError
+        If so many cannot be taken because every client keeps one sample.
+    """
+    if config.public == 0:
+        return list(train), None
+    rng = generator(seed, "public")
+    kept = [rng.choice(positions) for positions in train]
+    shared = np.unique(np.concatenate([positions for k, positions in enumerate(train) if k not in set(unseen)]))
+    free = np.setdiff1d(shared, kept)
+    count = max(1, int(config.public * len(shared) + 0.5))
+    allowed = (
+        f"at most {len(free) / len(shared):.4g}, because of the {len(shared)} training samples each of the "
+        f"{len(train)} clients keeps one"
+    )
+    check(count <= len(free), "split.public", config.public, allowed)
+    public = np.sort(rng.permutation(free)[:count])
+    return [positions[~np.isin(positions, public)] for positions in train], public
 
 
 def hold_out(positions: NDArray[np.int64], fractions: Sequence[float], seed: int, client: int) -> Lists:

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 BASELINES = ("local", "fedavg")
 """Strategies a personalized method has to beat."""
 
+NO_LEARNING = "no_learning"
+"""The strategy that belongs in every ranking table: it scores without learning, from a leak of the protocol alone."""
+
 IGNORED = frozenset({"strategy", "training", "seed", "runtime", "tracker", "output", "hydra"})
 """Top-level config keys in which comparable runs may differ, besides where a data set is found."""
 
@@ -104,22 +107,22 @@ class Row:
         All options of the strategy.
     seeds : tuple of int
         Ascending.
-    accuracy : float
-        Mean test accuracy over clients at the selected round, in 0..1.
+    score : float
+        Mean over clients of the group's headline metric on test, at the selected round, in 0..1.
     interval : float
         Half the width of its 95 % confidence interval over seeds (Student's t); NaN for one seed.
     std, worst_decile : float
         Spread over clients at the selected round, and mean of the worst tenth of them.
     last : float
-        Mean test accuracy over clients after the last round.
+        The same after the last round.
     megabytes : float
         Sent up and down in all rounds, 10^6 bytes.
     gradients : float
         Gradients computed in training, of one client on one batch each.
     seconds : float
         Wall-clock time of the run.
-    selected : dict
-        Every metric at the selected round.
+    selected, at_end : dict
+        Every metric at the selected and at the last round.
     baseline, best : bool
     p_value : float
         Paired t-test against the best row over common seeds; NaN for the best row itself and where fewer than
@@ -136,7 +139,7 @@ class Row:
     strategy: str
     options: dict[str, Any]
     seeds: tuple[int, ...]
-    accuracy: float
+    score: float
     interval: float
     std: float
     worst_decile: float
@@ -145,6 +148,7 @@ class Row:
     gradients: float
     seconds: float
     selected: dict[str, float]
+    at_end: dict[str, float]
     baseline: bool
     best: bool
     p_value: float
@@ -155,10 +159,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Comparable runs: rows best first, what they have in common, and what a reader must know."""
+    """Comparable runs: rows best first, what they have in common, and what a reader must know.
+
+    Parameters
+    ----------
+    title : str
+    rows : list of Row
+    headline : str
+        Metric the rows are ranked by.
+    also : tuple of str
+        Further metrics at the selected round, keys of :attr:`Row.selected`, and what the table calls them.
+    notes : list of str
+    """
 
     title: str
     rows: list[Row]
+    headline: str = "accuracy"
+    also: tuple[tuple[str, str], ...] = ()
     notes: list[str] = field(default_factory=list)
 
 
@@ -205,7 +222,11 @@ def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
 def leaderboard_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Give all rows as JSON-ready dicts: the fields of :class:`Row` and ``group``, with None for NaN."""
     return [
-        {"group": group.title, **{key: _jsonable(value) for key, value in asdict(row).items()}}
+        {
+            "group": group.title,
+            "headline": group.headline,
+            **{key: _jsonable(value) for key, value in asdict(row).items()},
+        }
         for group in leaderboard(runs)
         for row in group.rows
     ]
@@ -230,14 +251,16 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
         table.add_column("method", overflow="fold", min_width=16)
         table.add_column("")
-        for name in ("accuracy %", "std", "worst", "last", "MB", "kgrad", "s", "n"):
+        further = [label for _, label in group.also]
+        for name in (f"{group.headline} %", *further, "std", "worst", "last", "MB", "kgrad", "s", "n"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in group.rows:
             interval = "" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}"
             table.add_row(
                 Text(f"{row.method} (baseline)" if row.baseline else row.method),
                 _marks(row, _single(group.rows)),
-                f"{_percent(row.accuracy)}{interval}",
+                f"{_percent(row.score)}{interval}",
+                *(_percent(row.selected.get(key, row.at_end.get(key, math.nan))) for key, _ in group.also),
                 _percent(row.std),
                 _percent(row.worst_decile),
                 _percent(row.last),
@@ -321,32 +344,36 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         settings = [other.options for other in same if other.strategy == run.strategy]
         budget = _differing(run.training, [other.training for other in same])
         labels.append(" ".join([run.strategy, *_differing(run.options, settings), *budget]))
-    accuracies = [{seed: run.metric("test/accuracy") for seed, run in s.items()} for s in per_method]
-    means = [float(np.mean(list(values.values()))) for values in accuracies]
+    first = runs[0].summary
+    headline = str(first.get("headline", "accuracy"))
+    measured = f"test/{headline}"
+    scores = [{seed: run.metric(measured) for seed, run in s.items()} for s in per_method]
+    means = [float(np.mean(list(values.values()))) for values in scores]
 
     order = sorted(range(len(means)), key=lambda i: (math.isnan(means[i]), -means[i], labels[i]))
     best = order[0]
     rows = []
     for i in order:
         kept = list(per_method[i].values())
-        p_value = math.nan if i == best else _paired_p(accuracies[best], accuracies[i])
+        p_value = math.nan if i == best else _paired_p(scores[best], scores[i])
         rows.append(
             Row(
                 method=labels[i],
                 strategy=kept[0].strategy,
                 options=kept[0].options,
                 seeds=tuple(per_method[i]),
-                accuracy=means[i],
-                interval=_half_interval(list(accuracies[i].values())),
-                std=_mean(run.metric("test/accuracy_std") for run in kept),
-                worst_decile=_mean(run.metric("test/accuracy_worst_decile") for run in kept),
-                last=_mean(run.metric("test/accuracy", "last") for run in kept),
+                score=means[i],
+                interval=_half_interval(list(scores[i].values())),
+                std=_mean(run.metric(f"{measured}_std") for run in kept),
+                worst_decile=_mean(run.metric(f"{measured}_worst_decile") for run in kept),
+                last=_mean(run.metric(measured, "last") for run in kept),
                 megabytes=_mean(_number(r.summary.get("bytes_up")) + _number(r.summary.get("bytes_down")) for r in kept)
                 / 1e6,
                 gradients=_mean(_number(run.summary.get("gradients")) for run in kept),
                 seconds=_mean(_number(run.summary.get("seconds")) for run in kept),
                 selected={name: _mean(run.metric(name) for run in kept) for name in kept[0].summary["selected"]},
-                baseline=kept[0].strategy in BASELINES,
+                at_end={name: _mean(run.metric(name, "last") for run in kept) for name in kept[0].summary["last"]},
+                baseline=kept[0].strategy in (*BASELINES, NO_LEARNING),
                 best=i == best,
                 p_value=p_value,
                 significant=None if math.isnan(p_value) else p_value <= _LEVEL,
@@ -354,13 +381,26 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
                 folders=tuple(str(run.folder) for run in kept),
             )
         )
-    return Group(title, rows, _notes(rows, [run for s in per_method for run in s.values()], older))
+    also = [(f"test/{name}", f"{name} %") for name in first.get("also", ())]
+    if any(f"unseen/{headline}" in row.selected for row in rows):
+        also.append((f"unseen/{headline}", "unseen"))
+    if any(f"adapted/{headline}" in row.at_end for row in rows):
+        also.append((f"adapted/{headline}", "adapted"))
+    notes = _notes(rows, [run for s in per_method for run in s.values()], older, headline, dict(also))
+    return Group(title, rows, headline, tuple(also), notes)
 
 
-def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRecord]) -> list[str]:
+def _notes(
+    rows: Sequence[Row],
+    runs: Sequence[RunRecord],
+    older: Sequence[RunRecord],
+    headline: str,
+    also: Mapping[str, str],
+) -> list[str]:
     """Say what a reader of the table must know, in whole sentences."""
+    what = "Test accuracy" if headline == "accuracy" else f"Test {headline}"
     notes = [
-        "Test accuracy: mean over clients at the selected round, ± 95 % interval over seeds; "
+        f"{what}: mean over clients at the selected round, ± 95 % interval over seeds; "
         "std: over clients; worst: mean of the worst tenth of the clients; MB: up and down; "
         "kgrad: thousand gradients computed in training; s: seconds; n: seeds."
     ]
@@ -372,7 +412,13 @@ def _notes(rows: Sequence[Row], runs: Sequence[RunRecord], older: Sequence[RunRe
             notes.append(f"~ Not significantly different from the best (paired t-test, common seeds, p > {_LEVEL}).")
         if any(row.significant is None for row in others):
             notes.append("? Fewer than two seeds in common with the best: the difference cannot be tested.")
-    absent = [name for name in BASELINES if not any(row.strategy == name for row in rows)]
+    if "unseen" in also.values():
+        notes.append(
+            "unseen: clients that never train, as they come, at the selected round; "
+            "adapted: after training locally once, at the end of the run."
+        )
+    needed = BASELINES if headline == "accuracy" else (*BASELINES, NO_LEARNING)
+    absent = [name for name in needed if not any(row.strategy == name for row in rows)]
     if absent:
         notes.append(f"There is no {' and no '.join(absent)} run to compare with.")
     if any(_differing(run.training, [other.training for other in runs]) for run in runs):

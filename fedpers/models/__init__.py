@@ -1,6 +1,24 @@
 """Networks, each with a named ``body`` and ``head``."""
 
 from fedpers.models.build import MODELS, ModelConfig, build_model
+from fedpers.models.factorization import Factorization, ItemTable
+from fedpers.models.initial import fresh
 from fedpers.models.networks import CNN, MLP, Network, ResNet18
+from fedpers.models.vit import ViT, ViTB16, VisionBody, check_promptable
 
-__all__ = ["CNN", "MLP", "MODELS", "ModelConfig", "Network", "ResNet18", "build_model"]
+__all__ = [
+    "CNN",
+    "MLP",
+    "MODELS",
+    "Factorization",
+    "ItemTable",
+    "ModelConfig",
+    "Network",
+    "ResNet18",
+    "ViT",
+    "ViTB16",
+    "VisionBody",
+    "build_model",
+    "check_promptable",
+    "fresh",
+]

@@ -22,7 +22,15 @@ class Network(nn.Module):
         Maps samples ``[B, ...]`` to features ``[B, F]``.
     head : nn.Linear
         Maps features ``[B, F]`` to scores ``[B, num_classes]``.
+
+    Attributes
+    ----------
+    pretrained_accuracy : float or None
+        Accuracy on the held-out tenth of a public share after :func:`fedpers.models.pretrain.pretrain`; None if the
+        network was not trained there.
     """
+
+    pretrained_accuracy: float | None = None
 
     def __init__(self, body: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -91,7 +99,7 @@ class CNN(Network):
         hidden: Sequence[int] = (512,),
         norm: str = "none",
     ) -> None:
-        _check_picture("cnn", input_shape, smallest=4)
+        check_picture("cnn", input_shape, smallest=4)
         channels, *sides = input_shape
         padding = 2 if min(sides) < 16 else 0
         layers: list[nn.Module] = []
@@ -134,7 +142,7 @@ class ResNet18(Network):
     def __init__(
         self, input_shape: Sequence[int], num_classes: int, norm: str = "group", groups: int = 2, width: int = 64
     ) -> None:
-        _check_picture("resnet18", input_shape, smallest=8)
+        check_picture("resnet18", input_shape, smallest=8)
         check(norm in ("group", "batch"), "model.norm", norm, "one of batch, group")
         if norm == "group":
             check(width % groups == 0, "model.groups", groups, f"a divisor of model.width={width}")
@@ -151,6 +159,10 @@ class ResNet18(Network):
                 channels = out
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         super().__init__(nn.Sequential(*layers), nn.Linear(channels, num_classes))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolutions anew from torch's generator; other layers have methods of their own."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -177,7 +189,8 @@ def _conv(channels: int, out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2
     return nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=False)
 
 
-def _check_picture(name: str, shape: Sequence[int], smallest: int) -> None:
+def check_picture(name: str, shape: Sequence[int], smallest: int) -> None:
+    """Refuse samples that are not pictures ``[channels, height, width]`` of at least `smallest` pixels a side."""
     check(
         len(shape) == 3 and min(shape[1:]) >= smallest,
         "model.name",

@@ -128,7 +128,7 @@ def _stepper(app: CohortApp, size: int) -> Callable[[], None]:
     state = app.initial_state.expand(size).clone()
     cohort = app.cohort(clients, state, {}, deepcopy(app.module))
     params = cohort.spread(app.template)
-    names = [n for n, _ in app.module.named_parameters()]
+    names = cohort.trainable()
     plan = cohort.plan(steps=1)
     step = next(iter(cohort.steps(plan)))
     optimizer = cohort.optimizer(names, plan)

@@ -40,7 +40,7 @@ STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
 }
 """Methods by the name typed as ``strategy=``."""
 
-_NOT_A_METHODS_OWN = {"training", "fraction", "seed", "evaluate_every", "min_replies"}
+_NOT_A_METHODS_OWN = {"training", "fraction", "seed", "evaluate_every", "min_replies", "unseen"}
 
 
 def strategy_class(name: str) -> type[PersonalizedStrategy]:
@@ -115,7 +115,7 @@ def make_strategy(
     options : mapping, optional
         The method's own settings; each goes to the half that has it.
     server : mapping, optional
-        Further settings of the server half (``fraction``, ``seed``, ``evaluate_every``, ``min_replies``).
+        Further settings of the server half (``fraction``, ``seed``, ``evaluate_every``, ``min_replies``, ``unseen``).
     **client
         Further settings of the client half (``training``).
 

@@ -12,7 +12,6 @@ import torch
 from flwr.clientapp import ClientApp
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedpers.cohort import (
     Batch,
@@ -25,15 +24,16 @@ from fedpers.cohort import (
     View,
     entries,
     leaves,
+    measure,
     model_tree,
     prepare,
+    sample_losses,
     select,
 )
 from fedpers.cohort.plan import lonely_sample, smallest_batch
 from fedpers.cohort.tree import rows_finite
-from fedpers.data.federated import PARTS, FederatedData
+from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.errors import ConfigError, TrainingError
-from fedpers.evaluation.metrics import auc, balanced_accuracy
 from fedpers.strategies.records import (
     CONFIG,
     METRICS,
@@ -46,6 +46,8 @@ from fedpers.strategies.records import (
 
 IDENTIFY = "query.identify"
 """Message a strategy sends to learn which node holds which client."""
+EXTRA = "train/"
+"""What the names of a method's own training metrics begin with (:attr:`fedpers.cohort.Reply.metrics`)."""
 _STATE = "fedpers"
 
 Received = Mapping[str, Tree]
@@ -109,12 +111,22 @@ class LocalUpdate:
         return cohort.view(received["arrays"])
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
-        """Loss of one client on one batch, a scalar; the default is the mean cross-entropy."""
-        return batch.mean(F.cross_entropy(self.predict(network, batch.x), batch.y, reduction="none"))
+        """Loss of one client on one batch, a scalar; the default is the mean of :func:`fedpers.cohort.sample_losses`."""
+        return batch.mean(sample_losses(self.predict(network, batch.x), batch.y))
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Class scores ``[B, C]`` of one client."""
         return network(x)
+
+    def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
+        """Further networks to be evaluated, by a name that goes before their metrics; none by default."""
+        return {}
+
+    def measure(
+        self, cohort: Cohort, outputs: Sequence[Tensor], part: Part, config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Metrics ``[K]`` of predictions on one part, see :func:`fedpers.cohort.measure`; a method may add its own."""
+        return measure(cohort, outputs, part, with_auc=bool(config.get("auc")))
 
     def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
         """Metrics of each client on its validation and test samples, NaN where it has none.
@@ -122,31 +134,50 @@ class LocalUpdate:
         Returns
         -------
         list of dict
-            ``{part}-examples``, ``-accuracy``, ``-balanced-accuracy`` (mean recall over the classes it has), ``-loss``
-            (mean cross-entropy) and, if the message's configuration has ``auc``, ``-auc`` (micro-averaged); and
-            ``adaptation-gradients``, the gradients computed to personalize before predicting.
+            ``{part}-{metric}`` of :meth:`measure` for :meth:`personalize`, ``{part}-{name}-{metric}`` for those of
+            :meth:`others`; and ``adaptation-gradients``, the gradients computed to personalize before predicting.
         """
-        params = self.personalize(cohort, received, config)
+        networks = {"": self.personalize(cohort, received, config)}
+        networks.update({f"{name}-": network for name, network in self.others(cohort, received, config).items()})
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
         for part in PARTS[1:]:
-            logits = cohort.logits(params, part, self.predict)
-            found = cohort.scores(logits, part)
-            balanced = balanced_accuracy(found["class_correct"].numpy(), found["class_examples"].numpy())
-            columns = {
-                "examples": found["examples"],
-                "accuracy": found["correct"] / found["examples"],
-                "balanced-accuracy": torch.from_numpy(balanced),
-                "loss": found["loss"] / found["examples"],
-            }
-            if config.get("auc"):
-                pairs = zip(logits, cohort.labels(part), strict=True)
-                columns["auc"] = torch.tensor([auc(_probabilities(scores), y.cpu()) for scores, y in pairs])
-            for name, column in columns.items():
-                for own, value in zip(rows, column.tolist(), strict=True):
-                    own[f"{part}-{name}"] = value
+            for prefix, params in networks.items():
+                columns = self.measure(cohort, cohort.logits(params, part, self.predict), part, config)
+                for name, column in columns.items():
+                    if prefix and name == "examples":
+                        continue
+                    for own, value in zip(rows, column.tolist(), strict=True):
+                        own[f"{part}-{prefix}{name}"] = value
         for own, taken in zip(rows, cohort.gradients_taken.tolist(), strict=True):
             own["adaptation-gradients"] = float(taken)
         return rows
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """What clients work with: network and data, with what the method adds to them.
+
+        A method with modules or parameters of its own returns a network around a copy of `model` that holds them as
+        named parts; one with a frozen backbone returns data in which what the backbone computes once has replaced the
+        pictures. Parameters that require no gradient are not stacked, sent or stored
+        (:func:`fedpers.cohort.tree.state_names`).
+
+        Parameters
+        ----------
+        model : nn.Module
+            Not to be changed.
+        data : FederatedData
+        seed : int
+            What initial values are drawn from.
+
+        Raises
+        ------
+        ConfigError
+            If the method cannot work with the network or the data.
+        """
+        return model, data
+
+    def pack(self, records: dict[str, Tree]) -> dict[str, Tree]:
+        """Form in which one client's records travel, e.g. without zeros; see :meth:`PersonalizedStrategy.unpack`."""
+        return records
 
     def smallest_batch(self, size: int) -> int:
         """Samples in the smallest batch a client of `size` samples trains on."""
@@ -198,8 +229,9 @@ class CohortApp(ClientApp):
         super().__init__()
         self.update = update
         self.device = torch.device(device)
-        self.data = data.to(self.device)
         self.seed = seed
+        model, data = update.extend(model, data, seed)
+        self.data = data.to(self.device)
         self.module = prepare(model).to(self.device)
         self.template = model_tree(self.module)
         self.initial_state = update.initial_state(self.template, self.module)
@@ -209,6 +241,10 @@ class CohortApp(ClientApp):
         for register in (self.train, self.evaluate):
             register()(self._call_one)
         self.query("identify")(self._identify)
+        for name in dir(type(update)):  # further message types a method answers
+            kind, _, action = name.partition("_")
+            if kind in ("train", "evaluate", "query") and action and callable(getattr(update, name)):
+                getattr(self, kind)(action)(self._call_one)
 
     def _check_network(self) -> None:
         """Refuse a network that does not fit the data, or draws from a global generator."""
@@ -239,7 +275,8 @@ class CohortApp(ClientApp):
         if type(self.update).loss is LocalUpdate.loss or len(self.data.x) < 3:
             return
         x, y = self.data.x[:3], self.data.y[:3]
-        padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), x.new_tensor([1.0, 1, 1, 0, 0]))
+        weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
+        padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight)
         with torch.no_grad():
             plain = self.update.loss(network, Batch(x, y))
             masked = self.update.loss(network.seeing(padded), padded)
@@ -331,6 +368,7 @@ class CohortApp(ClientApp):
         finite = torch.ones(cohort.size, dtype=torch.bool)
         for stacked in [*answer.records.values(), *([] if answer.state is None else [answer.state])]:
             finite &= rows_finite(stacked).cpu()
+        extra = {name: column.tolist() for name, column in answer.metrics.items()}
         losses = (cohort.loss_sum.cpu().double() / cohort.samples_seen.clamp(min=1)).tolist()
         finite &= torch.tensor(losses).isfinite()
         outcomes = []
@@ -344,8 +382,10 @@ class CohortApp(ClientApp):
                 "gradients": int(cohort.gradients_taken[k]),
                 "samples": int(cohort.samples_seen[k]),
                 "train-loss": losses[k],
+                **{f"{EXTRA}{name}": float(column[k]) for name, column in extra.items()},
             }
-            outcomes.append(Outcome(_content({name: row(s, k) for name, s in answer.records.items()}, metrics)))
+            records = self.update.pack({name: row(s, k) for name, s in answer.records.items()})
+            outcomes.append(Outcome(_content(records, metrics)))
         return outcomes, answer.state, finite
 
     def client_of(self, context: flower.Context) -> int:
@@ -380,11 +420,6 @@ class CohortApp(ClientApp):
         if new is not None and keep[0]:
             context.state[_STATE] = flatten_state(new)
         return flower.Message(outcome.content, reply_to=message)
-
-
-def _probabilities(logits: Tensor) -> Tensor:
-    """Probabilities ``[n, C]`` on the CPU; a prediction that is not finite says nothing."""
-    return torch.softmax(logits.cpu().double(), 1).nan_to_num(1.0 / max(1, logits.shape[1]))
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

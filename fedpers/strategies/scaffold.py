@@ -92,9 +92,9 @@ class Scaffold(PersonalizedStrategy):
         check(self.weighting == "uniform", "strategy.weighting", self.weighting, "uniform for strategy=scaffold")
         check(self.server_lr > 0, "strategy.server_lr", self.server_lr, "a number > 0")
 
-    def broadcast(self, round: int, arrays: Tree) -> dict[str, Tree]:
-        """Send c, once there is one; until then it is 0."""
-        return {CONTROL: self.state[CONTROL]} if CONTROL in self.state else {}
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Mapping[str, Tree]:
+        """Send c too, once there is one; until then it is 0."""
+        return {ARRAYS: arrays, **({CONTROL: self.state[CONTROL]} if CONTROL in self.state else {})}
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move the network by ``server_lr`` and c by the share of clients that took part."""

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,14 +19,15 @@ from torch import Tensor
 from fedpers.cohort import Fold, Tree, WeightedMean, entries, one_thread, tree
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
-from fedpers.strategies.client import IDENTIFY, LocalUpdate
+from fedpers.strategies.client import EXTRA, IDENTIFY, LocalUpdate
 from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record, trees
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
 Form = dict[tuple[str, str], tuple[tuple[int, ...], str]]
-"""Shape and dtype of each entry, by record and name."""
-"""Shape of each entry ``(record, name)`` of a message."""
+"""Shape and dtype of each entry, by record and name; a length of -1 stands for any."""
+Records = Mapping[str, Tree]
+"""What a message carries: trees of batch size [] by record."""
 
 
 @dataclass
@@ -47,8 +48,13 @@ class RoundReport:
         Optimizer steps, samples and gradient computations (of one client on one batch) of all replies.
     train_loss : float
         Mean over samples of the losses met while training; NaN without replies.
+    extra : dict of str to float
+        The method's own metrics: means over the replies of :attr:`fedpers.cohort.Reply.metrics`, and what its server
+        half adds.
     clients : dict of int to dict
         Metrics of each evaluated client, see :meth:`LocalUpdate.evaluate`; empty in rounds without evaluation.
+    unseen, adapted : dict of int to dict
+        Metrics of clients that never train, as they come, and (at the end of a run) after adapting locally.
     evaluation_failures : dict of int to str
     seconds : float
         From the start of training to the end of evaluation.
@@ -65,7 +71,10 @@ class RoundReport:
     samples: int = 0
     gradients: int = 0
     train_loss: float = math.nan
+    extra: dict[str, float] = field(default_factory=dict)
     clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    unseen: dict[int, dict[str, float]] = field(default_factory=dict)
+    adapted: dict[int, dict[str, float]] = field(default_factory=dict)
     evaluation_failures: dict[int, str] = field(default_factory=dict)
     seconds: float = 0.0
     train_seconds: float = 0.0
@@ -90,6 +99,8 @@ class PersonalizedStrategy(FlowerFedAvg):
         All clients are evaluated after every so many rounds, >= 1.
     min_replies : int
         Usable replies a round needs, >= 1.
+    unseen : tuple of int
+        Clients that are never asked to train (``FederatedData.unseen``).
 
     Raises
     ------
@@ -103,6 +114,7 @@ class PersonalizedStrategy(FlowerFedAvg):
     weighting: str = "samples"
     evaluate_every: int = 1
     min_replies: int = 1
+    unseen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
@@ -121,9 +133,40 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     # -------------------------------------------------- what a method overrides
 
-    def broadcast(self, round: int, arrays: Tree) -> dict[str, Tree]:
-        """Further records sent to every sampled client, beside the model's arrays."""
-        return {}
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+        """Find out from the clients what must be known before they are sent anything (:meth:`ask`).
+
+        Parameters
+        ----------
+        round : int
+        arrays : Tree
+        clients : list of int
+            Who is about to be addressed.
+        grid : Grid
+        kind : {"train", "evaluate"}
+            What for.
+
+        Returns
+        -------
+        list of int
+            Who of them still is; the others are booked as failures.
+        """
+        return clients
+
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
+        """Records for `clients`: one mapping for all of them, or one for each in their order.
+
+        The default sends the model's arrays to everybody.
+        """
+        return {ARRAYS: arrays}
+
+    def unpack(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
+        """Undo :meth:`LocalUpdate.pack`; a ValueError says why a reply cannot be used."""
+        return records
+
+    def reply_form(self, client: int) -> Form | None:
+        """Entries a client's reply to training must hold; None asks for what most replies hold."""
+        return None
 
     def fold(self) -> Fold:
         """Empty aggregate for a round's replies."""
@@ -172,14 +215,76 @@ class PersonalizedStrategy(FlowerFedAvg):
         return self._nodes
 
     @property
+    def seen(self) -> list[int]:
+        """Clients known to the server that may train, ascending."""
+        return sorted(set(self._nodes) - set(self.unseen))
+
+    @property
     def num_clients(self) -> int:
-        """Clients known to the server."""
-        return len(self._nodes)
+        """Number of clients that may train."""
+        return len(self.seen)
 
     def sample(self, round: int) -> list[int]:
         """Clients that train in a round, ascending: the same for every method under one seed."""
-        known = sorted(self._nodes)
+        known = self.seen
         return [known[place] for place in sample_clients(self.seed, round, len(known), self.fraction)]
+
+    def ask(
+        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str
+    ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
+        """Put a question to clients, which the client half answers with its method ``query_{question}``.
+
+        Parameters
+        ----------
+        grid : Grid
+        question : str
+        round : int
+        clients : list of int
+        records : mapping of record to Tree
+            Sent to all of them.
+        kind : {"train", "evaluate"}
+            What the answers are for: those for training count in the round's bytes.
+
+        Returns
+        -------
+        dict of int to (records, metrics)
+            Of clients with a usable answer; the others are booked as failures.
+        """
+        config = flower.ConfigRecord({"server-round": round})
+        content = _content(records, config)
+        messages = [flower.Message(content, self._nodes[c], f"query.{question}") for c in clients]
+        answered = self._by_client(grid.send_and_receive(messages))
+        found = {}
+        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
+        for client in clients:
+            reply = answered.get(client)
+            try:
+                if reply is None or reply.has_error():
+                    raise ValueError("no reply" if reply is None else reply.error.reason or str(reply.error.code))
+                found[client] = _trees(reply), _metrics_of(reply)
+            except ValueError as problem:
+                failures[client] = str(problem)
+                log.info("round %d: client %d left out: %s", round, client, problem)
+                continue
+            if kind == "train":
+                self.report.bytes_up += num_bytes(reply.content)
+        if kind == "train":
+            self.report.bytes_down += num_bytes(content) * len(clients)
+        return found
+
+    def _messages(
+        self, kind: str, sent: Records | Sequence[Records], config: flower.ConfigRecord, clients: list[int]
+    ) -> tuple[list[flower.Message], int]:
+        """Messages to `clients`, which share one content where all are sent the same, and their bytes."""
+        if isinstance(sent, Mapping):
+            content = _content(sent, config)
+            contents = [content] * len(clients)
+            size = num_bytes(content) * len(clients)
+        else:
+            contents = [_content(own, config) for own in sent]
+            size = sum(num_bytes(content) for content in contents)
+        pairs = zip(clients, contents, strict=True)
+        return [flower.Message(content, self._nodes[client], kind) for client, content in pairs], size
 
     # ----------------------------------------------------------------- training
 
@@ -192,19 +297,19 @@ class PersonalizedStrategy(FlowerFedAvg):
     def configure_train(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> Iterable[flower.Message]:
-        """Address the sampled clients; all messages share one content."""
+        """Address the sampled clients."""
         self._started = time.perf_counter()
-        nodes = self.nodes(grid)
-        if not nodes:
+        if not self.nodes(grid):
             raise TrainingError(f"round {server_round}: no client is connected.")
         sampled = self.sample(server_round)
         self._arrays = from_record(arrays)
         config["server-round"] = server_round
-        content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
-        for name, values in self.broadcast(server_round, self._arrays).items():
-            content[name] = to_record(values)
-        self.report = RoundReport(server_round, sampled, bytes_down=num_bytes(content) * len(sampled))
-        return [flower.Message(content, nodes[client], flower.MessageType.TRAIN) for client in sampled]
+        self.report = RoundReport(server_round, sampled)
+        clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
+        sent = self.send(server_round, self._arrays, clients)
+        messages, size = self._messages(flower.MessageType.TRAIN, sent, config, clients)
+        self.report.bytes_down += size
+        return messages
 
     @one_thread()
     def aggregate_train(
@@ -220,25 +325,33 @@ class PersonalizedStrategy(FlowerFedAvg):
         assert self._arrays is not None
         report = self.report
         answered = self._by_client(replies)
-        expected = self._expected([answered[client] for client in report.sampled if client in answered])
+        usual = self._expected([answered[client] for client in report.sampled if client in answered])
         fold = self.fold()
         good: list[int] = []
         losses = 0.0
+        extra: dict[str, list[float]] = {}
         for client in report.sampled:  # in a fixed order, whatever the order of arrival
+            if client in report.failures:  # it did not get as far as training
+                continue
             reply = answered.get(client)
             try:
-                records, metrics = self._checked(reply, expected)
+                declared = self.reply_form(client)
+                records, metrics = self._checked(reply, usual if declared is None else declared)
+                records = self.unpack(records, client)
             except ValueError as problem:
                 report.failures[client] = str(problem)
                 log.info("round %d: client %d left out: %s", server_round, client, problem)
                 continue
             report.bytes_up += num_bytes(reply.content) if reply is not None else 0
-            fold.add(records, self.weight(metrics))
+            fold.add(records, self.weight(metrics), client)
             good.append(client)
             report.steps += int(metrics.get("steps", 0))
             report.gradients += int(metrics.get("gradients", 0))
             report.samples += int(metrics.get("samples", 0))
             losses += metrics.get("train-loss", math.nan) * metrics.get("samples", 0)
+            for name, value in metrics.items():
+                if name.startswith(EXTRA):
+                    extra.setdefault(name.removeprefix(EXTRA), []).append(value)
         if report.failures:
             log.warning("round %d: %s", server_round, _told(report.failures, len(report.sampled)))
         if len(good) < self.min_replies:
@@ -248,6 +361,7 @@ class PersonalizedStrategy(FlowerFedAvg):
                 f"{self.min_replies} needed{reasons}."
             )
         report.train_loss = losses / report.samples if report.samples else math.nan
+        report.extra.update({name: sum(values) / len(values) for name, values in extra.items()})
         means = {record: _beside(values, self._arrays) for record, values in fold.result().items()}
         arrays = self.combine(self._arrays, means, good)
         report.train_seconds = report.seconds = time.perf_counter() - self._started
@@ -295,15 +409,12 @@ class PersonalizedStrategy(FlowerFedAvg):
                 raise ValueError(f"{name} is {metrics[name]}")
         if self.weighting == "samples" and not 0 < metrics.get("num-examples", 0) < math.inf:
             raise ValueError(f"num-examples is {metrics.get('num-examples')}")
-        try:
-            records = trees(reply.content)
-        except (TypeError, OSError, EOFError) as problem:
-            raise ValueError(f"an array cannot be read: {problem}") from problem
+        records = _trees(reply)
         floats: dict[str, Tensor] = {}
         for record, values in records.items():
             for name, value in entries(values).items():
                 shape, dtype = expected[record, name]
-                if tuple(value.shape) != shape:
+                if len(shape) != value.dim() or any(a not in (b, -1) for a, b in zip(shape, value.shape, strict=True)):
                     raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(shape)}")
                 if _dtype(value) != dtype:
                     raise ValueError(f"'{name}' has dtype {_dtype(value)}, expected {dtype}")
@@ -329,15 +440,15 @@ class PersonalizedStrategy(FlowerFedAvg):
     def evaluation_messages(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> list[flower.Message]:
-        """Address all clients now; without a training before it, this is where a round starts."""
+        """Address all clients now, also the unseen; without a training before it, this is where a round starts."""
         if self.report.round != server_round or not self.report.sampled:
             self.report = RoundReport(server_round)
             self._started = time.perf_counter()
         config["server-round"] = server_round
-        content = flower.RecordDict({ARRAYS: arrays, CONFIG: config})
-        for name, values in self.broadcast(server_round, from_record(arrays)).items():
-            content[name] = to_record(values)
-        return [flower.Message(content, node, flower.MessageType.EVALUATE) for node in self.nodes(grid).values()]
+        tensors = from_record(arrays)
+        clients = self.prepare(server_round, tensors, list(self.nodes(grid)), grid, "evaluate")
+        sent = self.send(server_round, tensors, clients)
+        return self._messages(flower.MessageType.EVALUATE, sent, config, clients)[0]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:
         """Collect the clients' metrics in :attr:`report`; return their means over clients."""
@@ -347,17 +458,76 @@ class PersonalizedStrategy(FlowerFedAvg):
                 report.evaluation_failures[client] = reply.error.reason or f"error {reply.error.code}"
                 log.info("round %d: client %d not evaluated: %s", server_round, client, reply.error.reason)
             else:
-                report.clients[client] = _metrics_of(reply)
+                (report.unseen if client in self.unseen else report.clients)[client] = _metrics_of(reply)
         if report.evaluation_failures:
-            total = len(report.clients) + len(report.evaluation_failures)
+            total = len(report.clients) + len(report.unseen) + len(report.evaluation_failures)
             log.warning("evaluation of round %d: %s", server_round, _told(report.evaluation_failures, total))
         report.clients = dict(sorted(report.clients.items()))
+        report.unseen = dict(sorted(report.unseen.items()))
         report.seconds = time.perf_counter() - self._started
         if not report.clients:
             return None
         names = sorted({name for metrics in report.clients.values() for name in metrics if name != "num-examples"})
         values = {name: [m[name] for m in report.clients.values() if name in m] for name in names}
         return flower.MetricRecord({name: sum(own) / len(own) for name, own in values.items()})
+
+    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], Sequence[Records]]:
+        """Let clients that never trained adapt: they train once, and nothing of it reaches the server.
+
+        Returns
+        -------
+        list of int
+            Who adapted; the others are booked as failures.
+        sequence of mapping of record to Tree
+            What each of them is evaluated with: what it was sent, its own arrays in place of the server's.
+        """
+        able = self.prepare(round, arrays, clients, grid, "evaluate")
+        sent = self.send(round, arrays, able)
+        each = [sent] * len(able) if isinstance(sent, Mapping) else sent
+        config = flower.ConfigRecord({"server-round": round})
+        messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
+        answered = self._by_client(grid.send_and_receive(messages))
+        adapted, records = [], []
+        for client, before in zip(able, each, strict=True):
+            reply = answered.get(client)
+            try:
+                if reply is None or reply.has_error():
+                    raise ValueError("no reply" if reply is None else reply.error.reason or str(reply.error.code))
+                own = self.unpack(_trees(reply), client)
+            except ValueError as problem:
+                self.report.evaluation_failures[client] = str(problem)
+                log.info("client %d did not adapt: %s", client, problem)
+                continue
+            adapted.append(client)
+            records.append({**before, **({ARRAYS: own[ARRAYS]} if ARRAYS in own else {})})
+        return adapted, records
+
+    def evaluate_adapted(self, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid) -> None:
+        """Let the unseen clients adapt and measure them, into ``report.adapted``; for the end of a run."""
+        self.nodes(grid)
+        round = self.report.round + 1
+        clients, records = self.adapt(round, from_record(arrays), grid, sorted(self.unseen))
+        config["server-round"] = round
+        messages, _ = self._messages(flower.MessageType.EVALUATE, records, config, clients)
+        for client, reply in sorted(self._by_client(grid.send_and_receive(messages)).items()):
+            if reply.has_error():
+                self.report.evaluation_failures[client] = reply.error.reason or f"error {reply.error.code}"
+            else:
+                self.report.adapted[client] = _metrics_of(reply)
+
+
+def _content(records: Records, config: flower.ConfigRecord) -> flower.RecordDict:
+    content = flower.RecordDict({name: to_record(values) for name, values in records.items()})
+    content[CONFIG] = config
+    return content
+
+
+def _trees(reply: flower.Message) -> dict[str, Tree]:
+    """Records of a reply; ValueError says why they cannot be read."""
+    try:
+        return trees(reply.content)
+    except (TypeError, OSError, EOFError) as problem:
+        raise ValueError(f"an array cannot be read: {problem}") from problem
 
 
 def _form(reply: flower.Message) -> Form:

@@ -252,18 +252,26 @@ class WandbTracker:
 
 
 class ConsoleTracker:
-    """Progress bar with the validation accuracy and rounds per second; nothing where there is no terminal.
+    """Progress bar with a validation score and rounds per second; nothing where there is no terminal.
 
     Parameters
     ----------
     total_rounds : int
     run_name : str
         Shown before the bar.
+    headline : str
+        Metric shown, a share.
     console : rich.console.Console, optional
         Standard error if not given.
     """
 
-    def __init__(self, total_rounds: int, run_name: str, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        total_rounds: int,
+        run_name: str,
+        headline: str = "validation/accuracy",
+        console: Console | None = None,
+    ) -> None:
         from rich.console import Console
         from rich.markup import escape
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -273,20 +281,21 @@ class ConsoleTracker:
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[accuracy]}{task.fields[rate]}"),
+            TextColumn("{task.fields[score]}{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
             console=console,
             expand=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(escape(run_name), total=total_rounds, accuracy="", rate="")
+        self._task = self._progress.add_task(escape(run_name), total=total_rounds, score="", rate="")
+        self._headline = headline
         self._progress.start()
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
-        """Move the bar to `round`; a round without a validation accuracy keeps the one before."""
+        """Move the bar to `round`; a round without a score keeps the one before."""
         self._progress.update(self._task, completed=round)
-        if "validation/accuracy" in metrics:
-            self._progress.update(self._task, accuracy=f"val {100 * float(metrics['validation/accuracy']):.1f} %")
+        if self._headline in metrics:
+            self._progress.update(self._task, score=f"val {100 * float(metrics[self._headline]):.1f} %")
         task = self._progress.tasks[0]
         speed = task.finished_speed or task.speed
         if speed:
@@ -367,7 +376,12 @@ class Trackers:
 
 
 def make_trackers(
-    config: TrackerConfig, folder: Path, run_name: str, run_config: Mapping[str, Any], total_rounds: int
+    config: TrackerConfig,
+    folder: Path,
+    run_name: str,
+    run_config: Mapping[str, Any],
+    total_rounds: int,
+    headline: str = "validation/accuracy",
 ) -> Trackers:
     """Make ``rounds.jsonl``, the progress bar, and the trackers that `config` asks for.
 
@@ -382,6 +396,8 @@ def make_trackers(
         The resolved config, for trackers that store it.
     total_rounds : int
         Length of the progress bar.
+    headline : str
+        Metric the bar shows.
 
     Raises
     ------
@@ -395,7 +411,7 @@ def make_trackers(
     if tensorboard is not None:
         optional["tensorboard"] = lambda: TensorBoardTracker(tensorboard, folder, run_config)
     # last, so that what the others print while they start is above the bar
-    optional["console"] = lambda: ConsoleTracker(total_rounds, run_name)
+    optional["console"] = lambda: ConsoleTracker(total_rounds, run_name, headline)
     return Trackers(JsonlTracker(folder), optional)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Network, View, tree
 from fedpers.cohort import cohort as cohort_module
+from fedpers.cohort.evaluation import class_counts
 from fedpers.data.federated import FederatedData
 from fedpers.strategies import FedAvgUpdate, LocalOnlyUpdate
 from tests.cohort.helpers import make_cohort
@@ -44,7 +45,7 @@ def data() -> FederatedData:
 def test_scores_counted_by_hand(data: FederatedData) -> None:
     cohort = make_cohort(Scaled(), data, [0, 1, 2])
     stacked = tree({"head.weight": torch.tensor([[[1.0]], [[1.0]], [[-1.0]]])}, 3)
-    found = cohort.scores(cohort.logits(stacked, "validation", predict), "validation")
+    found = class_counts(cohort, cohort.logits(stacked, "validation", predict), "validation")
     assert found["examples"].tolist() == [4, 0, 2]
     assert found["correct"].tolist() == [2, 0, 0]
     assert found["class_examples"].tolist() == [[1, 2, 1], [0, 0, 0], [0, 1, 1]]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -37,15 +38,39 @@ def test_only_the_selected_parameters_move(only: str) -> None:
     assert (params["body.1.num_batches_tracked"] == cohort.steps_taken).all()  # the layer still sees the batches
 
 
-def test_frozen_parameters_stay() -> None:
+def test_frozen_parameters_are_nobodys_state_and_stay() -> None:
     network = copy.deepcopy(NETWORK)
     network.body[0].requires_grad_(False)
     cohort = make_cohort(network, DATA, training=SMALL)
     params = start(cohort)
+    whole = start(make_cohort(NETWORK, DATA, training=SMALL))
+    assert set(params.keys()) == {n for n in whole.keys() if not n.startswith("body.0.")}  # noqa: SIM118
     before = params.clone()
     cohort.fit(params, cross_entropy)
-    assert torch.equal(params["body.0.weight"], before["body.0.weight"])
+    assert torch.equal(cohort.module.body[0].weight, network.body[0].weight)
     assert not torch.equal(params["head.weight"], before["head.weight"])
+
+    def only_free(step: Any, rows: Any, grads: Any) -> None:
+        for name in [n for n in grads if n.startswith("body.0.")]:
+            grads[name].zero_()
+
+    other = make_cohort(NETWORK, DATA, training=SMALL)
+    other.fit(whole, cross_entropy, adjust=only_free)
+    assert_same({n: params[n] for n in cohort.names("all")}, {n: whole[n] for n in cohort.names("all")})
+
+
+def test_a_mask_holds_entries_against_gradient_momentum_and_decay() -> None:
+    for settings in ({"momentum": 0.9, "weight_decay": 0.1}, {"optimizer": "adamw", "weight_decay": 0.1}):
+        training = Training(lr=0.1, batch_size=8, epochs=2, **settings)  # type: ignore[arg-type]
+        cohort = make_cohort(NETWORK, DATA, training=training)
+        params = start(cohort)
+        before = params.clone()
+        mask = {n: (torch.rand(v.shape, generator=torch.Generator().manual_seed(1)) < 0.5).to(v.dtype)
+                for n, v in params.items() if n.startswith("head.")}  # fmt: skip
+        cohort.fit(params, cross_entropy, only="head", mask=mask)
+        for name, free in mask.items():
+            moved = params[name] != before[name]
+            assert torch.equal(moved, free.bool()), name
 
 
 def test_zero_epochs_change_nothing() -> None:

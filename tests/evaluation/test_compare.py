@@ -80,7 +80,7 @@ def test_numbers_of_a_row_by_hand(write, tmp_path):
     assert group.title == "digits · dirichlet(alpha=0.1) · mlp · 20 clients · 50 rounds"
     (row,) = group.rows
     assert (row.method, row.seeds, row.best, row.baseline, row.interrupted) == ("fedrep", (0, 1, 2), True, False, False)
-    assert row.accuracy == pytest.approx(0.85)
+    assert row.score == pytest.approx(0.85)
     # Student's t with 2 degrees of freedom: 4.302653; sample standard deviation 0.05
     assert row.interval == pytest.approx(4.302653 * 0.05 / math.sqrt(3), rel=1e-6)
     assert row.std == pytest.approx(0.1)
@@ -193,7 +193,7 @@ def test_the_newest_of_equal_runs_counts(write, tmp_path):
     old, new = write("fedrep", 0, 0.9), write("fedrep", 0, 0.5)
     write("fedrep", 1, 0.7)
     group = board(tmp_path)
-    assert group.rows[0].accuracy == pytest.approx(0.6)
+    assert group.rows[0].score == pytest.approx(0.6)
     assert group.rows[0].folders[0] == str(new)
     assert any(note.startswith("Left out because a newer or finished run") and str(old) in note for note in group.notes)
 
@@ -220,7 +220,7 @@ def test_unmeasured_accuracy_is_last_and_null_in_json(write, tmp_path):
     write("fedrep", 0, 0.1)
     write("fedper", 0, 0.5, selected={"test/accuracy": None})
     rows = leaderboard_rows(find_runs([tmp_path]))
-    assert [(row["method"], row["accuracy"]) for row in rows] == [("fedrep", 0.1), ("fedper", None)]
+    assert [(row["method"], row["score"]) for row in rows] == [("fedrep", 0.1), ("fedper", None)]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     assert rows[0]["group"].startswith("digits · ")
     assert rows[0]["seeds"] == [0]

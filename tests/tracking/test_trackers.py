@@ -144,7 +144,7 @@ def test_console_shows_progress_on_a_terminal_and_nothing_elsewhere():
     shown = {}
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-        tracker = ConsoleTracker(4, "fedrep [x]", console)
+        tracker = ConsoleTracker(4, "fedrep [x]", console=console)
         tracker.log(1, {"validation/accuracy": 0.8125})
         tracker.log(2, {})
         tracker.summary(METRICS)

@@ -1,0 +1,298 @@
+"""Implicit feedback of users: items each one liked, one held out, and negatives drawn for training and evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpers.data.datasets import PROTOCOLS, DatasetConfig
+from fedpers.data.federated import FederatedData, Part
+from fedpers.data.rating_files import Ratings
+from fedpers.data.split import SplitConfig, draw_unseen
+from fedpers.errors import DataError, check, one_of
+from fedpers.randomness import generator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RankingData(FederatedData):
+    """Users as clients, items as samples.
+
+    With m items, position ``i`` is "item i as a negative" and ``m + i`` is "item i as a positive": `x` holds the item
+    ids 0..m-1 twice (int64 ``[2m]``), `y` is 0.0 for the first m and 1.0 for the others (float32 ``[2m]``). Users
+    share all positions. :meth:`of_items` makes both from lists of items.
+
+    Parameters
+    ----------
+    x, y, train, validation, test, num_classes, name, public, unseen
+        See :class:`~fedpers.data.federated.FederatedData`. `train` lists a user's positives, oldest first;
+        `validation` and `test` the held-out item as a positive, then the items it is ranked among as negatives.
+        `num_classes` is 1: a network gives one score.
+    num_items : int
+        m.
+    negatives : int
+        Drawn for each training positive in each round, >= 0.
+    protocol_name : {"clean", "official"}
+        What training negatives are drawn from. ``clean``: all items but the user's training positives. ``official``,
+        as in the codes of FedRAP, PFedRec and NCF: all items the user never touched. The held-out items are then the
+        only candidates that are never trained as negatives, so that ranking items by how seldom they were drawn scores
+        higher with every round, without any learning.
+    top_k : int
+        Length of the recommended list, >= 1.
+
+    Raises
+    ------
+    DataError
+        If `x` has another length than 2m, or a user has touched so many items that no `negatives` are left.
+    """
+
+    num_items: int = 0
+    negatives: int = 4
+    protocol_name: str = "clean"
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.protocol_name in PROTOCOLS,
+            "dataset.protocol",
+            self.protocol_name,
+            one_of(PROTOCOLS, self.protocol_name),
+        )
+        if len(self.x) != 2 * self.num_items:
+            raise DataError(f"{self.name}: x has {len(self.x)} entries, expected 2 for each of {self.num_items} items.")
+        for user in range(self.num_clients):
+            left = self.num_items - len(self.excluded(user))
+            if left < self.negatives:
+                raise DataError(
+                    f"{self.name}: for user {user} only {left} of {self.num_items} items can be training negatives, "
+                    f"fewer than dataset.negatives={self.negatives}."
+                )
+
+    @classmethod
+    def of_items(
+        cls,
+        num_items: int,
+        train: Sequence[NDArray[np.int64]],
+        validation: Sequence[NDArray[np.int64]],
+        test: Sequence[NDArray[np.int64]],
+        *,
+        name: str = "data",
+        unseen: tuple[int, ...] = (),
+        negatives: int = 4,
+        protocol: str = "clean",
+        top_k: int = 10,
+    ) -> RankingData:
+        """Make the data from item ids.
+
+        Parameters
+        ----------
+        num_items : int
+        train : sequence of int64 arrays ``[n_u]``
+            Items each user liked, oldest first.
+        validation, test : sequence of int64 arrays ``[1 + c]``
+            The held-out item of each user, then the c items it is ranked among.
+        name, unseen, negatives, protocol, top_k
+            See the class.
+        """
+        items = torch.arange(num_items)
+        held = [
+            [torch.from_numpy(np.r_[own[:1] + num_items, own[1:]]) for own in lists] for lists in (validation, test)
+        ]
+        return cls(
+            x=torch.cat([items, items]),
+            y=torch.arange(2).repeat_interleave(num_items).float(),
+            train=[torch.from_numpy(own + num_items) for own in train],
+            validation=held[0],
+            test=held[1],
+            num_classes=1,
+            name=name,
+            unseen=unseen,
+            num_items=num_items,
+            negatives=negatives,
+            protocol_name=protocol,
+            top_k=top_k,
+        )
+
+    def excluded(self, user: int) -> NDArray[np.int64]:
+        """Items that are no training negatives of a user, int64 ``[e]``; the held-out ones among them if official."""
+        lists = [self.train[user]]
+        if self.protocol_name == "official":
+            lists += [self.validation[user][:1], self.test[user][:1]]
+        return torch.cat(lists).numpy() - self.num_items
+
+    def samples(self, client: int, seed: int, round: int) -> NDArray[np.int64]:
+        """Each positive, oldest first, followed by its negatives; int64 ``[n * (1 + negatives)]``.
+
+        The negatives of one positive are distinct, and every set of them is equally likely; draws belong to
+        (`seed`, `client`, `round`).
+        """
+        positives: NDArray[np.int64] = self.train[client].numpy()
+        allowed = np.ones(self.num_items, dtype=bool)
+        allowed[self.excluded(client)] = False
+        items = np.flatnonzero(allowed)
+        out = np.empty((len(positives), 1 + self.negatives), dtype=np.int64)
+        out[:, 0] = positives
+        drawn = out[:, 1:]
+        # Floyd's way to draw sets: a number that is already there gives way to the largest one allowed.
+        rng = generator(seed, "negatives", client, round)
+        first = len(items) - self.negatives
+        for column in range(self.negatives):
+            numbers = rng.integers(0, first + column + 1, len(positives))
+            repeated = (drawn[:, :column] == numbers[:, None]).any(1)
+            drawn[:, column] = np.where(repeated, first + column, numbers)
+        out[:, 1:] = items[drawn]
+        return out.reshape(-1)
+
+    @property
+    def headline(self) -> str:
+        """``hr@K``: share of users whose held-out item is among the first K."""
+        return f"hr@{self.top_k}"
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """``ndcg@K``."""
+        return (f"ndcg@{self.top_k}",)
+
+    @property
+    def selected_on(self) -> Part:
+        """``validation``; ``test`` in the official protocol, which is what its authors do."""
+        return "test" if self.protocol_name == "official" else "validation"
+
+    @property
+    def latest_wins(self) -> bool:
+        """True in the official protocol, which is what its authors do."""
+        return self.protocol_name == "official"
+
+    @property
+    def protocol(self) -> str:
+        """``validation-selected`` or ``official: test-selected``."""
+        return "official: test-selected" if self.protocol_name == "official" else "validation-selected"
+
+    def label_counts(self, part: Part = "train") -> Tensor:
+        """Count positives per user, int64 ``[num_clients, 1]``."""
+        y = self.y.cpu()
+        return torch.stack([y[own].sum().long().reshape(1) for own in self.part(part)])
+
+    def _rules(self) -> str:
+        return f"{self.num_items}/{self.negatives}/{self.protocol_name}"
+
+
+def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, seed: int) -> RankingData:
+    """Hold out each user's latest item for testing and the one before for validation; draw their negatives.
+
+    Rows with a rating <= 0 and pairs of user and item that were there before are left out, then users with fewer than
+    ``config.min_interactions`` rows; users and items are numbered by first appearance in what remains. Of equally late
+    rows the first in the file counts as the latest. Without times an item is the later the later it first appears in
+    the file. What is left out is logged, and so is how many held-out items nobody trains on.
+
+    Parameters
+    ----------
+    ratings : Ratings
+    config : DatasetConfig
+    split : SplitConfig
+        Of it `unseen` is used.
+    seed : int
+        Of the negatives and unseen users.
+
+    Returns
+    -------
+    RankingData
+
+    Raises
+    ------
+    DataError
+        If no user is left, or a user has touched so many items that too few negatives are left.
+    ConfigError
+        If ``split.unseen`` leaves no user to train.
+    """
+    user, item, time, num_items = _numbered(ratings, config)
+    if time is None:
+        time = item
+    order = np.lexsort((np.arange(len(user)), -time, user))  # each user's rows, latest first
+    by_user = np.split(item[order], np.cumsum(np.bincount(user))[:-1])
+    train = [own[:1:-1] for own in by_user]
+    negatives = [_eval_negatives(k, own, num_items, config, seed, ratings.name) for k, own in enumerate(by_user)]
+    held = np.array([own[:2] for own in by_user])
+    new = np.setdiff1d(held, np.concatenate(train))
+    if len(new):
+        logger.info("%s: %d items are held out by a user and trained on by nobody.", ratings.name, len(new))
+    return RankingData.of_items(
+        num_items,
+        [np.ascontiguousarray(own) for own in train],
+        [np.r_[own[1], drawn[0]] for own, drawn in zip(by_user, negatives, strict=True)],
+        [np.r_[own[0], drawn[1]] for own, drawn in zip(by_user, negatives, strict=True)],
+        name=ratings.name,
+        unseen=draw_unseen(len(by_user), split, seed),
+        negatives=config.negatives,
+        protocol=config.protocol,
+        top_k=config.top_k,
+    )
+
+
+def _numbered(
+    ratings: Ratings, config: DatasetConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any] | None, int]:
+    """Users, items and times of the rows that count, users and items from 0; and the number of items."""
+    rows = np.flatnonzero(ratings.rating > 0)
+    liked = len(rows)
+    user, item = _by_appearance(ratings.user[rows]), _by_appearance(ratings.item[rows])
+    first = np.sort(np.unique(user * (item.max(initial=0) + 1) + item, return_index=True)[1])
+    rows, user = rows[first], user[first]
+    minimum = int(config.min_interactions or 0)
+    enough = np.bincount(user) >= minimum
+    if not enough.any():
+        raise DataError(
+            f"{ratings.name}: none of {len(enough)} users has dataset.min_interactions={minimum} different items."
+        )
+    chosen = np.flatnonzero(enough)[: config.max_users]
+    rows = rows[np.isin(user, chosen)]
+    user, item = _by_appearance(ratings.user[rows]), _by_appearance(ratings.item[rows])
+    logger.info(
+        "%s: %d users, %d items, %d interactions; left out: %d rows with a rating <= 0, %d repeated pairs, %d users "
+        "with fewer than %d items.",
+        ratings.name,
+        len(chosen),
+        item.max() + 1,
+        len(rows),
+        len(ratings) - liked,
+        liked - len(first),
+        (~enough).sum(),
+        minimum,
+    )
+    return user, item, None if ratings.time is None else ratings.time[rows], int(item.max()) + 1
+
+
+def _by_appearance(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number ids from 0 in the order in which they first appear."""
+    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
+    number = np.empty(len(first), dtype=np.int64)
+    number[np.argsort(first)] = np.arange(len(first))
+    return number[inverse]
+
+
+def _eval_negatives(
+    user: int, touched: NDArray[np.int64], num_items: int, config: DatasetConfig, seed: int, name: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draw items a user never touched for validation and test: the same twice if official, disjoint ones if clean."""
+    untouched = np.ones(num_items, dtype=bool)
+    untouched[touched] = False
+    items = np.flatnonzero(untouched)
+    count = config.eval_negatives
+    needed = count if config.protocol == "official" else 2 * count
+    if len(items) < needed:
+        each = "for validation and test together" if config.protocol == "official" else "each for validation and test"
+        raise DataError(
+            f"{name}: user {user} has not touched {len(items)} of {num_items} items, too few for "
+            f"dataset.eval_negatives={count} {each} (dataset.protocol={config.protocol})."
+        )
+    drawn = generator(seed, "eval_negatives", user).choice(items, needed, replace=False)
+    return drawn[:count], drawn[-count:]

@@ -1,0 +1,202 @@
+"""Training of a whole network on a public share of the data, before any client is asked; kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedpers.data.cache import cache_root
+from fedpers.errors import check
+from fedpers.models.networks import Network
+from fedpers.randomness import generator
+
+logger = logging.getLogger(__name__)
+
+_RECIPE = 1  # part of the name of a cached file; to be raised when the training below changes
+_EVALUATED_AT_ONCE = 512
+_WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """Settings of pretraining.
+
+    Parameters
+    ----------
+    epochs : int
+        Largest number of passes, >= 1; the rate falls from `lr` to 0 over them along a cosine.
+    lr : float
+        Rate of AdamW, > 0.
+    batch_size : int
+        Samples in a batch, >= 1.
+    accuracy : float, optional
+        Stop after the pass that reaches this accuracy on the held-out tenth, in (0, 1].
+    """
+
+    epochs: int = 20
+    lr: float = 1e-3
+    batch_size: int = 32
+    accuracy: float | None = None
+
+
+def pretrain(
+    model: Network, x: Tensor, y: Tensor, settings: Pretraining, seed: int, device: torch.device | None = None
+) -> None:
+    """Train `model` in place, or fill it from the cache; sets ``model.pretrained_accuracy``.
+
+    AdamW with weight decay 0.01 and cross-entropy on nine tenths of the samples, without augmentation; the accuracy is
+    that on the last tenth. Which samples are held out and the order of batches follow from `seed` alone. On a CPU it
+    uses one thread, so that the number of cores does not change the values.
+
+    Parameters
+    ----------
+    model : Network
+        On the CPU, with its initial values.
+    x, y : Tensor ``[N, ...]``, ``[N]``
+        The public share, N >= 2; `y` are class ids.
+    settings : Pretraining
+    seed : int
+        The run's seed.
+    device : torch.device, optional
+        Where to train, default the CPU; the network comes back on the CPU.
+
+    Raises
+    ------
+    ConfigError
+        If there are fewer than 2 samples, or training diverges.
+    """
+    check(len(x) >= 2, "model.pretrained", "public", f"a public share of at least 2 samples, not {len(x)}")
+    device = device or torch.device("cpu")
+    path = cache_root() / "pretrained" / f"{_key(model, x, y, settings, seed, device)}.safetensors"
+    start = time.perf_counter()
+    known = _read(path, model.state_dict())
+    if known is not None:
+        values, reached = known
+        model.load_state_dict(values)
+        how = f"from {path}"
+    else:
+        with _one_thread():
+            passes, reached = _train(model.to(device), x.to(device), y.to(device), settings, seed)
+        model.to("cpu")
+        values = model.state_dict()
+        finite = all(bool(torch.isfinite(value).all()) for value in values.values())
+        check(finite, "model.pretrain_lr", settings.lr, "a smaller rate: pretraining diverged")
+        _write(path, values, reached)
+        how = f"{passes} passes in {time.perf_counter() - start:.1f} s"
+    model.pretrained_accuracy = reached
+    logger.info("Pretrained on %d public samples: held-out accuracy %.3f (%s).", len(x), reached, how)
+    if settings.accuracy is not None and reached < settings.accuracy:
+        logger.warning(
+            "Pretraining ended at accuracy %.3f and did not reach model.pretrain_accuracy=%s.",
+            reached,
+            settings.accuracy,
+        )
+
+
+def _train(model: Network, x: Tensor, y: Tensor, settings: Pretraining, seed: int) -> tuple[int, float]:
+    """Train in place; returns passes made and held-out accuracy."""
+    order = torch.from_numpy(generator(seed, "pretrain-held-out").permutation(len(x))).to(x.device)
+    held, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
+    steps = math.ceil(len(rest) / settings.batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps * settings.epochs)
+    reached = math.nan
+    for epoch in range(1, settings.epochs + 1):
+        model.train()
+        shuffled = rest[torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(rest))).to(x.device)]
+        for batch in shuffled.tensor_split(steps):  # of nearly equal size: none is too small for batch normalization
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+            schedule.step()
+        if settings.accuracy is not None or epoch == settings.epochs:
+            reached = _accuracy(model, x, y, held)
+            if settings.accuracy is not None and reached >= settings.accuracy:
+                break
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    return epoch, reached
+
+
+@torch.no_grad()
+def _accuracy(model: Network, x: Tensor, y: Tensor, held: Tensor) -> float:
+    model.eval()
+    right = sum(int((model(x[part]).argmax(1) == y[part]).sum()) for part in held.split(_EVALUATED_AT_ONCE))
+    return right / len(held)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- cache ----------------------------------------------------------------------------------------------------------
+
+
+def _key(model: Network, x: Tensor, y: Tensor, settings: Pretraining, seed: int, device: torch.device) -> str:
+    """Name that covers all that the result depends on; the initial values stand for the model's settings."""
+    text = (_RECIPE, type(model).__name__, str(model), astuple(settings), seed, torch.__version__, device.type)
+    return _digest({"x": x, "y": y, **model.state_dict()}, repr(text))
+
+
+def _digest(values: Mapping[str, Tensor], text: str = "") -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, value in sorted(values.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.numpy())
+    return digest.hexdigest()
+
+
+def _read(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float] | None:
+    """Values and accuracy stored at `path`; None if there are none or they are damaged (which is logged)."""
+    try:
+        with safe_open(path, "pt") as stored:
+            values = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118: it is not a mapping
+            facts = stored.metadata() or {}
+        if {n: (v.shape, v.dtype) for n, v in values.items()} != {n: (v.shape, v.dtype) for n, v in like.items()}:
+            raise ValueError("other names or shapes")
+        if facts.get("digest") != _digest(values):
+            raise ValueError("wrong checksum")
+        return values, float(facts["accuracy"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        logger.warning("The cached network %s is damaged (%s) and will be trained again.", path, error)
+        return None
+
+
+def _write(path: Path, values: Mapping[str, Tensor], accuracy: float) -> None:
+    """Store whole or not at all; a cache that cannot be written is only logged."""
+    facts = {"accuracy": repr(accuracy), "digest": _digest(values)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(descriptor)
+        try:
+            save_file({n: v.contiguous() for n, v in values.items()}, name, metadata=facts)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except (OSError, SafetensorError) as error:
+        logger.info("The pretrained network is not cached, %s cannot be written (%s).", path, error)

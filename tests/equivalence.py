@@ -16,12 +16,12 @@ import flwr.app as flower
 import torch
 from torch import Tensor
 
-from fedpers.cohort import Training, leaves
+from fedpers.cohort import leaves
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, make_strategy
 from fedpers.strategies.records import from_record
-from tests.problems import SmallNetwork, gaussian_data
+from tests.problems import problem
 
 ROUNDS = 3
 
@@ -38,10 +38,11 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int, device: str = "cpu") -> dict[str, Tensor]:
     """Server arrays, server state, personal states and clients' metrics after the last round, by name."""
-    training = Training(lr=0.02, epochs=2, batch_size=8, momentum=0.0 if method == "scaffold" else 0.5)
-    strategy, update = make_strategy(method, {}, server={"fraction": 0.7, "seed": 3}, training=training)
-    data = gaussian_data(dtype=dtype)
-    app = update.client_app(SmallNetwork().to(dtype), data, seed=3, device=device)
+    given = problem(method, dtype)
+    data = given.data
+    server = {"fraction": 0.7, "seed": 3, "unseen": data.unseen}
+    strategy, update = make_strategy(method, given.options, server=server, training=given.training)
+    app = update.client_app(given.network, data, seed=3, device=device)
     grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=workers)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     with server_identity(1):
@@ -61,8 +62,9 @@ def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int, device: 
         found.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})
     states = grid.engine.store.gather(range(data.num_clients))
     found.update({f"clients/{n}": v.cpu() for n, v in leaves(states).items()})
-    for name in next(iter(strategy.report.clients.values())):
-        found[f"metrics/{name}"] = torch.tensor([m[name] for m in strategy.report.clients.values()]).double()
+    for group, rows in (("metrics", strategy.report.clients), ("unseen", strategy.report.unseen)):
+        for name in next(iter(rows.values()), {}):
+            found[f"{group}/{name}"] = torch.tensor([own[name] for own in rows.values()]).double()
     return found
 
 
@@ -83,10 +85,9 @@ def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 
 def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
     """Print the table of differences between cohort sizes and workers; 1 when one is over its tolerance."""
-    everyone = gaussian_data().num_clients
     pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("K=1 / K=3", {"cohort": 1, "workers": 1}, {"cohort": 3, "workers": 1}),
-        (f"K=1 / K={everyone}", {"cohort": 1, "workers": 1}, {"cohort": everyone, "workers": 1}),
+        ("K=1 / K=all", {"cohort": 1, "workers": 1}, {"cohort": 1000, "workers": 1}),
         ("1 / 2 workers", {"cohort": 3, "workers": 1}, {"cohort": 3, "workers": 2}),
     ]
     print(f"{'method':<12}{'precision':<10}" + "".join(f"{title:>16}" for title, _, _ in pairs) + f"{'tolerance':>12}")

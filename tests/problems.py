@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
+from fedpers.cohort import Training
 from fedpers.data.federated import FederatedData
 
 SIZES = (27, 11, 46, 22, 38, 6, 31)  # batches of 8 or 16 leave no remainder too small for batch normalization
@@ -57,3 +62,34 @@ class SmallNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.head(self.body(x))
         return out
+
+
+@dataclass
+class Problem:
+    """A network and data that a method can work with, and settings that put all of its parts to work."""
+
+    network: nn.Module
+    data: FederatedData
+    options: Mapping[str, Any] = field(default_factory=dict)
+    training: Training = field(default_factory=lambda: Training(lr=0.02, epochs=2, batch_size=8, momentum=0.5))
+
+
+def classification(dtype: torch.dtype = torch.float32) -> Problem:
+    """Classes, batch normalization, dropout."""
+    return Problem(SmallNetwork().to(dtype), gaussian_data(dtype=dtype))
+
+
+def scaffold(dtype: torch.dtype = torch.float32) -> Problem:
+    """The same with plain SGD."""
+    return Problem(
+        SmallNetwork().to(dtype), gaussian_data(dtype=dtype), training=Training(lr=0.02, epochs=2, batch_size=8)
+    )
+
+
+SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {"scaffold": scaffold}
+"""Methods that need something else than :func:`classification`."""
+
+
+def problem(method: str, dtype: torch.dtype = torch.float32) -> Problem:
+    """The small problem on which `method` is tested together with all others."""
+    return SPECIAL.get(method, classification)(dtype)

@@ -1,315 +1,37 @@
 """Compare methods with traces of other codes: ``python -m tests.reference [--root ROOT] [METHOD...]``.
 
 ROOT is laid out as ``tests/reference``; inputs, sizes and hyperparameters are read from each trace alone. The real
-server and client halves run in the real in-process runtime; only the drawing of participants is replaced by the
-recorded schedule. Exit status 1 when a difference is over its tolerance.
+server and client halves run in the real in-process runtime, see :mod:`tests.traces`. Differences are relative to the
+largest entry of a reference array. Exit status 1 when one is over its tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import flwr.app as flower
-import numpy as np
-import torch
-from torch import nn
+from tests.traces import HERE, pfllib
 
-from fedpers.cohort import Training, entries
-from fedpers.data.federated import FederatedData
-from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import LocalGrid
-from fedpers.strategies import make_strategy
-from fedpers.strategies.records import from_record, trees
-
-HERE = Path(__file__).parent / "reference"
-TOLERANCE = 1e-4
-"""Largest accepted difference, relative to ``max(|reference|)`` of the array (and at least 1e-2)."""
-
-# strategy -> (folder, settings of the traced library, how its hyperparameters are called there)
-PFLLIB: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "local": ("Local", {}, {}),
-    "fedavg": ("FedAvg", {}, {}),
-    "fedprox": ("FedProx", {}, {"mu": "mu"}),
-    "scaffold": ("SCAFFOLD", {}, {"server_learning_rate": "server_lr"}),
-    "fedper": ("FedPer", {}, {}),
-    "fedrep": ("FedRep", {"weighting": "samples"}, {"plocal_epochs": "head_epochs"}),
-    "fedbn": ("FedBN", {"weighting": "samples"}, {}),
-    "ditto": ("Ditto", {"weighting": "samples"}, {"mu": "mu", "plocal_epochs": "personal_epochs"}),
-    "pfedme": (
-        "pFedMe",
-        {"weighting": "samples", "variant": "pfllib"},
-        {"lamda": "lam", "K": "inner_steps", "p_learning_rate": "personal_lr", "beta": "beta"},
-    ),
-    "perfedavg": ("PerAvg", {"weighting": "samples"}, {}),
-    "apfl": ("APFL", {"weighting": "samples", "variant": "pfllib"}, {"alpha": "alpha"}),
-}
-
-
-@dataclass
-class Comparison:
-    """Largest difference of each kind of array of one case, and the tolerance of each."""
-
-    method: str
-    case: str
-    worst: dict[str, float] = field(default_factory=dict)
-
-    def add(self, kind: str, ours: Any, theirs: Any) -> None:
-        """Compare two arrays; the difference is relative to the largest reference entry."""
-        own = ours.cpu() if isinstance(ours, torch.Tensor) else ours
-        a, b = np.asarray(own, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
-        if a.shape != b.shape:
-            difference = float("inf")
-        elif not a.size:
-            difference = 0.0
-        else:
-            difference = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-2))
-        if not np.isfinite(difference):
-            difference = float("inf")
-        self.worst[kind] = max(self.worst.get(kind, 0.0), difference)
-
-    def exact(self, kind: str, ours: Any, theirs: Any) -> None:
-        """Counts must agree exactly: a difference of any size is infinite."""
-        self.worst[kind] = max(self.worst.get(kind, 0.0), 0.0 if np.array_equal(ours, theirs) else float("inf"))
-
-    @property
-    def difference(self) -> float:
-        """Largest difference of the case."""
-        return max(self.worst.values())
-
-    @property
-    def ok(self) -> bool:
-        """Whether all differences are within tolerance."""
-        return bool(self.worst) and self.difference <= TOLERANCE
-
-
-def toy_network(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
-    """Rebuild the traced network (``base`` and ``head``) from the shapes of its entries, as ``body`` and ``head``.
-
-    Entries of ``base`` in their order: a matrix is a linear layer, a vector with running statistics a batch
-    normalization; every hidden linear layer is followed by ReLU (after its normalization).
-    """
-    layers: dict[str, nn.Module] = {}
-    names = [n.rsplit(".", 1)[0] for n in shapes if n.endswith(".weight")]
-    for i, name in enumerate(names):
-        shape = shapes[f"{name}.weight"]
-        inner = name.partition(".")[2]
-        if name == "head":
-            continue
-        if len(shape) == 2:
-            layers[inner] = nn.Linear(shape[1], shape[0])
-            following = names[i + 1]
-            if f"{following}.running_mean" not in shapes:
-                layers[f"relu_after_{inner}"] = nn.ReLU()
-        else:
-            layers[inner] = nn.BatchNorm1d(shape[0])
-            layers[f"relu_after_{inner}"] = nn.ReLU()
-
-    class Toy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential()
-            for key, layer in layers.items():
-                self.body.add_module(key, layer)
-            self.head = nn.Linear(shapes["head.weight"][1], shapes["head.weight"][0])
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            out: torch.Tensor = self.head(self.body(x))
-            return out
-
-    return Toy()
-
-
-class Trace:
-    """One ``.npz`` file: inputs as tensors, outputs by key."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            self.arrays = {key: file[key] for key in file.files}
-        self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")))
-        self.rounds = int(self.meta["rounds"])
-        self.clients = int(self.meta["n_clients"])
-
-    def group(self, prefix: str) -> dict[str, np.ndarray]:
-        """Arrays below a path, with the traced library's ``base`` called ``body``."""
-        inside = {k[len(prefix) + 1 :]: v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
-        return {("body" + n[4:] if n.startswith("base") else n): v for n, v in inside.items()}
-
-    def network(self) -> nn.Module:
-        """The toy network with its initial values."""
-        init = self.group("in/init")
-        theirs = {("base" + n[4:] if n.startswith("body") else n): v.shape for n, v in init.items()}
-        module = toy_network(theirs)
-        module.load_state_dict({n: torch.from_numpy(np.array(v)) for n, v in init.items()})
-        return module
-
-    def data(self, chunk: int) -> FederatedData:
-        """The clients' data; training samples stand in the order of the recorded batches of `chunk` samples."""
-        xs, ys, train, test = [], [], [], []
-        at = 0
-        for c in range(self.clients):
-            x, y = self.arrays[f"in/train_x/c{c}"], self.arrays[f"in/train_y/c{c}"]
-            batches = [b[b >= 0] for b in self.arrays[f"in/batches/c{c}"]]
-            if any(len(b) != min(chunk, len(y)) for b in batches[:-1]):
-                raise ValueError(f"client {c}: recorded batches do not have {chunk} samples each")
-            used = np.concatenate(batches).astype(np.int64)
-            order = np.concatenate([used, np.setdiff1d(np.arange(len(y)), used)])
-            for part, lists in (((x[order], y[order]), train), (self._test(c), test)):
-                xs.append(part[0])
-                ys.append(part[1])
-                lists.append(torch.arange(at, at + len(part[1])))
-                at += len(part[1])
-        x_all = torch.from_numpy(np.concatenate(xs).astype(np.float32))
-        y_all = torch.from_numpy(np.concatenate(ys).astype(np.int64))
-        none = [torch.zeros(0, dtype=torch.int64)] * self.clients
-        return FederatedData(x_all, y_all, train, none, test, int(self.meta["num_classes"]), "trace")
-
-    def _test(self, c: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.arrays[f"in/test_x/c{c}"], self.arrays[f"in/test_y/c{c}"]
-
-
-def compare_pfllib(method: str, path: Path, device: str = "cpu") -> Comparison:
-    """Run one method on one trace of PFLlib and compare every stage of every round."""
-    trace = Trace(path)
-    meta = trace.meta
-    folder, settings, translate = PFLLIB[method]
-    hyper = dict(meta["hyper"])
-    options = {**settings, **{ours: hyper.pop(theirs) for theirs, ours in translate.items() if theirs in hyper}}
-    decay = hyper.pop("learning_rate_decay_gamma", 1.0) if hyper.pop("learning_rate_decay", False) else 1.0
-    hyper.pop("drop_last", None)
-    if hyper:
-        raise ValueError(f"{path}: hyperparameters {sorted(hyper)} are unknown")
-    epochs = int(meta["local_epochs"])
-    chunk = int(meta["batch_size"])
-    if method == "perfedavg":  # trained twice a round, on chunks of two batches
-        epochs, chunk = 2 * epochs, 2 * chunk
-    training = Training(
-        lr=meta["lr"], epochs=epochs, batch_size=int(meta["batch_size"]), shuffle=False,
-        drop_last=bool(meta["drop_last"]), lr_decay=decay,
-    )  # fmt: skip
-    strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=training)
-    schedule = [sorted(int(c) for c in row) for row in meta["selected"]]
-    strategy.sample = lambda round: schedule[round - 1]  # type: ignore[method-assign]
-    app = update.client_app(trace.network(), trace.data(chunk), device=device)
-    grid = LocalGrid(app, trace.clients, cohort=trace.clients, workers=1)
-    assert grid.engine is not None
-    found = Comparison(method, f"{folder}/{path.stem}")
-
-    arrays = app.initial_arrays()
-    config = flower.ConfigRecord()
-    with server_identity(1):
-        for r in range(trace.rounds):
-            strategy.nodes(grid)
-            _compare_evaluation(found, trace, app, grid, strategy, arrays, r)
-            messages = list(strategy.configure_train(r + 1, arrays, config, grid))
-            replies = list(grid.send_and_receive(messages))
-            _compare_clients(found, trace, method, strategy, grid, replies, r)
-            new, _ = strategy.aggregate_train(r + 1, replies)
-            assert new is not None
-            arrays = new
-            _compare_server(found, trace, strategy, arrays, r)
-    grid.close()
-    return found
-
-
-def _compare_clients(
-    found: Comparison, trace: Trace, method: str, strategy: Any, grid: LocalGrid, replies: list[flower.Message], r: int
-) -> None:
-    """What participants hold after training, before aggregation."""
-    engine = grid.engine
-    assert engine is not None
-    model = trace.group("out/client/trained/model")
-    other = trace.group("out/client/trained/model_per")
-    control = trace.group("out/client/trained/c")
-    theta = trace.group("out/client/trained/local")
-    weights = trace.arrays.get("out/agg_weights")
-    sizes = {}
-    for reply in replies:
-        client = strategy._clients[reply.metadata.src_node_id]
-        sent = entries(trees(reply.content)["arrays"])
-        state = engine.store.gather([client])
-        kept = {} if "model" not in state.keys() else {n: v[0] for n, v in entries(state["model"]).items()}  # noqa: SIM118
-        own = {**kept, **sent}
-        for name, value in model.items():
-            found.add("client model", own[name], value[r, client])
-        for name, value in other.items():
-            found.add("personal model", kept[name], value[r, client])
-        for name, value in control.items():
-            found.add("client control", state["control"][name][0], value[r, client])
-        for name, value in theta.items():  # the library calls w_i `local`; it is what is sent
-            found.add("client w", sent[name], value[r, client])
-        if method == "apfl":
-            found.add("alpha", state["alpha"][0], trace.arrays["out/client/trained/alpha"][r, client])
-        sizes[client] = strategy.weight({"num-examples": app_size(engine, client)})
-    if weights is not None:
-        total = sum(sizes.values())
-        ours = [sizes.get(c, 0.0) / total for c in range(trace.clients)]
-        found.add("weights", ours, weights[r])
-
-
-def app_size(engine: Any, client: int) -> int:
-    """Training samples of a client."""
-    return int(engine.app.sizes[client])
-
-
-def _compare_server(found: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
-    ours = entries(from_record(arrays))
-    server = trace.group("out/server/model") or trace.group("out/server/base")
-    if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
-        server = {f"body.{name}": value for name, value in server.items()}
-    for name, value in ours.items():
-        if name in server:
-            found.add("server model", value, server[name][r])
-    for name, value in trace.group("out/server/c").items():
-        found.add("server control", strategy.state["control"][name], value[r])
-
-
-def _compare_evaluation(
-    found: Comparison, trace: Trace, app: Any, grid: LocalGrid, strategy: Any, arrays: flower.ArrayRecord, r: int
-) -> None:
-    """What every client predicts before the round's training."""
-    assert grid.engine is not None
-    kinds = trace.meta["eval_kinds"]
-    kind = "personalized" if "personalized" in kinds else "main"
-    received = strategy.send(r + 1, from_record(arrays), list(range(trace.clients)))
-    clients = sorted(range(trace.clients), key=lambda c: (-app.sizes[c], c))
-    cohort = app.cohort(clients, grid.engine.store.gather(clients), {"server-round": r + 1})
-    logits = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)
-    for k, c in enumerate(clients):
-        scores = logits[k]
-        key = f"out/eval/{kind}/test_scores/c{c}"
-        if key in trace.arrays:
-            theirs = torch.from_numpy(np.array(trace.arrays[key][r]))
-            if trace.meta["method"] == "Ditto":  # recorded as probabilities
-                found.add("scores", torch.softmax(scores, 1), theirs)
-            else:
-                found.add("scores", scores, theirs)
-        correct = int((scores.argmax(1) == app.data.y[app.data.test[c]]).sum())
-        found.exact("correct", correct, int(trace.arrays[f"out/eval/{kind}/test_correct"][r, c]))
-
-
-def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:
-    """All traces of the methods that exist under `root`."""
-    for method in methods:
-        yield from ((method, path) for path in sorted((root / "pfllib" / PFLLIB[method][0]).glob("*.npz")))
+SOURCES = (pfllib,)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 when a difference is over its tolerance or there is nothing to compare."""
+    known = list(dict.fromkeys(method for source in SOURCES for method in source.METHODS))
     parser = argparse.ArgumentParser(prog="python -m tests.reference", description=__doc__)
     parser.add_argument("--root", type=Path, default=HERE, help="folder of traces (default: tests/reference)")
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(PFLLIB)} (default: all)")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(known)} (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
-    if unknown := [m for m in options.methods if m not in PFLLIB]:
-        parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(PFLLIB)}")
-    chosen = cases(options.root, options.methods or list(PFLLIB))
-    results = [compare_pfllib(m, path, options.device) for m, path in chosen]
+    if unknown := [m for m in options.methods if m not in known]:
+        parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(known)}")
+    methods = options.methods or known
+    results = [
+        source.compare(method, path, options.device)
+        for source in SOURCES
+        for method, path in source.cases(options.root, methods)
+    ]
     if not results:
         print(f"no traces under {options.root}", file=sys.stderr)
         return 1
@@ -317,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     for result in results:
         where = max(result.worst, key=lambda kind: result.worst[kind])
         verdict = "" if result.ok else "  OVER"
-        print(f"{result.method:<12}{result.case:<32}{result.difference:12.1e}  {TOLERANCE:9.0e}  {where}{verdict}")
+        print(
+            f"{result.method:<12}{result.case:<32}{result.difference:12.1e}  {result.tolerance:9.0e}  {where}{verdict}"
+        )
     bad = sum(not result.ok for result in results)
     print(f"{len(results)} cases, largest difference {max(r.difference for r in results):.1e}, {bad} over tolerance")
     return 1 if bad else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,38 +147,39 @@ def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
         raise DataError(f"{path} has more than one column '{doubled[0]}'.")
     as_text = {"user": str, "item": str} if config.name == "amazon_video" else None  # ids like 0000143502
     try:
-        table = pd.read_csv(
-            io.StringIO(text),
-            sep=separator,
-            names=names,
-            header=0 if header else None,
-            usecols=[column for column in names if column in COLUMNS],
-            index_col=False,
-            dtype=as_text,
-            low_memory=False,
-        )
-    except ValueError as error:  # a row with too many cells, an open quote
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more cells than columns
+            table = pd.read_csv(
+                io.StringIO(text),
+                sep=separator,
+                names=names,
+                header=0 if header else None,
+                index_col=False,
+                dtype=as_text,
+                low_memory=False,
+            )
+    except (ValueError, pd.errors.ParserWarning) as error:  # also an open quote
         raise DataError(f"{path} is damaged ({str(error).strip().splitlines()[-1].rstrip('.')}).") from error
     columns: dict[str, NDArray[Any]] = {}
-    for column in table.columns:
-        cells_ = table[column]
-        if bool(cells_.isna().any()):
-            raise DataError(f"{path}: column '{column}' has no value in row {int(cells_.isna().argmax()) + 1}.")
-        if cells_.dtype.kind in "iuf":
-            columns[column] = cells_.to_numpy()
+    for column in (name for name in names if name in COLUMNS):
+        values = table[column]
+        if bool(values.isna().any()):
+            raise DataError(f"{path}: column '{column}' has no value in row {int(values.isna().argmax()) + 1}.")
+        if values.dtype.kind in "iuf":
+            columns[column] = values.to_numpy()
             continue
-        number = pd.to_numeric(cells_, errors="coerce").notna()
+        number = pd.to_numeric(values, errors="coerce").notna()
         names_allowed = column in ("user", "item") and (as_text is not None or not bool(number.any()))
         if not names_allowed:
             row = int((~number).argmax())
-            raise DataError(f"{path}: column '{column}' has '{cells_.iloc[row]}' in row {row + 1}, expected a number.")
-        columns[column] = pd.factorize(cells_)[0].astype(np.int64)
+            raise DataError(f"{path}: column '{column}' has '{values.iloc[row]}' in row {row + 1}, expected a number.")
+        columns[column] = pd.factorize(values)[0].astype(np.int64)
     return columns
 
 
 def _ids(path: Path, column: str, values: NDArray[Any]) -> NDArray[np.int64]:
     numbers = _numbers(path, column, values)
-    bad = (numbers < 0) | (numbers != np.floor(numbers))
+    bad = (numbers < 0) | (numbers != np.floor(numbers)) | (numbers >= 2**62)
     if bad.any():
         row = int(bad.argmax())
         raise DataError(f"{path}: column '{column}' has {numbers[row]} in row {row + 1}, expected a whole number >= 0.")

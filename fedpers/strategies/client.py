@@ -111,7 +111,7 @@ class LocalUpdate:
         return cohort.view(received["arrays"])
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
-        """Loss of one client on one batch, a scalar; the default is the mean of :func:`fedpers.cohort.sample_losses`."""
+        """Loss of one client on one batch, a scalar; the default is the mean of ``sample_losses``."""
         return batch.mean(sample_losses(self.predict(network, batch.x), batch.y))
 
     def predict(self, network: Network, x: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ def run(
 ) -> Finished:
     """Train a method for some rounds and evaluate it once."""
     settings = Training(**{"lr": 0.1, "batch_size": 5, "epochs": 2, **training})
-    strategy, update = make_strategy(method, options, server={"fraction": fraction, "seed": SEED}, training=settings)
+    server = {"fraction": fraction, "seed": SEED, "unseen": data.unseen}
+    strategy, update = make_strategy(method, options, server=server, training=settings)
     app = update.client_app(network, data, seed=SEED, device=device)
     grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=1)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()

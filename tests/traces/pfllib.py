@@ -1,0 +1,258 @@
+"""Traces of PFLlib's own client and server classes.
+
+The real server and client halves run in the real in-process runtime; only the drawing of participants is replaced by
+the recorded schedule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import numpy as np
+import torch
+from torch import nn
+
+from fedpers.cohort import Training, entries
+from fedpers.data.federated import FederatedData
+from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import make_strategy
+from fedpers.strategies.records import from_record, trees
+from tests.traces import Comparison
+
+TOLERANCE = 1e-4
+
+# strategy -> (folder, settings of the traced library, how its hyperparameters are called there)
+METHODS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "local": ("Local", {}, {}),
+    "fedavg": ("FedAvg", {}, {}),
+    "fedprox": ("FedProx", {}, {"mu": "mu"}),
+    "scaffold": ("SCAFFOLD", {}, {"server_learning_rate": "server_lr"}),
+    "fedper": ("FedPer", {}, {}),
+    "fedrep": ("FedRep", {"weighting": "samples"}, {"plocal_epochs": "head_epochs"}),
+    "fedbn": ("FedBN", {"weighting": "samples"}, {}),
+    "ditto": ("Ditto", {"weighting": "samples"}, {"mu": "mu", "plocal_epochs": "personal_epochs"}),
+    "pfedme": (
+        "pFedMe",
+        {"weighting": "samples", "variant": "pfllib"},
+        {"lamda": "lam", "K": "inner_steps", "p_learning_rate": "personal_lr", "beta": "beta"},
+    ),
+    "perfedavg": ("PerAvg", {"weighting": "samples"}, {}),
+    "apfl": ("APFL", {"weighting": "samples", "variant": "pfllib"}, {"alpha": "alpha"}),
+}
+
+
+def toy_network(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """Rebuild the traced network (``base`` and ``head``) from the shapes of its entries, as ``body`` and ``head``.
+
+    Entries of ``base`` in their order: a matrix is a linear layer, a vector with running statistics a batch
+    normalization; every hidden linear layer is followed by ReLU (after its normalization).
+    """
+    layers: dict[str, nn.Module] = {}
+    names = [n.rsplit(".", 1)[0] for n in shapes if n.endswith(".weight")]
+    for i, name in enumerate(names):
+        shape = shapes[f"{name}.weight"]
+        inner = name.partition(".")[2]
+        if name == "head":
+            continue
+        if len(shape) == 2:
+            layers[inner] = nn.Linear(shape[1], shape[0])
+            following = names[i + 1]
+            if f"{following}.running_mean" not in shapes:
+                layers[f"relu_after_{inner}"] = nn.ReLU()
+        else:
+            layers[inner] = nn.BatchNorm1d(shape[0])
+            layers[f"relu_after_{inner}"] = nn.ReLU()
+
+    class Toy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential()
+            for key, layer in layers.items():
+                self.body.add_module(key, layer)
+            self.head = nn.Linear(shapes["head.weight"][1], shapes["head.weight"][0])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.body(x))
+            return out
+
+    return Toy()
+
+
+class Trace:
+    """One ``.npz`` file: inputs as tensors, outputs by key."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            self.arrays = {key: file[key] for key in file.files}
+        self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")))
+        self.rounds = int(self.meta["rounds"])
+        self.clients = int(self.meta["n_clients"])
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays below a path, with the traced library's ``base`` called ``body``."""
+        inside = {k[len(prefix) + 1 :]: v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
+        return {("body" + n[4:] if n.startswith("base") else n): v for n, v in inside.items()}
+
+    def network(self) -> nn.Module:
+        """The toy network with its initial values."""
+        init = self.group("in/init")
+        theirs = {("base" + n[4:] if n.startswith("body") else n): v.shape for n, v in init.items()}
+        module = toy_network(theirs)
+        module.load_state_dict({n: torch.from_numpy(np.array(v)) for n, v in init.items()})
+        return module
+
+    def data(self, chunk: int) -> FederatedData:
+        """The clients' data; training samples stand in the order of the recorded batches of `chunk` samples."""
+        xs, ys, train, test = [], [], [], []
+        at = 0
+        for c in range(self.clients):
+            x, y = self.arrays[f"in/train_x/c{c}"], self.arrays[f"in/train_y/c{c}"]
+            batches = [b[b >= 0] for b in self.arrays[f"in/batches/c{c}"]]
+            if any(len(b) != min(chunk, len(y)) for b in batches[:-1]):
+                raise ValueError(f"client {c}: recorded batches do not have {chunk} samples each")
+            used = np.concatenate(batches).astype(np.int64)
+            order = np.concatenate([used, np.setdiff1d(np.arange(len(y)), used)])
+            for part, lists in (((x[order], y[order]), train), (self._test(c), test)):
+                xs.append(part[0])
+                ys.append(part[1])
+                lists.append(torch.arange(at, at + len(part[1])))
+                at += len(part[1])
+        x_all = torch.from_numpy(np.concatenate(xs).astype(np.float32))
+        y_all = torch.from_numpy(np.concatenate(ys).astype(np.int64))
+        none = [torch.zeros(0, dtype=torch.int64)] * self.clients
+        return FederatedData(x_all, y_all, train, none, test, int(self.meta["num_classes"]), "trace")
+
+    def _test(self, c: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.arrays[f"in/test_x/c{c}"], self.arrays[f"in/test_y/c{c}"]
+
+
+def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
+    """Run one method on one trace of PFLlib and compare every stage of every round."""
+    trace = Trace(path)
+    meta = trace.meta
+    folder, settings, translate = METHODS[method]
+    hyper = dict(meta["hyper"])
+    options = {**settings, **{ours: hyper.pop(theirs) for theirs, ours in translate.items() if theirs in hyper}}
+    decay = hyper.pop("learning_rate_decay_gamma", 1.0) if hyper.pop("learning_rate_decay", False) else 1.0
+    hyper.pop("drop_last", None)
+    if hyper:
+        raise ValueError(f"{path}: hyperparameters {sorted(hyper)} are unknown")
+    epochs = int(meta["local_epochs"])
+    chunk = int(meta["batch_size"])
+    if method == "perfedavg":  # trained twice a round, on chunks of two batches
+        epochs, chunk = 2 * epochs, 2 * chunk
+    training = Training(
+        lr=meta["lr"], epochs=epochs, batch_size=int(meta["batch_size"]), shuffle=False,
+        drop_last=bool(meta["drop_last"]), lr_decay=decay,
+    )  # fmt: skip
+    strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=training)
+    schedule = [sorted(int(c) for c in row) for row in meta["selected"]]
+    strategy.sample = lambda round: schedule[round - 1]  # type: ignore[method-assign]
+    app = update.client_app(trace.network(), trace.data(chunk), device=device)
+    grid = LocalGrid(app, trace.clients, cohort=trace.clients, workers=1)
+    assert grid.engine is not None
+    found = Comparison(method, f"{folder}/{path.stem}", TOLERANCE)
+
+    arrays = app.initial_arrays()
+    config = flower.ConfigRecord()
+    with server_identity(1):
+        for r in range(trace.rounds):
+            strategy.nodes(grid)
+            _compare_evaluation(found, trace, app, grid, strategy, arrays, r)
+            messages = list(strategy.configure_train(r + 1, arrays, config, grid))
+            replies = list(grid.send_and_receive(messages))
+            _compare_clients(found, trace, method, strategy, grid, replies, r)
+            new, _ = strategy.aggregate_train(r + 1, replies)
+            assert new is not None
+            arrays = new
+            _compare_server(found, trace, strategy, arrays, r)
+    grid.close()
+    return found
+
+
+def _compare_clients(
+    found: Comparison, trace: Trace, method: str, strategy: Any, grid: LocalGrid, replies: list[flower.Message], r: int
+) -> None:
+    """What participants hold after training, before aggregation."""
+    engine = grid.engine
+    assert engine is not None
+    model = trace.group("out/client/trained/model")
+    other = trace.group("out/client/trained/model_per")
+    control = trace.group("out/client/trained/c")
+    theta = trace.group("out/client/trained/local")
+    weights = trace.arrays.get("out/agg_weights")
+    sizes = {}
+    for reply in replies:
+        client = strategy._clients[reply.metadata.src_node_id]
+        sent = entries(trees(reply.content)["arrays"])
+        state = engine.store.gather([client])
+        kept = {} if "model" not in state.keys() else {n: v[0] for n, v in entries(state["model"]).items()}  # noqa: SIM118
+        own = {**kept, **sent}
+        for name, value in model.items():
+            found.add("client model", own[name], value[r, client])
+        for name, value in other.items():
+            found.add("personal model", kept[name], value[r, client])
+        for name, value in control.items():
+            found.add("client control", state["control"][name][0], value[r, client])
+        for name, value in theta.items():  # the library calls w_i `local`; it is what is sent
+            found.add("client w", sent[name], value[r, client])
+        if method == "apfl":
+            found.add("alpha", state["alpha"][0], trace.arrays["out/client/trained/alpha"][r, client])
+        sizes[client] = strategy.weight({"num-examples": app_size(engine, client)})
+    if weights is not None:
+        total = sum(sizes.values())
+        ours = [sizes.get(c, 0.0) / total for c in range(trace.clients)]
+        found.add("weights", ours, weights[r])
+
+
+def app_size(engine: Any, client: int) -> int:
+    """Training samples of a client."""
+    return int(engine.app.sizes[client])
+
+
+def _compare_server(found: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
+    ours = entries(from_record(arrays))
+    server = trace.group("out/server/model") or trace.group("out/server/base")
+    if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
+        server = {f"body.{name}": value for name, value in server.items()}
+    for name, value in ours.items():
+        if name in server:
+            found.add("server model", value, server[name][r])
+    for name, value in trace.group("out/server/c").items():
+        found.add("server control", strategy.state["control"][name], value[r])
+
+
+def _compare_evaluation(
+    found: Comparison, trace: Trace, app: Any, grid: LocalGrid, strategy: Any, arrays: flower.ArrayRecord, r: int
+) -> None:
+    """What every client predicts before the round's training."""
+    assert grid.engine is not None
+    kinds = trace.meta["eval_kinds"]
+    kind = "personalized" if "personalized" in kinds else "main"
+    received = strategy.send(r + 1, from_record(arrays), list(range(trace.clients)))
+    clients = sorted(range(trace.clients), key=lambda c: (-app.sizes[c], c))
+    cohort = app.cohort(clients, grid.engine.store.gather(clients), {"server-round": r + 1})
+    logits = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)
+    for k, c in enumerate(clients):
+        scores = logits[k]
+        key = f"out/eval/{kind}/test_scores/c{c}"
+        if key in trace.arrays:
+            theirs = torch.from_numpy(np.array(trace.arrays[key][r]))
+            if trace.meta["method"] == "Ditto":  # recorded as probabilities
+                found.add("scores", torch.softmax(scores, 1), theirs)
+            else:
+                found.add("scores", scores, theirs)
+        correct = int((scores.argmax(1) == app.data.y[app.data.test[c]]).sum())
+        found.exact("correct", correct, int(trace.arrays[f"out/eval/{kind}/test_correct"][r, c]))
+
+
+def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:
+    """All traces of the methods that exist under `root`."""
+    for method in methods:
+        if method in METHODS:
+            yield from ((method, path) for path in sorted((root / "pfllib" / METHODS[method][0]).glob("*.npz")))

@@ -146,9 +146,10 @@ def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
     if doubled:
         raise DataError(f"{path} has more than one column '{doubled[0]}'.")
     as_text = {"user": str, "item": str} if config.name == "amazon_video" else None  # ids like 0000143502
+    names = [column if column in COLUMNS else f"other {place}" for place, column in enumerate(names)]  # each once
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more cells than columns
+            warnings.simplefilter("error", pd.errors.ParserWarning)
             table = pd.read_csv(
                 io.StringIO(text),
                 sep=separator,
@@ -158,7 +159,9 @@ def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
                 dtype=as_text,
                 low_memory=False,
             )
-    except (ValueError, pd.errors.ParserWarning) as error:  # also an open quote
+    except pd.errors.ParserWarning as error:
+        raise DataError(f"{path} is damaged (its rows have more cells than its first line).") from error
+    except ValueError as error:  # one such row, or an open quote
         raise DataError(f"{path} is damaged ({str(error).strip().splitlines()[-1].rstrip('.')}).") from error
     columns: dict[str, NDArray[Any]] = {}
     for column in (name for name in names if name in COLUMNS):

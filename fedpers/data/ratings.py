@@ -221,8 +221,9 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
     by_user = np.split(item[order], np.cumsum(np.bincount(user))[:-1])
     train = [own[:1:-1] for own in by_user]
     negatives = [_eval_negatives(k, own, num_items, config, seed, ratings.name) for k, own in enumerate(by_user)]
+    unseen = draw_unseen(len(by_user), split, seed)
     held = np.array([own[:2] for own in by_user])
-    new = np.setdiff1d(held, np.concatenate(train))
+    new = np.setdiff1d(held, np.concatenate([own for k, own in enumerate(train) if k not in unseen]))
     if len(new):
         logger.info("%s: %d items are held out by a user and trained on by nobody.", ratings.name, len(new))
     return RankingData.of_items(
@@ -231,7 +232,7 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
         [np.r_[own[1], drawn[0]] for own, drawn in zip(by_user, negatives, strict=True)],
         [np.r_[own[0], drawn[1]] for own, drawn in zip(by_user, negatives, strict=True)],
         name=ratings.name,
-        unseen=draw_unseen(len(by_user), split, seed),
+        unseen=unseen,
         negatives=config.negatives,
         protocol=config.protocol,
         top_k=config.top_k,

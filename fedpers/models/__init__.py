@@ -4,7 +4,7 @@ from fedpers.models.build import MODELS, ModelConfig, build_model
 from fedpers.models.factorization import Factorization, ItemTable
 from fedpers.models.initial import fresh
 from fedpers.models.networks import CNN, MLP, Network, ResNet18
-from fedpers.models.vit import ViT, ViTB16, VisionBody, check_promptable
+from fedpers.models.vit import VisionBody, ViT, ViTB16, check_promptable
 
 __all__ = [
     "CNN",

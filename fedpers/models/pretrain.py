@@ -120,7 +120,7 @@ def _train(model: Network, x: Tensor, y: Tensor, settings: Pretraining, seed: in
         shuffled = rest[torch.from_numpy(generator(seed, "pretrain", epoch).permutation(len(rest))).to(x.device)]
         for batch in shuffled.tensor_split(steps):  # of nearly equal size: none is too small for batch normalization
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         if settings.accuracy is not None or epoch == settings.epochs:
@@ -135,7 +135,9 @@ def _train(model: Network, x: Tensor, y: Tensor, settings: Pretraining, seed: in
 @torch.no_grad()
 def _accuracy(model: Network, x: Tensor, y: Tensor, held: Tensor) -> float:
     model.eval()
-    right = sum(int((model(x[part]).argmax(1) == y[part]).sum()) for part in held.split(_EVALUATED_AT_ONCE))
+    right = 0
+    for part in torch.split(held, _EVALUATED_AT_ONCE):
+        right += int((model(x[part]).argmax(1) == y[part]).sum())
     return right / len(held)
 
 
@@ -163,7 +165,7 @@ def _digest(values: Mapping[str, Tensor], text: str = "") -> str:
     for name, value in sorted(values.items()):
         value = value.detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy())
+        digest.update(value.numpy().data)
     return digest.hexdigest()
 
 
@@ -171,7 +173,7 @@ def _read(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], fl
     """Values and accuracy stored at `path`; None if there are none or they are damaged (which is logged)."""
     try:
         with safe_open(path, "pt") as stored:
-            values = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118: it is not a mapping
+            values = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             facts = stored.metadata() or {}
         if {n: (v.shape, v.dtype) for n, v in values.items()} != {n: (v.shape, v.dtype) for n, v in like.items()}:
             raise ValueError("other names or shapes")

@@ -18,7 +18,9 @@ from fedpers.models.networks import Network, check_picture
 MOST_TOKENS = 64
 FEWEST_TOKENS = 4
 IMAGENET_SIDE = 224
-_INPUT_STD = 0.02  # of class token and positions at the start, as in the paper's code
+# Deviation of class token and positions at the start. Our inputs and patch tokens are of that size too: with the usual
+# 0.02 positions hardly count at first, and 300 digits give an accuracy of 0.7 instead of 0.95.
+_INPUT_STD = 1.0
 
 
 class ViT(Network):

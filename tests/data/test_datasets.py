@@ -48,7 +48,9 @@ def test_digits_are_normalized_pictures() -> None:
 
 
 def test_unknown_name_lists_options_and_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"dataset=cifr10: expected one of cifar10, .*did you mean 'cifar10'"):
+    with pytest.raises(
+        ConfigError, match=r"dataset=cifr10: expected one of amazon_video, cifar10, .*did you mean 'cifar10'"
+    ):
         DatasetConfig(name="cifr10")
     with pytest.raises(ConfigError, match=r"dataset\.root=None: expected the path of an \.npz file"):
         DatasetConfig(name="npz")

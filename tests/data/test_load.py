@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from fedpers.data import PARTS, DatasetConfig, FederatedData, PartitionConfig, SplitConfig, load_federated
-from fedpers.data.datasets import DATASETS
+from fedpers.data.datasets import DATASETS, RATINGS
 from fedpers.data.partition import PARTITIONS
-from fedpers.data.split import SPLITS
+from fedpers.data.split import SPLITS, take_public
 from fedpers.errors import ConfigError, DataError
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS: dict[str, tuple[Any, Any]] = {
-    "dataset": (DatasetConfig, DATASETS),
+    "dataset": (DatasetConfig, [*DATASETS, *RATINGS]),
     "partition": (PartitionConfig, PARTITIONS),
     "split": (SplitConfig, SPLITS),
 }
+RATINGS_NEED = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
 
 
 def disjoint(data: FederatedData) -> bool:
@@ -86,7 +89,7 @@ def test_index_file_with_parts_bypasses_the_split(tmp_path: Path) -> None:
     lists = {"train": [[0, 3], [1]], "validation": [[4], [7]], "test": [[5], [6, 2]]}
     file.write_text(json.dumps(lists))
     config = PartitionConfig("index", file=str(file), min_samples=3)
-    for split in SPLITS:
+    for split in ("fractions", "official"):
         data = load_federated(DatasetConfig(), config, SplitConfig(split), 0)
         assert {part: [positions.tolist() for positions in data.part(part)] for part in PARTS} == lists
         assert data.train[0].dtype == torch.int64
@@ -134,9 +137,135 @@ def test_settings_files(group: str) -> None:
     assert set(files) == set(names)
     known = {field.name for field in fields(config)}
     for name, values in files.items():
+        if name in RATINGS:  # they bring along what fits them
+            overrides = [{f"override /{key}": value} for key, value in RATINGS_NEED.items()]
+            assert values.pop("defaults") == overrides
+            assert (CONF / group / f"{name}.yaml").read_text().startswith("# @package _global_\n")
+            values = values["dataset"]
         assert values["name"] == name
         assert next(iter(values)) == "name"
         assert set(values) <= known
-        needed = {"npz": {"root": "a.npz"}, "index": {"file": "a.json"}}.get(name, {})
+        needed = {"npz": {"root": "a.npz"}, "ratings": {"root": "a.csv"}, "index": {"file": "a.json"}}.get(name, {})
         # The files say what the classes say, so a run from Python and one from the command line are the same.
         assert config(**{**values, **needed}) == config(name=name, **needed)
+
+
+# --- public samples and unseen clients ---
+
+
+def test_public_samples_leave_validation_and_test_as_they_are() -> None:
+    partition = PartitionConfig("dirichlet", 6, alpha=0.5)
+    plain = load_federated(DatasetConfig(), partition, SplitConfig(), 3)
+    data = load_federated(DatasetConfig(), partition, SplitConfig(public=0.3, unseen=2), 3)
+    assert plain.public is None
+    assert plain.unseen == ()
+    for part in ("validation", "test"):
+        assert [own.tolist() for own in data.part(part)] == [own.tolist() for own in plain.part(part)]  # type: ignore[arg-type]
+    assert data.public is not None
+    assert len(data.unseen) == 2
+    trained = torch.cat([plain.train[k] for k in range(6) if k not in data.unseen])
+    assert len(data.public) == round(0.3 * len(trained))
+    assert set(data.public.tolist()) <= set(trained.tolist())
+    for k in range(6):
+        kept = [i for i in plain.train[k].tolist() if i not in set(data.public.tolist())]
+        assert data.train[k].tolist() == kept
+    assert data.checksum != plain.checksum
+    again = load_federated(DatasetConfig(), partition, SplitConfig(public=0.3, unseen=2), 3)
+    assert again.checksum == data.checksum
+    other = load_federated(DatasetConfig(), partition, SplitConfig(public=0.3), 3)
+    assert data.checksum != other.checksum != plain.checksum
+
+
+def test_public_samples_of_an_index_file(tmp_path: Path) -> None:
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps({"train": [[0, 1, 2], [3, 4, 5, 6]], "validation": [[7], [8]], "test": [[9], [10]]}))
+    config = PartitionConfig("index", file=str(file), min_samples=1)
+    data = load_federated(DatasetConfig(), config, SplitConfig(public=5 / 7), 0)
+    assert data.public is not None
+    assert data.sizes().tolist() == [1, 1]
+    assert sorted([*data.public.tolist(), *data.train[0].tolist(), *data.train[1].tolist()]) == list(range(7))
+    message = (
+        r"split\.public=0\.9: expected at most 0\.7143, because of the 7 training samples each of the 2 clients keeps"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_federated(DatasetConfig(), config, SplitConfig(public=0.9), 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lists=st.lists(st.sets(st.integers(0, 30), min_size=1, max_size=20), min_size=1, max_size=5),
+    share=st.floats(0.01, 0.99),
+    unseen=st.sets(st.integers(0, 4), max_size=3),
+    seed=st.integers(0, 100),
+)
+def test_public_of_lists_that_share_samples(lists: list[set[int]], share: float, unseen: set[int], seed: int) -> None:
+    train = [np.array(sorted(own)) for own in lists]
+    assume(any(k not in unseen for k in range(len(train))))
+    trained = {i for k, own in enumerate(lists) if k not in unseen for i in own}
+    try:
+        left, public = take_public(train, sorted(unseen), SplitConfig(public=share), seed)
+    except ConfigError:
+        assert max(1, int(share * len(trained) + 0.5)) > len(trained) - len(lists)
+        return
+    assert public is not None
+    assert len(public) == max(1, int(share * len(trained) + 0.5))
+    assert set(public.tolist()) <= trained
+    for own, kept in zip(lists, left, strict=True):
+        assert len(kept) >= 1
+        assert kept.tolist() == sorted(own - set(public.tolist()))
+
+
+def test_unseen_clients() -> None:
+    drawn = {
+        load_federated(DatasetConfig(), PartitionConfig("iid", 8), SplitConfig(unseen=3), s).unseen for s in range(5)
+    }
+    assert len(drawn) > 1
+    assert all(len(set(clients)) == 3 and set(clients) <= set(range(8)) for clients in drawn)
+    with pytest.raises(
+        ConfigError, match=r"split\.unseen=8: expected a number below 8, so that a client is left to train"
+    ):
+        load_federated(DatasetConfig(), PartitionConfig("iid", 8), SplitConfig(unseen=8), 0)
+
+
+# --- settings that do not fit the data ---
+
+
+@pytest.mark.parametrize(
+    ("dataset", "partition", "split", "message"),
+    [
+        (
+            "synthetic_ratings",
+            "iid",
+            SplitConfig("leave_one_out"),
+            r"partition=iid: expected user, because synthetic_rat",
+        ),
+        (
+            "synthetic_ratings",
+            "user",
+            SplitConfig(),
+            r"split=fractions: expected leave_one_out, because synthetic_rati",
+        ),
+        (
+            "synthetic_ratings",
+            "user",
+            SplitConfig("leave_one_out", public=0.1),
+            r"split\.public=0\.1: expected 0, because",
+        ),
+        (
+            "digits",
+            "user",
+            SplitConfig(),
+            r"partition=user: expected a division of samples, .* digits holds no ratings",
+        ),
+        (
+            "digits",
+            "iid",
+            SplitConfig("leave_one_out"),
+            r"split=leave_one_out: expected fractions or official, because d",
+        ),
+        ("digits", "label_sets", SplitConfig(unseen=1), r"split\.unseen=1: expected 0 with partition=label_sets"),
+    ],
+)
+def test_settings_that_do_not_fit(dataset: str, partition: str, split: SplitConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_federated(DatasetConfig(dataset), PartitionConfig(partition), split, 0)

@@ -163,18 +163,30 @@ def test_official_errors() -> None:
             split_clients(made([0] * 10, train_size=size), [np.arange(5)], SplitConfig("official"), 0)
 
 
+def test_leave_one_out_is_for_ratings() -> None:
+    with pytest.raises(ConfigError, match=r"split=leave_one_out: expected fractions or official, except for ratings"):
+        split_clients(made([0] * 9), [np.arange(9)], SplitConfig("leave_one_out"), 0)
+
+
 # --- settings ---
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "oficial"}, r"split=oficial: expected one of fractions, official \(did you mean 'official'"),
+        (
+            {"name": "oficial"},
+            r"split=oficial: expected one of fractions, leave_one_out, official \(did you mean 'official'",
+        ),
         ({"validation": 0.0}, r"split\.validation=0\.0: expected a number between 0 and 1, both excluded\."),
         ({"validation": 1}, r"split\.validation=1: "),
         ({"test": -0.1}, r"split\.test=-0\.1: "),
         ({"test": float("nan")}, r"split\.test=nan: "),
         ({"test": "x"}, r"split\.test=x: "),
+        ({"public": 1.0}, r"split\.public=1\.0: expected a number >= 0 and < 1\."),
+        ({"public": -0.1}, r"split\.public=-0\.1: "),
+        ({"unseen": -1}, r"split\.unseen=-1: expected a whole number >= 0\."),
+        ({"unseen": 0.5}, r"split\.unseen=0\.5: "),
         ({"validation": 0.5, "test": 0.5}, r"split\.test=0\.5: expected less than 1 - split\.validation = 0\.5\."),
     ],
 )

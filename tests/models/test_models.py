@@ -24,6 +24,8 @@ CASES = [
     (ModelConfig(**RESNET, norm="group"), (3, 32, 32)),
     (ModelConfig(**RESNET, norm="batch"), (3, 32, 32)),
     (ModelConfig(**RESNET, norm="batch"), (1, 8, 8)),
+    (ModelConfig("vit", dim=16, depth=2), (1, 8, 8)),
+    (ModelConfig("vit", dim=8, depth=1, heads=2, patch=8), (3, 32, 16)),
 ]
 IDS = [f"{config.name}-{config.norm or ''}{shape}" for config, shape in CASES]
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -88,6 +90,7 @@ def test_stacked_clients_equal_one_after_another(config, shape, training):
         ("cnn", (1, 28, 28), 10, 582_026),  # the size PFLlib's and Flower's network has on MNIST
         ("cnn", (3, 32, 32), 10, 878_538),
         ("resnet18", (3, 32, 32), 10, 11_173_962),  # the usual count of ResNet-18 with a 3x3 stem
+        ("vit", (1, 28, 28), 10, 139_018),
     ],
 )
 def test_default_sizes(name, shape, classes, parameters):
@@ -125,6 +128,18 @@ def test_norm_decides_the_buffers():
         ({"name": "cnn", "width": 0}, r"model\.width=0: expected an integer >= 1"),
         ({"name": "resnet18", "norm": "layer"}, r"model\.norm=layer: expected one of batch, group"),
         ({"name": "resnet18", "norm": "batch", "groups": 4}, r"model\.groups=4: expected no value"),
+        ({"name": "vit", "depth": 0}, r"model\.depth=0: expected an integer >= 1"),
+        ({"name": "vit", "mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0: expected a number > 0"),
+        ({"name": "vit", "weights": "imagenet"}, r"model\.weights=imagenet: expected no value: vit has"),
+        ({"name": "vit_b16", "weights": ""}, r"model\.weights=: expected imagenet, random"),
+        ({"name": "factorization", "bias": 1}, r"model\.bias=1: expected true or false"),
+        ({"name": "factorization", "pretrained": "public"}, r"model\.pretrained=public: expected null"),
+        ({"pretrained": "private"}, r"model\.pretrained=private: expected null or public"),
+        ({"pretrain_epochs": 5}, r"model\.pretrain_epochs=5: expected 20 unless model\.pretrained=public"),
+        ({"pretrain_accuracy": 0.9}, r"model\.pretrain_accuracy=0\.9: expected null unless"),
+        ({"pretrained": "public", "pretrain_epochs": 0}, r"model\.pretrain_epochs=0: expected an integer >= 1"),
+        ({"pretrained": "public", "pretrain_lr": 0.0}, r"model\.pretrain_lr=0\.0: expected a number > 0"),
+        ({"pretrained": "public", "pretrain_accuracy": 1.5}, r"model\.pretrain_accuracy=1\.5: expected .* <= 1"),
     ],
 )
 def test_bad_options_are_refused(options, sentence):
@@ -139,6 +154,15 @@ def test_bad_options_are_refused(options, sentence):
         (ModelConfig("cnn"), (1, 3, 8), "at least 4x4"),
         (ModelConfig("resnet18"), (3, 4, 4), "at least 8x8"),
         (ModelConfig("resnet18", groups=3), (3, 32, 32), r"model\.groups=3: expected a divisor of model\.width=64"),
+        (ModelConfig("vit"), (64,), r"model\.name=vit: .*at least 4x4"),
+        (ModelConfig("vit"), (1, 29, 31), r"model\.patch=None: expected a divisor of both sides of 29x31 pictures"),
+        (ModelConfig("vit", patch=3), (1, 8, 8), r"model\.patch=3: expected a divisor of both sides of 8x8"),
+        (ModelConfig("vit", patch=8), (1, 8, 8), r"model\.patch=8: .* at least 4 patches"),
+        (ModelConfig("vit", heads=5), (1, 8, 8), r"model\.heads=5: expected a divisor of model\.dim=64"),
+        (ModelConfig("vit_b16", weights="random"), (4, 32, 32), r"model\.name=vit_b16: .*4 channels"),
+        (ModelConfig("mlp"), (), r"model\.name=mlp: expected factorization for item ids"),
+        (ModelConfig("factorization"), (1, 8, 8), r"model\.name=factorization: expected another model for samples"),
+        (ModelConfig(pretrained="public"), (1, 8, 8), r"model\.pretrained=public: expected .*split\.public"),
     ],
 )
 def test_models_that_cannot_be_built_are_refused(config, shape, sentence):
@@ -154,6 +178,9 @@ def test_models_that_cannot_be_built_are_refused(config, shape, sentence):
         ("cnn_bn", ModelConfig("cnn", width=32, hidden=(512,), norm="batch")),
         ("resnet18_gn", ModelConfig("resnet18", norm="group", groups=2, width=64)),
         ("resnet18_bn", ModelConfig("resnet18", norm="batch", width=64)),
+        ("vit", ModelConfig("vit", dim=64, depth=4, heads=4, mlp_ratio=2.0)),
+        ("vit_b16", ModelConfig("vit_b16", weights="imagenet")),
+        ("factorization", ModelConfig("factorization", dim=32, bias=True)),
     ],
 )
 def test_every_model_of_conf_fits_the_typed_schema(file, expected):
@@ -165,4 +192,5 @@ def test_every_model_of_conf_fits_the_typed_schema(file, expected):
 
 
 def test_conf_has_no_other_models():
-    assert {path.stem for path in CONF.glob("*.yaml")} == {"mlp", "cnn", "cnn_bn", "resnet18_gn", "resnet18_bn"}
+    small = {"mlp", "cnn", "cnn_bn", "vit", "factorization"}
+    assert {path.stem for path in CONF.glob("*.yaml")} == small | {"resnet18_gn", "resnet18_bn", "vit_b16"}

@@ -25,6 +25,7 @@ Run (settings are key=value, see below):
 
 Subcommands:
   fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
+  fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
   fedpers --help | --version
 
 Settings people change (choose = one of the files of conf/KEY):
@@ -247,7 +248,19 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": _compare}
+def _plot(arguments: list[str]) -> int:
+    """Draw one run."""
+    from fedpers.evaluation.plots import plot_run
+
+    parser = argparse.ArgumentParser(prog="fedpers plot", description="Curves of one run, and growth of its masks.")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="run folder, or a folder above a single run")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="picture to write: .svg, .png, .pdf")
+    options = parser.parse_args(arguments)
+    plot_run(options.folder, options.out)
+    return 0
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": _compare, "plot": _plot}
 
 if __name__ == "__main__":
     main()

@@ -55,6 +55,7 @@ class Setup:
     data: FederatedData
     strategy: PersonalizedStrategy
     app: CohortApp
+    pretrained_accuracy: float | None = None
 
 
 @dataclass
@@ -131,12 +132,19 @@ def prepare_run(config: Config) -> Setup:
         public = None if data.public is None else (data.x[data.public], data.y[data.public])
         items = data.num_items if isinstance(data, RankingData) else None
         model = build_model(
-            config.model, tuple(data.x.shape[1:]), data.num_classes, config.seed, num_items=items, public=public
+            config.model,
+            tuple(data.x.shape[1:]),
+            data.num_classes,
+            config.seed,
+            num_items=items,
+            public=public,
+            device=device,
         )
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
-    return Setup(data, strategy, update.client_app(model, data, seed=config.seed, device=device))
+    app = update.client_app(model, data, seed=config.seed, device=device)
+    return Setup(data, strategy, app, model.pretrained_accuracy)
 
 
 def run_rounds(
@@ -361,7 +369,10 @@ def make_manifest(setup: Setup) -> dict[str, Any]:
             "checksum": setup.data.checksum,
             "clients": setup.data.num_clients,
             "samples": {part: int(setup.data.sizes(part).sum()) for part in PARTS},
+            "public": 0 if setup.data.public is None else len(setup.data.public),
+            "unseen": list(setup.data.unseen),
         },
+        "pretrained_accuracy": setup.pretrained_accuracy,
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -86,7 +86,13 @@ def scaffold(dtype: torch.dtype = torch.float32) -> Problem:
     )
 
 
-SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {"scaffold": scaffold}
+def fedjets(dtype: torch.dtype = torch.float32) -> Problem:
+    """Three anchors, three other clients, one that never trains."""
+    data = replace(gaussian_data(dtype=dtype), unseen=(6,))
+    return Problem(SmallNetwork().to(dtype), data, {"experts": 3, "gate_hidden": 5, "gate_lr": 0.1})
+
+
+SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {"scaffold": scaffold, "fedjets": fedjets}
 """Methods that need something else than :func:`classification`."""
 
 

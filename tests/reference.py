@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.traces import HERE, pfllib
+from tests.traces import HERE, fedrap, fedselect, gpfl, pfllib
 
-SOURCES = (pfllib,)
+SOURCES = (pfllib, fedrap, fedselect, gpfl)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -287,7 +287,7 @@ class Cohort:
         return (keys if plan.order is None else keys[plan.order]).to(self.device)
 
     def gradients(
-        self, step: Step, params: Mapping[str, Tensor], loss: Loss, names: Sequence[str]
+        self, step: Step, params: Mapping[str, Tensor], loss: Loss, names: Sequence[str], *, frozen: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each client and its gradient.
 
@@ -301,13 +301,15 @@ class Cohort:
             See :data:`Loss`.
         names : sequence of str
             Parameters to differentiate by.
+        frozen : bool
+            Whether layers work as in an evaluation: no dropout, and batch normalization by its statistics as they are.
 
         Returns
         -------
         Tensor ``[a]``, dict of name to Tensor ``[a, ...]``
             A parameter the loss does not depend on is left out.
         """
-        self._mode(training=True)
+        self._mode(training=not frozen)
         rows = slice(0, step.active) if step.rows is None else step.rows
         self.gradients_taken[rows] += 1
         free = set(names)
@@ -381,6 +383,7 @@ class Cohort:
         adjust: Adjust | Sequence[Adjust] = (),
         mask: Mapping[str, Tensor] | None = None,
         stop: Stop | None = None,
+        frozen: bool = False,
         purpose: str = "batches",
     ) -> None:
         """Train K networks in place.
@@ -405,6 +408,8 @@ class Cohort:
             1 where an entry may move, 0 where not even weight decay moves it; names it lacks are free.
         stop : callable, optional
             Ends a client's training after a pass, see :data:`Stop`.
+        frozen : bool
+            Train with layers as in an evaluation, see :meth:`gradients`: buffers do not change.
         purpose : str
             Name of the draw of the batch order.
         """
@@ -419,11 +424,11 @@ class Cohort:
             work = {n: value[plan.order.to(value.device)] for n, value in work.items()}
         if stop is None:
             for step in self.steps(plan):
-                self._fit_step(step, work, loss, names, hooks, optimizer, mask)
+                self._fit_step(step, work, loss, names, hooks, optimizer, mask, frozen)
             self._write_back(params, work, plan.order)
             self.finish(plan)
         else:
-            self._fit_until(plan, params, work, loss, names, hooks, optimizer, mask, stop)
+            self._fit_until(plan, params, work, loss, names, hooks, optimizer, mask, frozen, stop)
 
     def _fit_step(
         self,
@@ -434,9 +439,10 @@ class Cohort:
         hooks: Sequence[Adjust],
         optimizer: Optimizer,
         mask: Mapping[str, Tensor] | None,
+        frozen: bool,
     ) -> Tensor:
         rows = {n: value[: step.active] for n, value in work.items()}
-        losses, grads = self.gradients(step, rows, loss, names)
+        losses, grads = self.gradients(step, rows, loss, names, frozen=frozen)
         for hook in hooks:
             hook(step, rows, grads)
         optimizer.update(work, grads, None if mask is None else {n: step.take(m) for n, m in mask.items()})
@@ -458,6 +464,7 @@ class Cohort:
         hooks: Sequence[Adjust],
         optimizer: Optimizer,
         mask: Mapping[str, Tensor] | None,
+        frozen: bool,
         stop: Stop,
     ) -> None:
         """Train until each client's plan or patience ends; those that stop leave the stack."""
@@ -470,7 +477,7 @@ class Cohort:
         while t < plan.steps:
             leaving = torch.zeros(len(rows), dtype=torch.bool)
             for step in self.steps(plan, t):
-                losses = self._fit_step(step, work, loss, names, hooks, optimizer, mask)
+                losses = self._fit_step(step, work, loss, names, hooks, optimizer, mask, frozen)
                 own = rows[: step.active].to(self.device)
                 running[own] += torch.stack([losses * step.count, step.count], dim=1)
                 ended_at[rows[: step.active]] = t + 1

@@ -98,16 +98,29 @@ def class_counts(cohort: Cohort, outputs: Sequence[Tensor], part: Part) -> dict[
 
 
 def ranking(outputs: Sequence[Tensor], top_k: int) -> dict[str, Tensor]:
-    """Hit rate and gain of one held-out item among negatives.
+    """Hit rate and gain of one held-out item among negatives, see :func:`hit_and_gain`.
 
-    Scores are compared as float32 probabilities, as in the authors' code of FedRAP: saturated ones tie, and a tie
-    counts against the held-out item. A held-out item without a finite score is a miss; a negative without one is
-    not counted.
+    Logits are compared as float32 probabilities, as in the authors' code of FedRAP: saturated ones tie.
 
     Parameters
     ----------
     outputs : sequence of Tensor ``[n_k, 1]``
         Logits of each client's candidates, the held-out item first.
+    top_k : int
+    """
+    return hit_and_gain([torch.sigmoid(scores.float()).flatten().cpu() for scores in outputs], top_k)
+
+
+def hit_and_gain(scores: Sequence[Tensor], top_k: int) -> dict[str, Tensor]:
+    """Hit rate and normalized gain of one held-out item among negatives.
+
+    A tie counts against the held-out item. A held-out item with a NaN score is a miss; a negative with one is not
+    counted.
+
+    Parameters
+    ----------
+    scores : sequence of Tensor ``[n_k]``
+        Of each client's candidates, the held-out item first.
     top_k : int
         Length of the list a hit must be in, >= 1.
 
@@ -117,11 +130,10 @@ def ranking(outputs: Sequence[Tensor], top_k: int) -> dict[str, Tensor]:
         ``examples`` (held-out items, 1), ``hr@K`` (1 if the rank is <= K) and ``ndcg@K`` (``ln 2 / ln(1 + rank)``
         if so, else 0).
     """
-    ranks = torch.full((len(outputs),), math.inf, dtype=torch.float64)
-    for k, scores in enumerate(outputs):
-        chances = torch.sigmoid(scores.float()).flatten().cpu()
-        if not bool(chances[0].isnan()):
-            ranks[k] = 1 + float((chances[1:] >= chances[0]).sum())
+    ranks = torch.full((len(scores),), math.inf, dtype=torch.float64)
+    for k, own in enumerate(scores):
+        if not bool(own[0].isnan()):
+            ranks[k] = 1 + float((own[1:] >= own[0]).sum())
     hit = (ranks <= top_k).double()
     gain = torch.where(hit > 0, math.log(2) / torch.log(1 + ranks), 0.0)
     return {"examples": torch.ones_like(hit), f"hr@{top_k}": hit, f"ndcg@{top_k}": gain}

@@ -40,6 +40,9 @@ class FederatedData:
         Positions in `x` of samples that belong to no client, int64, for pretraining; None if there are none.
     unseen : tuple of int
         Clients that never train, ascending; they are evaluated only. Their `train` lists are for adaptation.
+    anchors : tuple of int
+        Clients that were dealt label sets of their own (``partition=label_sets``), ascending; none if the partition
+        knows no anchors.
 
     Raises
     ------
@@ -57,6 +60,7 @@ class FederatedData:
     name: str = "data"
     public: Tensor | None = None
     unseen: tuple[int, ...] = ()
+    anchors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):

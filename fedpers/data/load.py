@@ -70,6 +70,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         data.name,
         public=None if public is None else torch.from_numpy(public),
         unseen=unseen,
+        anchors=tuple(range(partition.anchors)) if partition.name == "label_sets" else (),
     )
 
 

@@ -41,7 +41,7 @@ class Choice:
     ----------
     cohort, workers : int
     how : str
-        How the cohort size was found: ``given``, ``measured`` or ``cached``.
+        How the cohort size was found: ``given``, ``measured``, ``cached`` or ``as the method says``.
     microseconds : dict
         Time per client and step by cohort size, as measured.
     """
@@ -70,14 +70,19 @@ def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | st
         Clients that train in a round.
     cohort, workers : int or "auto"
     """
+    own = app.update.cohort_size
     with one_thread():
-        if cohort == "auto":
+        if cohort == "auto" and own is not None:
+            size, how, times = min(own, app.data.num_clients), "as the method says", {}
+        elif cohort == "auto":
             size, how, times = _cohort_size(app, num_clients)
         else:
             size, how, times = min(int(cohort), app.data.num_clients), "given", {}
         most = -(-app.data.num_clients // size)  # more workers than cohorts would have nothing to do
         if workers != "auto":
             return Choice(size, min(int(workers), most), how, times)
+        if own is not None:
+            return Choice(size, min(cores(), most) if app.device.type == "cpu" else 1, how, times)
         return Choice(size, _useful_workers(app, size, most), how, times)
 
 

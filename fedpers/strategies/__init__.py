@@ -13,15 +13,27 @@ from fedpers.errors import ConfigError, one_of
 from fedpers.strategies.apfl import APFL, APFLUpdate
 from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy, Received, RoundReport
 from fedpers.strategies.ditto import Ditto, DittoUpdate
+from fedpers.strategies.ensemble import Ensemble, EnsembleUpdate
 from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
 from fedpers.strategies.fedavg_ft import FedAvgFT, FedAvgFTUpdate
 from fedpers.strategies.fedbn import FedBN, FedBNUpdate
+from fedpers.strategies.fedjets import FedJETs, FedJETsUpdate
+from fedpers.strategies.fedmf import FedMF, FedMFUpdate
 from fedpers.strategies.fedper import FedPer, FedPerUpdate
 from fedpers.strategies.fedprox import FedProx, FedProxUpdate
+from fedpers.strategies.fedrap import FedRAP, FedRAPUpdate
 from fedpers.strategies.fedrep import FedRep, FedRepUpdate
+from fedpers.strategies.fedselect import FedSelect, FedSelectUpdate
+from fedpers.strategies.fedvpt import FedVPT, FedVPTUpdate
+from fedpers.strategies.gpfl import GPFL, GPFLUpdate
+from fedpers.strategies.head_only import HeadOnly, HeadOnlyUpdate
 from fedpers.strategies.local import Local, LocalOnlyUpdate
+from fedpers.strategies.no_learning import NoLearning, NoLearningUpdate
 from fedpers.strategies.perfedavg import PerFedAvg, PerFedAvgUpdate
+from fedpers.strategies.pfedrec import PFedRec, PFedRecUpdate
 from fedpers.strategies.pfedme import PFedMe, PFedMeUpdate
+from fedpers.strategies.pfedpg import PFedPG, PFedPGUpdate
+from fedpers.strategies.pretrained import Pretrained, PretrainedUpdate
 from fedpers.strategies.scaffold import Scaffold, ScaffoldUpdate
 
 STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
@@ -37,6 +49,18 @@ STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
     "pfedme": PFedMe,
     "perfedavg": PerFedAvg,
     "apfl": APFL,
+    "fedrap": FedRAP,
+    "fedmf": FedMF,
+    "pfedrec": PFedRec,
+    "no_learning": NoLearning,
+    "gpfl": GPFL,
+    "fedselect": FedSelect,
+    "fedjets": FedJETs,
+    "pretrained": Pretrained,
+    "ensemble": Ensemble,
+    "head_only": HeadOnly,
+    "fedvpt": FedVPT,
+    "pfedpg": PFedPG,
 }
 """Methods by the name typed as ``strategy=``."""
 
@@ -98,7 +122,7 @@ def options_of(name: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for half in (server, server.update):
         for field in fields(half):
-            if field.name not in _NOT_A_METHODS_OWN:
+            if field.init and field.name not in _NOT_A_METHODS_OWN:
                 found[field.name] = field.default
     return found
 
@@ -131,38 +155,62 @@ def make_strategy(
             raise ConfigError(f"strategy.{key}", value, f"one of the settings of {name}: {one_of(allowed, key)}")
     halves: list[dict[str, Any]] = []
     for half, extra in ((strategy, server or {}), (strategy.update, client)):
-        own = {field.name for field in fields(half)}
+        own = {field.name for field in fields(half) if field.init}
         halves.append({**{k: v for k, v in (options or {}).items() if k in own}, **extra})
     return strategy(**halves[0]), strategy.update(**halves[1])
 
 
 __all__ = [
     "APFL",
+    "GPFL",
     "STRATEGIES",
     "APFLUpdate",
     "CohortApp",
     "Ditto",
     "DittoUpdate",
+    "Ensemble",
+    "EnsembleUpdate",
     "FedAvg",
     "FedAvgFT",
     "FedAvgFTUpdate",
     "FedAvgUpdate",
     "FedBN",
     "FedBNUpdate",
+    "FedJETs",
+    "FedJETsUpdate",
+    "FedMF",
+    "FedMFUpdate",
     "FedPer",
     "FedPerUpdate",
     "FedProx",
     "FedProxUpdate",
+    "FedRAP",
+    "FedRAPUpdate",
     "FedRep",
     "FedRepUpdate",
+    "FedSelect",
+    "FedSelectUpdate",
+    "FedVPT",
+    "FedVPTUpdate",
+    "GPFLUpdate",
+    "HeadOnly",
+    "HeadOnlyUpdate",
     "Local",
     "LocalOnlyUpdate",
     "LocalUpdate",
+    "NoLearning",
+    "NoLearningUpdate",
     "PFedMe",
     "PFedMeUpdate",
+    "PFedPG",
+    "PFedPGUpdate",
+    "PFedRec",
+    "PFedRecUpdate",
     "PerFedAvg",
     "PerFedAvgUpdate",
     "PersonalizedStrategy",
+    "Pretrained",
+    "PretrainedUpdate",
     "Received",
     "RoundReport",
     "Scaffold",

@@ -66,12 +66,16 @@ class LocalUpdate:
     shared, personal : selection
         Entries of the network (see :func:`fedpers.cohort.select`) that go to the server, and that stay. Buffers such
         as BatchNorm statistics belong to the layer they stand in: with ``shared = "all"`` they are averaged too.
+    cohort_size : int or None
+        How many clients to compute together if the user leaves it to us; None measures it. For methods whose training
+        is not made of the core's steps, which is what is measured.
     training : Training
         Optimizer, rates and batches.
     """
 
     shared: ClassVar[Selection] = "all"
     personal: ClassVar[Selection] = "none"
+    cohort_size: ClassVar[int | None] = None
     training: Training = field(default_factory=Training)
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
@@ -174,6 +178,18 @@ class LocalUpdate:
             If the method cannot work with the network or the data.
         """
         return model, data
+
+    def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
+        """Arrays the server starts from, batch size []: the shared entries of the initial network.
+
+        Parameters
+        ----------
+        template : Tree
+            The initial network, batch size [].
+        module : nn.Module
+            The network that :meth:`extend` returned, prepared.
+        """
+        return template.select(*select(module, self.shared))
 
     def pack(self, records: dict[str, Tree]) -> dict[str, Tree]:
         """Form in which one client's records travel, e.g. without zeros; see :meth:`PersonalizedStrategy.unpack`."""
@@ -299,8 +315,8 @@ class CohortApp(ClientApp):
             select(self.module, group, "training.groups")
 
     def initial_arrays(self) -> flower.ArrayRecord:
-        """What the server starts from: the shared entries of the initial network."""
-        return to_record(self.template.select(*select(self.module, self.update.shared)))
+        """What the server starts from, see :meth:`LocalUpdate.initial_arrays`."""
+        return to_record(self.update.initial_arrays(self.template, self.module))
 
     def cohort(
         self, clients: Sequence[int], state: Tree, config: Mapping[str, Any], module: nn.Module | None = None

@@ -196,7 +196,7 @@ def test_a_run_from_python_keeps_its_settings(tmp_path: Path) -> None:
 def test_help_names_every_option_and_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (*STRATEGIES, "compare", "partition.alpha", "runtime.workers", "digits", "resnet18_bn", "demo"):
+    for word in (*STRATEGIES, "compare", "plot", "partition.alpha", "runtime.workers", "digits", "resnet18_bn", "demo"):
         assert word in text
     assert _main([]) == 0
 
@@ -261,7 +261,8 @@ def test_installed_command(tmp_path: Path) -> None:
         (["min_replies=50"], "min_replies=50: expected at most 20, the clients sampled in a round."),
         (["strategy=scaffold", "strategy.weighting=samples"], "strategy.weighting=samples: expected uniform"),
         (["model=resnet18_bn", "model.width=4", "training.batch_size=9"], "no batch of one sample"),
-        (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare."),
+        (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare, plot."),
+        (["plot", "no-such-folder", "--out", "a.svg"], "no run was found in no-such-folder."),
         (["compare", "no-such-folder"], "no finished run was found in no-such-folder."),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Training, Tree, mixed, proximal, shifted, small_change
 from fedpers.errors import ConfigError
-from tests.cohort.helpers import assert_same, by_size, cross_entropy, make_cohort, train_alone
+from tests.cohort.helpers import assert_same, batches, by_size, cross_entropy, make_cohort, train_alone
 from tests.problems import SmallNetwork, gaussian_data
 
 DATA = gaussian_data(dtype=torch.float64)
@@ -71,6 +72,26 @@ def test_a_mask_holds_entries_against_gradient_momentum_and_decay() -> None:
         for name, free in mask.items():
             moved = params[name] != before[name]
             assert torch.equal(moved, free.bool()), name
+
+
+@pytest.mark.parametrize("stop", [None, small_change(0.0)], ids=["plain", "stop"])
+def test_frozen_layers_work_as_in_an_evaluation(stop: Any) -> None:
+    network = copy.deepcopy(NETWORK)
+    network.body[3].p = 0.5  # no dropout either
+    network.body[1].running_mean += 0.4
+    cohort = make_cohort(network, DATA, training=Training(lr=0.1, batch_size=8, epochs=2))
+    params = start(cohort)
+    cohort.fit(params, cross_entropy, frozen=True, stop=stop)
+    for row, client in enumerate(by_size(DATA)):
+        module = copy.deepcopy(network).eval()
+        optimizer = plain_sgd(module)
+        for x, y, _ in islice(batches(DATA, client, size=8), int(cohort.steps_taken[row])):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(x), y).backward()
+            optimizer.step()
+        assert_same(params, {n: v.detach() for n, v in module.state_dict().items()}, row)
+    cohort.fit(params, cross_entropy)  # and the mode is not kept
+    assert (params["body.1.num_batches_tracked"] > 0).all()
 
 
 def test_zero_epochs_change_nothing() -> None:

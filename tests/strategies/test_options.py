@@ -28,6 +28,11 @@ BAD: list[tuple[str, str, Any]] = [
     ("apfl", "alpha", 1.1),
     ("apfl", "alpha", -0.1),
     ("apfl", "variant", "pflib"),
+    ("gpfl", "lam", -0.1),
+    ("gpfl", "lam", math.inf),
+    ("gpfl", "mu", -0.1),
+    ("gpfl", "mu", math.nan),
+    ("gpfl", "variant", "papers"),
 ]
 
 

@@ -1,0 +1,461 @@
+"""FedJETs (DDOME): experts that clients are matched with by a gate, without labels.
+
+C. Dun et al., FedJETs: Efficient Just-In-Time Personalization with Federated Mixture of Experts,
+arXiv:2306.08586 (version 3: DDOME).
+
+A frozen common expert c turns each sample into an embedding e = body_c(x), once, before the first round. The server
+holds a gate g(e) = softmax(MLP(e)) over M experts f_1..f_M, networks of one architecture. Anchor clients are tied for
+good to one expert each: here client q, the q-th that trains, to expert q. Round, with N_a anchors and N_c others:
+
+    other client k:   S_k <- the K experts of the highest mean g(e) over its samples      (asked before it is sent any)
+                      g, {f_j : j in S_k} <- E passes of SGD on  -log sum_{j in S_k} gt_j(e) p_j(y|x),
+                      p_j = softmax f_j,  gt = g over S_k, normalized                     (gate and experts together)
+    anchor q:         f_q <- E passes of SGD on  -log p_q(y|x)
+                      g   <- E passes of SGD on  -log g_q(e)                              (two losses, one batch order)
+    server:           g   <- mean over all N_a + N_c,   f_j <- mean over those who trained it; others stay as they are
+
+Prediction: S_k as above, without labels, then for each sample the one expert in S_k with the highest gate score.
+Clients that never train choose S_k by the samples they are tested on (zero-shot), the others by their training samples.
+
+Server: ``gate.*`` and all experts ``experts.I.*``, BatchNorm statistics averaged within their expert. Clients keep
+nothing. The common expert is the network that the strategy is given (``model.pretrained=public``), used in evaluation
+mode; nobody owns or trains it. Its body is counted once for every client that trains, in the bytes of round 1.
+
+No code of the authors is known. What their text leaves open, and the reading taken here:
+
+- The loss of other clients (its formula is lost in the available text): ``mixture: probabilities`` as above;
+  ``unnormalized`` has g in place of gt, ``logits`` is the cross-entropy of sum_j gt_j f_j(x).
+- The mean: replies weigh by samples; ``weighting: uniform`` is there. Anchors and others count alike for the gate.
+- The gate: one hidden layer of ``gate_hidden`` units, ReLU. It has a rate of its own (``gate_lr``), as in the paper.
+- The two losses of an anchor are trained as their sum: they have no parameter in common, so each follows its own, but
+  ``training.clip`` looks at the gradient of both. ``train/loss`` averages that sum and the loss of the other clients.
+- Of the clients of a round a share of ``anchor_share`` are anchors (at most M), as in the paper half. So this method
+  samples other clients than methods without anchors. With ``anchor_share: 0`` anchors do not take part.
+- Experts start from values of their own (``init: random``), or all from the common expert (``init: common``).
+- The gate travels twice to a client that is asked and then trains, since clients keep nothing between messages.
+- Adapting locally (the paper has none) is training as one of the other clients, with the experts found without labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View, WeightedMean, entries, model_tree, tree
+from fedpers.cohort.cohort import EVALUATION_SAMPLES
+from fedpers.data.federated import PARTS, FederatedData, Part
+from fedpers.data.ratings import RankingData
+from fedpers.errors import ConfigError, check, one_of
+from fedpers.models.initial import drawing, fresh
+from fedpers.randomness import generator, sample_clients
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.client import EXTRA
+from fedpers.strategies.records import ARRAYS
+from fedpers.strategies.server import Form, Records
+
+log = logging.getLogger(__name__)
+MIXTURES = ("probabilities", "unnormalized", "logits")
+INITS = ("random", "common")
+HELD = "held"
+"""Record that names the experts a client is sent, int64 ``[K]``, under SLOTS, or the one of an anchor under ANCHOR."""
+SLOTS = "slots"
+ANCHOR = "anchor"
+SELECTED = "selected"
+
+
+class HeldExperts(nn.Module):
+    """What a client works with: the gate, and K of the M experts in as many slots.
+
+    Parameters
+    ----------
+    gate : nn.Module
+        Embeddings ``[B, d]`` to scores ``[B, M]`` before softmax.
+    experts : sequence of nn.Module
+        K networks.
+    shape : sequence of int
+        Of one picture.
+    start : callable
+        Yields gate and all M experts as the server starts with them.
+    """
+
+    slots: Tensor
+
+    def __init__(
+        self, gate: nn.Module, experts: Sequence[nn.Module], shape: Sequence[int], start: Callable[[], Tree]
+    ) -> None:
+        super().__init__()
+        self.gate = gate
+        self.experts = nn.ModuleList(experts)
+        self.register_buffer(SLOTS, torch.arange(len(experts)))  # which experts are in the slots
+        self.shape = tuple(shape)
+        self.start = start
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Divide rows ``[B, P + d]`` into pictures ``[B, *shape]`` and embeddings ``[B, d]``."""
+        pixels = torch.Size(self.shape).numel()
+        return x[:, :pixels].reshape(-1, *self.shape), x[:, pixels:]
+
+
+@dataclass(kw_only=True)
+class FedJETsUpdate(LocalUpdate):
+    """Choose experts by the gate; train them, or the anchor's own.
+
+    Parameters
+    ----------
+    experts : int
+        Experts in all (M), >= 1; so many clients must be there as anchors.
+    top_k : int
+        Experts of a client (K), >= 1 and <= `experts`.
+    mixture : {"probabilities", "unnormalized", "logits"}
+        Loss of clients that are no anchors.
+    init : {"random", "common"}
+        Initial values of the experts.
+    gate_hidden : int
+        Width of the gate's hidden layer, >= 1.
+    gate_lr : float, optional
+        Rate of the gate, > 0; None is ``training.lr``.
+    evaluate_mixture : bool
+        Also evaluate the mixture of the held experts, as metrics ``mixture-...``.
+    """
+
+    experts: int = 5
+    top_k: int = 2
+    mixture: str = "probabilities"
+    init: str = "random"
+    gate_hidden: int = 256
+    gate_lr: float | None = 0.001
+    evaluate_mixture: bool = False
+
+    def __post_init__(self) -> None:
+        _check_counts(self.experts, self.top_k)
+        check(self.mixture in MIXTURES, "strategy.mixture", self.mixture, one_of(MIXTURES, self.mixture))
+        check(self.init in INITS, "strategy.init", self.init, one_of(INITS, self.init))
+        check(self.gate_hidden >= 1, "strategy.gate_hidden", self.gate_hidden, "a whole number >= 1")
+        check(self.gate_lr is None or self.gate_lr > 0, "strategy.gate_lr", self.gate_lr, "a number > 0, or null")
+        if self.gate_lr is not None:  # before the user's own groups, which win
+            groups = {"gate": {"lr": self.gate_lr}, **(self.training.groups or {})}
+            self.training = replace(self.training, groups=groups)
+
+    # ------------------------------------------------------------- before training
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """Embed all samples once with the common expert; return gate and slots, and rows [picture | embedding].
+
+        Raises
+        ------
+        ConfigError
+            If the network has no body, the data are not pictures with classes, or an expert has no anchor.
+        """
+        classes = not isinstance(data, RankingData) and data.x.is_floating_point() and data.x.dim() > 1
+        check(classes, "dataset", data.name, "samples of numbers with class labels for strategy=fedjets")
+        body = getattr(model, "body", None)
+        if not isinstance(body, nn.Module):
+            raise ConfigError("model", type(model).__name__, "a network with a 'body' for strategy=fedjets")
+        _check_anchors(self.experts, data)
+        if getattr(model, "pretrained_accuracy", 0.0) is None:
+            log.warning("The common expert of fedjets has random values; model.pretrained=public trains it first.")
+        embedding = _embed(body, data.x)
+        with drawing(seed, "gate"):
+            gate = nn.Sequential(
+                nn.Linear(embedding.shape[1], self.gate_hidden), nn.ReLU(), nn.Linear(self.gate_hidden, self.experts)
+            )
+        gate.to(embedding.dtype)
+
+        def expert(i: int) -> nn.Module:
+            return fresh(model, seed, i) if self.init == "random" else copy.deepcopy(model)
+
+        def start() -> Tree:
+            values = {f"gate.{n}": v for n, v in entries(model_tree(gate)).items()}
+            for i in range(self.experts):
+                values.update({f"experts.{i}.{n}": v for n, v in entries(model_tree(expert(i))).items()})
+            return tree(values)
+
+        held = HeldExperts(gate, [expert(i) for i in range(self.top_k)], data.x.shape[1:], start)
+        return held, replace(data, x=torch.cat([data.x.flatten(1), embedding], 1))
+
+    def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
+        """Gate and all M experts; a client's network holds only K."""
+        device = next(iter(entries(template).values())).device
+        return tree({n: v.to(device) for n, v in entries(_held(module).start()).items()})
+
+    # -------------------------------------------------------------------- a round
+
+    def query_select(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Answer with the K experts of the highest mean gate score, ascending, int64 ``[K]``; labels play no part.
+
+        A client that never trains goes by the samples it is tested on, any other by its training samples.
+        """
+        view = cohort.view(received[ARRAYS])
+        tested = [c in cohort.data.unseen and len(cohort.data.test[c]) > 0 for c in cohort.clients]
+        parts: list[Part] = ["test" if own else "train" for own in tested]
+        scores = {part: cohort.logits(view, part, gate_scores) for part in PARTS if part in parts}
+        gates = [torch.softmax(scores[part][k].double(), 1) for k, part in enumerate(parts)]
+        chosen = torch.stack([gate.mean(0).topk(self.top_k).indices.sort().values for gate in gates])
+        entropy = torch.stack([torch.special.entr(gate).sum(1).mean() for gate in gates])
+        records = {SELECTED: tree({SLOTS: chosen}, cohort.size)}
+        return Reply(records, metrics={"gate_entropy": entropy})
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train gate and held experts together; an anchor trains the gate and its expert, each for itself."""
+        params = cohort.assemble(received[ARRAYS])
+        held = cohort.spread(received[HELD])
+        if ANCHOR in held:
+            params[SLOTS][:, :1] = held[ANCHOR]
+            own = ("gate", "experts.0")
+            cohort.fit(params, self.anchor_loss, only=own)
+            return cohort.reply(params, share=own)
+        params[SLOTS].copy_(held[SLOTS])
+        cohort.fit(params, self.loss)
+        return cohort.reply(params, share=("gate", "experts"))
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        """Cross-entropy of the mixture of the held experts."""
+        return batch.mean(F.nll_loss(self.mixed(network, batch.x), batch.y, reduction="none"))
+
+    def anchor_loss(self, network: Network, batch: Batch) -> Tensor:
+        """Cross-entropy of the expert in the first slot, and of the gate with that expert's number as its label."""
+        picture, embedding = _held(network.module).split(batch.x)
+        own = F.cross_entropy(network.part("experts.0")(picture), batch.y, reduction="none")
+        number = network.tensors[SLOTS][:1].expand(len(batch.x))
+        gate = F.cross_entropy(network.part("gate")(embedding), number, reduction="none")
+        return batch.mean(own + gate)
+
+    def mixed(self, network: Network, x: Tensor) -> Tensor:
+        """Logarithm of the mixture's class probabilities ``[B, C]`` (with ``unnormalized`` they sum to less than 1)."""
+        scores, outputs = self._slots(network, x)
+        if self.mixture == "unnormalized":
+            _, embedding = _held(network.module).split(x)
+            every = F.log_softmax(network.part("gate")(embedding), 1)
+            shares = every.gather(1, network.tensors[SLOTS].expand(len(x), -1))
+        else:
+            shares = F.log_softmax(scores, 1)
+        if self.mixture == "logits":
+            return F.log_softmax((shares.exp()[:, :, None] * outputs).sum(1), 1)
+        return torch.logsumexp(shares[:, :, None] + F.log_softmax(outputs, 2), 1)
+
+    def predict(self, network: Network, x: Tensor) -> Tensor:
+        """Class scores ``[B, C]`` of the one held expert with the highest gate score, for each sample."""
+        scores, outputs = self._slots(network, x)
+        place = scores.argmax(1).view(-1, 1, 1).expand(-1, 1, outputs.shape[2])
+        return outputs.gather(1, place).squeeze(1)
+
+    def _slots(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate scores before softmax ``[B, K]`` and class scores ``[B, K, C]`` of the held experts."""
+        picture, embedding = _held(network.module).split(x)
+        scores = network.part("gate")(embedding).gather(1, network.tensors[SLOTS].expand(len(x), -1))
+        outputs = [network.part(f"experts.{slot}")(picture) for slot in range(self.top_k)]
+        return scores, torch.stack(outputs, 1)
+
+    # ----------------------------------------------------------------- evaluation
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
+        """Gate and experts as received."""
+        view = cohort.view(received[ARRAYS])
+        own = received[HELD].batch_size == torch.Size([cohort.size])
+        slots = received[HELD][SLOTS].to(cohort.device)
+        return View({**view.tensors, SLOTS: slots}, view.stacked | ({SLOTS} if own else set()))
+
+    def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
+        """As inherited; with `evaluate_mixture` also the mixture instead of one expert for each sample."""
+        rows = super().evaluate(cohort, received, config)
+        if self.evaluate_mixture:
+            network = self.personalize(cohort, received, config)
+            for part in PARTS[1:]:
+                columns = self.measure(cohort, cohort.logits(network, part, self.mixed), part, config)
+                for name in columns.keys() - {"examples"}:
+                    for own, value in zip(rows, columns[name].tolist(), strict=True):
+                        own[f"{part}-mixture-{name}"] = value
+        return rows
+
+
+@dataclass(kw_only=True)
+class FedJETs(PersonalizedStrategy):
+    """Server that holds all experts, and asks clients which they want.
+
+    Parameters
+    ----------
+    experts, top_k : int
+        See :class:`FedJETsUpdate`.
+    anchor_share : float
+        Share of a round's clients that are anchors, in [0, 1]; with 0 anchors never train.
+    """
+
+    update = FedJETsUpdate
+    experts: int = 5
+    top_k: int = 2
+    anchor_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_counts(self.experts, self.top_k)
+        check(0 <= self.anchor_share <= 1, "strategy.anchor_share", self.anchor_share, "a number >= 0 and <= 1")
+        self._held: dict[int, tuple[int, ...]] = {}  # experts of each client that was addressed last
+        self._anchors: set[int] = set()  # who of them trains as an anchor
+
+    def sample(self, round: int) -> list[int]:
+        """Draw anchors and others, each without replacement."""
+        anchors = anchor_clients(self.experts, self.unseen)
+        there = [client for client in self.seen if client in anchors]
+        others = [client for client in self.seen if client not in anchors]
+        size = len(sample_clients(self.seed, round, len(self.seen), self.fraction))
+        tied = min(len(there), int(self.anchor_share * size + 0.5))
+        drawn = _draw(there, tied, self.seed, "sampling_anchors", round)
+        return sorted(drawn + _draw(others, min(len(others), size - tied), self.seed, "sampling", round))
+
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+        """Ask all but the anchors of a round which experts they want."""
+        known = anchor_clients(self.experts, self.unseen)
+        self._anchors = {client for client in clients if kind == "train" and client in known}
+        self._held = {client: (known[client],) for client in self._anchors}
+        asked = [client for client in clients if client not in self._anchors]
+        gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
+        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
+        entropies = []
+        for client, (records, metrics) in self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind).items():
+            try:
+                self._held[client] = self._selected(records)
+                entropies.append(metrics[f"{EXTRA}gate_entropy"])
+            except (KeyError, ValueError) as problem:
+                failures[client] = f"an unusable choice of experts: {problem}"
+                log.info("round %d: client %d left out: %s", round, client, problem)
+        if kind == "train":
+            self._book(round, arrays, entropies)
+        return [client for client in clients if client in self._held]
+
+    def _selected(self, records: Mapping[str, Tree]) -> tuple[int, ...]:
+        """Experts a client asked for; ValueError says why they cannot be sent."""
+        chosen = [int(i) for i in records[SELECTED][SLOTS].flatten().tolist()]
+        if len(chosen) != self.top_k or sorted(set(chosen) & set(range(self.experts))) != chosen:
+            raise ValueError(f"{chosen} are not {self.top_k} ascending numbers from 0 to {self.experts - 1}")
+        return tuple(chosen)
+
+    def _book(self, round: int, arrays: Tree, entropies: list[float]) -> None:
+        """Note who holds what; in round 1 the common expert, as large as the body of any expert, went to everybody."""
+        if round == 1:
+            parts = [v for n, v in entries(arrays).items() if n.startswith("experts.0.")]
+            heads = [v for n, v in entries(arrays).items() if n.startswith("experts.0.head.")]
+            self.report.bytes_down += self.num_clients * (sum(v.nbytes for v in parts) - sum(v.nbytes for v in heads))
+        for i in range(self.experts):
+            self.report.extra[f"holders_of_expert_{i}"] = float(sum(i in held for held in self._held.values()))
+        if entropies:
+            self.report.extra["gate_entropy"] = sum(entropies) / len(entropies)
+
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
+        """Send each client the gate and its experts, and their numbers."""
+        if not self._anchors and len({self._held[client] for client in clients}) == 1:
+            return self._records(arrays, clients[0])
+        return [self._records(arrays, client) for client in clients]
+
+    def _records(self, arrays: Tree, client: int) -> Records:
+        held = self._held[client]
+        name = ANCHOR if client in self._anchors else SLOTS
+        device = next(iter(entries(arrays).values())).device
+        sent = {n: arrays[source] for n, source in _slot_names(arrays, held).items()}
+        return {ARRAYS: tree(sent), HELD: tree({name: torch.tensor(held, device=device)})}
+
+    def reply_form(self, client: int) -> Form:
+        """Gate and the experts it was sent."""
+        assert self._arrays is not None
+        return {
+            (ARRAYS, name): (tuple(self._arrays[source].shape), str(self._arrays[source].dtype).removeprefix("torch."))
+            for name, source in _slot_names(self._arrays, self._held[client]).items()
+        }
+
+    def fold(self) -> ExpertMean:
+        """Mean of the gate over all, of each expert over its holders."""
+        return ExpertMean(self._held)
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Experts nobody held stay as they are."""
+        return tree({**entries(arrays), **entries(means[ARRAYS])})
+
+
+class ExpertMean(WeightedMean):
+    """Weighted mean that knows which expert each client had in which slot.
+
+    Parameters
+    ----------
+    held : mapping of client to tuple of int
+    """
+
+    def __init__(self, held: Mapping[int, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.held = dict(held)
+
+    def add(self, records: Mapping[str, Tree], weight: float, client: int = -1) -> None:
+        """Take in one client's gate and experts."""
+        values = records[ARRAYS]
+        named = {_global_name(name, self.held[client]): value for name, value in entries(values).items()}
+        super().add({ARRAYS: tree(named)}, weight, client)
+
+
+def gate_scores(network: Network, x: Tensor) -> Tensor:
+    """Gate scores before softmax ``[B, M]`` of rows ``[B, P + d]``."""
+    _, embedding = _held(network.module).split(x)
+    return network.part("gate")(embedding)
+
+
+def anchor_clients(experts: int, unseen: Sequence[int]) -> dict[int, int]:
+    """Expert of each anchor: the first clients that train, one for each expert, in order."""
+    trained = (client for client in range(experts + len(unseen)) if client not in set(unseen))
+    return {client: expert for expert, client in zip(range(experts), trained, strict=False)}
+
+
+def _held(module: nn.Module) -> HeldExperts:
+    return cast(HeldExperts, module)
+
+
+def _global_name(name: str, held: Sequence[int]) -> str:
+    """Name at the server of what a client calls `name`: ``experts.SLOT.…`` is ``experts.I.…`` there."""
+    kind, _, rest = name.partition(".")
+    if kind != "experts":
+        return name
+    slot, _, rest = rest.partition(".")
+    return f"experts.{held[int(slot)]}.{rest}"
+
+
+def _slot_names(arrays: Tree, held: Sequence[int]) -> dict[str, str]:
+    """Names at a client, and those at the server, of the gate and of the experts `held`."""
+    names = list(entries(arrays))
+    found = {name: name for name in names if name.startswith("gate.")}
+    for slot, expert in enumerate(held):
+        before = f"experts.{expert}."
+        found.update({f"experts.{slot}.{n.removeprefix(before)}": n for n in names if n.startswith(before)})
+    return found
+
+
+def _draw(clients: Sequence[int], size: int, seed: int, purpose: str, round: int) -> list[int]:
+    if not size:
+        return []
+    return [clients[place] for place in generator(seed, purpose, round).choice(len(clients), size, replace=False)]
+
+
+@torch.no_grad()
+def _embed(body: nn.Module, x: Tensor) -> Tensor:
+    """Embeddings ``[N, d]`` of all samples by a copy of `body` in evaluation mode."""
+    encoder = copy.deepcopy(body).eval()
+    parts = [encoder(chunk).flatten(1) for chunk in torch.split(x, EVALUATION_SAMPLES)]
+    return torch.cat(parts).to(x.dtype)
+
+
+def _check_counts(experts: int, top_k: int) -> None:
+    check(experts >= 1, "strategy.experts", experts, "a whole number >= 1")
+    allowed = f"a whole number >= 1 and <= strategy.experts={experts}"
+    check(1 <= top_k <= experts, "strategy.top_k", top_k, allowed)
+
+
+def _check_anchors(experts: int, data: FederatedData) -> None:
+    trained = data.num_clients - len(data.unseen)
+    allowed = f"at most {trained}, the clients that train: each expert needs one as its anchor"
+    if data.anchors:
+        trained, allowed = len(data.anchors), f"at most {len(data.anchors)}: each expert needs an anchor"
+        allowed += " (partition.anchors)"
+    check(experts <= trained, "strategy.experts", experts, allowed)

@@ -1,0 +1,66 @@
+"""FedVPT: averaged prompts for a frozen vision transformer.
+
+The baseline of that name in F.-E. Yang et al., Efficient Model Personalization in Federated Learning via
+Client-Specific Prompt Generation, ICCV 2023; prompts as in M. Jia et al., Visual Prompt Tuning, ECCV 2022 (shallow).
+
+    p_k, h_k <- E passes of SGD on f_k(h_k(F*(p_k, .)))      from the received prompts and the own head; F* frozen
+    p        <- mean_k p_k
+
+Shared: P prompts of width D, that is P * D numbers up and down. Personal: the head. Whether the paper averages heads
+too is not said; its cost counts prompts only, so they stay here. With ``training.groups`` prompts and head may have
+rates of their own. The head starts as it comes: see :func:`fedpers.models.frozen.prompted`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedpers.data.federated import FederatedData
+from fedpers.errors import check
+from fedpers.models.frozen import PROMPTS, prompted
+from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy
+
+
+@dataclass(kw_only=True)
+class FedVPTUpdate(LocalUpdate):
+    """Train prompts and head; the backbone is one frozen copy for all clients.
+
+    Parameters
+    ----------
+    prompts : int
+        Number of prompts P, >= 1.
+    """
+
+    shared = PROMPTS
+    personal = "head"
+    prompts: int = 10
+
+    def __post_init__(self) -> None:
+        check(self.prompts >= 1, "strategy.prompts", self.prompts, "a whole number >= 1")
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """Freeze the backbone, add prompts, and compute the pictures' tokens once.
+
+        Raises
+        ------
+        ConfigError
+            If the network is no vision transformer with a class token.
+        """
+        return prompted(model, data, self.prompts, seed)
+
+    def client_app(
+        self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> CohortApp:
+        """Make the ``ClientApp``; tokens are computed where clients run."""
+        return super().client_app(copy.deepcopy(model).to(device), data.to(device), seed=seed, device=device)
+
+
+@dataclass(kw_only=True)
+class FedVPT(PersonalizedStrategy):
+    """Average of the prompts."""
+
+    update = FedVPTUpdate

@@ -1,0 +1,322 @@
+"""GPFL: global features guided by category embeddings, personal features for a private head.
+
+J. Zhang et al., GPFL: Simultaneously Learning Global and Personalized Feature Information for Personalized Federated
+Learning, ICCV 2023, arXiv:2308.10279.
+
+With features f = phi(x) (``[F]``), a conditional valve V, a table C of one embedding per category (``[U, F]``), its
+frozen copy C^ as received in this round, the own head psi_k and the own shares alpha_k of the categories:
+
+    (gamma, beta) = V(c)                        two branches, each LayerNorm(ReLU(Linear(c)))
+    f^G = ReLU((gamma + 1) * f + beta)          for the generic input c = g
+    f^P = the same                              for the personal input c = p_k
+
+    L_P   = cross-entropy(psi_k(f^P), y)
+    L_alg = -log(exp cos(f^G, C_y) / sum_u exp cos(f^G, C_u))           angle level
+    L_mlg = ||f^G - C^_y||                                              magnitude level
+    phi, V, C, psi_k <- SGD on  L_P + L_alg + lam * L_mlg + mu * (regularization of V and C)
+    phi, V, C        <- mean of the clients', by training samples
+    prediction: psi_k(f^P) with the received phi and V and the own p_k, before any local training
+
+Shared: the parameters of body, valve (``cov``) and table (``gce``). Personal: the head and all buffers, so BatchNorm
+statistics of the body stay with their client in both variants (the authors' code averages and sends parameters only;
+the published descriptions do not say). No gradient reaches g, p_k and C^.
+
+``variant: official`` is the authors' code (PFLlib's too, which has the same update):
+
+- g and p_k come from the table the client held *before* the average replaced it, ``g = 1/U sum_u C_u`` and
+  ``p_k = sum_u alpha_k^u C_u`` (no 1/U). They lag and differ between clients: a client that trained in the last round
+  uses the table it trained, any other the server's table of the round before. Until the first average both are 0.
+  There clients keep the old table; here the server sends it once more as the record ``previous`` (``U * F`` numbers).
+- L_mlg is one Frobenius norm over the whole batch, neither squared nor averaged.
+- mu is the weight decay of all parameters of table and valve, biases and LayerNorm among them.
+
+``variant: paper`` follows equations 1 to 5 and the text as far as they were at hand (the sum of losses, g and p_k from
+a summary of the paper):
+
+- g and p_k come from the received table in every round, ``p_k = 1/U sum_u alpha_k^u C^_u``.
+- L_mlg is the mean over the samples of each one's norm.
+- mu weighs the norms ``||V|| + ||C||``, not squared, over all parameters of each.
+
+Differences from the authors' code in both variants: ``training.weight_decay`` holds for body and head (0 there), and
+``training.lr_decay`` for all parts. alpha_k counts the samples that are trained on: with ``drop_last`` and without
+``shuffle`` (the authors' setting; PFLlib shuffles) the tail of a client's list is left out; with ``shuffle`` every
+sample is as likely to be left out as any other, so all count (PFLlib counts those of one draw). A client with fewer
+samples than a batch trains on one smaller batch, where their loader gives it none. All test samples are scored; their
+test loader drops the tail too. They initialize from torch's global generator, here values come from the run's seed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpers.cohort import Batch, Cohort, Network, Reply, Training, Tree, View, sample_losses, tree
+from fedpers.cohort.tree import expand_rows
+from fedpers.data.federated import FederatedData
+from fedpers.errors import ConfigError, DataError, check, one_of
+from fedpers.models.initial import drawing
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.records import ARRAYS
+
+VARIANTS = ("official", "paper")
+PREVIOUS = "previous"
+"""Record of the server's table before its last average."""
+TABLE, TARGET = "gce.weight", "context.target"
+GENERIC, PERSONAL = "context.generic", "context.personal"
+
+
+class Valve(nn.Module):
+    """Scale and shift of features under a condition.
+
+    Parameters
+    ----------
+    features : int
+        F.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.gamma = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.LayerNorm(features))
+        self.beta = nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.LayerNorm(features))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Gamma and beta ``[..., 2, F]`` of conditions ``[..., F]``."""
+        return torch.stack([self.gamma(condition), self.beta(condition)], dim=-2)
+
+
+class Conditions(nn.Module):
+    """What a client's features are conditioned on and drawn towards: buffers, in which nothing is trained.
+
+    Parameters
+    ----------
+    table : Tensor ``[U, F]``
+        Initial embeddings.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.generic: Tensor
+        self.personal: Tensor
+        self.target: Tensor
+        self.register_buffer("generic", table.new_zeros(table.shape[1]))
+        self.register_buffer("personal", table.new_zeros(table.shape[1]))
+        self.register_buffer("target", table.clone())
+
+
+class ConditionalNetwork(nn.Module):
+    """A network with embeddings of the categories and a valve between body and head.
+
+    Parameters
+    ----------
+    body : nn.Module
+        Samples to features ``[B, F]``.
+    head : nn.Linear
+        Features to scores ``[B, C]``.
+    categories : int
+        U.
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Linear, categories: int) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.gce = nn.Embedding(categories, head.in_features).to(head.weight)
+        self.cov = Valve(head.in_features).to(head.weight)
+        self.context = Conditions(self.gce.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores ``[B, C]`` from the personal features."""
+        scores: Tensor = self.head(conditioned(self.body(x), self.cov(self.context.personal)))
+        return scores
+
+
+def conditioned(features: Tensor, valve: Tensor) -> Tensor:
+    """``ReLU((gamma + 1) * f + beta)`` (equations 1 and 2) of features ``[B, F]``; `valve` is ``[2, F]``."""
+    return torch.relu((valve[0] + 1) * features + valve[1])
+
+
+@dataclass(kw_only=True)
+class GPFLUpdate(LocalUpdate):
+    """Train body, head, table and valve together, conditioned on mixtures of embeddings.
+
+    Parameters
+    ----------
+    lam : float
+        Weight of the magnitude-level loss, >= 0. The authors' is 0.01 for MLP and CNN, 1e-4 for ResNet-18.
+    mu : float
+        Regularization of table and valve, >= 0; in ``official`` their weight decay, in place of
+        ``training.weight_decay``. The authors' is 0.1 for MLP and CNN, 0 for ResNet-18.
+    variant : {"official", "paper"}
+        See the module.
+    """
+
+    shared = ("parameters", "-head")
+    personal = ("head", "buffers", f"-{TARGET}")
+    lam: float = 0.01
+    mu: float = 0.1
+    variant: str = "official"
+
+    def __post_init__(self) -> None:
+        check(0 <= self.lam < math.inf, "strategy.lam", self.lam, "a number >= 0")
+        check(0 <= self.mu < math.inf, "strategy.mu", self.mu, "a number >= 0")
+        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """Add table and valve between the network's body and head.
+
+        Raises
+        ------
+        ConfigError
+            If the network is not a body under a linear head, or samples have no class labels.
+        DataError
+            If a label is outside the table.
+        """
+        kind = type(model).__name__
+        body, head = getattr(model, "body", None), getattr(model, "head", None)
+        if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
+            raise ConfigError("model", kind, "a network with a 'body' and a linear 'head' for strategy=gpfl")
+        allowed = f"another method for {data.name}, whose samples have no class labels"
+        check(data.y.dtype == torch.int64, "strategy", "gpfl", allowed)
+        outside = data.y[(data.y < 0) | (data.y >= data.num_classes)]
+        if len(outside):
+            raise DataError(
+                f"{data.name}: label {int(outside[0])} is outside the category table of strategy=gpfl, which has "
+                f"{data.num_classes} embeddings for labels 0..{data.num_classes - 1}."
+            )
+        with drawing(seed, "gpfl"):
+            return ConditionalNetwork(copy.deepcopy(body), copy.deepcopy(head), data.num_classes), data
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """Add ``trained``, the round in which the client last trained: 0."""
+        state = super().initial_state(model, module)
+        state["trained"] = next(module.parameters()).detach().new_zeros((), dtype=torch.int64)
+        return state
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train everything at once; the table trained here gives the next conditional inputs."""
+        params = cohort.assemble(received[ARRAYS])
+        for name, value in self._conditions(cohort, received, cohort.round - 1).items():
+            params[name] = value
+        params[TARGET] = params[TABLE].clone()
+        cohort.fit(params, self.loss, training=self._training(cohort.training))
+        if self.variant == "official":
+            for name, value in self._inputs(cohort, params[TABLE]).items():
+                params[name] = value
+        trained = torch.full_like(cohort.state["trained"], cohort.round)
+        return cohort.reply(params, share=self.shared, keep=self.personal, state={"trained": trained})
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
+        """Received body and valve, own head, own conditional input."""
+        view = cohort.view(received[ARRAYS])
+        own = self._conditions(cohort, received, cohort.round)
+        return View({**view.tensors, **own}, view.stacked | own.keys())
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        """Loss of the personal features under the head plus those of the generic features (equations 3 to 5)."""
+        tensors = network.tensors
+        features = network.part("body")(batch.x)
+        generic, personal = (
+            conditioned(features, valve)
+            for valve in network.part("cov")(torch.stack([tensors[GENERIC], tensors[PERSONAL]]))
+        )
+        cosines = F.normalize(generic, dim=1) @ F.normalize(tensors[TABLE], dim=1).T
+        return (
+            batch.mean(sample_losses(network.part("head")(personal), batch.y))
+            + batch.mean(sample_losses(cosines, batch.y))
+            + self.lam * self._distance(generic - tensors[TARGET][batch.y], batch)
+            + self._penalty(tensors)
+        )
+
+    def _distance(self, difference: Tensor, batch: Batch) -> Tensor:
+        """Magnitude-level loss; its slope at 0 is 0."""
+        if self.variant == "paper":
+            return batch.mean(torch.linalg.vector_norm(difference, dim=1))
+        if batch.weight is not None:
+            difference = difference * batch.weight[:, None]
+        whole: Tensor = torch.linalg.vector_norm(difference)
+        return whole
+
+    def _penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | float:
+        if self.variant != "paper" or not self.mu:
+            return 0.0
+        valve = torch.cat([value.flatten() for name, value in tensors.items() if name.startswith("cov.")])
+        norms: Tensor = torch.linalg.vector_norm(valve) + torch.linalg.vector_norm(tensors[TABLE])
+        return self.mu * norms
+
+    def _training(self, training: Training) -> Training:
+        """Settings with mu as the weight decay of table and valve; as the last groups they win over the user's."""
+        if self.variant == "paper":
+            return training
+        decay = {"weight_decay": self.mu}
+        return replace(training, groups={**(training.groups or {}), "gce.*": decay, "cov.*": decay})
+
+    def _conditions(self, cohort: Cohort, received: Received, last: int) -> dict[str, Tensor]:
+        """Conditional inputs ``[K, F]`` by name, after round `last`."""
+        if self.variant == "paper":
+            return self._inputs(cohort, cohort.spread(received[ARRAYS], [TABLE])[TABLE])
+        kept = cohort.state["model"]
+        own = {name: kept[name].to(cohort.device) for name in (GENERIC, PERSONAL)}
+        if PREVIOUS not in received:  # nothing has been averaged yet
+            return own
+        just_trained = (cohort.state["trained"] == last).to(cohort.device)
+        other = self._inputs(cohort, cohort.spread(received[PREVIOUS])[TABLE])
+        return {name: torch.where(expand_rows(just_trained, v), v, other[name]) for name, v in own.items()}
+
+    def _inputs(self, cohort: Cohort, tables: Tensor) -> dict[str, Tensor]:
+        """Conditional inputs ``[K, F]`` of tables ``[K, U, F]``."""
+        shares = self._shares(cohort).to(tables)
+        personal = (shares[:, :, None] * tables).sum(1)
+        if self.variant == "paper":
+            personal = personal / tables.shape[1]
+        return {GENERIC: tables.mean(1), PERSONAL: personal}
+
+    def _shares(self, cohort: Cohort) -> Tensor:
+        """Share of each category in the samples a client trains on, float64 ``[K, U]``."""
+        data, training = cohort.data, cohort.training
+        used = []
+        for client in cohort.clients:
+            positions = torch.from_numpy(data.samples(client, cohort.seed, cohort.round))
+            size = len(positions)
+            if training.drop_last and not training.shuffle and 0 < training.batch_size <= size:
+                size -= size % training.batch_size
+            used.append(positions[:size])
+        sizes = torch.tensor([len(positions) for positions in used])
+        owner = torch.repeat_interleave(torch.arange(cohort.size), sizes).to(cohort.device)
+        cell = owner * data.num_classes + data.y[torch.cat(used).to(cohort.device)]
+        counts = torch.bincount(cell, minlength=cohort.size * data.num_classes).view(cohort.size, -1)
+        return counts / sizes.to(cohort.device, torch.float64)[:, None]
+
+
+@dataclass(kw_only=True)
+class GPFL(PersonalizedStrategy):
+    """Average of body, table and valve; remembers the table before.
+
+    Parameters
+    ----------
+    variant : {"official", "paper"}
+        See the module; both halves have the same.
+    """
+
+    update = GPFLUpdate
+    variant: str = "official"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Mapping[str, Tree]:
+        """Send the table before the last average too, once there is one."""
+        return {ARRAYS: arrays, **({PREVIOUS: self.state[PREVIOUS]} if PREVIOUS in self.state else {})}
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Take the means and keep the former table."""
+        if self.variant == "official":
+            self.state[PREVIOUS] = tree({TABLE: arrays[TABLE]})
+        return means[ARRAYS]

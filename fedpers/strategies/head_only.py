@@ -1,0 +1,50 @@
+"""Head only: a frozen body under a head of the client's own; what a pretrained network is worth by itself.
+
+    h_k <- E passes of SGD on f_k(h_k(F*(.)))      F* frozen, its features computed once; nothing is sent
+
+Shared: nothing. Personal: the head, which starts as it comes: pretrained with the body, or new. The body is in
+evaluation mode throughout: no dropout, and batch normalization by the statistics it came with.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedpers.data.federated import FederatedData
+from fedpers.models.frozen import featured
+from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy
+
+
+@dataclass(kw_only=True)
+class HeadOnlyUpdate(LocalUpdate):
+    """Train the head."""
+
+    shared = "none"
+    personal = "head"
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """Freeze the body and compute the samples' features once.
+
+        Raises
+        ------
+        ConfigError
+            If the network is not a body under a linear head, or samples have no class labels.
+        """
+        return featured(model, data)
+
+    def client_app(
+        self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> CohortApp:
+        """Make the ``ClientApp``; features are computed where clients run."""
+        return super().client_app(copy.deepcopy(model).to(device), data.to(device), seed=seed, device=device)
+
+
+@dataclass(kw_only=True)
+class HeadOnly(PersonalizedStrategy):
+    """Server that has nothing to average."""
+
+    update = HeadOnlyUpdate

@@ -1,0 +1,229 @@
+"""Traces of the authors' code of FedRAP.
+
+Negatives and the order of samples are those recorded; everything else is computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedpers.cohort import Cohort, Training, entries
+from fedpers.cohort.evaluation import hit_and_gain
+from fedpers.data import DatasetConfig, FederatedData, RankingData, SplitConfig
+from fedpers.data.rating_files import Ratings
+from fedpers.data.ratings import leave_one_out
+from fedpers.models import Factorization
+from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import FedRAP, FedRAPUpdate
+from fedpers.strategies.records import from_record, trees
+from tests.traces import Comparison
+
+TOLERANCE = 1e-5
+METHODS = ("fedrap",)
+NAMES = {
+    "item_personality.weight": "own.weight",
+    "item_commonality.weight": "common.weight",
+    "affine_output.weight": "head.weight",
+    "affine_output.bias": "head.bias",
+}
+
+
+class Trace:
+    """One ``.npz`` file."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            self.arrays: dict[str, NDArray[Any]] = dict(file)
+        self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")))
+        self.config: dict[str, Any] = self.meta.get("config", {})
+
+    def group(self, prefix: str) -> dict[str, NDArray[Any]]:
+        """Arrays below a path, by our names."""
+        inside = {k[len(prefix) + 1 :]: v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
+        return {NAMES.get(name, name): value for name, value in inside.items()}
+
+
+@dataclass(frozen=True)
+class RecordedData(RankingData):
+    """Users whose samples of each round were recorded."""
+
+    trace: Trace | None = None
+
+    def samples(self, client: int, seed: int, round: int) -> NDArray[np.int64]:
+        """Positives and negatives as they were drawn."""
+        assert self.trace is not None
+        items, ratings = (self.trace.arrays[f"data/r{round - 1}/u{client}/{name}"] for name in ("items", "ratings"))
+        found: NDArray[np.int64] = items + self.num_items * ratings.astype(np.int64)
+        return found
+
+
+class RecordedUpdate(FedRAPUpdate):
+    """Takes samples in the recorded order, and the first common table from the trace."""
+
+    trace: Trace
+
+    def order(self, cohort: Cohort, k: int, epoch: int, size: int) -> NDArray[np.int64]:
+        """The recorded order; passes after the last recorded one were not taken."""
+        recorded = self.trace.arrays[f"r{cohort.round - 1}/u{cohort.clients[k]}/order"]
+        found: NDArray[np.int64] = recorded[min(epoch, len(recorded) - 1)]
+        return found
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """Start with the recorded table C."""
+        network, data = super().extend(model, data, seed)
+        with torch.no_grad():
+            network.common.weight.copy_(torch.from_numpy(self.trace.arrays["init/C0"]))  # type: ignore[union-attr,operator]
+        return network, data
+
+
+def recorded_data(trace: Trace) -> RecordedData:
+    """The users of a trace; what they are evaluated on, if that was recorded."""
+    m, users = int(trace.config["num_items"]), int(trace.config["num_users"])
+    liked = [trace.arrays[f"data/r0/u{u}/items"][trace.arrays[f"data/r0/u{u}/ratings"] > 0] for u in range(users)]
+    held = [torch.zeros(0, dtype=torch.int64)] * users
+    test = list(held)
+    if "eval/test_items" in trace.arrays:
+        negatives = trace.arrays["eval/neg_items"].reshape(users, -1)
+        for place, user in enumerate(trace.arrays["eval/test_users"]):
+            test[user] = torch.from_numpy(np.r_[trace.arrays["eval/test_items"][place] + m, negatives[place]])
+    items = torch.arange(m)
+    return RecordedData(
+        torch.cat([items, items]), torch.arange(2).repeat_interleave(m).float(),
+        [torch.from_numpy(own + m) for own in liked], held, test, 1, "trace", num_items=m, negatives=0, trace=trace,
+    )  # fmt: skip
+
+
+def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
+    """Run the method on a trace and compare every stage of every round."""
+    trace = Trace(path)
+    found = Comparison(method, f"fedrap/{path.stem}", TOLERANCE)
+    if "raw" in trace.arrays:
+        _compare_split(found, trace)
+        return found
+    config = trace.config
+    training = Training(
+        lr=config["lr_network"], groups={"body": {"lr": config["lr_args"]}}, epochs=config["local_epoch"],
+        batch_size=config["batch_size"], weight_decay=config["l2_regularization"], lr_decay=config["decay_rate"],
+    )  # fmt: skip
+    update = RecordedUpdate(
+        lam=config["lambda"], mu=config["mu"], regularizer=config["regular"], curriculum=config["vary_param"],
+        tolerance=config["tol"], training=training,
+    )  # fmt: skip
+    update.trace = trace
+    model = Factorization(int(config["num_items"]), int(config["latent_dim"]))
+    init = trace.group("init/template")
+    with torch.no_grad():
+        model.body.weight.copy_(torch.from_numpy(init["own.weight"]))  # type: ignore[operator,union-attr]
+        model.head.weight.copy_(torch.from_numpy(init["head.weight"]))
+        model.head.bias.copy_(torch.from_numpy(init["head.bias"]))
+    strategy = FedRAP()
+    strategy.sample = lambda round: sorted(trace.arrays[f"r{round - 1}/participants"].tolist())  # type: ignore[method-assign]
+    app = update.client_app(model, recorded_data(trace), device=device)
+    grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+    arrays, settings = app.initial_arrays(), flower.ConfigRecord()
+    with server_identity(1):
+        for r in range(int(trace.meta["rounds"])):
+            replies = list(grid.send_and_receive(strategy.configure_train(r + 1, arrays, settings, grid)))
+            _compare_users(found, trace, strategy, grid, replies, r)
+            new, _ = strategy.aggregate_train(r + 1, replies)
+            assert new is not None
+            arrays = new
+            table = entries(from_record(arrays))["common.weight"]
+            found.add("server table", table, trace.arrays[f"r{r}/server/item_commonality.weight"])
+            found.add("sparsity", strategy.report.extra["sparsity"], trace.arrays[f"r{r}/sparsity"])
+    if "eval/test_items" in trace.arrays:
+        _compare_evaluation(found, trace, grid, app, arrays)
+    grid.close()
+    return found
+
+
+def _compare_users(
+    found: Comparison, trace: Trace, strategy: FedRAP, grid: LocalGrid, replies: list[flower.Message], r: int
+) -> None:
+    """What users hold after a visit, what they send, and what it cost them."""
+    assert grid.engine is not None
+    assert strategy._arrays is not None
+    for reply in replies:
+        user = strategy._clients[reply.metadata.src_node_id]
+        state = {n: v[0] for n, v in entries(grid.engine.store.gather([user])["model"]).items()}
+        sent = entries(trees(reply.content)["arrays"])
+        table = strategy._arrays["common.weight"] * sent["factor"]
+        table[sent["rows"].long()] = sent["values"]
+        for name, value in trace.group(f"r{r}/u{user}/after").items():
+            found.add(f"user {name}", table if name == "common.weight" else state[name], value)
+        key = f"r{r}/u{user}/upload/item_commonality.weight"
+        found.add("upload", table, trace.arrays[key])
+        metrics = reply.content.metric_records["metrics"]
+        found.add("loss", metrics["train-loss"], trace.arrays[f"r{r}/u{user}/loss"])
+        found.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss"]))
+
+
+def _compare_evaluation(
+    found: Comparison, trace: Trace, grid: LocalGrid, app: Any, arrays: flower.ArrayRecord
+) -> None:
+    """Scores, and the metric of hand-made scores."""
+    assert grid.engine is not None
+    users = sorted(range(app.data.num_clients), key=lambda u: -app.sizes[u])
+    state = grid.engine.store.gather(users)
+    for k, user in enumerate(users):  # some scores were made to saturate by hand
+        for name, value in trace.group(f"eval/params/u{user}").items():
+            if name in state["model"].keys():  # noqa: SIM118
+                state["model"][name][k] = torch.from_numpy(value)
+    cohort = app.cohort(users, state, {"server-round": 1})
+    received = {"arrays": from_record(arrays)}
+    outputs = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)
+    negatives = trace.arrays["eval/neg_scores"].reshape(len(users), -1)
+    scores: list[torch.Tensor] = [torch.zeros(0)] * len(users)
+    for k, user in enumerate(users):
+        place = int(np.flatnonzero(trace.arrays["eval/test_users"] == user)[0])
+        scores[place] = torch.sigmoid(outputs[k]).flatten().cpu()
+        found.add("scores", scores[place], np.r_[trace.arrays["eval/test_scores"][place], negatives[place]])
+    _compare_metric(found, trace, "eval", scores)
+    for part in ("ties", "nan"):
+        held, others = (trace.arrays[f"{part}/{name}"] for name in ("test_scores", "neg_scores"))
+        _compare_metric(found, trace, part, [torch.from_numpy(np.r_[a, b]) for a, b in zip(held, others, strict=True)])
+
+
+def _compare_metric(found: Comparison, trace: Trace, part: str, scores: list[torch.Tensor]) -> None:
+    if f"{part}/rank" in trace.arrays:
+        ranks = [1 + int((own[1:] >= own[0]).sum()) for own in scores]
+        found.exact("rank", ranks, trace.arrays[f"{part}/rank"])
+    for place, top_k in enumerate(trace.arrays[f"{part}/top_k"].tolist()):
+        metric = hit_and_gain(scores, top_k)
+        found.add("hr", metric[f"hr@{top_k}"].mean(), trace.arrays[f"{part}/hr"][place])
+        found.add("ndcg", metric[f"ndcg@{top_k}"].mean(), trace.arrays[f"{part}/ndcg"][place])
+
+
+def _compare_split(found: Comparison, trace: Trace) -> None:
+    """Who trains, validates and tests on what."""
+    user, item, rating, time = trace.arrays["raw"].T
+    config = DatasetConfig("ratings", "trace.csv", protocol="official", min_interactions=10)
+    ratings = Ratings(user, item, rating.astype(float), time, "trace")
+    data = leave_one_out(ratings, config, SplitConfig("leave_one_out"), 0)
+    m = data.num_items
+    found.exact("items", m, trace.meta["num_items"])
+    for part, name in ((data.validation, "val"), (data.test, "test")):
+        found.exact(name, [int(own[0]) - m for own in part], trace.arrays[f"split/{name}"][:, 1])
+    recorded = trace.arrays["split/train"]
+    for u in range(int(trace.meta["num_users"])):
+        liked = np.sort(data.train[u].numpy() - m)
+        found.exact("train", liked, np.sort(recorded[recorded[:, 0] == u, 1]))
+        allowed = np.setdiff1d(np.arange(m), data.excluded(u))
+        found.exact("allowed negatives", allowed, np.sort(trace.arrays[f"allowed_negatives/u{u}"]))
+
+
+def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:
+    """All traces under `root`, if the method is asked for."""
+    if "fedrap" in methods:
+        yield from (("fedrap", path) for path in sorted((root / "fedrap").glob("*.npz")))

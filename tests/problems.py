@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from fedpers.cohort import Training
-from fedpers.data.federated import FederatedData
+from fedpers.data import FederatedData, RankingData
+from fedpers.models import Factorization, ViT
+from fedpers.models.initial import drawing
 
 SIZES = (27, 11, 46, 22, 38, 6, 31)  # batches of 8 or 16 leave no remainder too small for batch normalization
 
@@ -92,7 +94,71 @@ def fedjets(dtype: torch.dtype = torch.float32) -> Problem:
     return Problem(SmallNetwork().to(dtype), data, {"experts": 3, "gate_hidden": 5, "gate_lr": 0.1})
 
 
-SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {"scaffold": scaffold, "fedjets": fedjets}
+def ranking_data(sizes: tuple[int, ...] = (9, 4, 12, 6, 10, 2, 7), items: int = 40, **settings: Any) -> RankingData:
+    """Users who like some of `items` items; of each two more are held out, ranked among 12 others."""
+    rng = np.random.default_rng(0)
+    train, validation, test = [], [], []
+    for size in sizes:
+        order = rng.permutation(items)
+        train.append(order[:size])
+        validation.append(np.r_[order[size], order[size + 2 : size + 14]])
+        test.append(np.r_[order[size + 1], order[size + 2 : size + 14]])
+    return RankingData.of_items(items, train, validation, test, name="ranking", top_k=3, **settings)
+
+
+def ranking(dtype: torch.dtype = torch.float32) -> Problem:
+    """Users with one to four batches a pass, some of whom stop early."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Factorization(40, 5).to(dtype)
+    return Problem(
+        network,
+        ranking_data(),
+        {"tolerance": 0.02, "lam": 0.01},
+        Training(lr=0.3, epochs=6, batch_size=16, weight_decay=1e-3, lr_decay=0.97, groups={"body": {"lr": 4.0}}),
+    )
+
+
+def plain_ranking(dtype: torch.dtype = torch.float32) -> Problem:
+    """The same for methods without FedRAP's settings."""
+    given = ranking(dtype)
+    return Problem(given.network, given.data, {}, given.training)
+
+
+def pfedrec(dtype: torch.dtype = torch.float32) -> Problem:
+    """The same with one rate, from which that of the items follows."""
+    given = ranking(dtype)
+    return Problem(given.network, given.data, {"item_rate": 0.5}, Training(lr=0.2, epochs=2, batch_size=16))
+
+
+def small_vit(dtype: torch.dtype = torch.float32) -> ViT:
+    """Two blocks of width 8 over the four patches of 4x4 pictures."""
+    with drawing(0, "small vit"):
+        return ViT((1, 4, 4), 4, patch=2, dim=8, depth=2, heads=2).to(dtype)
+
+
+def prompted(dtype: torch.dtype = torch.float32) -> Problem:
+    """Pictures for a vision transformer, and a client that never trains."""
+    data = replace(gaussian_data(features=(1, 4, 4), dtype=dtype), unseen=(3,))
+    return Problem(small_vit(dtype), data, {"prompts": 3})
+
+
+def generated(dtype: torch.dtype = torch.float32) -> Problem:
+    """The same with a server that moves fast."""
+    given = prompted(dtype)
+    return Problem(given.network, given.data, {**given.options, "server_optimizer": "sgd", "server_lr": 0.5})
+
+
+SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
+    "scaffold": scaffold,
+    "fedjets": fedjets,
+    "fedrap": ranking,
+    "fedmf": plain_ranking,
+    "no_learning": plain_ranking,
+    "pfedrec": pfedrec,
+    "fedvpt": prompted,
+    "pfedpg": generated,
+}
 """Methods that need something else than :func:`classification`."""
 
 

@@ -110,7 +110,9 @@ def prompted(
     return network, data if tokens is None else replace(data, x=tokens)
 
 
-def featured(model: nn.Module, data: FederatedData, *, budget: int | None = None) -> tuple[FrozenNetwork, FederatedData]:
+def featured(
+    model: nn.Module, data: FederatedData, *, budget: int | None = None
+) -> tuple[FrozenNetwork, FederatedData]:
     """Freeze a network's body and put features in the place of samples; the head keeps its values.
 
     Parameters

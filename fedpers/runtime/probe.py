@@ -72,12 +72,13 @@ def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | st
     """
     own = app.update.cohort_size
     with one_thread():
+        times: dict[str, float] = {}
         if cohort == "auto" and own is not None:
-            size, how, times = min(own, app.data.num_clients), "as the method says", {}
+            size, how = min(own, app.data.num_clients), "as the method says"
         elif cohort == "auto":
             size, how, times = _cohort_size(app, num_clients)
         else:
-            size, how, times = min(int(cohort), app.data.num_clients), "given", {}
+            size, how = min(int(cohort), app.data.num_clients), "given"
         most = -(-app.data.num_clients // size)  # more workers than cohorts would have nothing to do
         if workers != "auto":
             return Choice(size, min(int(workers), most), how, times)

@@ -30,9 +30,9 @@ from fedpers.strategies.head_only import HeadOnly, HeadOnlyUpdate
 from fedpers.strategies.local import Local, LocalOnlyUpdate
 from fedpers.strategies.no_learning import NoLearning, NoLearningUpdate
 from fedpers.strategies.perfedavg import PerFedAvg, PerFedAvgUpdate
-from fedpers.strategies.pfedrec import PFedRec, PFedRecUpdate
 from fedpers.strategies.pfedme import PFedMe, PFedMeUpdate
 from fedpers.strategies.pfedpg import PFedPG, PFedPGUpdate
+from fedpers.strategies.pfedrec import PFedRec, PFedRecUpdate
 from fedpers.strategies.pretrained import Pretrained, PretrainedUpdate
 from fedpers.strategies.scaffold import Scaffold, ScaffoldUpdate
 

@@ -38,17 +38,17 @@ much: all rows that were not visited changed by the same factor.) Unlike in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Fold, Reply, Selection, Training, Tree, View, entries, select, tree
+from fedpers.cohort import Cohort, Fold, Reply, Selection, Training, Tree, View, entries, tree
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
@@ -213,7 +213,12 @@ class FedRAPUpdate(LocalUpdate):
         for name in ("lam", "mu", "tolerance", "threshold"):
             check(getattr(self, name) >= 0, f"strategy.{name}", getattr(self, name), "a number >= 0")
         check(0 < self.step_decay <= 1, "strategy.step_decay", self.step_decay, "a number > 0 and <= 1")
-        known = {"regularizer": REGULARIZERS, "curriculum": CURRICULA, "variant": VARIANTS, "tables": TABLES}
+        known: dict[str, Iterable[str]] = {
+            "regularizer": REGULARIZERS,
+            "curriculum": CURRICULA,
+            "variant": VARIANTS,
+            "tables": TABLES,
+        }
         for name, options in known.items():
             value = getattr(self, name)
             check(value in options, f"strategy.{name}", value, one_of(options, value))
@@ -528,7 +533,7 @@ class FedRAP(PersonalizedStrategy):
         See :class:`FedRAPUpdate`.
     """
 
-    update = FedRAPUpdate
+    update: ClassVar[type[LocalUpdate]] = FedRAPUpdate
     weighting: str = "uniform"
     threshold: float = 0.0
 

@@ -311,7 +311,9 @@ class PFedPG(PersonalizedStrategy):
         place = self._places()
         rows = torch.tensor([place[c] for c in given["client"].tolist()], device=known["value"].device)
         moved = self._moved({n: v[rows] for n, v in known.items() if n != "client"}, given["value"])
-        self.state[DESCRIPTORS] = tree({n: v.index_copy(0, rows, moved[n]) if n in moved else v for n, v in known.items()})
+        self.state[DESCRIPTORS] = tree(
+            {n: v.index_copy(0, rows, moved[n]) if n in moved else v for n, v in known.items()}
+        )
         new = tree({PROMPTS: arrays[PROMPTS] + steps[PROMPTS]})
         prompts = generate(new[PROMPTS], entries(self.state[GENERATOR]), moved["value"])
         self.report.extra["prompt_spread"] = float((prompts - prompts.mean(0)).square().mean().sqrt())

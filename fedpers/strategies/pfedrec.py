@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from fedpers.cohort import Cohort, Reply, Tree, View, entries, tree
+from fedpers.cohort import Cohort, Reply, entries
 from fedpers.data.federated import FederatedData
 from fedpers.data.ratings import RankingData
 from fedpers.errors import ConfigError, check

@@ -221,9 +221,11 @@ def test_official_with_partial_participation(interval: int, batchnorm: str, weig
         assert_same(found.predictors()[c], own.receive(server))
 
 
-def test_paper_variant_against_a_plain_loop() -> None:
+@pytest.mark.parametrize("interval", [1, 2])
+def test_paper_variant_against_a_plain_loop(interval: int) -> None:
     rate, limit, rounds = 0.2, 0.5, 4
-    found = run("fedselect", {"variant": "paper", "rate": rate, "limit": limit}, rounds=rounds, fraction=0.5)
+    options = {"variant": "paper", "rate": rate, "limit": limit, "interval": interval}
+    found = run("fedselect", options, rounds=rounds, fraction=0.5)
     server = {n: v for n, v in initial().items() if n in weights_of()}
     clients = [Client(NETWORK) for _ in CLIENTS]
     size = sum(v.numel() for v in server.values())
@@ -243,7 +245,8 @@ def test_paper_variant_against_a_plain_loop() -> None:
                  for i in range(start[n].numel()) if not own.mask[n].flatten()[i]),
             )  # fmt: skip
             wanted = min(round(rate * len(ranked)), int(limit * size) - (size - len(ranked)))
-            for moved, _, i, n in ranked[: max(0, wanted)]:
+            own.trained += 1
+            for moved, _, i, n in ranked[: max(0, wanted)] if own.trained % interval == 0 else []:
                 if moved < 0:
                     own.mask[n].view(-1)[i] = True
             own.model, own.used = values, copied(own.mask)

@@ -1,0 +1,376 @@
+"""FedRAP against a plain loop over whole tables with autograd, and what belongs to ratings."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedpers.cohort import Training, tree
+from fedpers.errors import ConfigError
+from fedpers.models import Factorization
+from fedpers.randomness import generator
+from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import FedRAPUpdate, make_strategy
+from fedpers.strategies.fedrap import RowMean
+from fedpers.strategies.records import from_record
+from tests import reference
+from tests.cohort.helpers import assert_same
+from tests.problems import SmallNetwork, gaussian_data, ranking, ranking_data
+from tests.strategies.helpers import SEED, run
+
+GIVEN = ranking(torch.float64)
+ITEMS = 40
+SETTINGS = {"lr": 0.3, "epochs": 6, "batch_size": 16, "weight_decay": 1e-3, "lr_decay": 0.9}
+
+
+def finished(
+    method: str = "fedrap", rounds: int = 2, data: Any = GIVEN.data, groups: Any = None, **options: Any
+) -> Any:
+    """Train on the small problem."""
+    values = {**SETTINGS, "groups": {"body": {"lr": 4.0}} if groups is None else groups}
+    return run(method, options, rounds=rounds, network=GIVEN.network, data=data, **values)
+
+
+# ------------------------------------------------------------------ a plain loop
+
+
+def penalty(kind: str, rows: Tensor) -> Tensor:
+    match kind:
+        case "l1":
+            return rows.abs().mean()
+        case "l2":
+            return rows.square().mean()
+        case "nuc":
+            return torch.linalg.matrix_norm(rows, "nuc")
+        case "inf":
+            return rows.abs().max()
+    return rows.sum() * 0
+
+
+def plain(rounds: int, start: Mapping[str, Tensor], **options: Any) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
+    """Rounds over whole tables, one user after the other, with autograd."""
+    lam, mu = options.get("lam", 0.1), options.get("mu", 0.1)
+    kind, tables = options.get("regularizer", "l1"), options.get("tables", "both")
+    paper, tolerance = options.get("variant") == "paper", options.get("tolerance", 1e-4)
+    rates = {"head.weight": 0.3, "head.bias": 0.3, "own.weight": 4.0, "common.weight": 4.0}
+    common = start.get("common.weight")
+    users = [{n: v.clone() for n, v in start.items() if n != "common.weight"} for _ in range(GIVEN.data.num_clients)]
+    for r in range(1, rounds + 1):
+        growth = math.tanh(r / 10) if paper else 1.0
+        sent = []
+        for u, state in enumerate(users):
+            drawn = GIVEN.data.samples(u, SEED, r)
+            items, y = torch.from_numpy(drawn % ITEMS), torch.from_numpy((drawn >= ITEMS).astype(float))
+            own = {**state, **({} if common is None else {"common.weight": common.clone()})}
+            t, total, count, former = 0, 0.0, 0, math.nan
+            for epoch in range(6):
+                order = generator(SEED, "batches", u, r, epoch).permutation(len(drawn))
+                for batch in np.split(order, range(16, len(order), 16)):
+                    values = {n: v.clone().requires_grad_() for n, v in own.items()}
+                    at, target = items[batch], y[batch]
+                    zero = torch.zeros(len(batch), 5, dtype=torch.float64)
+                    d = values["own.weight"][at] if tables != "common" else zero
+                    c = values["common.weight"][at] if tables != "own" else zero
+                    chance = torch.sigmoid((d + c) @ values["head.weight"][0] + values["head.bias"])
+                    loss = F.binary_cross_entropy(chance, target)
+                    if paper:
+                        d, c = (values.get(n, torch.zeros(1)) for n in ("own.weight", "common.weight"))
+                    scale = float(ITEMS * 5) if paper else 1.0
+                    if tables == "both":
+                        loss = loss - growth * lam * scale * (d - c).square().mean()
+                    if tables != "own":
+                        loss = loss + growth * mu * scale * penalty(kind, c)
+                    grads = torch.autograd.grad(loss, list(values.values()))
+                    for (name, value), grad in zip(own.items(), grads, strict=True):
+                        rate = rates[name] * 0.9 ** (r - 1) * 0.95**t
+                        own[name] = value - rate * (grad + 1e-3 * value)
+                    t += 1
+                    total += float(loss) * len(batch)
+                    count += len(batch)
+                mean = total / count
+                if abs(mean - former) < tolerance * abs(former):
+                    break
+                former = mean
+            if common is not None:
+                sent.append(own.pop("common.weight"))
+            users[u] = own
+        common = torch.stack(sent).mean(0) if sent else None
+    return common, users
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tolerance": 0.02},
+        {"lam": 0.0},
+        {"regularizer": "l2", "mu": 0.3},
+        {"regularizer": "nuc", "mu": 0.01},
+        {"regularizer": "inf", "mu": 0.05},
+        {"regularizer": "none"},
+        {"tables": "own"},
+        {"tables": "common"},
+        {"variant": "paper", "lam": 1e-4, "mu": 1e-3},
+        {"variant": "paper", "lam": 1e-4, "regularizer": "none"},
+    ],
+    ids=str,
+)
+def test_visited_rows_and_one_factor_are_the_whole_computation(options: dict[str, Any]) -> None:
+    found = finished(**options)
+    start = dict(found.app.template.items())
+    common, users = plain(2, start, **options)
+    assert_same(found.arrays, {} if common is None else {"common.weight": common})
+    for user, state in enumerate(users):
+        assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
+
+
+def test_rows_nobody_visited_only_decay() -> None:
+    found = finished(rounds=1, lam=0.3, tolerance=0.0)
+    start = found.app.template["own.weight"]
+    for user in range(GIVEN.data.num_clients):
+        drawn = GIVEN.data.samples(user, SEED, 1)
+        steps = 6 * -(-len(drawn) // 16)
+        rest = np.setdiff1d(np.arange(ITEMS), drawn % ITEMS)
+        factor = math.prod(1 - 4.0 * 0.95**t * 1e-3 for t in range(steps))
+        assert len(rest)
+        assert torch.allclose(found.state(user)["model/own.weight"][rest], factor * start[rest], rtol=1e-12)
+
+
+def test_fedmf_is_fedrap_without_what_it_adds() -> None:
+    bare = {"tables": "common", "lam": 0.0, "mu": 0.0, "tolerance": 0.0, "step_decay": 1.0}
+    one, other = finished("fedmf"), finished("fedrap", **bare)
+    assert_same(one.arrays, other.arrays)
+    assert_same(one.state(2), other.state(2))
+    with pytest.raises(ConfigError, match=r"strategy\.lam=0\.1: expected one of the settings of fedmf"):
+        make_strategy("fedmf", {"lam": 0.1})
+
+
+def test_a_round_of_the_official_curriculum_is_the_same_in_every_shape() -> None:
+    first = finished(curriculum="tanh")
+    assert_same(first.arrays, finished(curriculum="square").arrays)
+    with pytest.raises(AssertionError):
+        assert_same(first.arrays, finished(variant="paper", curriculum="square").arrays)
+
+
+# ------------------------------------------------------------------ on the way
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(0, 4))
+@settings(max_examples=25, deadline=None)
+def test_the_mean_of_rows_is_the_mean_of_tables(seed: int, users: int, cut: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = torch.from_numpy(rng.normal(size=(6, 2)))
+    folds, tables, weights = (RowMean(table), RowMean(table)), [], []
+    for user in range(users):
+        rows = rng.choice(6, rng.integers(0, 7), replace=False)
+        values, factor = torch.from_numpy(rng.normal(size=(len(rows), 2))), rng.uniform(0.5, 1)
+        whole = factor * table
+        whole[rows] = values
+        tables.append(whole)
+        weights.append(float(rng.integers(1, 9)))
+        sent = {
+            "rows": torch.from_numpy(rows).int(),
+            "values": values,
+            "factor": torch.tensor(factor, dtype=torch.float64),
+        }
+        folds[user >= cut].add({"arrays": tree(sent)}, weights[-1], user)
+    folds[0].merge(folds[1])
+    mean = sum(w * t for w, t in zip(weights, tables, strict=True)) / sum(weights)
+    assert torch.allclose(folds[0].result()["arrays"]["common.weight"], mean, rtol=1e-12)
+
+
+def test_small_entries_are_not_sent_and_counted() -> None:
+    whole, sparse = finished(rounds=3, mu=3.0), finished(rounds=3, mu=3.0, threshold=0.05)
+    table = sparse.arrays["common.weight"]
+    assert 0 < int((table == 0).sum()) < table.numel()
+    assert float(table[table != 0].abs().min()) > 0.05
+    report = sparse.strategy.report
+    assert report.extra["sent_share"] == pytest.approx(float((table != 0).double().mean()))
+    assert report.bytes_up < whole.strategy.report.bytes_up
+    down = int((sparse_table(sparse, 2) != 0).sum())
+    assert report.bytes_down == GIVEN.data.num_clients * (down * (8 + 4) + 2 * 8)
+
+
+def sparse_table(found: Any, round: int) -> Tensor:
+    """The server's table after fewer rounds of the same run."""
+    table: Tensor = finished(rounds=round, mu=3.0, threshold=0.05).arrays["common.weight"]
+    assert found.strategy.threshold == 0.05
+    return table
+
+
+def test_a_threshold_below_every_entry_changes_nothing() -> None:
+    assert_same(finished().arrays, finished(threshold=1e-300).arrays)
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"rows": torch.tensor([40], dtype=torch.int32)}, r"'rows' name items outside 0\.\.39"),
+        ({"rows": torch.tensor([1, 2], dtype=torch.int32)}, r"'values' has shape \[1, 5\], expected \[2, 5\]"),
+        ({"values": torch.zeros(1, 4, dtype=torch.float64)}, r"'values' has shape \[1, 4\], expected \[-1, 5\]"),
+        ({"values": torch.full((1, 5), math.nan, dtype=torch.float64)}, "values that are not finite"),
+        ({"more": torch.zeros(2)}, "'arrays/more'"),
+    ],
+)
+def test_a_reply_that_is_no_part_of_the_table_is_left_out(record: dict[str, Tensor], sentence: str) -> None:
+    strategy, update = make_strategy("fedrap", training=Training(**SETTINGS))
+
+    class Wrong(FedRAPUpdate):
+        def pack(self, records: dict[str, Any]) -> dict[str, Any]:
+            sent = {"rows": torch.tensor([3], dtype=torch.int32), "values": torch.zeros(1, 5, dtype=torch.float64),
+                    "factor": torch.tensor(1.0, dtype=torch.float64)}  # fmt: skip
+            return {"arrays": tree({**sent, **record})}
+
+    app = Wrong(training=update.training).client_app(GIVEN.network, GIVEN.data)
+    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    with server_identity(1):
+        replies = grid.send_and_receive(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid))
+        with pytest.raises(Exception, match="0 of 7 sampled clients sent a usable reply"):
+            strategy.aggregate_train(1, replies)
+    assert len(strategy.report.failures) == 7
+    assert re.search(sentence, strategy.report.failures[0])
+
+
+def test_places_that_lie_outside_are_refused() -> None:
+    strategy, _ = make_strategy("fedrap", {"threshold": 0.1})
+    strategy._arrays = tree({"common.weight": torch.zeros(4, 2)})
+    sent = {"rows": torch.tensor([1]).int(), "values": torch.ones(1), "places": torch.tensor([2]).int(),
+            "shape": torch.tensor([1, 2]), "factor": torch.tensor(1.0)}  # fmt: skip
+    for name, value in (("places", torch.tensor([-1]).int()), ("shape", torch.tensor([-1, 2]))):
+        with pytest.raises(ValueError, match="'places'"):
+            strategy.unpack({"arrays": tree({**sent, name: value})}, 0)
+    with pytest.raises(ValueError, match="'places' lie outside of the table"):
+        strategy.unpack({"arrays": tree(sent)}, 0)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("method", ["fedrap", "fedmf", "pfedrec", "no_learning"])
+def test_pictures_are_no_ratings(method: str) -> None:
+    _, update = make_strategy(method)
+    with pytest.raises(ConfigError, match=r"dataset=gaussian: expected ratings, e\.g\. dataset=synthetic_ratings"):
+        update.client_app(SmallNetwork(), gaussian_data())
+
+
+@pytest.mark.parametrize("method", ["fedrap", "fedmf", "pfedrec"])
+def test_another_network_is_refused(method: str) -> None:
+    _, update = make_strategy(method)
+    with pytest.raises(ConfigError, match="model=SmallNetwork: expected factorization"):
+        update.client_app(SmallNetwork(), ranking_data())
+
+
+def test_a_table_that_is_too_short_is_refused() -> None:
+    with pytest.raises(ConfigError, match="model=Factorization: expected a network that takes samples"):
+        make_strategy("local")[1].client_app(Factorization(1), ranking_data())
+
+
+@pytest.mark.parametrize(
+    ("options", "training", "sentence"),
+    [
+        ({"regularizer": "l3"}, {}, r"strategy\.regularizer=l3: expected one of inf, l1, l2, none, nuc"),
+        ({"tolerance": -1.0}, {}, r"strategy\.tolerance=-1\.0: expected a number >= 0"),
+        ({"step_decay": 0.0}, {}, r"strategy\.step_decay=0\.0: expected a number > 0 and <= 1"),
+        ({"tables": "none"}, {}, r"strategy\.tables=none: expected one of both, common, own"),
+        ({"variant": "paper", "regularizer": "nuc"}, {}, r"strategy\.regularizer=nuc: expected l1 or none"),
+        ({}, {"momentum": 0.9}, r"training\.momentum=0\.9: expected 0\.0 for this method"),
+        ({}, {"steps": 3}, r"training\.steps=3: expected null for this method"),
+    ],
+)
+def test_settings_that_do_not_fit(options: dict[str, Any], training: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        make_strategy("fedrap", options, training=Training(**training))
+
+
+# ------------------------------------------------------------------ rows beside it
+
+
+def test_no_learning_wins_where_negatives_spare_the_held_out_item_and_guesses_elsewhere() -> None:
+    sizes = (8,) * 60
+    scores = {}
+    for protocol in ("official", "clean"):
+        found = run("no_learning", {}, rounds=25, network=GIVEN.network, data=ranking_data(sizes, protocol=protocol))
+        scores[protocol] = np.mean([m["test-hr@3"] for m in found.strategy.report.clients.values()])
+    assert scores["official"] > 0.95
+    assert 0.05 < scores["clean"] < 0.45  # chance: 3 of 13
+
+
+def test_no_learning_counts_what_was_drawn() -> None:
+    found = run("no_learning", {}, rounds=2, network=GIVEN.network, data=GIVEN.data)
+    drawn = np.concatenate([GIVEN.data.samples(3, SEED, r) for r in (1, 2)])
+    expected = np.bincount(drawn[drawn < ITEMS], minlength=ITEMS)
+    assert found.state(3)["model/drawn"].tolist() == expected.tolist()
+    assert found.arrays == {}
+
+
+def test_pfedrec_takes_two_steps_per_batch_and_predicts_with_its_own_table() -> None:
+    found = run(
+        "pfedrec", {"item_rate": 0.5}, rounds=2, network=GIVEN.network, data=GIVEN.data, lr=0.2, epochs=1, batch_size=16
+    )
+    start = {name: value.clone() for name, value in found.app.template.items()}
+    table, heads, own = start["body.weight"], [start] * 7, [{}] * 7
+    for r in (1, 2):
+        sent = []
+        for u in range(7):
+            values = {**heads[u], "body.weight": table}
+            drawn = GIVEN.data.samples(u, SEED, r)
+            order = generator(SEED, "batches", u, r, 0).permutation(len(drawn))
+            for batch in np.split(order, range(16, len(order), 16)):
+                items, y = torch.from_numpy(drawn[batch] % ITEMS), torch.from_numpy((drawn[batch] >= ITEMS) * 1.0)
+                for names, rate in ((("head.weight", "head.bias"), 0.2), (("body.weight",), 0.2 * 0.5 * ITEMS)):
+                    leaf = {n: v.clone().requires_grad_() for n, v in values.items()}
+                    logit = leaf["body.weight"][items] @ leaf["head.weight"][0] + leaf["head.bias"]
+                    grads = torch.autograd.grad(F.binary_cross_entropy_with_logits(logit, y), [leaf[n] for n in names])
+                    values = {**values, **{n: values[n] - rate * g for n, g in zip(names, grads, strict=True)}}
+            heads[u] = own[u] = values
+            sent.append(values["body.weight"])
+        table = torch.stack(sent).mean(0)
+    assert_same(found.arrays, {"body.weight": table})
+    for user, values in enumerate(found.predictors()):
+        assert_same(values, own[user])
+
+
+# ------------------------------------------------------------------ traces
+
+
+@pytest.mark.parametrize(
+    ("case", "array", "change"),
+    [
+        ("b_six_users", "r1/u2/after/item_personality.weight", 1e-3),
+        ("c_early_stop", "r0/u0/loss", 1e-2),
+        ("f_evaluation", "eval/hr", 1e-3),
+        ("i_split", "split/test", 1),
+    ],
+)
+def test_a_changed_trace_is_noticed(case: str, array: str, change: float, tmp_path: Path) -> None:
+    copy = tmp_path / "fedrap" / f"{case}.npz"
+    copy.parent.mkdir()
+    shutil.copy(reference.HERE / "fedrap" / f"{case}.npz", copy)
+    assert reference.main(["--root", str(tmp_path), "fedrap"]) == 0
+    with np.load(copy) as file:
+        arrays = dict(file)
+    value = np.array(arrays[array])
+    value.reshape(-1)[-2 if case == "i_split" else -1] += np.asarray(change, dtype=value.dtype)
+    np.savez(copy, **{**arrays, array: value})
+    assert reference.main(["--root", str(tmp_path), "fedrap"]) == 1
+
+
+def test_arrays_are_the_common_table_alone() -> None:
+    _, update = make_strategy("fedrap")
+    app = update.client_app(GIVEN.network, GIVEN.data)
+    assert list(from_record(app.initial_arrays()).keys()) == ["common.weight"]
+    assert sorted(app.initial_state["model"].keys()) == ["head.bias", "head.weight", "own.weight"]

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -50,10 +51,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View, WeightedMean, entries, model_tree, tree
-from fedpers.cohort.cohort import EVALUATION_SAMPLES
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.data.ratings import RankingData
-from fedpers.errors import ConfigError, check, one_of
+from fedpers.errors import check, one_of
+from fedpers.models.frozen import featured
 from fedpers.models.initial import drawing, fresh
 from fedpers.randomness import generator, sample_clients
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
@@ -152,17 +152,12 @@ class FedJETsUpdate(LocalUpdate):
         Raises
         ------
         ConfigError
-            If the network has no body, the data are not pictures with classes, or an expert has no anchor.
+            If the network has no body and head, the data are not numbers with classes, or an expert has no anchor.
         """
-        classes = not isinstance(data, RankingData) and data.x.is_floating_point() and data.x.dim() > 1
-        check(classes, "dataset", data.name, "samples of numbers with class labels for strategy=fedjets")
-        body = getattr(model, "body", None)
-        if not isinstance(body, nn.Module):
-            raise ConfigError("model", type(model).__name__, "a network with a 'body' for strategy=fedjets")
         _check_anchors(self.experts, data)
         if getattr(model, "pretrained_accuracy", 0.0) is None:
             log.warning("The common expert of fedjets has random values; model.pretrained=public trains it first.")
-        embedding = _embed(body, data.x)
+        embedding = featured(model, data, budget=sys.maxsize)[1].x.flatten(1)
         with drawing(seed, "gate"):
             gate = nn.Sequential(
                 nn.Linear(embedding.shape[1], self.gate_hidden), nn.ReLU(), nn.Linear(self.gate_hidden, self.experts)
@@ -436,14 +431,6 @@ def _draw(clients: Sequence[int], size: int, seed: int, purpose: str, round: int
     if not size:
         return []
     return [clients[place] for place in generator(seed, purpose, round).choice(len(clients), size, replace=False)]
-
-
-@torch.no_grad()
-def _embed(body: nn.Module, x: Tensor) -> Tensor:
-    """Embeddings ``[N, d]`` of all samples by a copy of `body` in evaluation mode."""
-    encoder = copy.deepcopy(body).eval()
-    parts = [encoder(chunk).flatten(1) for chunk in torch.split(x, EVALUATION_SAMPLES)]
-    return torch.cat(parts).to(x.dtype)
 
 
 def _check_counts(experts: int, top_k: int) -> None:

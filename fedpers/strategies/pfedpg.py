@@ -344,7 +344,7 @@ class PFedPG(PersonalizedStrategy):
         """Step along a direction, and the new moments."""
         first = torch.lerp(first, value, 1 - _BETAS[0])
         second = torch.lerp(second, value.square(), 1 - _BETAS[1])
-        mean, square = (m / (1 - b**steps) for m, b in zip((first, second), _BETAS, strict=True))
+        mean, square = (m / (1 - b ** steps.double()).to(m) for m, b in zip((first, second), _BETAS, strict=True))
         return self.server_lr * mean / (square.sqrt() + _EPS), first, second
 
     # --------------------------------------------------- generator and descriptors

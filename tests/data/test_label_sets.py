@@ -39,6 +39,7 @@ def test_digits() -> None:
     data = load_federated(DatasetConfig(), config(num_clients=20), SplitConfig(), 0)
     assert data.num_clients == 25
     assert data.unseen == (20, 21, 22, 23, 24)
+    assert data.anchors == (0, 1, 2, 3, 4)
     assert data.sizes().tolist() == [100] * 25
     trained = torch.cat(list(data.train)).unique()
     for part in ("validation", "test"):

@@ -364,7 +364,7 @@ def test_a_changed_trace_is_noticed(case: str, array: str, change: float, tmp_pa
     with np.load(copy) as file:
         arrays = dict(file)
     value = np.array(arrays[array])
-    value.reshape(-1)[-2 if case == "i_split" else -1] += np.asarray(change, dtype=value.dtype)
+    value.flat[-2 if case == "i_split" else -1] += np.asarray(change, dtype=value.dtype)
     np.savez(copy, **{**arrays, array: value})
     assert reference.main(["--root", str(tmp_path), "fedrap"]) == 1
 

@@ -260,7 +260,7 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
                 Text(f"{row.method} (baseline)" if row.baseline else row.method),
                 _marks(row, _single(group.rows)),
                 f"{_percent(row.score)}{interval}",
-                *(_percent(row.selected.get(key, row.at_end.get(key, math.nan))) for key, _ in group.also),
+                *(_percent(_shown(row, key)) for key, _ in group.also),
                 _percent(row.std),
                 _percent(row.worst_decile),
                 _percent(row.last),
@@ -274,6 +274,11 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
         for note in group.notes:
             console.print(Text(note, style="dim"))
         console.print()
+
+
+def _shown(row: Row, key: str) -> float:
+    """A further metric at the selected round; adaptation is measured at the end only, whichever round was selected."""
+    return (row.at_end if key.startswith("adapted/") else row.selected).get(key, math.nan)
 
 
 def _read(folder: Path) -> RunRecord:

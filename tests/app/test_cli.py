@@ -261,6 +261,8 @@ def test_installed_command(tmp_path: Path) -> None:
         (["min_replies=50"], "min_replies=50: expected at most 20, the clients sampled in a round."),
         (["strategy=scaffold", "strategy.weighting=samples"], "strategy.weighting=samples: expected uniform"),
         (["model=resnet18_bn", "model.width=4", "training.batch_size=9"], "no batch of one sample"),
+        (["strategy=pfedpg", "strategy.prompts=0"], "strategy.prompts=0: expected a whole number >= 1."),
+        (["strategy=pfedpg", "model=mlp"], "model=MLP: expected a vision transformer with a class token: model=vit"),
         (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare, plot."),
         (["plot", "no-such-folder", "--out", "a.svg"], "no run was found in no-such-folder."),
         (["compare", "no-such-folder"], "no finished run was found in no-such-folder."),

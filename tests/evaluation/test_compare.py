@@ -93,6 +93,16 @@ def test_numbers_of_a_row_by_hand(write, tmp_path):
     assert [Path(folder).name for folder in row.folders] == ["run01", "run02", "run03"]
 
 
+def test_adaptation_is_measured_at_the_end_whichever_round_was_selected(write, tmp_path):
+    end = {**metrics(0.8), "unseen/accuracy": 0.7, "adapted/accuracy": 0.9}
+    write("fedrep", 0, 0.8, selected=end)  # the last round is the selected one
+    write("fedrep", 1, 0.8, selected={**metrics(0.8), "unseen/accuracy": 0.5})
+    for path in tmp_path.rglob("summary.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"last": end}))
+    (line,) = [line for line in printed(tmp_path).splitlines() if "fedrep" in line]
+    assert line.split()[:5] == ["fedrep", "80.0", "±0.0", "60.0", "90.0"]
+
+
 def test_rows_are_sorted_tested_and_marked(write, tmp_path):
     table = {
         "fedrep": (0.90, 0.91, 0.92),

@@ -71,8 +71,8 @@ def test_perfedavg_needs_batches_to_halve() -> None:
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    for call in (lambda: make_strategy("fedrap"), lambda: options_of("fedrap")):
-        with pytest.raises(ConfigError, match=r"strategy=fedrap: .*did you mean 'fedrep'"):
+    for call in (lambda: make_strategy("fedrepp"), lambda: options_of("fedrepp")):
+        with pytest.raises(ConfigError, match=r"strategy=fedrepp: .*did you mean 'fedrep'"):
             call()
     with pytest.raises(ConfigError, match=r"strategy\.head_epoch=2: .*of fedrep.*did you mean 'head_epochs'"):
         make_strategy("fedrep", {"head_epoch": 2})

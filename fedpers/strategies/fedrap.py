@@ -45,6 +45,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -58,6 +59,7 @@ from fedpers.models import Factorization, fresh
 from fedpers.randomness import generator
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.records import ARRAYS
+from fedpers.strategies.server import Records
 
 VARIANTS = ("official", "paper")
 TABLES = ("both", "own", "common")
@@ -450,7 +452,8 @@ class FedRAPUpdate(LocalUpdate):
         """Own table and score function, and the received table."""
         if self.tables == "own":
             return cohort.view(tree({}))
-        return cohort.view(tree({COMMON: self.table(received)}))
+        sent = received[ARRAYS]
+        return cohort.view(tree({COMMON: self.table(received)}) if "places" in entries(sent) else sent)
 
     def pack(self, records: dict[str, Tree]) -> dict[str, Tree]:
         """Leave out the places that are no rows and, with a threshold, the small values."""
@@ -578,6 +581,19 @@ class FedRAP(PersonalizedStrategy):
         assert self._arrays is not None
         values = entries(self._arrays)
         return RowMean(values[COMMON] if COMMON in values else torch.zeros(0, 0))
+
+    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:
+        """As inherited; the rows an unseen user sends are put into the table it received."""
+        adapted, found = super().adapt(round, arrays, grid, clients)
+        records = []
+        for own in found:
+            sent = entries(own[ARRAYS]) if ARRAYS in own else {}
+            if "rows" in sent:
+                table = arrays[COMMON] * sent["factor"].to(arrays[COMMON].device)
+                table[sent["rows"].long()] = sent["values"].to(table.device)
+                own = {**own, ARRAYS: tree({COMMON: table})}
+            records.append(own)
+        return adapted, records
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Take the mean; record the share of its entries that are at most 1e-4 (the authors' measure of sparsity)."""

@@ -471,14 +471,14 @@ class PersonalizedStrategy(FlowerFedAvg):
         values = {name: [m[name] for m in report.clients.values() if name in m] for name in names}
         return flower.MetricRecord({name: sum(own) / len(own) for name, own in values.items()})
 
-    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], Sequence[Records]]:
+    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:
         """Let clients that never trained adapt: they train once, and nothing of it reaches the server.
 
         Returns
         -------
         list of int
             Who adapted; the others are booked as failures.
-        sequence of mapping of record to Tree
+        list of mapping of record to Tree
             What each of them is evaluated with: what it was sent, its own arrays in place of the server's.
         """
         able = self.prepare(round, arrays, clients, grid, "evaluate")
@@ -487,7 +487,8 @@ class PersonalizedStrategy(FlowerFedAvg):
         config = flower.ConfigRecord({"server-round": round})
         messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
         answered = self._by_client(grid.send_and_receive(messages))
-        adapted, records = [], []
+        adapted: list[int] = []
+        records: list[Records] = []
         for client, before in zip(able, each, strict=True):
             reply = answered.get(client)
             try:

@@ -63,7 +63,26 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
 # ------------------------------------------------------------------- runs
 
 
-@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbn", "fedjets"}))
+RATED = ("fedmf", "fedrap", "no_learning", "pfedrec")  # methods for ratings alone
+
+
+@pytest.mark.parametrize("strategy", [*RATED, "local", "fedavg", "fedper", "fedrep"])
+def test_ratings_are_ranked(strategy: str, tmp_path: Path) -> None:
+    (folder,) = fedpers(
+        f"strategy={strategy}", "dataset=synthetic_ratings", "dataset.num_users=40", "dataset.num_items=300",
+        "split.unseen=3", "rounds=2", output=tmp_path,
+    )  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["headline"] == "hr@10"
+    assert summary["failures"] == 0
+    for name in ("test/hr@10", "test/ndcg@10", "unseen/hr@10", "adapted/hr@10"):
+        assert 0 <= summary["last"][name] <= 1
+    clients = pd.read_parquet(folder / "clients.parquet")
+    assert set(clients["test_hr@10_last"]) <= {0.0, 1.0}
+    assert clients.unseen.sum() == 3
+
+
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbn", "fedjets", *RATED}))
 def test_every_strategy_runs(strategy: str, tmp_path: Path) -> None:
     (folder,) = fedpers(f"strategy={strategy}", *SMALL, output=tmp_path)
     summary = json.loads((folder / "summary.json").read_text())

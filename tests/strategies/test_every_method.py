@@ -52,6 +52,8 @@ def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: 
     for name in known:
         before = start[name.rpartition("/")[2]]
         value = moved[name]
+        if value.dtype != before.dtype:  # a mask over the entry; some stay empty
+            continue
         assert not torch.equal(value, before if "control" not in name else torch.zeros_like(value)), name
     report = found.strategy.report
     assert report.steps > 0 or method in UNTRAINED

@@ -429,4 +429,5 @@ class PFedPG(PersonalizedStrategy):
                 stacked = torch.stack(list(changes.values()))
                 own = follow(base, entries(self.state[GENERATOR]), rows["value"], stacked, base.new_ones(len(able)))[1]
                 rows = self._moved(rows, own)
-        return able, self._prompts(arrays, rows["value"]) if rows else [{ARRAYS: arrays}] * len(able)
+        records: list[Records] = [{ARRAYS: arrays}] * len(able)
+        return able, list(self._prompts(arrays, rows["value"])) if rows else records

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -71,28 +71,31 @@ def run(
     data: FederatedData = DATA,
     cohort: int = 3,
     device: str = "cpu",
+    grid: Callable[[CohortApp, int], LocalGrid] | None = None,
     **training: Any,
 ) -> Finished:
-    """Train a method for some rounds and evaluate it once."""
+    """Train a method for some rounds, evaluate it once, and let unseen clients adapt."""
     settings = Training(**{"lr": 0.1, "batch_size": 5, "epochs": 2, **training})
     server = {"fraction": fraction, "seed": SEED, "unseen": data.unseen}
     strategy, update = make_strategy(method, options, server=server, training=settings)
     app = update.client_app(network, data, seed=SEED, device=device)
-    grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=1)
+    made = LocalGrid(app, data.num_clients, cohort=cohort, workers=1) if grid is None else grid(app, data.num_clients)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     with server_identity(1):
         for r in range(1, rounds + 1):
             new, _ = strategy.aggregate_train(
-                r, grid.send_and_receive(strategy.configure_train(r, arrays, config, grid))
+                r, made.send_and_receive(strategy.configure_train(r, arrays, config, made))
             )
             assert new is not None
             assert not strategy.report.failures
             arrays = new
         strategy.aggregate_evaluate(
-            rounds, grid.send_and_receive(strategy.configure_evaluate(rounds, arrays, config, grid))
+            rounds, made.send_and_receive(strategy.configure_evaluate(rounds, arrays, config, made))
         )
-    grid.close()
-    return Finished(strategy, app, grid, entries(from_record(arrays)), rounds)
+        if strategy.unseen:
+            strategy.evaluate_adapted(arrays, config, made)
+    made.close()
+    return Finished(strategy, app, made, entries(from_record(arrays)), rounds)
 
 
 # ------------------------------------------------------------------ plain loops

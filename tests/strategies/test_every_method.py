@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedpers.strategies import STRATEGIES, FedAvgUpdate, LocalUpdate
 from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data, problem
+from tests.runtime.wire import WireGrid
 from tests.strategies.helpers import run
 from tests.traces import pfllib
 
@@ -77,6 +78,30 @@ def test_nothing_global_is_drawn_or_changed(method: str) -> None:
     for client in range(4):
         assert_same(results[0].state(client), results[1].state(client))
     assert_same(results[0].arrays, results[1].arrays)
+
+
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_a_wire_changes_nothing(method: str) -> None:
+    """One client per call, everything as bytes: as on Flower's own engines."""
+    found = []
+    for grid in (None, WireGrid):
+        given = problem(method, torch.float64)
+        data = replace(given.data, unseen=given.data.unseen or (2,))
+        found.append(
+            run(method, given.options, rounds=2, fraction=0.7, network=given.network, data=data, grid=grid,
+                **asdict(given.training))
+        )  # fmt: skip
+    here, there = found
+    assert_same(here.arrays, there.arrays)
+    for part in ("clients", "unseen", "adapted"):
+        mine, theirs = (getattr(one.strategy.report, part) for one in found)
+        assert mine.keys() == theirs.keys()
+        assert mine
+        for client, metrics in mine.items():
+            assert metrics == pytest.approx(theirs[client], rel=1e-9, abs=1e-12), (part, client)
+    assert here.strategy.report.bytes_up == there.strategy.report.bytes_up
+    assert here.strategy.report.bytes_down == there.strategy.report.bytes_down
+    assert not here.strategy.report.evaluation_failures
 
 
 def test_traces_of_another_library_are_met(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fedpers import __version__
+from fedpers.cohort import leaves
 from fedpers.config import Config, convert
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
@@ -73,6 +74,7 @@ class Progress:
 
     selected_by: str = "validation/accuracy"
     latest_wins: bool = False
+    unseen: tuple[int, ...] = ()
     rounds_done: int = 0
     best: Evaluation | None = None
     last: Evaluation | None = None
@@ -90,7 +92,8 @@ class Progress:
         self.totals["failures"] = self.totals.get("failures", 0) + failures
         if report.clients and report.round:
             self.last = (report.round, metrics, report)
-            complete = not report.evaluation_failures  # a mean over those that are left would flatter the round
+            left_out = report.evaluation_failures.keys() - set(self.unseen)
+            complete = not left_out  # a mean over those that are left would flatter the round
             if complete and self._better(metrics):
                 self.best = self.last
 
@@ -144,7 +147,21 @@ def prepare_run(config: Config) -> Setup:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
     app = update.client_app(model, data, seed=config.seed, device=device)
+    _check_memory(app)
     return Setup(data, strategy, app, model.pretrained_accuracy)
+
+
+def _check_memory(app: CohortApp) -> None:
+    """Refuse personal state that cannot lie in memory, before a run fills it up round by round."""
+    if app.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return
+    needed = app.data.num_clients * sum(value.nbytes for value in leaves(app.initial_state).values())
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.8 * there:
+        raise FedpersError(
+            f"the personal state of {app.data.num_clients} clients needs {needed / 1e9:.1f} GB, this machine has "
+            f"{there / 1e9:.1f} GB; take fewer clients (ratings: dataset.max_users) or a smaller model."
+        )
 
 
 def run_rounds(
@@ -250,7 +267,7 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
         grid.close()
         raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
     data = setup.data
-    progress = Progress(f"{data.selected_on}/{data.headline}", data.latest_wins)
+    progress = Progress(f"{data.selected_on}/{data.headline}", data.latest_wins, data.unseen)
     name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
     manifest = make_manifest(setup)
     try:

@@ -1,7 +1,8 @@
 """One result, however it is computed: ``python -m tests.equivalence cohort [METHOD...]``.
 
-``cohort``: every method on clients of unequal sizes, with several batches, batch normalization, dropout and partial
-participation, for 3 rounds; cohorts of 1, 3 and all clients, and 1 and 2 workers, must agree. Exit status 1 otherwise.
+``cohort``: every method, in several settings (:func:`tests.problems.problems`), on clients of unequal sizes, with several
+batches, batch normalization, dropout, partial participation and a client that never trains, for 3 rounds; cohorts of 1, 3
+and all clients, and 1 and 2 workers, must agree. Exit status 1 otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flwr.app as flower
@@ -21,9 +23,10 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, make_strategy
 from fedpers.strategies.records import from_record
-from tests.problems import problem
+from tests.problems import problems
 
 ROUNDS = 3
+UNSEEN = (4,)  # of data that come without clients that never train
 
 
 class Raise(logging.Handler):
@@ -36,15 +39,22 @@ class Raise(logging.Handler):
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Server arrays, server state, personal states and clients' metrics after the last round, by name."""
-    given = problem(method, dtype)
-    data = given.data
+def outcome(
+    method: str, dtype: torch.dtype, cohort: int, workers: int, device: str = "cpu", label: str = "default"
+) -> dict[str, Tensor]:
+    """What is there after the last round, by name.
+
+    Server arrays, server state, personal states, the metrics of clients (of those that never train also after they
+    adapted), the method's own metrics and counts.
+    """
+    given = problems(method, dtype)[label]
+    data = given.data if given.data.unseen else replace(given.data, unseen=UNSEEN)
     server = {"fraction": 0.7, "seed": 3, "unseen": data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
     app = update.client_app(given.network, data, seed=3, device=device)
     grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=workers)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    found: dict[str, Tensor] = {}
     with server_identity(1):
         for r in range(1, ROUNDS + 1):
             new, _ = strategy.aggregate_train(
@@ -52,18 +62,26 @@ def outcome(method: str, dtype: torch.dtype, cohort: int, workers: int, device: 
             )
             assert new is not None
             arrays = new
+            if strategy.report.failures:
+                raise RuntimeError(f"{method}, {label}: {strategy.report.failures}")
+            for name in ("bytes_down", "bytes_up", "steps", "samples", "gradients"):
+                found[f"round {r}/{name}"] = torch.tensor(getattr(strategy.report, name)).double()
+            for name, value in strategy.report.extra.items():
+                found[f"round {r}/{name}"] = torch.tensor(value).double()
         strategy.aggregate_evaluate(r, grid.send_and_receive(strategy.configure_evaluate(r, arrays, config, grid)))
+        strategy.evaluate_adapted(arrays, config, grid)
     grid.close()
     assert grid.engine is not None
-    if strategy.report.failures or strategy.report.evaluation_failures:
-        raise RuntimeError(f"{method}: {strategy.report.failures or strategy.report.evaluation_failures}")
-    found: dict[str, Tensor] = {f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()}
+    report = strategy.report
+    if report.evaluation_failures:
+        raise RuntimeError(f"{method}, {label}: {report.evaluation_failures}")
+    found.update({f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()})
     for role, values in strategy.state.items():
         found.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})
     states = grid.engine.store.gather(range(data.num_clients))
     found.update({f"clients/{n}": v.cpu() for n, v in leaves(states).items()})
-    for group, rows in (("metrics", strategy.report.clients), ("unseen", strategy.report.unseen)):
-        for name in next(iter(rows.values()), {}):
+    for group, rows in (("metrics", report.clients), ("unseen", report.unseen), ("adapted", report.adapted)):
+        for name in next(iter(rows.values())):
             found[f"{group}/{name}"] = torch.tensor([own[name] for own in rows.values()]).double()
     return found
 
@@ -77,8 +95,9 @@ def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
         b = second[name]
         if not a.numel():
             continue
+        a = a.double()
         scale = max(float(a.abs().max()), 1e-2)
-        gap = float((a.double() - b.double()).abs().max()) / scale
+        gap = float((a - b.double()).abs().max()) / scale
         worst = max(worst, gap) if gap == gap else float("inf")
     return worst
 
@@ -90,21 +109,24 @@ def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
         ("K=1 / K=all", {"cohort": 1, "workers": 1}, {"cohort": 1000, "workers": 1}),
         ("1 / 2 workers", {"cohort": 3, "workers": 1}, {"cohort": 3, "workers": 2}),
     ]
-    print(f"{'method':<12}{'precision':<10}" + "".join(f"{title:>16}" for title, _, _ in pairs) + f"{'tolerance':>12}")
+    titles = "".join(f"{title:>16}" for title, _, _ in pairs)
+    print(f"{'method':<12}{'settings':<20}{'precision':<10}{titles}{'tolerance':>12}")
+    rows = [(method, label) for method in methods for label in problems(method)]
     over = 0
-    for method in methods:
+    for method, label in rows:
         for dtype, tolerance in TOLERANCE.items():
             known: dict[str, dict[str, Tensor]] = {}
 
             def get(
                 setting: dict[str, Any],
                 method: str = method,
+                label: str = label,
                 dtype: torch.dtype = dtype,
                 known: dict[str, dict[str, Tensor]] = known,
             ) -> dict[str, Tensor]:
                 key = str(setting)
                 if key not in known:
-                    known[key] = outcome(method, dtype, **setting, device=device)
+                    known[key] = outcome(method, dtype, **setting, device=device, label=label)
                 return known[key]
 
             gaps = [difference(get(a), get(b)) for _, a, b in pairs]
@@ -112,12 +134,12 @@ def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
             over += bad
             name = str(dtype).removeprefix("torch.")
             print(
-                f"{method:<12}{name:<10}"
+                f"{method:<12}{label:<20}{name:<10}"
                 + "".join(f"{gap:16.1e}" for gap in gaps)
                 + f"{tolerance:12.0e}"
                 + ("  OVER" if bad else "")
             )
-    print(f"{len(methods)} methods, {over} over tolerance")
+    print(f"{len(methods)} methods in {len(rows)} settings, {over} over tolerance")
     return 1 if over else 0
 
 

@@ -162,6 +162,65 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
 """Methods that need something else than :func:`classification`."""
 
 
+VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "fedavg": {
+        "adam": {"training.optimizer": "adam", "training.weight_decay": 0.01, "training.clip": 0.5},
+        "steps": {"training.steps": 5, "training.schedule": "cosine", "training.drop_last": True, "weighting": "uniform"},
+    },
+    "fedavg_ft": {"finetune_epochs=2": {"finetune_epochs": 2}},
+    "scaffold": {"server_lr=0.5": {"server_lr": 0.5}},
+    "fedrep": {"epochs 1, 3": {"head_epochs": 1, "body_epochs": 3}},
+    "ditto": {"personal_epochs=1": {"personal_epochs": 1, "mu": 1.0}},
+    "pfedme": {"pfllib": {"variant": "pfllib", "beta": 0.5}},
+    "perfedavg": {"hessian": {"hessian": True, "inner_lr": 0.05}},
+    "apfl": {"pfllib": {"variant": "pfllib"}, "fixed alpha": {"adaptive": False, "alpha": 0.3}},
+    "fedrap": {
+        "paper": {"variant": "paper", "lam": 1e-4, "mu": 1e-3, "tolerance": 1e-4},
+        "tables=own": {"tables": "own"},
+        "tables=common": {"tables": "common", "weighting": "samples"},
+        "threshold": {"threshold": 0.05, "mu": 3.0},
+        "nuc": {"regularizer": "nuc", "mu": 0.01},
+        "drop_last": {"training.drop_last": True, "tolerance": 0.0},
+    },
+    "fedmf": {"threshold": {"threshold": 0.05}},
+    "gpfl": {
+        "paper": {"variant": "paper"},
+        "in order": {"training.shuffle": False, "training.drop_last": True},
+    },
+    "fedselect": {
+        "paper": {"variant": "paper", "interval": 2},
+        "fixed": {"batchnorm": "fixed", "weighting": "samples"},
+        "interval=2": {"interval": 2, "rate": 0.5},
+    },
+    "fedjets": {
+        "unnormalized": {"mixture": "unnormalized", "init": "common"},
+        "logits": {"mixture": "logits", "evaluate_mixture": True},
+        "top_k=M": {"top_k": 3, "weighting": "uniform"},
+        "no anchors": {"anchor_share": 0.0, "top_k": 1},
+    },
+    "ensemble": {"three": {"members": 3, "init": "random", "weighting": "uniform"}},
+    "fedvpt": {"uniform": {"prompts": 1, "weighting": "uniform"}},
+    "pfedpg": {
+        "adam": {"server_optimizer": "adam", "server_lr": 0.01},
+        "one token": {"descriptor_tokens": 1, "inner": 5},
+        "no generator": {"generator": "none"},
+        "sum": {"reduction": "sum", "weighting": "samples", "server_lr": 0.1},
+    },
+}
+"""Further settings of a method by label, as typed: ``training.`` begins a training setting, the others are its own."""
+
+
 def problem(method: str, dtype: torch.dtype = torch.float32) -> Problem:
     """The small problem on which `method` is tested together with all others."""
     return SPECIAL.get(method, classification)(dtype)
+
+
+def problems(method: str, dtype: torch.dtype = torch.float32) -> dict[str, Problem]:
+    """The problem of `method` in several settings: ``default`` is :func:`problem`, the others :data:`VARIATIONS`."""
+    given = problem(method, dtype)
+    found = {"default": given}
+    for label, settings in VARIATIONS.get(method, {}).items():
+        own = {name: value for name, value in settings.items() if not name.startswith("training.")}
+        training = {name.removeprefix("training."): settings[name] for name in settings if name not in own}
+        found[label] = replace(given, options={**given.options, **own}, training=replace(given.training, **training))
+    return found

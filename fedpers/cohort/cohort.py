@@ -546,22 +546,30 @@ class Cohort:
         def one(own: dict[str, Tensor], x: Tensor) -> Tensor:
             return predict(Network(self.module, {**common, **own}), x)
 
-        width = max(1, EVALUATION_SAMPLES // self.size)
         sizes = [len(positions) for positions in lists]
-        longest = max(sizes)
-        index = torch.zeros(self.size, longest, dtype=torch.int64)
+        index = torch.zeros(self.size, max(sizes), dtype=torch.int64)
         for k, positions in enumerate(lists):
             index[k, : sizes[k]] = positions
         index = index.to(self.device)
+        width = max(1, EVALUATION_SAMPLES // self.size)
         pieces: list[list[Tensor]] = [[] for _ in lists]
-        for start in range(0, longest, width):
-            needed = [k for k, size in enumerate(sizes) if size > start]
-            last = needed[-1] + 1  # sizes fall with the position, nearly always: few rows run in vain
-            here = index[:last, start : start + width]
+        start, rows = 0, list(range(self.size))
+        while places := [place for place, k in enumerate(rows) if sizes[k] > start]:
+            if 4 * len(places) > 3 * (places[-1] + 1):  # the first rows need no copy, and few of them run in vain
+                places = list(range(places[-1] + 1))
+            if len(places) < len(rows):
+                prefix = places[-1] < len(places)
+                stay = slice(len(places)) if prefix else torch.tensor(places, device=self.device)
+                own, index, rows = {n: v[stay] for n, v in own.items()}, index[stay], [rows[p] for p in places]
+            ahead = min(sizes[k] - start for k in rows if sizes[k] > start)  # until the next of them is through
+            end = start + max(width, min(ahead, EVALUATION_SAMPLES // len(rows)))
+            here = index[:, start:end]
             x = self.data.x[here.reshape(-1)].view(*here.shape, *self.data.x.shape[1:])
-            out = vmap(one)({n: v[:last] for n, v in own.items()}, x)
-            for k in needed:
-                pieces[k].append(out[k, : sizes[k] - start])
+            out = vmap(one)(own, x)
+            for k, scores in zip(rows, out, strict=True):
+                if sizes[k] > start:
+                    pieces[k].append(scores[: sizes[k] - start])
+            start = end
         empty = torch.zeros(0, self.data.num_classes, device=self.device)
         return [torch.cat(own_pieces) if own_pieces else empty for own_pieces in pieces]
 

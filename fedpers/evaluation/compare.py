@@ -85,7 +85,7 @@ class RunRecord:
         """What must be equal for two runs to stand in one table, nested keys joined by dots."""
         flat = _flatten({key: value for key, value in self.config.items() if key not in IGNORED})
         flat.pop("dataset.download", None)
-        if flat.get("dataset.name") != "npz":  # there the path says what the data are, not only where
+        if flat.get("dataset.name") not in ("npz", "ratings"):  # there the path says what the data are, not only where
             flat.pop("dataset.root", None)
         return flat | {"protocol": self.summary.get("protocol", "validation-selected")}
 
@@ -420,7 +420,8 @@ def _notes(
     if "unseen" in also.values():
         notes.append(
             "unseen: clients that never train, as they come, at the selected round; "
-            "adapted: after training locally once, at the end of the run."
+            "adapted: at the end of the run, after training locally for one round "
+            "(strategy=pfedpg: for strategy.adapt_rounds)."
         )
     needed = BASELINES if headline == "accuracy" else (*BASELINES, NO_LEARNING)
     absent = [name for name in needed if not any(row.strategy == name for row in rows)]

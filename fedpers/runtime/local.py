@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -325,10 +326,10 @@ def _groups(
 ) -> Iterator[tuple[list[int], Callable[[list[int]], Callable[[], Received]], dict[str, Any]]]:
     """Messages that can be computed together: all with one content, or with contents of the same form."""
     kinds: dict[Any, list[int]] = {}
-    shared = all(content is contents[0] for content in contents)
+    times = Counter(id(content) for content in contents)
     for place, content in enumerate(contents):
-        form = () if shared else _form(content)
-        kinds.setdefault(form, []).append(place)
+        # what several clients received alike need not be stacked
+        kinds.setdefault(id(content) if times[id(content)] > 1 else _form(content), []).append(place)
     for places in kinds.values():
         config = config_of(contents[places[0]])
         if all(contents[p] is contents[places[0]] for p in places):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -246,7 +247,8 @@ class CohortApp(ClientApp):
         self.update = update
         self.device = torch.device(device)
         self.seed = seed
-        model, data = update.extend(model, data, seed)
+        # where clients compute, so that what a method computes once is computed there
+        model, data = update.extend(copy.deepcopy(model).to(self.device), data.to(self.device), seed)
         self.data = data.to(self.device)
         self.module = prepare(model).to(self.device)
         self.template = model_tree(self.module)

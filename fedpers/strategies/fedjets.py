@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,7 +53,7 @@ from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View, WeightedMean, entries, model_tree, tree
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.errors import check, one_of
+from fedpers.errors import ConfigError, check, one_of
 from fedpers.models.frozen import featured
 from fedpers.models.initial import drawing, fresh
 from fedpers.randomness import generator, sample_clients
@@ -141,8 +142,9 @@ class FedJETsUpdate(LocalUpdate):
         check(self.gate_hidden >= 1, "strategy.gate_hidden", self.gate_hidden, "a whole number >= 1")
         check(self.gate_lr is None or self.gate_lr > 0, "strategy.gate_lr", self.gate_lr, "a number > 0, or null")
         if self.gate_lr is not None:  # before the user's own groups, which win
-            groups = {"gate": {"lr": self.gate_lr}, **(self.training.groups or {})}
-            self.training = replace(self.training, groups=groups)
+            groups = self.training.groups or {}
+            gate = {"lr": self.gate_lr, **groups.get("gate", {})}
+            self.training = replace(self.training, groups={**groups, "gate": gate})
 
     # ------------------------------------------------------------- before training
 
@@ -302,6 +304,11 @@ class FedJETs(PersonalizedStrategy):
         others = [client for client in self.seen if client not in anchors]
         size = len(sample_clients(self.seed, round, len(self.seen), self.fraction))
         tied = min(len(there), int(self.anchor_share * size + 0.5))
+        if self.anchor_share:  # where there are too few others, anchors take their places
+            tied = min(len(there), max(tied, size - len(others)))
+        elif not others:
+            allowed = "a number > 0 where every client is the anchor of an expert"
+            raise ConfigError("strategy.anchor_share", self.anchor_share, allowed)
         drawn = _draw(there, tied, self.seed, "sampling_anchors", round)
         return sorted(drawn + _draw(others, min(len(others), size - tied), self.seed, "sampling", round))
 
@@ -312,15 +319,15 @@ class FedJETs(PersonalizedStrategy):
         self._held = {client: (known[client],) for client in self._anchors}
         asked = [client for client in clients if client not in self._anchors]
         gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
-        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
+        form: Form = {(SELECTED, SLOTS): ((self.top_k,), "int64")}
         entropies = []
-        for client, (records, metrics) in self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind).items():
+        for client, (records, metrics) in self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind, form).items():
             try:
                 self._held[client] = self._selected(records)
-                entropies.append(metrics[f"{EXTRA}gate_entropy"])
-            except (KeyError, ValueError) as problem:
-                failures[client] = f"an unusable choice of experts: {problem}"
-                log.info("round %d: client %d left out: %s", round, client, problem)
+            except ValueError as problem:
+                self.leave_out(client, f"an unusable choice of experts: {problem}", kind)
+            else:
+                entropies.append(metrics.get(f"{EXTRA}gate_entropy", math.nan))
         if kind == "train":
             self._book(round, arrays, entropies)
         return [client for client in clients if client in self._held]
@@ -347,7 +354,9 @@ class FedJETs(PersonalizedStrategy):
         """Send each client the gate and its experts, and their numbers."""
         if not self._anchors and len({self._held[client] for client in clients}) == 1:
             return self._records(arrays, clients[0])
-        return [self._records(arrays, client) for client in clients]
+        same = {(self._held[c], c in self._anchors): c for c in clients}  # clients with the same experts share records
+        made = {key: self._records(arrays, client) for key, client in same.items()}
+        return [made[self._held[c], c in self._anchors] for c in clients]
 
     def _records(self, arrays: Tree, client: int) -> Records:
         held = self._held[client]

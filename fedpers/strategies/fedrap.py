@@ -17,7 +17,8 @@ Shared: C. Personal: D_k, w_k, b_k. D starts equal for all users.
 Rates: ``training.lr`` is that of the score function, ``training.groups.body.lr`` that of both tables (the authors' are
 0.5 and 200 to 1000: means over B * dim entries make gradients small); both fall by ``training.lr_decay`` per round.
 
-The code differs from the paper. ``variant=official`` follows the code, which is checked number for number:
+The code differs from the paper. ``variant=official`` follows the code, which is checked number for
+number (but for ``nuc`` and ``inf``, of which there is no trace):
 
 - lam and mu stay constant: the code computes a curriculum (``tanh``, ...) and never uses it.
 - The two penalties are means over the sampled rows, so rows that are not sampled feel only weight decay.
@@ -65,6 +66,7 @@ VARIANTS = ("official", "paper")
 TABLES = ("both", "own", "common")
 COMMON, OWN = "common.weight", "own.weight"
 _SMALL = 1e-4  # entries up to this size are what the authors' code counts as sparse
+_GROUPS = ("all", "body", "head")
 _PLAIN = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
 
 CURRICULA: dict[str, Callable[[int], float]] = {
@@ -159,7 +161,7 @@ class Visit:
         Items, ascending, int64; places beyond a user's last are ``m``.
     positives, samples : Tensor ``[E, S, K, R]``
         How many of an item's samples in a step are positives, and how many there are; E passes of up to S steps
-        (one pass stands for all where a user has one batch: its order does not matter).
+        (one pass stands for all where every user has all samples in one batch: their order does not matter).
     steps : list of int ``[K]``
         Steps in a pass, not ascending.
     """
@@ -227,6 +229,13 @@ class FedRAPUpdate(LocalUpdate):
         allowed = "l1 or none in variant=paper, which has no sampled rows to take a norm of"
         fits = self.variant == "official" or self.regularizer in ("l1", "none")
         check(fits, "strategy.regularizer", self.regularizer, allowed)
+        for group in self.training.groups or {}:
+            check(
+                group in _GROUPS,
+                "training.groups",
+                group,
+                f"{one_of(_GROUPS, group)}, the tables and the score function",
+            )
         for name, plain in _PLAIN.items():
             value = getattr(self.training, name)
             allowed = f"{'null' if plain is None else plain} for this method, which has an update of its own"
@@ -250,6 +259,10 @@ class FedRAPUpdate(LocalUpdate):
             raise ConfigError("model", type(model).__name__, "factorization for this method")
         own = None if self.tables == "common" else deepcopy(model.body)
         common = None if self.tables == "own" else fresh(model, seed).body
+        if common is not None and self.threshold:  # what is not sent is 0 from the start
+            with torch.no_grad():
+                table = common.get_parameter("weight")
+                table.mul_(table.abs() > self.threshold)
         return AdditiveFactorization(own, common, deepcopy(model.head)), data
 
     # ------------------------------------------------------------------ a round
@@ -297,7 +310,10 @@ class FedRAPUpdate(LocalUpdate):
         steps = [batches_per_epoch(len(own), size, cohort.training.drop_last) for own in drawn]
         unique = [np.unique(own % items, return_inverse=True) for own in drawn]
         width = items if self.variant == "paper" else max(len(own) for own, _ in unique)
-        passes = epochs if max(steps) > 1 else min(1, epochs)
+        # an order that does not matter: everything in one batch, in every pass
+        whole = [count == 1 and not (cohort.training.drop_last and len(own) > size > 0)
+                 for count, own in zip(steps, drawn, strict=True)]  # fmt: skip
+        passes = min(1, epochs) if all(whole) else epochs
         rows = np.full((cohort.size, width), items, dtype=np.int64)
         counts = np.zeros((2, passes, max(steps), cohort.size, width), dtype=np.float32)
         for k, (own, (found, place)) in enumerate(zip(drawn, unique, strict=True)):
@@ -305,13 +321,13 @@ class FedRAPUpdate(LocalUpdate):
                 found, place = np.arange(items), own % items
             rows[k, : len(found)] = found
             positive = (own >= items).astype(np.float32)
-            for epoch in range(passes if steps[k] > 1 else min(1, passes)):
-                order = self.order(cohort, k, epoch, len(own)) if steps[k] > 1 else np.arange(len(own))
+            for epoch in range(min(1, passes) if whole[k] else passes):
+                order = np.arange(len(own)) if whole[k] else self.order(cohort, k, epoch, len(own))
                 for step in range(steps[k]):
                     used = order[step * size : (step + 1) * size] if size else order
                     for kind, weight in enumerate((positive[used], None)):
                         counts[kind, epoch, step, k] = np.bincount(place[used], weight, minlength=width)
-            if steps[k] == 1:
+            if whole[k]:
                 counts[:, 1:, 0, k] = counts[:, :1, 0, k]
         dtype = entries(cohort.template)["head.weight"].dtype
         positives, samples = torch.from_numpy(counts).to(cohort.device, dtype)
@@ -437,7 +453,7 @@ class FedRAPUpdate(LocalUpdate):
         """A rate or decay of the tables (``body``) or of the score function, as ``training.groups`` has it."""
         value = float(getattr(training, key))
         for group, options in (training.groups or {}).items():
-            if group == "all" or group.startswith("body" if name == "body" else "head"):
+            if group in ("all", "body" if name == "body" else "head"):
                 value = float(options.get(key, value))
         return value
 

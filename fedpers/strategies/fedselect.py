@@ -153,7 +153,9 @@ class FedSelectUpdate(LocalUpdate):
             due = (trained > 0) & (trained % self.interval == 0)
             before = {name: value.to(cohort.device) for name, value in entries(cohort.state["previous"]).items()}
             change = {name: (params[name] - value).abs() for name, value in before.items()}
-            grown = {**mask, **_only(due, grow_by_tensor(_of(mask, change), change, self.rate, self.limit), mask)}
+            grown = mask
+            if bool(due.any()):
+                grown = {**mask, **_only(due, grow_by_tensor(_of(mask, change), change, self.rate, self.limit), mask)}
             previous = _only(due, _of(entries(params), before), before)
             state.update(used=tree(mask, cohort.size), previous=tree(previous, cohort.size))
             held = mask  # what was global in this training is sent, also where it has just become personal
@@ -208,8 +210,15 @@ class FedSelectUpdate(LocalUpdate):
         ).to(cohort.device)
 
     def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree]:
-        """Evaluate also the network as the client last trained it, before averaging: what the authors' code does."""
-        return {"trained": cohort.state["model"].to(cohort.device)}
+        """Evaluate also the network as the client last trained it, before averaging: what the authors' code does.
+
+        Of a client that has not trained yet it is the one it predicts with.
+        """
+        now = entries(self.personalize(cohort, received, config))
+        own = _only(
+            (cohort.state["trained"] > 0).to(cohort.device), entries(cohort.state["model"].to(cohort.device)), now
+        )
+        return {"trained": tree(own, cohort.size)}
 
     def measure(
         self, cohort: Cohort, outputs: Sequence[Tensor], part: Part, config: Mapping[str, Any]

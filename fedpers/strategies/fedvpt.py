@@ -13,16 +13,14 @@ rates of their own. The head starts as it comes: see :func:`fedpers.models.froze
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
 from fedpers.models.frozen import PROMPTS, prompted
-from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
 
 
 @dataclass(kw_only=True)
@@ -51,12 +49,6 @@ class FedVPTUpdate(LocalUpdate):
             If the network is no vision transformer with a class token.
         """
         return prompted(model, data, self.prompts, seed)
-
-    def client_app(
-        self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> CohortApp:
-        """Make the ``ClientApp``; tokens are computed where clients run."""
-        return super().client_app(copy.deepcopy(model).to(device), data.to(device), seed=seed, device=device)
 
 
 @dataclass(kw_only=True)

@@ -254,8 +254,10 @@ class GPFLUpdate(LocalUpdate):
         """Settings with mu as the weight decay of table and valve; as the last groups they win over the user's."""
         if self.variant == "paper":
             return training
-        decay = {"weight_decay": self.mu}
-        return replace(training, groups={**(training.groups or {}), "gce.*": decay, "cov.*": decay})
+        groups, decay = training.groups or {}, {"weight_decay": self.mu}
+        own = {name: {**groups.get(name, {}), **decay} for name in ("gce.*", "cov.*")}
+        rest = {name: options for name, options in groups.items() if name not in own}
+        return replace(training, groups={**rest, **own})
 
     def _conditions(self, cohort: Cohort, received: Received, last: int) -> dict[str, Tensor]:
         """Conditional inputs ``[K, F]`` by name, after round `last`."""

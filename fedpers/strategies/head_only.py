@@ -8,15 +8,13 @@ evaluation mode throughout: no dropout, and batch normalization by the statistic
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from fedpers.data.federated import FederatedData
 from fedpers.models.frozen import featured
-from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
 
 
 @dataclass(kw_only=True)
@@ -35,12 +33,6 @@ class HeadOnlyUpdate(LocalUpdate):
             If the network is not a body under a linear head, or samples have no class labels.
         """
         return featured(model, data)
-
-    def client_app(
-        self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> CohortApp:
-        """Make the ``ClientApp``; features are computed where clients run."""
-        return super().client_app(copy.deepcopy(model).to(device), data.to(device), seed=seed, device=device)
 
 
 @dataclass(kw_only=True)

@@ -24,9 +24,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
-from fedpers.cohort import Cohort, Reply, entries
+from fedpers.cohort import Cohort, Reply, Tree, entries
+from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
 from fedpers.data.ratings import RankingData
 from fedpers.errors import ConfigError, check
@@ -62,6 +64,21 @@ class PFedRecUpdate(LocalUpdate):
             raise ConfigError("model", type(model).__name__, "factorization for this method")
         return model, data
 
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """Add whether the user has trained: not yet."""
+        state = super().initial_state(model, module)
+        state["trained"] = torch.zeros((), dtype=torch.bool, device=model["body.weight"].device)
+        return state
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
+        """Own score function and fine-tuned table; the received table of who has none yet."""
+        own = cohort.state["model"]
+        params = cohort.assemble(received["arrays"], personal=own.select(*cohort.names("head")))
+        for name in cohort.names("body"):
+            trained = expand_rows(cohort.state["trained"], own[name])
+            params[name] = torch.where(trained, own[name], params[name])
+        return params
+
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Fine-tune the received table under the own score function."""
         assert isinstance(cohort.data, RankingData)
@@ -86,7 +103,8 @@ class PFedRecUpdate(LocalUpdate):
             for name, value in work.items():
                 params[name].index_copy_(0, plan.order.to(value.device), value)
         cohort.finish(plan)
-        return cohort.reply(params, share=self.shared, keep=self.personal)
+        trained = torch.ones_like(cohort.state["trained"])
+        return cohort.reply(params, share=self.shared, keep=self.personal, state={"trained": trained})
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import flwr.app as flower
 import torch
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import Result
 from torch import Tensor
 
 from fedpers.cohort import Fold, Tree, WeightedMean, entries, one_thread, tree
@@ -129,7 +130,28 @@ class PersonalizedStrategy(FlowerFedAvg):
         self._nodes: dict[int, int] = {}  # client -> node
         self._clients: dict[int, int] = {}  # node -> client
         self._arrays: Tree | None = None
+        self._addressed: list[int] = []  # who was asked for an evaluation
+        self._timeout: float | None = None
         self._started = 0.0
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: flower.ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: flower.ConfigRecord | None = None,
+        evaluate_config: flower.ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, flower.ArrayRecord], flower.MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run Flower's rounds from the beginning; see Flower's ``Strategy.start``.
+
+        What the server knows beside the arrays it returns (:attr:`state`, e.g. a generator, control variates) starts
+        anew, and is there afterwards. `timeout` holds for every exchange, those before a round too.
+        """
+        self.state = {}
+        self._timeout = timeout
+        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
     # -------------------------------------------------- what a method overrides
 
@@ -184,7 +206,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         clients : list of int
             Whose replies are in it.
         """
-        return means[ARRAYS]
+        return means.get(ARRAYS, arrays)
 
     # ------------------------------------------------------------------ clients
 
@@ -230,7 +252,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         return [known[place] for place in sample_clients(self.seed, round, len(known), self.fraction)]
 
     def ask(
-        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str
+        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str, form: Form
     ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
         """Put a question to clients, which the client half answers with its method ``query_{question}``.
 
@@ -244,6 +266,8 @@ class PersonalizedStrategy(FlowerFedAvg):
             Sent to all of them.
         kind : {"train", "evaluate"}
             What the answers are for: those for training count in the round's bytes.
+        form : Form
+            Entries an answer must hold.
 
         Returns
         -------
@@ -253,24 +277,26 @@ class PersonalizedStrategy(FlowerFedAvg):
         config = flower.ConfigRecord({"server-round": round})
         content = _content(records, config)
         messages = [flower.Message(content, self._nodes[c], f"query.{question}") for c in clients]
-        answered = self._by_client(grid.send_and_receive(messages))
+        answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
         found = {}
-        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
         for client in clients:
             reply = answered.get(client)
             try:
-                if reply is None or reply.has_error():
-                    raise ValueError("no reply" if reply is None else reply.error.reason or str(reply.error.code))
-                found[client] = _trees(reply), _metrics_of(reply)
+                found[client] = self._checked(reply, form)
             except ValueError as problem:
-                failures[client] = str(problem)
-                log.info("round %d: client %d left out: %s", round, client, problem)
+                self.leave_out(client, str(problem), kind)
                 continue
-            if kind == "train":
+            if kind == "train" and reply is not None:
                 self.report.bytes_up += num_bytes(reply.content)
         if kind == "train":
             self.report.bytes_down += num_bytes(content) * len(clients)
         return found
+
+    def leave_out(self, client: int, reason: str, kind: str) -> None:
+        """Book a client as failed in this round's training or evaluation."""
+        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
+        failures[client] = reason
+        log.info("round %d: client %d left out: %s", self.report.round, client, reason)
 
     def _messages(
         self, kind: str, sent: Records | Sequence[Records], config: flower.ConfigRecord, clients: list[int]
@@ -281,8 +307,10 @@ class PersonalizedStrategy(FlowerFedAvg):
             contents = [content] * len(clients)
             size = num_bytes(content) * len(clients)
         else:
-            contents = [_content(own, config) for own in sent]
-            size = sum(num_bytes(content) for content in contents)
+            made = {id(own): _content(own, config) for own in sent}  # records that several are sent are made once
+            sizes = {key: num_bytes(content) for key, content in made.items()}
+            contents = [made[id(own)] for own in sent]
+            size = sum(sizes[id(own)] for own in sent)
         pairs = zip(clients, contents, strict=True)
         return [flower.Message(content, self._nodes[client], kind) for client, content in pairs], size
 
@@ -339,8 +367,7 @@ class PersonalizedStrategy(FlowerFedAvg):
                 records, metrics = self._checked(reply, usual if declared is None else declared)
                 records = self.unpack(records, client)
             except ValueError as problem:
-                report.failures[client] = str(problem)
-                log.info("round %d: client %d left out: %s", server_round, client, problem)
+                self.leave_out(client, str(problem), "train")
                 continue
             report.bytes_up += num_bytes(reply.content) if reply is not None else 0
             fold.add(records, self.weight(metrics), client)
@@ -397,13 +424,10 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     def _checked(self, reply: flower.Message | None, expected: Form) -> tuple[dict[str, Tree], dict[str, float]]:
         """Records and metrics of a reply; ValueError says why it cannot be used."""
-        if reply is None:
-            raise ValueError("no reply")
-        if reply.has_error():
-            raise ValueError(reply.error.reason or f"error {reply.error.code}")
+        metrics = self._measured(reply)
+        assert reply is not None
         if differing := sorted("/".join(entry) for entry in _form(reply).keys() ^ expected.keys()):
             raise ValueError(f"'{differing[0]}' is in its reply or in those of the other clients, but not in both")
-        metrics = _metrics_of(reply)
         for name in ("steps", "samples", "gradients", "train-loss"):
             if not math.isfinite(metrics.get(name, 0.0)):
                 raise ValueError(f"{name} is {metrics[name]}")
@@ -447,18 +471,21 @@ class PersonalizedStrategy(FlowerFedAvg):
         config["server-round"] = server_round
         tensors = from_record(arrays)
         clients = self.prepare(server_round, tensors, list(self.nodes(grid)), grid, "evaluate")
+        self._addressed = clients
         sent = self.send(server_round, tensors, clients)
         return self._messages(flower.MessageType.EVALUATE, sent, config, clients)[0]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:
         """Collect the clients' metrics in :attr:`report`; return their means over clients."""
         report = self.report
-        for client, reply in self._by_client(replies).items():
-            if reply.has_error():
-                report.evaluation_failures[client] = reply.error.reason or f"error {reply.error.code}"
-                log.info("round %d: client %d not evaluated: %s", server_round, client, reply.error.reason)
-            else:
-                (report.unseen if client in self.unseen else report.clients)[client] = _metrics_of(reply)
+        answered = self._by_client(replies)
+        for client in self._addressed:
+            try:
+                metrics = self._measured(answered.get(client))
+            except ValueError as problem:
+                self.leave_out(client, str(problem), "evaluate")
+                continue
+            (report.unseen if client in self.unseen else report.clients)[client] = metrics
         if report.evaluation_failures:
             total = len(report.clients) + len(report.unseen) + len(report.evaluation_failures)
             log.warning("evaluation of round %d: %s", server_round, _told(report.evaluation_failures, total))
@@ -481,23 +508,23 @@ class PersonalizedStrategy(FlowerFedAvg):
         list of mapping of record to Tree
             What each of them is evaluated with: what it was sent, its own arrays in place of the server's.
         """
+        self._arrays = arrays
         able = self.prepare(round, arrays, clients, grid, "evaluate")
         sent = self.send(round, arrays, able)
         each = [sent] * len(able) if isinstance(sent, Mapping) else sent
         config = flower.ConfigRecord({"server-round": round})
         messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
-        answered = self._by_client(grid.send_and_receive(messages))
+        answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
+        usual = self._expected([answered[client] for client in able if client in answered])
         adapted: list[int] = []
         records: list[Records] = []
         for client, before in zip(able, each, strict=True):
-            reply = answered.get(client)
             try:
-                if reply is None or reply.has_error():
-                    raise ValueError("no reply" if reply is None else reply.error.reason or str(reply.error.code))
-                own = self.unpack(_trees(reply), client)
+                declared = self.reply_form(client)
+                found, _ = self._checked(answered.get(client), usual if declared is None else declared)
+                own = self.unpack(found, client)
             except ValueError as problem:
-                self.report.evaluation_failures[client] = str(problem)
-                log.info("client %d did not adapt: %s", client, problem)
+                self.leave_out(client, f"it did not adapt: {problem}", "evaluate")
                 continue
             adapted.append(client)
             records.append({**before, **({ARRAYS: own[ARRAYS]} if ARRAYS in own else {})})
@@ -505,16 +532,29 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     def evaluate_adapted(self, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid) -> None:
         """Let the unseen clients adapt and measure them, into ``report.adapted``; for the end of a run."""
-        self.nodes(grid)
+        connected = self.nodes(grid)
+        for client in sorted(set(self.unseen) - set(connected)):
+            self.leave_out(client, "it is not connected", "evaluate")
         round = self.report.round + 1
-        clients, records = self.adapt(round, from_record(arrays), grid, sorted(self.unseen))
+        clients, records = self.adapt(
+            round, from_record(arrays), grid, [client for client in sorted(self.unseen) if client in connected]
+        )
         config["server-round"] = round
         messages, _ = self._messages(flower.MessageType.EVALUATE, records, config, clients)
-        for client, reply in sorted(self._by_client(grid.send_and_receive(messages)).items()):
-            if reply.has_error():
-                self.report.evaluation_failures[client] = reply.error.reason or f"error {reply.error.code}"
-            else:
-                self.report.adapted[client] = _metrics_of(reply)
+        answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
+        for client in clients:
+            try:
+                self.report.adapted[client] = self._measured(answered.get(client))
+            except ValueError as problem:
+                self.leave_out(client, f"adapted: {problem}", "evaluate")
+
+    def _measured(self, reply: flower.Message | None) -> dict[str, float]:
+        """Metrics of a reply; ValueError says why there are none."""
+        if reply is None:
+            raise ValueError("no reply")
+        if reply.has_error():
+            raise ValueError(reply.error.reason or f"error {reply.error.code}")
+        return _metrics_of(reply)
 
 
 def _content(records: Records, config: flower.ConfigRecord) -> flower.RecordDict:

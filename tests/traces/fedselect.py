@@ -331,7 +331,7 @@ def _compare_cross(trace: Trace, found: Comparison, bench: Bench) -> None:
         state = bench.store.gather([model])
         for client in range(len(theirs)):
             cohort = bench.app.cohort([client], state, {"server-round": 1})
-            outputs = cohort.logits(bench.update.others(cohort, {}, {})["trained"], "test", bench.update.predict)
+            outputs = cohort.logits(cohort.state["model"], "test", bench.update.predict)
             found.add("cross accuracy", bench.update.measure(cohort, outputs, "test", {})["batch-accuracy"][0],
                       theirs[model, client])  # fmt: skip
 

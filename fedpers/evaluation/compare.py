@@ -346,9 +346,10 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     for seeds in per_method:
         run = next(iter(seeds.values()))
         same = [next(iter(s.values())) for s in per_method]
-        settings = [other.options for other in same if other.strategy == run.strategy]
-        budget = _differing(run.training, [other.training for other in same])
-        labels.append(" ".join([run.strategy, *_differing(run.options, settings), *budget]))
+        alike = [other for other in same if other.strategy == run.strategy]
+        settings = _differing(run.options, [other.options for other in alike])
+        budget = _differing(run.training, [other.training for other in alike])
+        labels.append(" ".join([run.strategy, *settings, *budget]))
     first = runs[0].summary
     headline = str(first.get("headline", "accuracy"))
     measured = f"test/{headline}"
@@ -427,8 +428,8 @@ def _notes(
     absent = [name for name in needed if not any(row.strategy == name for row in rows)]
     if absent:
         notes.append(f"There is no {' and no '.join(absent)} run to compare with.")
-    if any(_differing(run.training, [other.training for other in runs]) for run in runs):
-        notes.append("Rows differ in training settings (training.*), named beside the method.")
+    if different := _own_training(runs):
+        notes.append(f"Rows differ in training settings (training.*): {'; '.join(different)}.")
     stopped = [run for run in runs if run.summary.get("interrupted")]
     if stopped:
         ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
@@ -441,6 +442,21 @@ def _notes(
         folders = ", ".join(str(run.folder) for run in older)
         notes.append(f"Left out because a newer or finished run has the same config and seed: {folders}.")
     return notes
+
+
+def _own_training(runs: Sequence[RunRecord]) -> list[str]:
+    """What tells the training of a strategy's runs from that of most runs, a phrase for each strategy."""
+    keys = [json.dumps(run.training, sort_keys=True, default=str) for run in runs]
+    usual = runs[max(range(len(runs)), key=lambda i: (keys.count(keys[i]), -i))].training
+    found: dict[str, None] = {}
+    for run in runs:
+        own = [f"{k}={run.training.get(k)}" for k in sorted({*usual, *run.training})
+               if run.training.get(k) != usual.get(k)]  # fmt: skip
+        if own:
+            found[f"{run.strategy} has {' '.join(own)}"] = None
+    if found:
+        found["the others " + " ".join(_differing(usual, [run.training for run in runs]))] = None
+    return list(found)
 
 
 def _marks(row: Row, single: bool) -> str:

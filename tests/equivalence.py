@@ -18,7 +18,7 @@ import flwr.app as flower
 import torch
 from torch import Tensor
 
-from fedpers.cohort import leaves
+from fedpers.cohort import leaves, one_thread
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, make_strategy
@@ -158,7 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     watch = Raise(logging.WARNING)
     logging.getLogger("fedpers").addHandler(watch)
     try:
-        return COMPARISONS[options.comparison](options.methods or list(STRATEGIES), options.device)
+        with one_thread():
+            return COMPARISONS[options.comparison](options.methods or list(STRATEGIES), options.device)
     finally:
         logging.getLogger("fedpers").removeHandler(watch)
 

@@ -448,13 +448,19 @@ def _own_training(runs: Sequence[RunRecord]) -> list[str]:
     """What tells the training of a strategy's runs from that of most runs, a phrase for each strategy."""
     keys = [json.dumps(run.training, sort_keys=True, default=str) for run in runs]
     usual = runs[max(range(len(runs)), key=lambda i: (keys.count(keys[i]), -i))].training
+    trainings: dict[str, set[str]] = defaultdict(set)
+    for run, key in zip(runs, keys, strict=True):
+        trainings[run.strategy].add(key)
     found: dict[str, None] = {}
     for run in runs:
+        if len(trainings[run.strategy]) > 1:
+            found["named beside the method"] = None
+            continue
         own = [f"{k}={run.training.get(k)}" for k in sorted({*usual, *run.training})
                if run.training.get(k) != usual.get(k)]  # fmt: skip
         if own:
             found[f"{run.strategy} has {' '.join(own)}"] = None
-    if found:
+    if found.keys() - {"named beside the method"}:
         found["the others " + " ".join(_differing(usual, [run.training for run in runs]))] = None
     return list(found)
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 
 from fedpers.cohort import Network, View, tree
 from fedpers.cohort import cohort as cohort_module
@@ -100,6 +102,57 @@ def test_each_client_predicts_with_its_own_tensors() -> None:
     alone = make_cohort(network, data, [2])
     (found,) = alone.logits(stack[2:3], "test", predict)
     torch.testing.assert_close(found, shared[2] + 2, rtol=1e-10, atol=1e-10)
+
+
+def unequal(sizes: Sequence[int]) -> FederatedData:
+    """Clients with two training samples each and test sets of these sizes."""
+    x = torch.randn(sum(sizes), 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tests = listed(*sizes)
+    return FederatedData(x, torch.zeros(len(x), dtype=torch.int64), [own[:2] for own in tests],
+                         listed(*[0] * len(sizes)), [own[2:] for own in tests], 4)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ([6] * 20 + [90] * 2, 1.1),  # few large ones last, as clients that never train may be
+        ([90] * 2 + [6] * 20, 1.1),
+        ([6, 90, 6, 6, 6, 6, 90, 6], 1.1),
+        ([6, 90, 90, 90], 1.1),
+        ([90, 70, 50, 30, 10], 1.1),
+        ([10, 70, 30, 90, 50], 1.5),  # a row in vain may be cheaper than a copy of the others
+        ([2, 2, 60, 2, 2], 1.1),  # no test samples
+        ([50] * 7, 1.1),
+    ],
+    ids=str,
+)
+def test_rows_that_are_through_are_not_computed(
+    sizes: list[int], most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cohort_module, "EVALUATION_SAMPLES", 4 * len(sizes))
+    computed = []
+
+    def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(own: dict[str, Tensor], x: Tensor) -> Tensor:
+            computed.append(x.shape[0] * x.shape[1])
+            return vmap(function)(own, x)
+
+        return run
+
+    monkeypatch.setattr(cohort_module, "vmap", counting)
+    data = unequal(sizes)
+    cohort = make_cohort(SmallNetwork().double(), data, range(len(sizes)))
+    stack = cohort.spread(cohort.template)
+    for row in range(len(sizes)):
+        stack["head.bias"][row] += row
+    found = cohort.logits(stack, "test", predict)
+    needed = sum(sizes) - 2 * len(sizes)
+    assert needed <= sum(computed) <= most * needed
+    assert max(computed) <= 4 * len(sizes)
+    for row in range(len(sizes)):
+        (expected,) = make_cohort(SmallNetwork().double(), data, [row]).logits(stack[row : row + 1], "test", predict)
+        assert found[row].shape == expected.shape == (sizes[row] - 2, 4)
+        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
 
 
 class NoEmptyBatch(Scaled):

@@ -189,15 +189,27 @@ def test_only_comparable_runs_share_a_table(write, tmp_path):
         "protocol official": ["fedrep"],
     }
     notes = [note for group in groups for note in group.notes]
-    told = "Rows differ in training settings (training.*): fedrep has lr=0.01; the others lr=0.1."
-    assert notes.count(told) == 1
+    assert notes.count("Rows differ in training settings (training.*): named beside the method.") == 1
 
 
-def test_arrays_of_different_files_are_not_comparable(write, tmp_path):
-    for root in ("a.npz", "b.npz"):
-        write("fedrep", 0, 0.9, config={"dataset": {"name": "npz", "root": root}}, dataset="npz")
-    titles = [group.title for group in leaderboard(find_runs([tmp_path]))]
-    assert [title.split(" · ")[-1] for title in titles] == ["dataset.root=a.npz", "dataset.root=b.npz"]
+def test_a_method_with_a_training_of_its_own_is_told_apart_in_a_note(write, tmp_path):
+    for seed in (0, 1):
+        write("fedrep", seed, 0.9)
+        write("fedavg", seed, 0.8)
+        write("pfedrec", seed, 0.7, config={"training": {"lr": 0.01, "epochs": 2}})
+    group = board(tmp_path)
+    assert [row.method for row in group.rows] == ["fedrep", "fedavg", "pfedrec"]
+    told = "Rows differ in training settings (training.*): pfedrec has epochs=2 lr=0.01; the others epochs=None lr=0.1."
+    assert told in group.notes
+
+
+@pytest.mark.parametrize("name", ["npz", "ratings"])
+def test_data_of_different_files_are_not_comparable(write, tmp_path, name):
+    for root in ("a.npz", "b.npz", "a.npz"):
+        write("fedrep", len(list(tmp_path.iterdir())), 0.9, config={"dataset": {"name": name, "root": root}}, dataset=name)
+    groups = leaderboard(find_runs([tmp_path]))
+    assert [group.title.split(" · ")[-1] for group in groups] == ["dataset.root=a.npz", "dataset.root=b.npz"]
+    assert [group.rows[0].seeds for group in groups] == [(0, 2), (1,)]
 
 
 def test_the_newest_of_equal_runs_counts(write, tmp_path):

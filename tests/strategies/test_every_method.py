@@ -16,7 +16,7 @@ from fedpers.errors import ConfigError
 from fedpers.strategies import STRATEGIES, FedAvgUpdate, LocalUpdate
 from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
-from tests.problems import SmallNetwork, gaussian_data, problem
+from tests.problems import VARIATIONS, SmallNetwork, gaussian_data, problem, problems
 from tests.runtime.wire import WireGrid
 from tests.strategies.helpers import run
 from tests.traces import pfllib
@@ -141,7 +141,18 @@ def test_no_traces_are_no_success(tmp_path: Path) -> None:
 
 def test_cohort_size_and_workers_do_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
     assert equivalence.main(["cohort", "fedavg"]) == 0
-    assert "1 methods, 0 over tolerance" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"1 methods in {len(problems('fedavg'))} settings, 0 over tolerance" in printed
+    assert all(f"fedavg      {label} " in printed for label in ("default", *VARIATIONS["fedavg"]))
+
+
+@pytest.mark.parametrize(
+    ("method", "label"), [(method, label) for method, further in VARIATIONS.items() for label in further]
+)
+def test_further_settings_do_not_depend_on_cohorts_and_matter(method: str, label: str) -> None:
+    alone, together = (equivalence.outcome(method, torch.float64, k, 1, label=label) for k in (1, 3))
+    assert equivalence.difference(alone, together) <= 1e-10
+    assert equivalence.difference(alone, equivalence.outcome(method, torch.float64, 1000, 1)) > 1e-6
 
 
 def test_dependence_on_cohort_size_is_noticed(

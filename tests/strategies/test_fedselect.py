@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedpers.app import _main
-from fedpers.cohort import Training, leaves, tree
+from fedpers.cohort import Cohort, Training, leaves, tree
 from fedpers.errors import ConfigError
 from fedpers.run import run_rounds
 from fedpers.runtime.flower_private import server_identity
@@ -27,7 +27,7 @@ from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedSelect, FedSelectUpdate, make_strategy
 from fedpers.strategies.fedselect import batch_accuracy, from_bits, grow_by_tensor, grow_together, to_bits
 from fedpers.strategies.records import trees
-from tests import reference
+from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
 from tests.runtime.wire import WireGrid
@@ -513,3 +513,21 @@ def test_a_changed_trace_is_noticed(case: str, array: str, tmp_path: Path, capsy
     np.savez(copy, **arrays)
     assert reference.main(["--root", str(tmp_path), "fedselect"]) == 1
     assert "OVER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("label", ["default", "interval=2"])
+def test_some_of_a_cohort_may_train_for_the_first_time(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[bool, bool, bool]] = []  # frozen; whether some of the cohort train in this pass, and some do not
+    fit = Cohort.fit
+
+    def spy(self: Cohort, *args: Any, **options: Any) -> None:
+        steps = options.get("steps")
+        if steps is not None:
+            passes.append((options["frozen"], any(steps), not all(steps)))
+        fit(self, *args, **options)
+
+    alone = equivalence.outcome("fedselect", torch.float64, 1, 1, label=label)
+    monkeypatch.setattr(Cohort, "fit", spy)
+    together = equivalence.outcome("fedselect", torch.float64, 1000, 1, label=label)
+    assert set(passes) == {(False, True, True), (True, True, True)}
+    assert equivalence.difference(alone, together) <= 1e-10

@@ -1,8 +1,8 @@
 """One result, however it is computed: ``python -m tests.equivalence cohort [METHOD...]``.
 
-``cohort``: every method, in several settings (:func:`tests.problems.problems`), on clients of unequal sizes, with several
-batches, batch normalization, dropout, partial participation and a client that never trains, for 3 rounds; cohorts of 1, 3
-and all clients, and 1 and 2 workers, must agree. Exit status 1 otherwise.
+``cohort``: every method, in several settings (:func:`tests.problems.problems`), on clients of unequal sizes, with
+several batches, batch normalization, dropout, partial participation and a client that never trains, for 3 rounds;
+cohorts of 1, 3 and all clients, and 1 and 2 workers, must agree. Exit status 1 otherwise.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def outcome(
 
 def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """Largest difference of any entry, relative to the largest value of its tensor."""
-    if first.keys() != second.keys():
+    if first.keys() != second.keys() or any(value.shape != second[name].shape for name, value in first.items()):
         return float("inf")
     worst = 0.0
     for name, a in first.items():

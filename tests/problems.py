@@ -165,7 +165,12 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
 VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedavg": {
         "adam": {"training.optimizer": "adam", "training.weight_decay": 0.01, "training.clip": 0.5},
-        "steps": {"training.steps": 5, "training.schedule": "cosine", "training.drop_last": True, "weighting": "uniform"},
+        "steps": {
+            "training.steps": 5,
+            "training.schedule": "cosine",
+            "training.drop_last": True,
+            "weighting": "uniform",
+        },
     },
     "fedavg_ft": {"finetune_epochs=2": {"finetune_epochs": 2}},
     "scaffold": {"server_lr=0.5": {"server_lr": 0.5}},

@@ -327,7 +327,8 @@ class FedJETs(PersonalizedStrategy):
             except ValueError as problem:
                 self.leave_out(client, f"an unusable choice of experts: {problem}", kind)
             else:
-                entropies.append(metrics.get(f"{EXTRA}gate_entropy", math.nan))
+                if math.isfinite(entropy := metrics.get(f"{EXTRA}gate_entropy", math.nan)):
+                    entropies.append(entropy)
         if kind == "train":
             self._book(round, arrays, entropies)
         return [client for client in clients if client in self._held]

@@ -72,6 +72,11 @@ class PerFedAvgUpdate(LocalUpdate):
 
     def adapted_loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss on the second half of the batch after a step on the first."""
+        if self.hessian and batch.weight is None:
+            # PyTorch's own batch normalization, mapped over clients, has a wrong second derivative (2.13); with weights
+            # it is written out (fedpers.cohort.modules)
+            weight = torch.ones(len(batch.y), device=batch.y.device, dtype=next(iter(network.tensors.values())).dtype)
+            batch = replace(batch, weight=weight)
         first, second = _halves(batch)
         trained = {name for name, parameter in network.module.named_parameters() if parameter.requires_grad}
         start = {name: value for name, value in network.tensors.items() if name in trained}

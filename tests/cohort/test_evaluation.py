@@ -126,9 +126,7 @@ def unequal(sizes: Sequence[int]) -> FederatedData:
     ],
     ids=str,
 )
-def test_rows_that_are_through_are_not_computed(
-    sizes: list[int], most: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cohort_module, "EVALUATION_SAMPLES", 4 * len(sizes))
     computed = []
 

@@ -206,7 +206,9 @@ def test_a_method_with_a_training_of_its_own_is_told_apart_in_a_note(write, tmp_
 @pytest.mark.parametrize("name", ["npz", "ratings"])
 def test_data_of_different_files_are_not_comparable(write, tmp_path, name):
     for root in ("a.npz", "b.npz", "a.npz"):
-        write("fedrep", len(list(tmp_path.iterdir())), 0.9, config={"dataset": {"name": name, "root": root}}, dataset=name)
+        write(
+            "fedrep", len(list(tmp_path.iterdir())), 0.9, config={"dataset": {"name": name, "root": root}}, dataset=name
+        )
     groups = leaderboard(find_runs([tmp_path]))
     assert [group.title.split(" · ")[-1] for group in groups] == ["dataset.root=a.npz", "dataset.root=b.npz"]
     assert [group.rows[0].seeds for group in groups] == [(0, 2), (1,)]

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpers.cohort import Training, tree
+from fedpers.cohort.evaluation import hit_and_gain
 from fedpers.errors import ConfigError
 from fedpers.models import Factorization
 from fedpers.randomness import generator
@@ -30,6 +32,7 @@ from fedpers.strategies.records import from_record
 from tests import reference
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data, ranking, ranking_data
+from tests.strategies import helpers
 from tests.strategies.helpers import SEED, run
 
 GIVEN = ranking(torch.float64)
@@ -61,7 +64,9 @@ def penalty(kind: str, rows: Tensor) -> Tensor:
     return rows.sum() * 0
 
 
-def plain(rounds: int, start: Mapping[str, Tensor], **options: Any) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
+def plain(
+    rounds: int, start: Mapping[str, Tensor], *, drop_last: bool = False, **options: Any
+) -> tuple[Tensor | None, list[dict[str, Tensor]]]:
     """Rounds over whole tables, one user after the other, with autograd."""
     lam, mu = options.get("lam", 0.1), options.get("mu", 0.1)
     kind, tables = options.get("regularizer", "l1"), options.get("tables", "both")
@@ -79,7 +84,8 @@ def plain(rounds: int, start: Mapping[str, Tensor], **options: Any) -> tuple[Ten
             t, total, count, former = 0, 0.0, 0, math.nan
             for epoch in range(6):
                 order = generator(SEED, "batches", u, r, epoch).permutation(len(drawn))
-                for batch in np.split(order, range(16, len(order), 16)):
+                batches = np.split(order, range(16, len(order), 16))
+                for batch in batches[:-1] if drop_last and 0 < len(order) % 16 < len(order) else batches:
                     values = {n: v.clone().requires_grad_() for n, v in own.items()}
                     at, target = items[batch], y[batch]
                     zero = torch.zeros(len(batch), 5, dtype=torch.float64)
@@ -136,6 +142,57 @@ def test_visited_rows_and_one_factor_are_the_whole_computation(options: dict[str
     assert_same(found.arrays, {} if common is None else {"common.weight": common})
     for user, state in enumerate(users):
         assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
+
+
+def test_without_the_tail_every_pass_has_samples_of_its_own() -> None:
+    """A user with one whole batch leaves out others in each pass; one with less than a batch has the same in all."""
+    assert {len(GIVEN.data.samples(user, SEED, 1)) // 16 for user in range(7)} >= {0, 1, 2}
+    values = {**SETTINGS, "groups": {"body": {"lr": 4.0}}, "drop_last": True}
+    for tolerance in (0.0, 0.02):
+        found = run("fedrap", {"tolerance": tolerance}, rounds=2, network=GIVEN.network, data=GIVEN.data, **values)
+        common, users = plain(2, dict(found.app.template.items()), drop_last=True, tolerance=tolerance)
+        assert common is not None
+        assert_same(found.arrays, {"common.weight": common})
+        for user, state in enumerate(users):
+            assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
+
+
+def test_users_with_one_batch_each_leave_out_others_in_every_pass() -> None:
+    data = ranking_data((4, 6, 5))  # one whole batch of 16 and a tail
+    _, update = make_strategy("fedrap", training=Training(**SETTINGS, drop_last=True))
+    app = update.client_app(GIVEN.network, data)
+    assert isinstance(update, FedRAPUpdate)
+    visit = update.visit(app.cohort([1, 2, 0], app.initial_state.expand(3).clone(), {"server-round": 1}))
+    assert visit.steps == [1, 1, 1]
+    assert visit.samples.shape[:3] == (6, 1, 3)
+    assert bool((visit.samples.sum(-1) == 16).all())
+    for user in range(3):
+        assert len({tuple(row.tolist()) for row in visit.samples[:, 0, user]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "moved"),
+    [
+        ({"body": {"lr": 0.0}}, {"head"}),
+        ({"head": {"lr": 0.0}}, {"own", "common"}),
+        ({"all": {"lr": 0.0}}, set()),
+        ({"all": {"lr": 0.0}, "body": {"lr": 2.0}}, {"own", "common"}),
+        ({"body": {"lr": 2.0}, "all": {"lr": 0.0}}, set()),  # later entries win
+    ],
+    ids=str,
+)
+def test_groups_are_honoured(groups: dict[str, Any], moved: set[str]) -> None:
+    found = finished(rounds=1, groups=groups)
+    start = found.app.template
+    after = {**found.arrays, **{name.removeprefix("model/"): value for name, value in found.state(2).items()}}
+    same = {name for name in after if torch.allclose(after[name], start[name], rtol=1e-12, atol=1e-12)}
+    assert {name.partition(".")[0] for name in after.keys() - same} == moved
+
+
+@pytest.mark.parametrize("group", ["own", "common", "own.weight", "head.weight", "body.weight", "parameters", "he*"])
+def test_groups_that_would_be_passed_over_are_refused(group: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^training\.groups={re.escape(group)}: expected one of all, body, head"):
+        make_strategy("fedrap", training=Training(**{**SETTINGS, "groups": {group: {"lr": 1.0}}}))
 
 
 def test_rows_nobody_visited_only_decay() -> None:
@@ -342,6 +399,38 @@ def test_pfedrec_takes_two_steps_per_batch_and_predicts_with_its_own_table() -> 
     assert_same(found.arrays, {"body.weight": table})
     for user, values in enumerate(found.predictors()):
         assert_same(values, own[user])
+
+
+def test_a_user_of_pfedrec_that_has_not_trained_predicts_with_the_received_table() -> None:
+    found = run("pfedrec", {"item_rate": 0.5}, rounds=2, fraction=0.3, network=GIVEN.network, data=GIVEN.data, lr=0.2)
+    trained = {user for r in (1, 2) for user in helpers.drawn(r, 0.3, GIVEN.data)}
+    assert 0 < len(trained) < 7
+    start = {name: value.clone() for name, value in found.app.template.items()}
+    table = found.arrays["body.weight"]
+    assert not torch.equal(table, start["body.weight"])
+    for user, values in enumerate(found.predictors()):
+        if user in trained:
+            assert_same(values, {name: found.state(user)[f"model/{name}"] for name in start})
+            assert not torch.equal(values["body.weight"], table)
+        else:
+            assert_same(values, {**start, "body.weight": table})
+
+
+def test_an_unseen_user_of_pfedrec_is_measured_with_the_received_table() -> None:
+    unseen = (2, 4, 6)
+    data = replace(ranking_data((12,) * 7), unseen=unseen)
+    found = run("pfedrec", {"item_rate": 0.5}, rounds=3, network=GIVEN.network, data=data, lr=0.3, batch_size=16)
+    report = found.strategy.report
+    head, table = found.app.template, found.arrays["body.weight"]
+    for user in unseen:
+        for part in ("validation", "test"):
+            items = data.x[data.part(part)[user]]  # type: ignore[arg-type]
+            scores = table[items] @ head["head.weight"][0] + head["head.bias"]
+            expected = hit_and_gain([torch.sigmoid(scores.float())], 3)
+            for name in ("hr@3", "ndcg@3"):
+                assert report.unseen[user][f"{part}-{name}"] == pytest.approx(float(expected[name])), (user, part)
+    assert sorted(report.adapted) == list(unseen)
+    assert report.adapted != report.unseen
 
 
 # ------------------------------------------------------------------ traces

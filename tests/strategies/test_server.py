@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flwr.app as flower
 import numpy as np
 import pytest
 import torch
+from flwr.serverapp import Grid
 from torch import nn
 
-from fedpers.cohort import Cohort, Reply, Training, entries, leaves
+from fedpers.cohort import Cohort, Reply, Training, Tree, entries, leaves
 from fedpers.errors import TrainingError
 from fedpers.randomness import sample_clients
+from fedpers.run import Progress, metrics_of, run_rounds
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import FIRST_NODE, LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, FedAvg, FedAvgUpdate, PersonalizedStrategy, make_strategy
@@ -160,6 +163,98 @@ def test_an_unusable_reply_is_left_out_counted_and_named(what: str, caplog: pyte
     assert f"1 of 4 clients left out, e.g. client 2: {reason}" in caplog.text
     assert report.steps == steps
     assert report.samples == 20 + 9 + 7
+
+
+class Tampering(LocalGrid):
+    """A grid on which the replies of one client to one kind of message are changed, or lost."""
+
+    def __init__(self, app: CohortApp, client: int, kind: str, tamper: Tamper) -> None:
+        super().__init__(app, app.data.num_clients, cohort=2, workers=1)
+        self.node, self.kind, self.tamper = FIRST_NODE + client, kind, tamper
+        self.tampers: Callable[[flower.Message], bool] = lambda reply: True
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        changed = []
+        for reply in super().send_and_receive(messages, timeout=timeout):
+            ours = reply.metadata.src_node_id == self.node and reply.metadata.message_type == self.kind
+            changed.append(self.tamper(reply) if ours and self.tampers(reply) else reply)
+        return [reply for reply in changed if reply is not None]
+
+
+class Asked(FedAvgUpdate):
+    """Answers with the bias of the head."""
+
+    def query_bias(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+        return Reply({"arrays": cohort.spread(received["arrays"], ["head.bias"])})
+
+
+@dataclass(kw_only=True)
+class Asking(FedAvg):
+    """Asks for it before everything it sends."""
+
+    update = Asked
+
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+        form = {("arrays", "head.bias"): ((4,), "float32")}
+        answers = self.ask(grid, "bias", round, clients, {"arrays": arrays}, kind, form)
+        return [client for client in clients if client in answers]
+
+
+@pytest.mark.parametrize("what", ["missing", "error", "nan", "inf", "shape", "dtype", "complex", "scalar", "less",
+                                  "more", "bytes", "text", "nan loss"])  # fmt: skip
+def test_an_unusable_answer_to_a_question_leaves_the_client_out_and_names_it(
+    what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tamper, reason = BAD[what]
+    app = Asked(training=Training(lr=0.1, batch_size=5)).client_app(SmallNetwork(), DATA)
+    grid, strategy = Tampering(app, 2, "query.bias", tamper), Asking()
+    arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    messages = list(strategy.configure_train(1, arrays, config, grid))
+    assert [message.metadata.dst_node_id - FIRST_NODE for message in messages] == [0, 1, 3]
+    with caplog.at_level(logging.WARNING, logger="fedpers"):
+        strategy.aggregate_train(1, grid.send_and_receive(messages))
+    assert list(strategy.report.failures) == [2]
+    assert strategy.report.failures[2].startswith(reason)
+    assert f"1 of 4 clients left out, e.g. client 2: {reason}" in caplog.text
+    assert strategy.report.samples == 20 + 9 + 7
+    messages = list(strategy.configure_evaluate(1, arrays, config, grid))
+    strategy.aggregate_evaluate(1, grid.send_and_receive(messages))
+    assert list(strategy.report.clients) == [0, 1, 3]
+    assert list(strategy.report.evaluation_failures) == [2]
+    assert strategy.report.evaluation_failures[2].startswith(reason)
+
+
+def selected(slots: Any) -> Tamper:
+    def tamper(reply: flower.Message) -> flower.Message:
+        reply.content["selected"] = flower.ArrayRecord({"slots": flower.Array(np.asarray(slots))})
+        return reply
+
+    return tamper
+
+
+@pytest.mark.parametrize(
+    ("tamper", "reason"),
+    [
+        (lambda reply: None, "no reply"),
+        (error, "out of memory"),
+        (selected([0.0, 1.0]), "'slots' has dtype float64, expected int64"),
+        (selected([np.nan, 1.0]), "'slots' has dtype float64, expected int64"),
+        (selected([1]), "'slots' has shape [1], expected [2]"),
+        (selected([[0, 1]]), "'slots' has shape [1, 2], expected [2]"),
+        (selected([1, 7]), "an unusable choice of experts: [1, 7] are not 2 ascending numbers from 0 to 2"),
+    ],
+)
+def test_an_unusable_choice_of_experts_leaves_the_client_out(tamper: Tamper, reason: str) -> None:
+    given = problem("fedjets")
+    strategy, update = make_strategy("fedjets", given.options, server={"unseen": (6,)}, training=given.training)
+    app = update.client_app(given.network, given.data)
+    grid = Tampering(app, 4, "query.select", tamper)  # no anchor
+    arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    strategy.aggregate_train(1, grid.send_and_receive(strategy.configure_train(1, arrays, config, grid)))
+    assert strategy.report.failures == {4: reason}
+    strategy.aggregate_evaluate(1, grid.send_and_receive(strategy.configure_evaluate(1, arrays, config, grid)))
+    assert strategy.report.evaluation_failures == {4: reason}
+    assert sorted([*strategy.report.clients, *strategy.report.unseen]) == [0, 1, 2, 3, 5, 6]
 
 
 def test_the_first_bad_reply_is_not_the_measure_for_the_others() -> None:
@@ -336,6 +431,61 @@ def test_all_clients_are_evaluated_every_so_many_rounds() -> None:
     assert all(m["validation-examples"] == m["test-examples"] == 5 for m in report.clients.values())
     assert means is not None
     assert means["test-accuracy"] == pytest.approx(sum(m["test-accuracy"] for m in report.clients.values()) / 3)
+
+
+@pytest.mark.parametrize(("what", "reason"), [("missing", "no reply"), ("error", "out of memory")])
+@pytest.mark.parametrize(("client", "best"), [(1, 2), (3, 3)])
+def test_a_round_that_lacks_an_evaluation_is_not_selected(
+    what: str, reason: str, client: int, best: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But for clients that never train: they play no part in the selection."""
+    app = FedAvgUpdate(training=Training(lr=0.1, batch_size=5)).client_app(SmallNetwork(), DATA)
+    grid, strategy = Tampering(app, client, "evaluate", BAD[what][0]), FedAvg(unseen=(3,))
+    grid.tampers = lambda reply: strategy.report.round == 3
+    progress, reports = Progress("validation/accuracy", unseen=(3,)), []
+    for report in run_rounds(strategy, grid, app.initial_arrays(), 4):
+        metrics = metrics_of(report, "accuracy") | {"validation/accuracy": {3: 0.9, 2: 0.8}.get(report.round, 0.1)}
+        progress.take(report, metrics)
+        reports.append(report)
+    assert [report.evaluation_failures for report in reports] == [{}, {}, {}, {client: reason}, {}]
+    assert client not in {**reports[3].clients, **reports[3].unseen}
+    assert f"evaluation of round 3: 1 of 4 clients left out, e.g. client {client}: {reason}" in caplog.text
+    assert progress.best is not None
+    assert progress.last is not None
+    assert (progress.best[0], progress.last[0]) == (best, 4)
+    assert progress.totals["failures"] == 1
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedrep", "pfedpg", "fedjets"])
+def test_an_unseen_client_that_is_not_connected_is_named(method: str) -> None:
+    given = problem(method)
+    data = replace(given.data, unseen=(3, 6))
+    strategy, update = make_strategy(method, given.options, server={"unseen": (3, 6)}, training=given.training)
+    app = update.client_app(given.network, data)
+    grid = LocalGrid(app, 6, cohort=6, workers=1)  # the last client is not there
+    *_, report = run_rounds(strategy, grid, app.initial_arrays(), 1)
+    assert report.evaluation_failures == {6: "it is not connected"}
+    assert sorted(report.clients) == [0, 1, 2, 4, 5]
+    assert list(report.unseen) == list(report.adapted) == [3]
+
+
+@pytest.mark.parametrize("method", ["scaffold", "pfedpg", "fedjets", "ensemble", "gpfl"])
+def test_a_strategy_that_is_started_twice_begins_anew(method: str) -> None:
+    given = problem(method, torch.float64)
+    server = {"fraction": 0.5, "seed": 2, "unseen": given.data.unseen}
+    strategy, update = make_strategy(method, given.options, server=server, training=given.training)
+    found = []
+    for _ in range(2):
+        app = update.client_app(given.network, given.data, seed=2)
+        grid = LocalGrid(app, given.data.num_clients, cohort=3, workers=1)
+        result = strategy.start(grid, app.initial_arrays(), num_rounds=2)
+        state = {f"{role}/{name}": v for role, values in strategy.state.items() for name, v in leaves(values).items()}
+        measured = {f"{c}/{n}": torch.tensor(v) for c, row in strategy.report.clients.items() for n, v in row.items()}
+        found.append({**entries(from_record(result.arrays)), **state, **measured})
+    first, second = found
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
 
 
 def test_a_client_that_becomes_non_finite_keeps_its_former_personal_state() -> None:

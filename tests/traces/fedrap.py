@@ -169,9 +169,7 @@ def _compare_users(
         found.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss"]))
 
 
-def _compare_evaluation(
-    found: Comparison, trace: Trace, grid: LocalGrid, app: Any, arrays: flower.ArrayRecord
-) -> None:
+def _compare_evaluation(found: Comparison, trace: Trace, grid: LocalGrid, app: Any, arrays: flower.ArrayRecord) -> None:
     """Scores, and the metric of hand-made scores."""
     assert grid.engine is not None
     users = sorted(range(app.data.num_clients), key=lambda u: -app.sizes[u])

@@ -17,9 +17,9 @@ $(INSTALLED): pyproject.toml
 demo: setup
 	@rm -rf runs/demo
 	$(BIN)/fedpers +experiment=demo output=runs/demo
-	$(BIN)/fedpers +experiment=pfedpg output=runs/demo
+	$(BIN)/fedpers +experiment=pfedpg rounds=9 output=runs/demo
 	$(BIN)/fedpers +experiment=fedjets output=runs/demo
-	$(BIN)/fedpers +experiment=ranking output=runs/demo
+	$(BIN)/fedpers +experiment=ranking rounds=15 output=runs/demo
 	@echo
 	$(BIN)/fedpers compare runs/demo
 

@@ -18,11 +18,12 @@ import flwr.app as flower
 import torch
 from torch import Tensor
 
-from fedpers.cohort import leaves, one_thread
+from fedpers.cohort import leaves
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, make_strategy
 from fedpers.strategies.records import from_record
+from fedpers.threads import one_thread
 from tests.problems import problems
 
 ROUNDS = 3

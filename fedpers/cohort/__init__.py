@@ -16,7 +16,6 @@ from fedpers.cohort.step import (
     shifted,
     small_change,
 )
-from fedpers.cohort.threads import one_thread
 from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree
 
@@ -40,7 +39,6 @@ __all__ = [
     "measure",
     "mixed",
     "model_tree",
-    "one_thread",
     "prepare",
     "proximal",
     "sample_losses",

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.data.federated import FederatedData
+from fedpers.data.ratings import RankingData
+from fedpers.errors import ConfigError
 from fedpers.models.networks import Network
 
 
@@ -28,6 +31,33 @@ class Factorization(Network):
     def forward(self, x: Tensor) -> Tensor:
         """Scores (logits) ``[B, 1]`` of items `x`, int64 ids ``[B]`` from 0 to m - 1."""
         return super().forward(x)
+
+
+def factorized(model: nn.Module, data: FederatedData) -> tuple[Factorization, RankingData]:
+    """Return network and data as what a method for ratings needs them to be.
+
+    Raises
+    ------
+    ConfigError
+        If they are something else.
+    """
+    ratings = rated(data)
+    if not isinstance(model, Factorization):
+        raise ConfigError("model", type(model).__name__, "factorization for this method")
+    return model, ratings
+
+
+def rated(data: FederatedData) -> RankingData:
+    """Return data as ratings.
+
+    Raises
+    ------
+    ConfigError
+        If they are something else.
+    """
+    if not isinstance(data, RankingData):
+        raise ConfigError("dataset", data.name, "ratings, e.g. dataset=synthetic_ratings, for this method")
+    return data
 
 
 class ItemTable(nn.Module):

@@ -8,8 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fedpers.data.cache import cache_root
 from fedpers.errors import check
 from fedpers.models.networks import Network
 from fedpers.randomness import generator
+from fedpers.threads import one_thread
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def pretrain(
         model.load_state_dict(values)
         how = f"from {path}"
     else:
-        with _one_thread():
+        with one_thread():
             passes, reached = _train(model.to(device), x.to(device), y.to(device), settings, seed)
         model.to("cpu")
         values = model.state_dict()
@@ -139,16 +139,6 @@ def _accuracy(model: Network, x: Tensor, y: Tensor, held: Tensor) -> float:
     for part in torch.split(held, _EVALUATED_AT_ONCE):
         right += int((model(x[part]).argmax(1) == y[part]).sum())
     return right / len(held)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------

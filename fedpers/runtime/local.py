@@ -21,7 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from torch import nn
 
-from fedpers.cohort import StateStore, one_thread
+from fedpers.cohort import StateStore
 from fedpers.errors import check
 from fedpers.runtime.flower_private import (
     SERVER_NODE,
@@ -35,6 +35,7 @@ from fedpers.runtime.flower_private import (
 from fedpers.runtime.probe import Choice, probe
 from fedpers.strategies.client import IDENTIFY, CohortApp, Outcome, Received, config_of
 from fedpers.strategies.records import own_copy, stack, trees
+from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 FIRST_NODE = SERVER_NODE + 1

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedpers.cohort import entries, one_thread
+from fedpers.cohort import entries
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
+from fedpers.threads import one_thread
 
 if TYPE_CHECKING:
     from fedpers.strategies.client import CohortApp

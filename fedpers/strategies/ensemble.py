@@ -33,7 +33,7 @@ from fedpers.models.initial import fresh
 from fedpers.randomness import derive, sample_clients
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, Records
+from fedpers.strategies.server import Form, Records, form_of
 
 INITS = ("common", "random")
 
@@ -143,8 +143,7 @@ class Ensemble(PersonalizedStrategy):
     def reply_form(self, client: int) -> Form:
         """The members it was sent."""
         assert self._arrays is not None
-        own = self._part(self._arrays, client)
-        return {(ARRAYS, n): (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for n, v in own.items()}
+        return form_of(ARRAYS, self._part(self._arrays, client))
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Each member is the mean over its own clients; one whose clients all failed stays as it is."""

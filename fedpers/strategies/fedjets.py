@@ -60,7 +60,7 @@ from fedpers.randomness import generator, sample_clients
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.client import EXTRA
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, Records
+from fedpers.strategies.server import Form, Records, form_of
 
 log = logging.getLogger(__name__)
 MIXTURES = ("probabilities", "unnormalized", "logits")
@@ -369,10 +369,8 @@ class FedJETs(PersonalizedStrategy):
     def reply_form(self, client: int) -> Form:
         """Gate and the experts it was sent."""
         assert self._arrays is not None
-        return {
-            (ARRAYS, name): (tuple(self._arrays[source].shape), str(self._arrays[source].dtype).removeprefix("torch."))
-            for name, source in _slot_names(self._arrays, self._held[client]).items()
-        }
+        names = _slot_names(self._arrays, self._held[client])
+        return form_of(ARRAYS, {name: self._arrays[source] for name, source in names.items()})
 
     def fold(self) -> ExpertMean:
         """Mean of the gate over all, of each expert over its holders."""

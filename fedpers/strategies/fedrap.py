@@ -55,12 +55,13 @@ from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
 from fedpers.data.ratings import RankingData
-from fedpers.errors import ConfigError, check, one_of
-from fedpers.models import Factorization, fresh
+from fedpers.errors import check, one_of
+from fedpers.models import fresh
+from fedpers.models.factorization import factorized
 from fedpers.randomness import generator
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Records
+from fedpers.strategies.server import Form, Records, dtype_name
 
 VARIANTS = ("official", "paper")
 TABLES = ("both", "own", "common")
@@ -253,10 +254,7 @@ class FedRAPUpdate(LocalUpdate):
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put a second table, drawn for itself, beside the first."""
-        if not isinstance(data, RankingData):
-            raise ConfigError("dataset", data.name, "ratings, e.g. dataset=synthetic_ratings, for this method")
-        if not isinstance(model, Factorization):
-            raise ConfigError("model", type(model).__name__, "factorization for this method")
+        model, data = factorized(model, data)
         own = None if self.tables == "common" else deepcopy(model.body)
         common = None if self.tables == "own" else fresh(model, seed).body
         if common is not None and self.threshold:  # what is not sent is 0 from the start
@@ -578,13 +576,13 @@ class FedRAP(PersonalizedStrategy):
             raise ValueError(f"'values' has shape {list(sent['values'].shape)}, expected {[len(rows), table.shape[1]]}")
         return {**records, ARRAYS: tree({name: sent[name] for name in ("rows", "values", "factor")})}
 
-    def reply_form(self, client: int) -> dict[tuple[str, str], tuple[tuple[int, ...], str]]:
+    def reply_form(self, client: int) -> Form:
         """Rows, values and the factor, or nothing where there is no common table."""
         assert self._arrays is not None
         if COMMON not in entries(self._arrays):
             return {}
         table = self._arrays[COMMON]
-        kind = str(table.dtype).removeprefix("torch.")
+        kind = dtype_name(table)
         form: dict[str, tuple[tuple[int, ...], str]] = {"rows": ((-1,), "int32"), "factor": ((), kind)}
         if self.threshold:
             form.update({"values": ((-1,), kind), "places": ((-1,), "int32"), "shape": ((2,), "int64")})

@@ -75,6 +75,7 @@ from fedpers.data.ratings import RankingData
 from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.records import ARRAYS
+from fedpers.strategies.server import Form, dtype_name
 
 VARIANTS = ("official", "paper")
 BATCHNORMS = ("official", "fixed")
@@ -243,12 +244,12 @@ class FedSelect(PersonalizedStrategy):
     update = FedSelectUpdate
     weighting: str = "uniform"
 
-    def reply_form(self, client: int) -> dict[tuple[str, str], tuple[tuple[int, ...], str]]:
+    def reply_form(self, client: int) -> Form:
         """Any number of values and a bit for each entry."""
         assert self._arrays is not None
-        form: dict[tuple[str, str], tuple[tuple[int, ...], str]] = {}
+        form: Form = {}
         for name, value in entries(self._arrays).items():
-            form[ARRAYS, name] = ((-1,), str(value.dtype).removeprefix("torch."))
+            form[ARRAYS, name] = ((-1,), dtype_name(value))
             form[MASK, name] = ((-(-value.numel() // 8),), "uint8")
         return form
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, View, tree
 from fedpers.data.federated import FederatedData, Part
-from fedpers.data.ratings import RankingData
-from fedpers.errors import ConfigError
+from fedpers.models.factorization import rated
 from fedpers.randomness import generator
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 
@@ -53,9 +52,7 @@ class NoLearningUpdate(LocalUpdate):
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Replace the network by counts."""
-        if not isinstance(data, RankingData):
-            raise ConfigError("dataset", data.name, "ratings, e.g. dataset=synthetic_ratings, for this method")
-        return Counts(data.num_items), data
+        return Counts(rated(data).num_items), data
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Draw this round's samples as any method does, and count the negatives among them."""

@@ -65,7 +65,7 @@ from fedpers.randomness import generator as numbers
 from fedpers.strategies.base import PersonalizedStrategy, Received
 from fedpers.strategies.fedvpt import FedVPTUpdate
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, Records
+from fedpers.strategies.server import Records, form_of
 
 log = logging.getLogger(__name__)
 GENERATORS = ("attention", "none")
@@ -407,12 +407,12 @@ class PFedPG(PersonalizedStrategy):
         able = self.prepare(round, arrays, clients, grid, "evaluate")
         rows = {} if self.generator == "none" else self._rows(arrays, able)
         base = arrays[PROMPTS]
-        form: Form = {(ARRAYS, PROMPTS): (tuple(base.shape), str(base.dtype).removeprefix("torch."))}
+        form = form_of(ARRAYS, {PROMPTS: base})
         for r in range(self.adapt_rounds if able else 0):
             config = flower.ConfigRecord({"server-round": round + r})
             sent = self._prompts(arrays, rows["value"]) if rows else {ARRAYS: arrays}
             messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
-            answered = self._by_client(grid.send_and_receive(messages))
+            answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
             changes = {}
             for client in able:
                 try:

@@ -31,8 +31,8 @@ from fedpers.cohort import Cohort, Reply, Tree, entries
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
 from fedpers.data.ratings import RankingData
-from fedpers.errors import ConfigError, check
-from fedpers.models import Factorization
+from fedpers.errors import check
+from fedpers.models.factorization import factorized
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 
 
@@ -58,11 +58,7 @@ class PFedRecUpdate(LocalUpdate):
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Check that there are items to be rated."""
-        if not isinstance(data, RankingData):
-            raise ConfigError("dataset", data.name, "ratings, e.g. dataset=synthetic_ratings, for this method")
-        if not isinstance(model, Factorization):
-            raise ConfigError("model", type(model).__name__, "factorization for this method")
-        return model, data
+        return factorized(model, data)
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """Add whether the user has trained: not yet."""

@@ -17,11 +17,12 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Result
 from torch import Tensor
 
-from fedpers.cohort import Fold, Tree, WeightedMean, entries, one_thread, tree
+from fedpers.cohort import Fold, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
 from fedpers.strategies.client import EXTRA, IDENTIFY, LocalUpdate
 from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record, trees
+from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
@@ -413,7 +414,7 @@ class PersonalizedStrategy(FlowerFedAvg):
     def _expected(self, replies: list[flower.Message]) -> Form:
         """Entries that most replies hold, formed as the server's arrays or else as in most replies."""
         assert self._arrays is not None
-        known = {(ARRAYS, name): (tuple(v.shape), _dtype(v)) for name, v in entries(self._arrays).items()}
+        known = form_of(ARRAYS, entries(self._arrays))
         seen = Counter(frozenset(_form(reply).items()) for reply in replies if reply.has_content())
         if not seen:
             return {}
@@ -440,8 +441,8 @@ class PersonalizedStrategy(FlowerFedAvg):
                 shape, dtype = expected[record, name]
                 if len(shape) != value.dim() or any(a not in (b, -1) for a, b in zip(shape, value.shape, strict=True)):
                     raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(shape)}")
-                if _dtype(value) != dtype:
-                    raise ValueError(f"'{name}' has dtype {_dtype(value)}, expected {dtype}")
+                if dtype_name(value) != dtype:
+                    raise ValueError(f"'{name}' has dtype {dtype_name(value)}, expected {dtype}")
                 if value.is_floating_point():
                     floats[f"{record}/{name}"] = value
         # One look at all sums, which waits for a GPU only once; the entries themselves only if that finds something.
@@ -585,8 +586,14 @@ def _told(failures: Mapping[int, str], total: int) -> str:
     return f"{len(failures)} of {total} clients left out, e.g. client {client}: {reason}"
 
 
-def _dtype(value: Tensor) -> str:
+def dtype_name(value: Tensor) -> str:
+    """Dtype as messages name it, e.g. ``float32``."""
     return str(value.dtype).removeprefix("torch.")
+
+
+def form_of(record: str, tensors: Mapping[str, Tensor]) -> Form:
+    """Form of a record that holds `tensors`, or such as have their shapes and dtypes."""
+    return {(record, name): (tuple(value.shape), dtype_name(value)) for name, value in tensors.items()}
 
 
 def _beside(values: Tree, arrays: Tree) -> Tree:

@@ -321,7 +321,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_clients_named(
 
 def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedpers.app", "rounds=100000", *SMALL[1:], f"output={tmp_path}"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "80"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         written = list(tmp_path.rglob("rounds.jsonl"))

@@ -33,14 +33,24 @@ class RuntimeConfig:
         See :class:`fedpers.runtime.local.LocalGrid`.
     device : str
         ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:i``.
+    state_memory : float or "auto"
+        Gigabytes of memory that personal state may take, >= 0; more of it lies in memory-mapped files. ``auto`` is half
+        of the memory of the machine or the GPU.
+    timeout : float, optional
+        Seconds to wait for the clients' replies, > 0; None waits for as long as they take.
     """
 
     name: str = "local"
     cohort: int | str = "auto"
     workers: int | str = "auto"
     device: str = "auto"
+    state_memory: float | str = "auto"
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
+        enough = self.state_memory == "auto" or (not isinstance(self.state_memory, str) and self.state_memory >= 0)
+        check(enough, "runtime.state_memory", self.state_memory, "gigabytes >= 0, or auto")
+        check(self.timeout is None or self.timeout > 0, "runtime.timeout", self.timeout, "seconds > 0, or null")
         check(self.name in RUNTIMES, "runtime", self.name, one_of(RUNTIMES, self.name))
         for key, value in (("runtime.cohort", self.cohort), ("runtime.workers", self.workers)):
             good = value == "auto" or (isinstance(value, int) and value >= 1)

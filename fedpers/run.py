@@ -21,10 +21,10 @@ from typing import Any
 import flwr.app as flower
 import numpy as np
 import torch
+from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
 from fedpers import __version__
-from fedpers.cohort import leaves
 from fedpers.config import Config, convert
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
@@ -33,8 +33,7 @@ from fedpers.errors import ConfigError, FedpersError
 from fedpers.evaluation.metrics import distribution
 from fedpers.models import build_model
 from fedpers.randomness import sample_clients
-from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import RUN_ID, LocalGrid
+from fedpers.runtime.launch import launch
 from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, make_strategy, option_types
 from fedpers.tracking import make_trackers
 
@@ -147,25 +146,17 @@ def prepare_run(config: Config) -> Setup:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
     app = update.client_app(model, data, seed=config.seed, device=device)
-    _check_memory(app)
     return Setup(data, strategy, app, model.pretrained_accuracy)
 
 
-def _check_memory(app: CohortApp) -> None:
-    """Refuse personal state that cannot lie in memory, before a run fills it up round by round."""
-    if app.device.type != "cpu" or not hasattr(os, "sysconf"):
-        return
-    needed = app.data.num_clients * sum(value.nbytes for value in leaves(app.initial_state).values())
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.8 * there:
-        raise FedpersError(
-            f"the personal state of {app.data.num_clients} clients needs {needed / 1e9:.1f} GB, this machine has "
-            f"{there / 1e9:.1f} GB; take fewer clients (ratings: dataset.max_users) or a smaller model."
-        )
-
-
 def run_rounds(
-    strategy: PersonalizedStrategy, grid: LocalGrid, arrays: flower.ArrayRecord, rounds: int, *, auc: bool = False
+    strategy: PersonalizedStrategy,
+    grid: Grid,
+    arrays: flower.ArrayRecord,
+    rounds: int,
+    *,
+    auc: bool = False,
+    timeout: float | None = None,
 ) -> Iterator[RoundReport]:
     """Train and evaluate round by round.
 
@@ -178,15 +169,17 @@ def run_rounds(
         After each round.
     """
     evaluation = flower.ConfigRecord({"auc": auc})
+    strategy.timeout = timeout
+    grid = strategy.folding(grid)
     for round in range(rounds + 1):
         if round:
             messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
-            new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages))
+            new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
             arrays = arrays if new is None else new
         due = round % strategy.evaluate_every == 0 or round == rounds
         if due:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
-            strategy.aggregate_evaluate(round, grid.send_and_receive(messages))
+            strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
         if round == rounds and strategy.unseen:
             strategy.evaluate_adapted(arrays, evaluation, grid)
         yield strategy.report
@@ -259,36 +252,31 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
         raise FedpersError(f"{folder} holds a run already; choose another folder.")
     plain = dict(resolved) if resolved else asdict(config)
     _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    grid = LocalGrid(setup.app, setup.data.num_clients, cohort=config.runtime.cohort, workers=config.runtime.workers)
-    assert grid.engine is not None
     trainable = setup.data.num_clients - len(setup.data.unseen)
     sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
     if config.min_replies > sampled:
-        grid.close()
         raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
     data = setup.data
     progress = Progress(f"{data.selected_on}/{data.headline}", data.latest_wins, data.unseen)
     name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
     manifest = make_manifest(setup)
-    try:
-        with (
-            server_identity(RUN_ID),
-            make_trackers(
-                config.tracker, folder, name, plain, config.rounds, headline=f"validation/{data.headline}"
-            ) as trackers,
-        ):
-            choice = grid.engine.choose(sampled)
-            log.info("runtime: %s", choice)
+    summary: dict[str, Any] = {}
+
+    def main(grid: Grid) -> None:
+        with make_trackers(
+            config.tracker, folder, name, plain, config.rounds, headline=f"validation/{data.headline}"
+        ) as trackers:
+            log.info("runtime: %s", grid)
             if sys.stderr.isatty():
-                print(f"runtime: {choice}", file=sys.stderr)
-            manifest["runtime"] = {
-                "cohort": choice.cohort, "workers": choice.workers, "chosen": choice.how,
-                "microseconds_per_client_step": choice.microseconds,
-            }  # fmt: skip
+                print(f"runtime: {grid}", file=sys.stderr)
+            described = getattr(grid, "described", dict)
+            manifest["runtime"] = described()
             _write(folder / "manifest.json", json.dumps(manifest, indent=1))
             try:
                 arrays = setup.app.initial_arrays()
-                for report in run_rounds(setup.strategy, grid, arrays, config.rounds, auc=config.auc):
+                for report in run_rounds(
+                    setup.strategy, grid, arrays, config.rounds, auc=config.auc, timeout=config.runtime.timeout
+                ):
                     metrics = metrics_of(report, data.headline)
                     trackers.log(report.round, metrics)
                     progress.take(report, metrics)
@@ -296,12 +284,12 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
                 progress.error = str(error)
                 raise
             finally:
-                summary = _summary(config, setup, progress, time.perf_counter() - started)
+                summary.update(_summary(config, setup, progress, time.perf_counter() - started))
                 _write_clients(folder / "clients.parquet", setup.data, progress)
                 _write(folder / "summary.json", json.dumps(summary, indent=1))
                 trackers.summary({f"selected/{k}": v for k, v in summary["selected"].items() if v is not None})
-    finally:
-        grid.close()
+
+    launch(config.runtime, setup.app, main, sampled=sampled, folder=folder)
     return summary
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from tensordict import TensorDict
+from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from fedpers.cohort.tree import Tree, leaves
+
+BLOCK_BYTES = 2**26
+"""Bytes of state that :meth:`StateStore.blocks` copies at once."""
+Block = tuple[Tensor, Tree]
+"""Clients, int64 ``[n]`` ascending, and their states ``[n]``."""
 
 
 class StateStore:
@@ -16,37 +23,90 @@ class StateStore:
 
     Parameters
     ----------
-    num_clients : int
+    clients : sequence of int
+        Whose state is kept here.
     initial : Tree
         State of a client that has not trained yet, batch size [], possibly empty.
+    memory : float, optional
+        Bytes that may be taken; rows that need more lie in memory-mapped files.
+    folder : Path, optional
+        Where a folder for these files is made, which is gone when the store is closed; default is the system's for
+        temporary files.
     """
 
-    def __init__(self, num_clients: int, initial: Tree) -> None:
+    def __init__(
+        self, clients: Sequence[int], initial: Tree, *, memory: float | None = None, folder: Path | None = None
+    ) -> None:
+        self.clients = torch.as_tensor(list(clients), dtype=torch.int64)
         self.initial = initial
-        self.written = torch.zeros(num_clients, dtype=torch.bool)
-        # Untouched memory is not occupied, so clients that never train cost nothing on a CPU.
-        self.rows = TensorDict({}, batch_size=[num_clients])
-        for name, value in leaves(initial).items():
-            self.rows.set(tuple(name.split("/")), value.new_empty((num_clients, *value.shape)))
+        self.written = torch.zeros(len(self.clients), dtype=torch.bool)
+        self._place = {client: place for place, client in enumerate(self.clients.tolist())}
+        first = leaves(initial)
+        self.bytes_per_client = sum(value.nbytes for value in first.values())
+        needed = len(self.clients) * self.bytes_per_client
+        self._files = None
+        if memory is not None and needed > memory:
+            self._files = tempfile.TemporaryDirectory(prefix="states-", dir=folder, ignore_cleanup_errors=True)
+        # Untouched memory is not occupied, so clients that never train cost nothing on a CPU; nor do holes in files.
+        self.rows = TensorDict({}, batch_size=[len(self.clients)])
+        for number, (name, value) in enumerate(first.items()):
+            shape = (len(self.clients), *value.shape)
+            if self._files is None:
+                rows = value.new_empty(shape)
+            else:
+                file = str(Path(self._files.name) / f"{number}.memmap")
+                rows = MemoryMappedTensor.empty(shape, dtype=value.dtype, filename=file)
+            self.rows.set(tuple(name.split("/")), rows)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether rows lie in files."""
+        return self._files is not None
 
     def gather(self, clients: Sequence[int]) -> Tree:
-        """Copy of the state of some clients, batch size ``[K]``."""
-        index = torch.as_tensor(list(clients))
+        """Copy of the state of some clients, batch size ``[K]``, where the initial state is."""
+        index = self._places(clients)
         new = ~self.written[index]
         out = TensorDict({}, batch_size=[len(index)])
         first = leaves(self.initial)
         for name, rows in leaves(self.rows).items():
-            picked = rows[index.to(rows.device)]
-            picked[new.to(rows.device)] = first[name]
+            picked = torch.Tensor.index_select(rows.as_subclass(Tensor), 0, index.to(rows.device))
+            picked = picked.to(first[name].device)
+            picked[new.to(picked.device)] = first[name]
             out.set(tuple(name.split("/")), picked)
         return out
 
     def scatter(self, clients: Sequence[int], state: Tree, keep: Tensor) -> None:
         """Store the rows of `state` (``[K]``) for which `keep` (bool ``[K]``) holds."""
         kept = keep.nonzero().flatten().cpu()
-        index = torch.as_tensor(list(clients))[kept]
+        index = self._places(clients)[kept]
         new = leaves(state)
         for name, rows in leaves(self.rows).items():
             values = new[name]
             rows[index.to(rows.device)] = values[kept.to(values.device)].to(rows.device)
         self.written[index] = True
+
+    def blocks(self) -> Iterator[Block]:
+        """Copies of all that was written, a few clients at a time."""
+        written = self.clients[self.written].sort().values
+        if not self.bytes_per_client:
+            return
+        for part in torch.split(written, max(1, BLOCK_BYTES // self.bytes_per_client)):
+            yield part, self.gather(part.tolist())
+
+    def clear(self) -> None:
+        """Let every client hold the initial state again."""
+        self.written.zero_()
+
+    def load(self, clients: Sequence[int], state: Tree) -> None:
+        """Store the states ``[n]`` of `clients`."""
+        self.scatter(clients, state, torch.ones(len(clients), dtype=torch.bool))
+
+    def close(self) -> None:
+        """Let go of files."""
+        if self._files is not None:
+            self.rows = TensorDict({}, batch_size=self.rows.batch_size)
+            self._files.cleanup()
+
+    def _places(self, clients: Sequence[int]) -> Tensor:
+        return torch.tensor([self._place[int(client)] for client in clients], dtype=torch.int64)

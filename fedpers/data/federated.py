@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class FederatedData:
     anchors : tuple of int
         Clients that were dealt label sets of their own (``partition=label_sets``), ascending; none if the partition
         knows no anchors.
+    elsewhere : tuple of int
+        Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
 
     Raises
     ------
@@ -61,14 +63,16 @@ class FederatedData:
     public: Tensor | None = None
     unseen: tuple[int, ...] = ()
     anchors: tuple[int, ...] = ()
+    elsewhere: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise DataError(f"{self.name}: x has {len(self.x)} samples but y has {len(self.y)}.")
         if not len(self.train) == len(self.validation) == len(self.test) > 0:
             raise DataError(f"{self.name}: train, validation and test must list the same clients, at least one.")
+        away = set(self.elsewhere)
         for client, indices in enumerate(self.train):
-            if len(indices) == 0:
+            if len(indices) == 0 and client not in away:
                 raise DataError(f"{self.name}: client {client} has no training samples.")
         for part in PARTS:
             used = torch.cat(list(self.part(part)))
@@ -160,6 +164,24 @@ class FederatedData:
     def to(self, device: torch.device | str) -> FederatedData:
         """Copy with arrays on `device`; index lists stay on the CPU, where batches are planned."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
+
+    def restrict(self, clients: Sequence[int]) -> Self:
+        """Keep the samples of some clients only, under the same client numbers; without the public ones."""
+        kept = set(clients)
+        nothing = torch.zeros(0, dtype=torch.int64)
+        lists: dict[Part, list[Tensor]] = {
+            part: [own if client in kept else nothing for client, own in enumerate(self.part(part))] for part in PARTS
+        }
+        elsewhere = tuple(client for client in range(self.num_clients) if client not in kept)
+        return replace(self, elsewhere=elsewhere, public=None, **self._compact(lists))
+
+    def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
+        """Fields of data with these index lists, without samples that are in none of them."""
+        used = torch.unique(torch.cat([own for part in PARTS for own in lists[part]]))
+        place = torch.zeros(len(self.x), dtype=torch.int64)
+        place[used] = torch.arange(len(used))
+        rows = used.to(self.device)
+        return {"x": self.x[rows], "y": self.y[rows], **{part: [place[i] for i in own] for part, own in lists.items()}}
 
     @cached_property
     def checksum(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,10 @@ class RankingData(FederatedData):
         """Count positives per user, int64 ``[num_clients, 1]``."""
         y = self.y.cpu()
         return torch.stack([y[own].sum().long().reshape(1) for own in self.part(part)])
+
+    def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
+        """Keep all items: any of them may be drawn as a negative."""
+        return {**lists}
 
     def _rules(self) -> str:
         return f"{self.num_items}/{self.negatives}/{self.protocol_name}"

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fedpers.cohort import entries
 from fedpers.data.cache import cache_root
@@ -80,7 +81,7 @@ def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | st
             size, how, times = _cohort_size(app, num_clients)
         else:
             size, how = min(int(cohort), app.data.num_clients), "given"
-        most = -(-app.data.num_clients // size)  # more workers than cohorts would have nothing to do
+        most = -(-len(_here(app)) // size)  # more workers than cohorts would have nothing to do
         if workers != "auto":
             return Choice(size, min(int(workers), most), how, times)
         if own is not None:
@@ -127,13 +128,36 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _stepper(app: CohortApp, size: int) -> Callable[[], None]:
-    """One training step of a cohort of `size`, on a network of its own."""
-    by_size = sorted(range(app.data.num_clients), key=lambda c: (-app.sizes[c], c))
+def costs(app: CohortApp, size: int) -> tuple[float, float]:
+    """Seconds of one client in a cohort of `size`: what it takes beside its steps, and each step; kept like choices."""
+    key = f"{_key(app, size)}:costs"
+    match _read_cache().get(key):
+        case [float(base), float(step)] if base >= 0 and step > 0:
+            return base, step
+    module = deepcopy(app.module)
+    with one_thread():
+
+        def begin() -> None:
+            _stepper(app, size, module)
+
+        base = _time_steps(begin, app.device) / size
+        step = _time_steps(_stepper(app, size, module), app.device) / size
+    _write_cache(key, [base, step])
+    return base, step
+
+
+def _here(app: CohortApp) -> list[int]:
+    """Clients whose samples are here, the largest first."""
+    return sorted((c for c, size in enumerate(app.sizes) if size), key=lambda c: (-app.sizes[c], c))
+
+
+def _stepper(app: CohortApp, size: int, module: nn.Module | None = None) -> Callable[[], None]:
+    """One training step of a cohort of `size`, on a network of its own unless there is one."""
+    by_size = _here(app)
     clients = [by_size[k % len(by_size)] for k in range(size)]
     clients.sort(key=lambda c: (-app.sizes[c], c))
     state = app.initial_state.expand(size).clone()
-    cohort = app.cohort(clients, state, {}, deepcopy(app.module))
+    cohort = app.cohort(clients, state, {}, deepcopy(app.module) if module is None else module)
     params = cohort.spread(app.template)
     names = cohort.trainable()
     plan = cohort.plan(steps=1)
@@ -198,7 +222,7 @@ def _read_cache() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_cache(key: str, value: dict[str, Any]) -> None:
+def _write_cache(key: str, value: Any) -> None:
     path = cache_root() / "probe.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flwr.app as flower
 import torch
@@ -243,7 +243,6 @@ class CohortApp(ClientApp):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
         self.update = update
         self.device = torch.device(device)
         self.seed = seed
@@ -256,13 +255,35 @@ class CohortApp(ClientApp):
         self.sizes = self.data.sizes("train").tolist()
         self._check_network()
         self._check_training()
+        self._register()
+
+    def _register(self) -> None:
+        """Answer all message types that the method knows."""
+        super().__init__()
         for register in (self.train, self.evaluate):
             register()(self._call_one)
         self.query("identify")(self._identify)
-        for name in dir(type(update)):  # further message types a method answers
+        for name in dir(type(self.update)):
             kind, _, action = name.partition("_")
-            if kind in ("train", "evaluate", "query") and action and callable(getattr(update, name)):
+            if kind in ("train", "evaluate", "query") and action and callable(getattr(self.update, name)):
                 getattr(self, kind)(action)(self._call_one)
+
+    def restrict(self, clients: Sequence[int]) -> Self:
+        """Copy with the data of some clients only, to compute them on another machine."""
+        own = copy.copy(self)
+        own.data = self.data.restrict(clients)
+        own.sizes = own.data.sizes("train").tolist()
+        own._register()  # its own calls, which do not hold on to all data
+        return own
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move what clients compute with to a device."""
+        self.device = torch.device(device)
+        self.data = self.data.to(self.device)
+        self.module = self.module.to(self.device)
+        self.template = self.template.to(self.device)
+        self.initial_state = self.initial_state.to(self.device)
+        return self
 
     def _check_network(self) -> None:
         """Refuse a network that does not fit the data, or draws from a global generator."""

@@ -32,8 +32,9 @@ from fedpers.errors import check, one_of
 from fedpers.models.initial import fresh
 from fedpers.randomness import derive, sample_clients
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.intake import Form, form_of
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, Records, form_of
+from fedpers.strategies.server import Records
 
 INITS = ("common", "random")
 
@@ -142,8 +143,7 @@ class Ensemble(PersonalizedStrategy):
 
     def reply_form(self, client: int) -> Form:
         """The members it was sent."""
-        assert self._arrays is not None
-        return form_of(ARRAYS, self._part(self._arrays, client))
+        return form_of(ARRAYS, self._part(self.sent_arrays, client))
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Each member is the mean over its own clients; one whose clients all failed stays as it is."""

@@ -59,8 +59,9 @@ from fedpers.models.initial import drawing, fresh
 from fedpers.randomness import generator, sample_clients
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 from fedpers.strategies.client import EXTRA
+from fedpers.strategies.intake import Form, form_of
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, Records, form_of
+from fedpers.strategies.server import Records
 
 log = logging.getLogger(__name__)
 MIXTURES = ("probabilities", "unnormalized", "logits")
@@ -368,9 +369,8 @@ class FedJETs(PersonalizedStrategy):
 
     def reply_form(self, client: int) -> Form:
         """Gate and the experts it was sent."""
-        assert self._arrays is not None
-        names = _slot_names(self._arrays, self._held[client])
-        return form_of(ARRAYS, {name: self._arrays[source] for name, source in names.items()})
+        names = _slot_names(self.sent_arrays, self._held[client])
+        return form_of(ARRAYS, {name: self.sent_arrays[source] for name, source in names.items()})
 
     def fold(self) -> ExpertMean:
         """Mean of the gate over all, of each expert over its holders."""

@@ -60,8 +60,9 @@ from fedpers.models import fresh
 from fedpers.models.factorization import factorized
 from fedpers.randomness import generator
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.intake import Form, dtype_name
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, Records, dtype_name
+from fedpers.strategies.server import Records
 
 VARIANTS = ("official", "paper")
 TABLES = ("both", "own", "common")
@@ -526,6 +527,9 @@ class RowMean:
         self.total += weight
         self.change.index_add_(0, rows, values - factor * self.table[rows].double(), alpha=weight)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "table": None}  # whoever merges it has the table
+
     def merge(self, other: RowMean) -> None:
         """Take in what another fold took in."""
         self.rest += other.rest
@@ -564,8 +568,7 @@ class FedRAP(PersonalizedStrategy):
         """Check rows, and fill in the small values that were not sent."""
         if ARRAYS not in records:
             return records
-        assert self._arrays is not None
-        table = self._arrays[COMMON]
+        table = self.sent_arrays[COMMON]
         sent = dict(entries(records[ARRAYS]))
         if "places" in sent:
             sent["values"] = _dense(sent)
@@ -578,10 +581,9 @@ class FedRAP(PersonalizedStrategy):
 
     def reply_form(self, client: int) -> Form:
         """Rows, values and the factor, or nothing where there is no common table."""
-        assert self._arrays is not None
-        if COMMON not in entries(self._arrays):
+        if COMMON not in entries(self.sent_arrays):
             return {}
-        table = self._arrays[COMMON]
+        table = self.sent_arrays[COMMON]
         kind = dtype_name(table)
         form: dict[str, tuple[tuple[int, ...], str]] = {"rows": ((-1,), "int32"), "factor": ((), kind)}
         if self.threshold:
@@ -592,8 +594,7 @@ class FedRAP(PersonalizedStrategy):
 
     def fold(self) -> Fold:
         """Sum the rows that were visited."""
-        assert self._arrays is not None
-        values = entries(self._arrays)
+        values = entries(self.sent_arrays)
         return RowMean(values[COMMON] if COMMON in values else torch.zeros(0, 0))
 
     def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:

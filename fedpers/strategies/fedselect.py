@@ -74,8 +74,8 @@ from fedpers.data.federated import Part
 from fedpers.data.ratings import RankingData
 from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.intake import Form, dtype_name
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Form, dtype_name
 
 VARIANTS = ("official", "paper")
 BATCHNORMS = ("official", "fixed")
@@ -246,9 +246,8 @@ class FedSelect(PersonalizedStrategy):
 
     def reply_form(self, client: int) -> Form:
         """Any number of values and a bit for each entry."""
-        assert self._arrays is not None
         form: Form = {}
-        for name, value in entries(self._arrays).items():
+        for name, value in entries(self.sent_arrays).items():
             form[ARRAYS, name] = ((-1,), dtype_name(value))
             form[MASK, name] = ((-(-value.numel() // 8),), "uint8")
         return form
@@ -261,9 +260,8 @@ class FedSelect(PersonalizedStrategy):
         ValueError
             If values and bits do not fit together.
         """
-        assert self._arrays is not None
         arrays, count = {}, {}
-        for name, like in entries(self._arrays).items():
+        for name, like in entries(self.sent_arrays).items():
             values, bits = records[ARRAYS][name], records[MASK][name]
             if len(bits) != -(-like.numel() // 8):
                 raise ValueError(f"the mask of '{name}' has {len(bits)} bytes, expected {-(-like.numel() // 8)}")

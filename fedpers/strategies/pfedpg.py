@@ -64,8 +64,9 @@ from fedpers.models.frozen import PROMPTS
 from fedpers.randomness import generator as numbers
 from fedpers.strategies.base import PersonalizedStrategy, Received
 from fedpers.strategies.fedvpt import FedVPTUpdate
+from fedpers.strategies.intake import checked, form_of, outcome_of
 from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Records, form_of
+from fedpers.strategies.server import Records
 
 log = logging.getLogger(__name__)
 GENERATORS = ("attention", "none")
@@ -171,6 +172,10 @@ class Directions:
         self._waiting.append((records[ARRAYS][PROMPTS].to(self.base), weight, client))
         if len(self._waiting) == _AT_ONCE:
             self._differentiate()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._differentiate()
+        return {**self.__dict__, "base": None, "matrices": {}, "descriptors": {}}  # whoever merges it has them
 
     def merge(self, other: Self) -> None:
         """Take in what another fold took in."""
@@ -295,12 +300,17 @@ class PFedPG(PersonalizedStrategy):
 
     def fold(self) -> Fold:
         """Directions of base, generator and descriptors."""
-        assert self._arrays is not None
         if self.generator == "none":
-            return Directions(self._arrays[PROMPTS], {}, {})
+            return Directions(self.sent_arrays[PROMPTS], {}, {})
         known = entries(self.state[DESCRIPTORS])
         rows = dict(zip(known["client"].tolist(), known["value"], strict=True))
-        return Directions(self._arrays[PROMPTS], entries(self.state[GENERATOR]), rows)
+        return Directions(self.sent_arrays[PROMPTS], entries(self.state[GENERATOR]), rows)
+
+    def to_fold_elsewhere(self) -> Self:
+        """Take generator and descriptors along, which directions follow from."""
+        own = super().to_fold_elsewhere()
+        own.state = {role: values for role, values in self.state.items() if role != MOMENTS}
+        return own
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move base, generator and the descriptors of `clients`."""
@@ -412,11 +422,11 @@ class PFedPG(PersonalizedStrategy):
             config = flower.ConfigRecord({"server-round": round + r})
             sent = self._prompts(arrays, rows["value"]) if rows else {ARRAYS: arrays}
             messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
-            answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
+            answered = self._by_client(grid.send_and_receive(messages, timeout=self.timeout))
             changes = {}
             for client in able:
                 try:
-                    changes[client] = self._checked(answered.get(client), form)[0][ARRAYS][PROMPTS].to(base)
+                    changes[client] = checked(outcome_of(answered.get(client)), form)[0][ARRAYS][PROMPTS].to(base)
                 except ValueError as problem:
                     self.report.evaluation_failures[client] = str(problem)
                     log.info("client %d did not adapt: %s", client, problem)

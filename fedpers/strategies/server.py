@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 
 import flwr.app as flower
-import torch
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Result
-from torch import Tensor
 
 from fedpers.cohort import Fold, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
 from fedpers.strategies.client import EXTRA, IDENTIFY, LocalUpdate
-from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record, trees
+from fedpers.strategies.intake import NO_REPLY, Form, Intake, checked, measured, outcome_of, usual_form
+from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
-Form = dict[tuple[str, str], tuple[tuple[int, ...], str]]
-"""Shape and dtype of each entry, by record and name; a length of -1 stands for any."""
 Records = Mapping[str, Tree]
 """What a message carries: trees of batch size [] by record."""
 
@@ -82,6 +79,16 @@ class RoundReport:
     train_seconds: float = 0.0
 
 
+@runtime_checkable
+class FoldingGrid(Protocol):
+    """A grid that takes replies in where they are made, so that they need not travel."""
+
+    def send_and_fold(
+        self, messages: Iterable[flower.Message], intake: Intake, *, timeout: float | None = None
+    ) -> None:
+        """Run messages and take all replies into `intake`; those that do not come in time are missing there."""
+
+
 @dataclass(kw_only=True)
 class PersonalizedStrategy(FlowerFedAvg):
     """Sampling, checking, weighting and averaging, written once; a method says what is combined how.
@@ -131,8 +138,10 @@ class PersonalizedStrategy(FlowerFedAvg):
         self._nodes: dict[int, int] = {}  # client -> node
         self._clients: dict[int, int] = {}  # node -> client
         self._arrays: Tree | None = None
+        self._intake: Intake | None = None  # replies that were folded where they were made
+        self._training: list[flower.Message] = []  # what this round's clients were sent
         self._addressed: list[int] = []  # who was asked for an evaluation
-        self._timeout: float | None = None
+        self.timeout: float | None = None
         self._started = 0.0
 
     def start(
@@ -151,8 +160,17 @@ class PersonalizedStrategy(FlowerFedAvg):
         anew, and is there afterwards. `timeout` holds for every exchange, those before a round too.
         """
         self.state = {}
-        self._timeout = timeout
+        self.timeout = timeout
+        grid = self.folding(grid)
         return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+
+    def folding(self, grid: Grid) -> Grid:
+        """View of `grid` that folds the replies to training where they are made, if it can.
+
+        For whoever calls :meth:`configure_train` and :meth:`aggregate_train` itself and does not look at the replies
+        in between.
+        """
+        return cast(Grid, _Folding(self, grid)) if isinstance(grid, FoldingGrid) else grid
 
     # -------------------------------------------------- what a method overrides
 
@@ -278,12 +296,12 @@ class PersonalizedStrategy(FlowerFedAvg):
         config = flower.ConfigRecord({"server-round": round})
         content = _content(records, config)
         messages = [flower.Message(content, self._nodes[c], f"query.{question}") for c in clients]
-        answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
+        answered = self._by_client(grid.send_and_receive(messages, timeout=self.timeout))
         found = {}
         for client in clients:
             reply = answered.get(client)
             try:
-                found[client] = self._checked(reply, form)
+                found[client] = checked(outcome_of(reply), form)
             except ValueError as problem:
                 self.leave_out(client, str(problem), kind)
                 continue
@@ -336,9 +354,9 @@ class PersonalizedStrategy(FlowerFedAvg):
         self.report = RoundReport(server_round, sampled)
         clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
         sent = self.send(server_round, self._arrays, clients)
-        messages, size = self._messages(flower.MessageType.TRAIN, sent, config, clients)
+        self._training, size = self._messages(flower.MessageType.TRAIN, sent, config, clients)
         self.report.bytes_down += size
-        return messages
+        return self._training
 
     @one_thread()
     def aggregate_train(
@@ -351,35 +369,21 @@ class PersonalizedStrategy(FlowerFedAvg):
         TrainingError
             If fewer than `min_replies` are usable.
         """
-        assert self._arrays is not None
+        intake, self._intake = self._intake, None
+        if intake is None:  # the grid left it to us
+            intake = Intake(self)
+            answered = self._by_client(replies)
+            asked = [client for client in self.report.sampled if client not in self.report.failures]
+            intake.take({client: outcome_of(answered.get(client)) for client in asked})
+        return self._conclude(server_round, intake)
+
+    def _conclude(self, server_round: int, intake: Intake) -> tuple[flower.ArrayRecord, flower.MetricRecord]:
+        """Make the server's next arrays of a round's replies."""
         report = self.report
-        answered = self._by_client(replies)
-        usual = self._expected([answered[client] for client in report.sampled if client in answered])
-        fold = self.fold()
-        good: list[int] = []
-        losses = 0.0
-        extra: dict[str, list[float]] = {}
-        for client in report.sampled:  # in a fixed order, whatever the order of arrival
-            if client in report.failures:  # it did not get as far as training
-                continue
-            reply = answered.get(client)
-            try:
-                declared = self.reply_form(client)
-                records, metrics = self._checked(reply, usual if declared is None else declared)
-                records = self.unpack(records, client)
-            except ValueError as problem:
-                self.leave_out(client, str(problem), "train")
-                continue
-            report.bytes_up += num_bytes(reply.content) if reply is not None else 0
-            fold.add(records, self.weight(metrics), client)
-            good.append(client)
-            report.steps += int(metrics.get("steps", 0))
-            report.gradients += int(metrics.get("gradients", 0))
-            report.samples += int(metrics.get("samples", 0))
-            losses += metrics.get("train-loss", math.nan) * metrics.get("samples", 0)
-            for name, value in metrics.items():
-                if name.startswith(EXTRA):
-                    extra.setdefault(name.removeprefix(EXTRA), []).append(value)
+        for client in report.sampled:
+            if client not in intake.good and client not in report.failures:
+                self.leave_out(client, intake.failures.get(client, NO_REPLY.error), "train")
+        good = sorted(intake.good)
         if report.failures:
             log.warning("round %d: %s", server_round, _told(report.failures, len(report.sampled)))
         if len(good) < self.min_replies:
@@ -388,10 +392,21 @@ class PersonalizedStrategy(FlowerFedAvg):
                 f"round {server_round}: {len(good)} of {len(report.sampled)} sampled clients sent a usable reply, "
                 f"{self.min_replies} needed{reasons}."
             )
+        report.bytes_up += intake.bytes_up
+        losses = 0.0
+        extra: dict[str, list[float]] = {}
+        for metrics in (intake.good[client] for client in good):
+            report.steps += int(metrics.get("steps", 0))
+            report.gradients += int(metrics.get("gradients", 0))
+            report.samples += int(metrics.get("samples", 0))
+            losses += metrics.get("train-loss", math.nan) * metrics.get("samples", 0)
+            for name, value in metrics.items():
+                if name.startswith(EXTRA):
+                    extra.setdefault(name.removeprefix(EXTRA), []).append(value)
         report.train_loss = losses / report.samples if report.samples else math.nan
         report.extra.update({name: sum(values) / len(values) for name, values in extra.items()})
-        means = {record: _beside(values, self._arrays) for record, values in fold.result().items()}
-        arrays = self.combine(self._arrays, means, good)
+        means = {record: _beside(values, self.sent_arrays) for record, values in intake.fold.result().items()}
+        arrays = self.combine(self.sent_arrays, means, good)
         report.train_seconds = report.seconds = time.perf_counter() - self._started
         metrics_out = {"train-loss": report.train_loss, "steps": report.steps, "samples": report.samples}
         return to_record(arrays), flower.MetricRecord({**metrics_out, "failures": len(report.failures)})
@@ -411,46 +426,22 @@ class PersonalizedStrategy(FlowerFedAvg):
         """Weight of a reply in the average."""
         return 1.0 if self.weighting == "uniform" else float(metrics["num-examples"])
 
-    def _expected(self, replies: list[flower.Message]) -> Form:
-        """Entries that most replies hold, formed as the server's arrays or else as in most replies."""
+    @property
+    def sent_arrays(self) -> Tree:
+        """The server's arrays before this round."""
         assert self._arrays is not None
-        known = form_of(ARRAYS, entries(self._arrays))
-        seen = Counter(frozenset(_form(reply).items()) for reply in replies if reply.has_content())
-        if not seen:
-            return {}
+        return self._arrays
 
-        agreeing = [form for form in seen if all(known.get(entry, kind) == kind for entry, kind in form)]
-        most = dict(max(agreeing or seen, key=lambda form: seen[form]))
-        return {entry: known.get(entry, kind) for entry, kind in most.items()}
+    def to_fold_elsewhere(self) -> Self:
+        """Copy that checks and folds replies of the present round on another machine.
 
-    def _checked(self, reply: flower.Message | None, expected: Form) -> tuple[dict[str, Tree], dict[str, float]]:
-        """Records and metrics of a reply; ValueError says why it cannot be used."""
-        metrics = self._measured(reply)
-        assert reply is not None
-        if differing := sorted("/".join(entry) for entry in _form(reply).keys() ^ expected.keys()):
-            raise ValueError(f"'{differing[0]}' is in its reply or in those of the other clients, but not in both")
-        for name in ("steps", "samples", "gradients", "train-loss"):
-            if not math.isfinite(metrics.get(name, 0.0)):
-                raise ValueError(f"{name} is {metrics[name]}")
-        if self.weighting == "samples" and not 0 < metrics.get("num-examples", 0) < math.inf:
-            raise ValueError(f"num-examples is {metrics.get('num-examples')}")
-        records = _trees(reply)
-        floats: dict[str, Tensor] = {}
-        for record, values in records.items():
-            for name, value in entries(values).items():
-                shape, dtype = expected[record, name]
-                if len(shape) != value.dim() or any(a not in (b, -1) for a, b in zip(shape, value.shape, strict=True)):
-                    raise ValueError(f"'{name}' has shape {list(value.shape)}, expected {list(shape)}")
-                if dtype_name(value) != dtype:
-                    raise ValueError(f"'{name}' has dtype {dtype_name(value)}, expected {dtype}")
-                if value.is_floating_point():
-                    floats[f"{record}/{name}"] = value
-        # One look at all sums, which waits for a GPU only once; the entries themselves only if that finds something.
-        if floats and not torch.stack([v.sum().double() for v in floats.values()]).isfinite().all():
-            for name, value in floats.items():
-                if not torch.isfinite(value).all():
-                    raise ValueError(f"'{name}' holds values that are not finite")
-        return records, metrics
+        It knows the server's arrays and what :meth:`prepare` settled, but neither nodes nor :attr:`state`; a method
+        whose fold reads more overrides this.
+        """
+        own = copy.copy(self)
+        own.state, own.report = {}, RoundReport(self.report.round)
+        own._nodes, own._clients, own._training, own._addressed, own._intake = {}, {}, [], [], None
+        return own
 
     # --------------------------------------------------------------- evaluation
 
@@ -482,7 +473,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         answered = self._by_client(replies)
         for client in self._addressed:
             try:
-                metrics = self._measured(answered.get(client))
+                metrics = measured(outcome_of(answered.get(client)))
             except ValueError as problem:
                 self.leave_out(client, str(problem), "evaluate")
                 continue
@@ -515,14 +506,16 @@ class PersonalizedStrategy(FlowerFedAvg):
         each = [sent] * len(able) if isinstance(sent, Mapping) else sent
         config = flower.ConfigRecord({"server-round": round})
         messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
-        answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
-        usual = self._expected([answered[client] for client in able if client in answered])
+        answered = self._by_client(grid.send_and_receive(messages, timeout=self.timeout))
+        outcomes = {client: outcome_of(answered.get(client)) for client in able}
+        contents = [outcome.content for outcome in outcomes.values() if outcome.content is not None]
+        usual = usual_form(contents, arrays) if contents else {}
         adapted: list[int] = []
         records: list[Records] = []
         for client, before in zip(able, each, strict=True):
             try:
                 declared = self.reply_form(client)
-                found, _ = self._checked(answered.get(client), usual if declared is None else declared)
+                found, _ = checked(outcomes[client], usual if declared is None else declared)
                 own = self.unpack(found, client)
             except ValueError as problem:
                 self.leave_out(client, f"it did not adapt: {problem}", "evaluate")
@@ -542,20 +535,35 @@ class PersonalizedStrategy(FlowerFedAvg):
         )
         config["server-round"] = round
         messages, _ = self._messages(flower.MessageType.EVALUATE, records, config, clients)
-        answered = self._by_client(grid.send_and_receive(messages, timeout=self._timeout))
+        answered = self._by_client(grid.send_and_receive(messages, timeout=self.timeout))
         for client in clients:
             try:
-                self.report.adapted[client] = self._measured(answered.get(client))
+                self.report.adapted[client] = measured(outcome_of(answered.get(client)))
             except ValueError as problem:
                 self.leave_out(client, f"adapted: {problem}", "evaluate")
 
-    def _measured(self, reply: flower.Message | None) -> dict[str, float]:
-        """Metrics of a reply; ValueError says why there are none."""
-        if reply is None:
-            raise ValueError("no reply")
-        if reply.has_error():
-            raise ValueError(reply.error.reason or f"error {reply.error.code}")
-        return _metrics_of(reply)
+
+class _Folding:
+    """A grid whose replies to a round's training go straight into an intake."""
+
+    def __init__(self, strategy: PersonalizedStrategy, grid: FoldingGrid) -> None:
+        self._strategy = strategy
+        self._grid = grid
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._grid, name)
+
+    def send_and_receive(
+        self, messages: Iterable[flower.Message], *, timeout: float | None = None
+    ) -> Iterable[flower.Message]:
+        """As the grid does; training is folded, and no reply is returned for it."""
+        if messages is not self._strategy._training:
+            found: Iterable[flower.Message] = cast(Grid, self._grid).send_and_receive(messages, timeout=timeout)
+            return found
+        intake = Intake(self._strategy)
+        self._grid.send_and_fold(messages, intake, timeout=timeout)
+        self._strategy._intake = intake
+        return []
 
 
 def _content(records: Records, config: flower.ConfigRecord) -> flower.RecordDict:
@@ -564,46 +572,13 @@ def _content(records: Records, config: flower.ConfigRecord) -> flower.RecordDict
     return content
 
 
-def _trees(reply: flower.Message) -> dict[str, Tree]:
-    """Records of a reply; ValueError says why they cannot be read."""
-    try:
-        return trees(reply.content)
-    except (TypeError, OSError, EOFError) as problem:
-        raise ValueError(f"an array cannot be read: {problem}") from problem
-
-
-def _form(reply: flower.Message) -> Form:
-    return {
-        (record, name): (tuple(array.shape), array.dtype)
-        for record, values in reply.content.array_records.items()
-        for name, array in values.items()
-    }
-
-
 def _told(failures: Mapping[int, str], total: int) -> str:
     """One line for all clients left out."""
     client, reason = next(iter(failures.items()))
     return f"{len(failures)} of {total} clients left out, e.g. client {client}: {reason}"
 
 
-def dtype_name(value: Tensor) -> str:
-    """Dtype as messages name it, e.g. ``float32``."""
-    return str(value.dtype).removeprefix("torch.")
-
-
-def form_of(record: str, tensors: Mapping[str, Tensor]) -> Form:
-    """Form of a record that holds `tensors`, or such as have their shapes and dtypes."""
-    return {(record, name): (tuple(value.shape), dtype_name(value)) for name, value in tensors.items()}
-
-
 def _beside(values: Tree, arrays: Tree) -> Tree:
     """Return `values` on the device of the server's arrays: replies from a wire come on the CPU."""
     device = next((value.device for value in entries(arrays).values()), None)
     return values if device is None else tree({n: v.to(device) for n, v in entries(values).items()})
-
-
-def _metrics_of(reply: flower.Message) -> dict[str, float]:
-    merged: dict[str, Any] = {}
-    for record in reply.content.metric_records.values():
-        merged.update(record)
-    return {name: float(value) for name, value in merged.items() if isinstance(value, int | float)}

@@ -18,7 +18,7 @@ def state(*alphas: float) -> Tree:
 
 
 def test_who_never_wrote_holds_the_initial_state() -> None:
-    store = StateStore(4, initial())
+    store = StateStore(range(4), initial())
     store.scatter([2], state(7.0), torch.tensor([True]))
     found = store.gather([3, 2, 0])
     assert found.batch_size == torch.Size([3])
@@ -28,7 +28,7 @@ def test_who_never_wrote_holds_the_initial_state() -> None:
 
 
 def test_scatter_in_any_order_and_only_what_is_kept() -> None:
-    store = StateStore(5, initial())
+    store = StateStore(range(5), initial())
     store.scatter([4, 0, 2], state(1.0, 2.0, 3.0), torch.tensor([True, False, True]))
     assert store.gather(range(5))["alpha"].tolist() == [0.5, 0.5, 3.0, 0.5, 1.0]
     assert store.written.tolist() == [False, False, True, False, True]
@@ -37,7 +37,7 @@ def test_scatter_in_any_order_and_only_what_is_kept() -> None:
 
 
 def test_gather_copies() -> None:
-    store = StateStore(2, initial())
+    store = StateStore(range(2), initial())
     store.scatter([0], state(1.0), torch.tensor([True]))
     taken = store.gather([0, 1])
     taken["alpha"].fill_(-1)
@@ -47,7 +47,7 @@ def test_gather_copies() -> None:
 
 
 def test_a_method_without_personal_state() -> None:
-    store = StateStore(3, tree({}))
+    store = StateStore(range(3), tree({}))
     store.scatter([1], tree({}, 1), torch.tensor([True]))
     assert leaves(store.gather([0, 1])) == {}
     assert store.gather([0, 1]).batch_size == torch.Size([2])

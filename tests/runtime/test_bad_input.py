@@ -18,7 +18,8 @@ import fedpers
 from fedpers.cohort import Cohort, Reply, Training
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import FIRST_NODE, RUN_ID, LocalGrid
+from fedpers.runtime.grid import FIRST_NODE, RUN_ID
+from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate, LocalUpdate, Received
 from tests import flower_app
 from tests.problems import SmallNetwork, gaussian_data

@@ -32,7 +32,8 @@ from flwr.serverapp.strategy import (
 
 import fedpers
 from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import FIRST_NODE, RUN_ID, LocalGrid
+from fedpers.runtime.grid import FIRST_NODE, RUN_ID
+from fedpers.runtime.local import LocalGrid
 from tests import flower_app
 from tests.runtime.wire import WireGrid, ask, run, serialized
 

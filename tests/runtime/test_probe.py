@@ -13,7 +13,7 @@ import torch
 import fedpers.runtime.probe as module
 from fedpers.cohort import Training
 from fedpers.data.cache import cache_root
-from fedpers.runtime.local import CohortEngine
+from fedpers.runtime.engine import CohortEngine
 from fedpers.runtime.probe import Choice, probe
 from fedpers.strategies import CohortApp, FedAvgUpdate
 from tests.problems import SmallNetwork, gaussian_data

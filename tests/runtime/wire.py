@@ -10,7 +10,8 @@ from flwr.common.serde import context_from_proto, context_to_proto, message_from
 from flwr.serverapp import Grid, ServerApp
 
 from fedpers.runtime.flower_private import SERVER_NODE, give_id, server_identity
-from fedpers.runtime.local import FIRST_NODE, RUN_ID, LocalGrid
+from fedpers.runtime.grid import FIRST_NODE, RUN_ID
+from fedpers.runtime.local import LocalGrid
 
 
 def serialized(message: flower.Message) -> flower.Message:

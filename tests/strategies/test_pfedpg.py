@@ -20,7 +20,8 @@ from fedpers.models import frozen
 from fedpers.models.frozen import FrozenNetwork
 from fedpers.randomness import generator as numbers
 from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import FIRST_NODE, LocalGrid
+from fedpers.runtime.grid import FIRST_NODE
+from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import HeadOnlyUpdate, PFedPG, PFedPGUpdate, make_strategy
 from fedpers.strategies.pfedpg import Directions, follow, generate
 from fedpers.strategies.records import ARRAYS, from_record, num_bytes, unflatten_state

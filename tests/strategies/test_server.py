@@ -19,7 +19,8 @@ from fedpers.errors import TrainingError
 from fedpers.randomness import sample_clients
 from fedpers.run import Progress, metrics_of, run_rounds
 from fedpers.runtime.flower_private import server_identity
-from fedpers.runtime.local import FIRST_NODE, LocalGrid
+from fedpers.runtime.grid import FIRST_NODE
+from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, FedAvg, FedAvgUpdate, PersonalizedStrategy, make_strategy
 from fedpers.strategies.client import IDENTIFY
 from fedpers.strategies.records import from_record

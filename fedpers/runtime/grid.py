@@ -1,0 +1,100 @@
+"""What the grids of this package share: every client is a node, and replies wait until they are pulled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flwr.app as flower
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedpers.errors import check
+from fedpers.runtime.flower_private import SERVER_NODE, empty_run, ended, give_id
+from fedpers.strategies.client import Outcome
+
+FIRST_NODE = SERVER_NODE + 1
+RUN_ID = 1
+
+
+class ClientGrid(Grid):
+    """A Flower ``Grid`` whose nodes are the clients: node ids are ``FIRST_NODE + partition_id``.
+
+    Parameters
+    ----------
+    num_clients : int
+        >= 1.
+    most : int, optional
+        Clients in the data.
+    """
+
+    def __init__(self, num_clients: int, most: int | None = None) -> None:
+        good = isinstance(num_clients, int) and 1 <= num_clients <= (most or num_clients)
+        allowed = "a whole number >= 1" + (f" and <= {most}, the clients in the data" if most else "")
+        check(good, "num_supernodes", num_clients, allowed)
+        self.num_clients = num_clients
+        self._run = empty_run(RUN_ID)
+        self._closed = False
+
+    def set_run(self, run: Run) -> None:
+        """Set the run this grid operates in."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Run information."""
+        return self._run
+
+    def create_message(
+        self, content: flower.RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> flower.Message:
+        """Create a message, as Flower's deprecated way has it."""
+        return flower.Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of all clients."""
+        self._check_open()
+        return list(range(FIRST_NODE, FIRST_NODE + self.num_clients))
+
+    def client_of(self, message: flower.Message) -> int:
+        """Client a message is addressed to."""
+        return message.metadata.dst_node_id - FIRST_NODE
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ended(self._run.run_id)
+
+    def _accept(self, messages: Iterable[flower.Message]) -> list[flower.Message]:
+        """Messages with ids; ValueError if a node does not exist."""
+        accepted = list(messages)
+        for message in accepted:
+            if not 0 <= self.client_of(message) < self.num_clients:
+                nodes = f"{FIRST_NODE} to {FIRST_NODE + self.num_clients - 1}"
+                raise ValueError(f"node {message.metadata.dst_node_id} does not exist; there are nodes {nodes}")
+        for message in accepted:
+            give_id(message)
+        return accepted
+
+
+def context_of(client: int, num_clients: int, run_config: Mapping[str, Any]) -> flower.Context:
+    """Context of a client that has not been called yet."""
+    return flower.Context(
+        run_id=RUN_ID,
+        node_id=FIRST_NODE + client,
+        node_config={"partition-id": client, "num-partitions": num_clients},
+        state=flower.RecordDict(),
+        run_config=dict(run_config),
+    )
+
+
+def reply_of(message: flower.Message, outcome: Outcome) -> flower.Message:
+    """A client's answer as a message."""
+    if outcome.content is None:
+        return error_reply(message, outcome.error)
+    return flower.Message(outcome.content, reply_to=message)
+
+
+def error_reply(message: flower.Message, reason: str) -> flower.Message:
+    """What stands for the reply of a client that raised."""
+    return flower.Message(flower.Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

@@ -184,7 +184,7 @@ class RankingData(FederatedData):
 
     def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
         """Keep all items: any of them may be drawn as a negative."""
-        return {**lists}
+        return {str(part): own for part, own in lists.items()}
 
     def _rules(self) -> str:
         return f"{self.num_items}/{self.negatives}/{self.protocol_name}"

@@ -19,7 +19,7 @@ from fedpers.models import ModelConfig
 from fedpers.tracking import TrackerConfig
 
 T = TypeVar("T")
-RUNTIMES = ("local",)
+RUNTIMES = ("local", "ray")
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,7 @@ class RuntimeConfig:
 
     Parameters
     ----------
-    name : {"local"}
+    name : {"local", "ray"}
     cohort, workers : int or "auto"
         See :class:`fedpers.runtime.local.LocalGrid`.
     device : str
@@ -38,6 +38,8 @@ class RuntimeConfig:
         of the memory of the machine or the GPU.
     timeout : float, optional
         Seconds to wait for the clients' replies, > 0; None waits for as long as they take.
+    address, actors, cpus_per_actor, gpus_per_actor
+        See :class:`fedpers.runtime.ray.RayGrid`.
     """
 
     name: str = "local"
@@ -46,6 +48,10 @@ class RuntimeConfig:
     device: str = "auto"
     state_memory: float | str = "auto"
     timeout: float | None = None
+    address: str | None = None
+    actors: int | str = "auto"
+    cpus_per_actor: float = 1.0
+    gpus_per_actor: float = 0.0
 
     def __post_init__(self) -> None:
         enough = self.state_memory == "auto" or (not isinstance(self.state_memory, str) and self.state_memory >= 0)
@@ -55,6 +61,12 @@ class RuntimeConfig:
         for key, value in (("runtime.cohort", self.cohort), ("runtime.workers", self.workers)):
             good = value == "auto" or (isinstance(value, int) and value >= 1)
             check(good, key, value, "a whole number >= 1, or auto")
+        good = self.actors == "auto" or (isinstance(self.actors, int) and self.actors >= 1)
+        check(good, "runtime.actors", self.actors, "a whole number >= 1, or auto")
+        check(self.cpus_per_actor >= 0, "runtime.cpus_per_actor", self.cpus_per_actor, "a number >= 0")
+        check(self.gpus_per_actor >= 0, "runtime.gpus_per_actor", self.gpus_per_actor, "a number >= 0")
+        some = self.cpus_per_actor + self.gpus_per_actor > 0
+        check(some, "runtime.cpus_per_actor", self.cpus_per_actor, "a number > 0 for actors without a GPU")
         self.torch_device()
 
     def torch_device(self) -> torch.device:

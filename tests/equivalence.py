@@ -16,12 +16,14 @@ from typing import Any
 
 import flwr.app as flower
 import torch
+from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpers.cohort import leaves
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
-from fedpers.strategies import STRATEGIES, make_strategy
+from fedpers.runtime.ray import RayGrid
+from fedpers.strategies import STRATEGIES, CohortApp, make_strategy
 from fedpers.strategies.records import from_record
 from fedpers.threads import one_thread
 from tests.problems import problems
@@ -43,17 +45,34 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 def outcome(
     method: str, dtype: torch.dtype, cohort: int, workers: int, device: str = "cpu", label: str = "default"
 ) -> dict[str, Tensor]:
-    """What is there after the last round, by name.
+    """What is there after the last round in this process, by name (:func:`outcome_on`)."""
 
-    Server arrays, server state, personal states, the metrics of clients (of those that never train also after they
-    adapted), the method's own metrics and counts.
+    def local(app: CohortApp) -> LocalGrid:
+        return LocalGrid(app, app.data.num_clients, cohort=cohort, workers=workers)
+
+    return outcome_on(method, dtype, local, device=device, label=label)
+
+
+def outcome_on(
+    method: str,
+    dtype: torch.dtype,
+    grid_of: Callable[[CohortApp], Grid],
+    *,
+    device: str = "cpu",
+    label: str = "default",
+) -> dict[str, Tensor]:
+    """What is there after the last round on some grid, by name.
+
+    Server arrays, server state, personal states where the grid has them, the metrics of clients (of those that never
+    train also after they adapted), the method's own metrics and counts.
     """
     given = problems(method, dtype)[label]
     data = given.data if given.data.unseen else replace(given.data, unseen=UNSEEN)
     server = {"fraction": 0.7, "seed": 3, "unseen": data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
     app = update.client_app(given.network, data, seed=3, device=device)
-    grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=workers)
+    made = grid_of(app)
+    grid = strategy.folding(made)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     found: dict[str, Tensor] = {}
     with server_identity(1):
@@ -71,16 +90,17 @@ def outcome(
                 found[f"round {r}/{name}"] = torch.tensor(value).double()
         strategy.aggregate_evaluate(r, grid.send_and_receive(strategy.configure_evaluate(r, arrays, config, grid)))
         strategy.evaluate_adapted(arrays, config, grid)
-    grid.close()
-    assert grid.engine is not None
+        if isinstance(made, LocalGrid | RayGrid):
+            for clients, states in made.blocks():
+                for k, client in enumerate(clients.tolist()):
+                    found.update({f"clients/{client}/{n}": v[k].clone() for n, v in leaves(states).items()})
+            made.close()
     report = strategy.report
     if report.evaluation_failures:
         raise RuntimeError(f"{method}, {label}: {report.evaluation_failures}")
     found.update({f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()})
     for role, values in strategy.state.items():
         found.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})
-    states = grid.engine.store.gather(range(data.num_clients))
-    found.update({f"clients/{n}": v.cpu() for n, v in leaves(states).items()})
     for group, rows in (("metrics", report.clients), ("unseen", report.unseen), ("adapted", report.adapted)):
         for name in next(iter(rows.values())):
             found[f"{group}/{name}"] = torch.tensor([own[name] for own in rows.values()]).double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,15 @@ def check_counts(cohort: int | str, workers: int | str) -> None:
         check(good, key, value, "a whole number >= 1, or auto")
 
 
+def half_the_memory(device: torch.device) -> float | None:
+    """Half of the bytes that this machine or a GPU has; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
 @dataclass
 class _Chunk:
     """Clients that are computed together, and where they stand in the caller's list."""
@@ -55,7 +65,8 @@ class CohortEngine:
     clients : sequence of int, optional
         Who is computed here; all clients if not given.
     memory : float, optional
-        Bytes that personal state may take before it lies in memory-mapped files; no bound if not given.
+        Bytes that personal state may take before it lies in memory-mapped files; half of what the machine or the GPU
+        has if not given.
     folder : Path, optional
         Where these files are made.
 
@@ -83,6 +94,8 @@ class CohortEngine:
         self.workers = workers
         self.choice: Choice | None = None
         self.clients = list(range(app.data.num_clients)) if clients is None else list(clients)
+        if memory is None:
+            memory = half_the_memory(app.device)
         self.store = StateStore(self.clients, app.initial_state, memory=memory, folder=folder)
         self.changed = False
         self._modules: SimpleQueue[nn.Module] = SimpleQueue()

@@ -57,6 +57,10 @@ class ClientGrid(Grid):
         self._check_open()
         return list(range(FIRST_NODE, FIRST_NODE + self.num_clients))
 
+    def close(self) -> None:
+        """End the run."""
+        self._closed = True
+
     def client_of(self, message: flower.Message) -> int:
         """Client a message is addressed to."""
         return message.metadata.dst_node_id - FIRST_NODE

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from flwr.serverapp import Grid
 
 from fedpers.config import RuntimeConfig
@@ -14,6 +13,9 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import RUN_ID
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp
+
+if TYPE_CHECKING:
+    from fedpers.runtime.ray import RayGrid
 
 
 def launch(
@@ -32,28 +34,27 @@ def launch(
     folder : Path, optional
         Where files of personal state that is too large for the memory are made; gone afterwards.
     """
-    grid = LocalGrid(
-        app,
-        app.data.num_clients,
-        cohort=config.cohort,
-        workers=config.workers,
-        memory=state_memory(config, app.device),
-        folder=folder,
-    )
+    memory = None if config.state_memory == "auto" else float(config.state_memory) * 1e9
+    grid: LocalGrid | RayGrid
+    if config.name == "ray":
+        from fedpers.runtime.ray import RayGrid
+
+        grid = RayGrid(
+            app,
+            address=config.address,
+            actors=config.actors,
+            cpus_per_actor=config.cpus_per_actor,
+            gpus_per_actor=config.gpus_per_actor,
+            cohort=config.cohort,
+            memory=memory,
+        )
+    else:
+        grid = LocalGrid(
+            app, app.data.num_clients, cohort=config.cohort, workers=config.workers, memory=memory, folder=folder
+        )
     try:
         grid.choose(sampled)
         with server_identity(RUN_ID):
             main(grid)
     finally:
         grid.close()
-
-
-def state_memory(config: RuntimeConfig, device: torch.device) -> float | None:
-    """Bytes of memory that personal state may take; ``auto`` is half of what the machine or GPU has."""
-    if config.state_memory != "auto":
-        return float(config.state_memory) * 1e9
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

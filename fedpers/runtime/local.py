@@ -146,7 +146,7 @@ class LocalGrid(ClientGrid):
 
     def close(self) -> None:
         """End the run and its worker threads."""
-        self._closed = True
+        super().close()
         if self.engine is not None:
             self.engine.close()
 
@@ -201,6 +201,7 @@ def simulate(
     cohort: int | str = "auto",
     workers: int | str = "auto",
     run_config: Mapping[str, Any] | None = None,
+    grid: ClientGrid | None = None,
 ) -> None:
     """Run a Flower app in this process; takes what Flower's ``run_simulation`` takes.
 
@@ -223,13 +224,16 @@ def simulate(
         See :class:`LocalGrid`.
     run_config : mapping, optional
         What server and clients find in ``context.run_config``.
+    grid : ClientGrid, optional
+        Where clients run instead of this process, e.g. :class:`fedpers.runtime.ray.RayGrid`; closed at the end.
     """
     if backend_config or enable_tf_gpu_growth:
         warnings.warn("fedpers.simulate runs in this process: backend settings have no effect", stacklevel=2)
     if verbose_logging:
         logging.getLogger("flwr").setLevel(logging.DEBUG)
     config = dict(run_config or {})
-    grid = LocalGrid(client_app, num_supernodes, cohort=cohort, workers=workers, run_config=config)
+    if grid is None:
+        grid = LocalGrid(client_app, num_supernodes, cohort=cohort, workers=workers, run_config=config)
     context = flower.Context(RUN_ID, SERVER_NODE, {}, flower.RecordDict(), config)
     try:
         with server_identity(RUN_ID):

@@ -273,6 +273,7 @@ class CohortApp(ClientApp):
         own = copy.copy(self)
         own.data = self.data.restrict(clients)
         own.sizes = own.data.sizes("train").tolist()
+        own.module = copy.deepcopy(self.module)
         own._register()  # its own calls, which do not hold on to all data
         return own
 

@@ -32,7 +32,7 @@ class LiveArray(flower.Array):
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.__dict__["tensor"] = tensor.detach()
+        self.__dict__["tensor"] = tensor.detach() if tensor.requires_grad else tensor
         self.__dict__["dtype"] = str(tensor.dtype).removeprefix("torch.")
         self.__dict__["shape"] = tuple(tensor.shape)
         self.__dict__["stype"] = SType.NUMPY

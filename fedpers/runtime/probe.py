@@ -128,8 +128,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def costs(app: CohortApp, size: int) -> tuple[float, float]:
-    """Seconds of one client in a cohort of `size`: what it takes beside its steps, and each step; kept like choices."""
+def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
+    """Seconds of one client in a cohort of `size`: what it takes beside its steps, and each step; kept like choices.
+
+    None for methods whose training is not made of the core's steps.
+    """
+    if app.update.cohort_size is not None or not any(p.requires_grad for p in app.module.parameters()):
+        return None
     key = f"{_key(app, size)}:costs"
     match _read_cache().get(key):
         case [float(base), float(step)] if base >= 0 and step > 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -108,8 +109,8 @@ class Worker:
         """Id of the node this runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def measure(self, app: CohortApp, sampled: int, cohort: int | str) -> tuple[Choice, tuple[float, float]]:
-        """Choose a cohort size; seconds of a client beside its steps, and of each step."""
+    def measure(self, app: CohortApp, sampled: int, cohort: int | str) -> tuple[Choice, tuple[float, float] | None]:
+        """Choose a cohort size; measure costs (:func:`fedpers.runtime.probe.costs`)."""
         app.to(self.device)
         choice = probe(app, sampled, cohort, 1)
         return choice, costs(app, choice.cohort)
@@ -288,7 +289,7 @@ class RayGrid(ClientGrid):
         self.folder = folder
         self.shards: list[_Shard] = []
         self.choice: Choice | None = None
-        self.costs = (0.0, 0.0)
+        self.costs: tuple[float, float] | None = None
         self._cohort = cohort
         self._keeps_state = bool(leaves(client_app.initial_state))
         self._saved: Path | None = None  # where personal state was last written to
@@ -483,7 +484,7 @@ class RayGrid(ClientGrid):
             self.choice, self.costs = ray.get(measured)
         except RayError as error:
             raise TrainingError(f"a Ray actor cannot compute these clients: {_first_line(error)}") from error
-        base, step = self.costs
+        base, step = self.costs or (0.0, 1.0)  # else in proportion to steps
         expected = [base + step * _steps(app, client) for client in range(self.num_clients)]
         for number, clients in enumerate(deal(expected, self._wanted)):
             host = self._hosts[number]
@@ -659,7 +660,9 @@ class RayGrid(ClientGrid):
 
     def described(self) -> dict[str, Any]:
         """How clients are computed, for manifests."""
-        base, step = self.costs
+        microseconds = (
+            None if self.costs is None else {k: s * 1e6 for k, s in zip(("base", "step"), self.costs, strict=True)}
+        )
         return {
             "name": "ray",
             "cohort": self.choice.cohort if self.choice else None,
@@ -667,7 +670,7 @@ class RayGrid(ClientGrid):
             "actors": len(self.shards),
             "nodes": sum(node["Alive"] for node in ray.nodes()),
             "clients_per_actor": [len(shard.clients) for shard in self.shards],
-            "microseconds_per_client": {"base": base * 1e6, "step": step * 1e6},
+            "microseconds_per_client": microseconds,
         }
 
     def __str__(self) -> str:
@@ -738,19 +741,30 @@ def _connect(address: str | None) -> bool:
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     try:
         if given:
+            _check_address(given)
             ray.init(address=given, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
                 logging_level=logging.ERROR,
             )  # fmt: skip
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if given is None:
             raise TrainingError(f"Ray cannot be started on this machine: {_first_line(error)}") from error
         raise ConfigError(
             "runtime.address", given, f"the address of a running Ray cluster ({_first_line(error)})"
         ) from error
     return True
+
+
+def _check_address(address: str) -> None:
+    """Find out within seconds whether somebody is there: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or "/" in host or not port.isdigit():
+        raise ValueError("HOST:PORT, or auto")
+    socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _has() -> str:

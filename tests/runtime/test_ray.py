@@ -1,0 +1,257 @@
+"""Clients on Ray actors: the same results as in this process, whatever dies on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import pytest
+import torch
+from flwr.serverapp import ServerApp
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fedpers.runtime.ray as ray_runtime
+from fedpers import simulate
+from fedpers.cohort import leaves
+from fedpers.errors import ConfigError, TrainingError
+from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.grid import FIRST_NODE
+from fedpers.runtime.local import LocalGrid
+from fedpers.runtime.ray import RayGrid, deal
+from fedpers.runtime.states import write_states
+from fedpers.strategies.records import from_record
+from tests import flower_app
+from tests.runtime.faulty import Faulty, Values, app_of, assert_same, rounds, undisturbed
+from tests.runtimes import on_one_machine
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[None]:
+    """Ray on this machine, room for three actors."""
+    with on_one_machine(cpus=3):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _server() -> Iterator[None]:
+    with server_identity(1):
+        yield
+
+
+# ------------------------------------------------------------------- results
+
+
+@pytest.mark.slow
+def test_actors_give_what_this_process_gives(machine: None) -> None:
+    app = app_of()
+    with RayGrid(app, actors=2, cohort=2) as grid:
+        found, strategy = rounds(grid, app)
+        described = grid.described()
+    assert_same(found, undisturbed())
+    assert strategy.report.failures == {}
+    assert described["actors"] == 2
+    assert sum(described["clients_per_actor"]) == 5
+
+
+@pytest.mark.slow
+def test_replies_may_also_be_looked_at(machine: None) -> None:
+    app = app_of()
+    strategy, config = Faulty(seed=3), flower.ConfigRecord()
+    found = []
+    for grid in (RayGrid(app, actors=2, cohort=2), LocalGrid(app, 5, cohort=2, workers=1)):
+        messages = list(strategy.configure_train(1, app.initial_arrays(), config, grid))
+        ids = list(grid.push_messages(messages))
+        replies: dict[int, flower.Message] = {}
+        open_ids = set(ids)
+        while open_ids:
+            for reply in grid.pull_messages(open_ids):  # what is not there yet comes later
+                replies[reply.metadata.src_node_id] = reply
+                open_ids.discard(reply.metadata.reply_to_message_id)
+            time.sleep(0.01)
+        again = list(grid.pull_messages(ids[:1]))
+        assert again[0].has_error()  # each is given once
+        found.append({node: leaves(from_record(r.content.array_records["arrays"])) for node, r in replies.items()})
+        grid.close()
+    assert sorted(found[0]) == [FIRST_NODE + c for c in range(5)]
+    for node, values in found[1].items():
+        for name, value in values.items():
+            torch.testing.assert_close(found[0][node][name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_an_app_of_ones_own_runs_on_actors(machine: None) -> None:
+    app = app_of()
+    server, found = ServerApp(), []
+
+    @server.main()
+    def main(grid: Any, context: Any) -> None:
+        result = Faulty(fraction=0.6, seed=3).start(grid, app.initial_arrays(), num_rounds=3)
+        found.append(leaves(from_record(result.arrays)))
+
+    simulate(server, app, 5, cohort=2, workers=1)
+    simulate(server, app, 5, grid=RayGrid(app, actors=2, cohort=2))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-10, atol=1e-12)
+
+
+# -------------------------------------------------------------------- faults
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_actor_that_dies_in_mid_round_changes_nothing(machine: None, saved: bool, tmp_path: Path) -> None:
+    app = app_of("die once", str(tmp_path / "mark"), round=3)
+
+    def save(round: int) -> None:
+        if saved and round == 1:
+            (tmp_path / "states").mkdir()
+            write_states(tmp_path / "states", grid.blocks())
+            grid.saved(tmp_path / "states")
+
+    with RayGrid(app, actors=2, cohort=2) as grid:
+        found, strategy = rounds(grid, app, after=save)
+    assert (tmp_path / "mark").exists()
+    assert strategy.report.failures == {}
+    assert_same(found, undisturbed())
+
+
+@pytest.mark.slow
+def test_a_grid_that_nobody_saves_saves_itself(machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runtime, "SAVE_AFTER", 1)
+    app = app_of("die once", str(tmp_path / "mark"), round=4)
+    most = []
+    with RayGrid(app, actors=2, cohort=2) as grid:
+        found, _ = rounds(grid, app, after=lambda r: most.append(max(len(shard.jobs) for shard in grid.shards)))
+        folder = grid._saved_here
+        assert folder is not None
+        assert list(Path(folder.name).iterdir())
+    assert max(most) <= 2
+    assert not Path(folder.name).exists()
+    assert_same(found, undisturbed())
+
+
+@pytest.mark.slow
+def test_actors_that_always_die_end_the_run_with_a_sentence(machine: None, tmp_path: Path) -> None:
+    app = app_of("die", str(tmp_path / "mark"), round=1)
+    with RayGrid(app, actors=2, cohort=2) as grid, pytest.raises(TrainingError, match="Ray actors in a row died"):
+        rounds(grid, app)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("raise", "RuntimeError: out of luck"), ("nan", "not finite"), ("sleep", "no reply")]
+)
+def test_a_client_that_fails_is_left_out_and_named(machine: None, fault: str, reason: str) -> None:
+    app = app_of(fault, round=1, client=0)
+    strategy = Faulty(seed=3)
+    with RayGrid(app, actors=5, cpus_per_actor=0.5, cohort=1) as grid:
+        folding = strategy.folding(grid)
+        messages = strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), folding)
+        timeout = 1.5 if fault == "sleep" else None
+        strategy.aggregate_train(1, folding.send_and_receive(messages, timeout=timeout))
+        assert list(strategy.report.failures) == [0]
+        assert reason in strategy.report.failures[0]
+        # and it is there again in the next round
+        messages = strategy.configure_train(2, app.initial_arrays(), flower.ConfigRecord(), folding)
+        strategy.aggregate_train(2, folding.send_and_receive(messages))
+        assert strategy.report.failures == {}
+
+
+# --------------------------------------------------------------------- state
+
+
+def by_client(grid: RayGrid) -> dict[int, Values]:
+    """Personal state of every client that has any."""
+    found = {}
+    for clients, states in grid.blocks():
+        for k, client in enumerate(clients.tolist()):
+            found[client] = {name: value[k].clone() for name, value in leaves(states).items()}
+    return found
+
+
+@pytest.mark.slow
+def test_state_goes_from_one_grid_to_another(machine: None, tmp_path: Path) -> None:
+    app = app_of()
+    with RayGrid(app, actors=2, cohort=2) as grid:
+        rounds(grid, app)
+        before = {
+            c: leaves(s) for clients, states in grid.blocks() for c, s in zip(clients.tolist(), states, strict=True)
+        }
+        blocks = [(clients.clone(), states.clone()) for clients, states in grid.blocks()]
+    local = LocalGrid(app, 5)
+    local.load(blocks)
+    with RayGrid(app, actors=3, cohort=1) as other:
+        other.load(blocks)
+        moved = {
+            c: leaves(s) for clients, states in other.blocks() for c, s in zip(clients.tolist(), states, strict=True)
+        }
+    assert before.keys() == moved.keys() != set()
+    for client, values in before.items():
+        here = local.engine.store.gather([client])  # type: ignore[union-attr]
+        for name, value in values.items():
+            assert torch.equal(moved[client][name], value)
+            assert torch.equal(leaves(here)[name][0], value)
+
+
+@pytest.mark.slow
+def test_state_beyond_the_budget_lies_in_files(machine: None, tmp_path: Path) -> None:
+    app = app_of()
+    with RayGrid(app, actors=1, cohort=2, memory=0.0, folder=str(tmp_path)) as grid:
+        found, _ = rounds(grid, app)
+        assert list(tmp_path.glob("states-*/*.memmap"))
+    assert_same(found, undisturbed())
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_too_many_actors_are_refused(machine: None) -> None:
+    with pytest.raises(ConfigError, match=r"runtime.actors=9: expected at most 3.*3 CPUs"):
+        RayGrid(app_of(), actors=9)
+
+
+def test_more_than_there_is_room_for_is_refused(machine: None) -> None:
+    with pytest.raises(ConfigError, match=r"runtime.cpus_per_actor=64"):
+        RayGrid(app_of(), cpus_per_actor=64)
+
+
+def test_other_apps_are_refused(machine: None) -> None:
+    with pytest.raises(ConfigError, match=r"client_app=ClientApp"):
+        RayGrid(flower_app.client_app(), 3)  # type: ignore[arg-type]
+
+
+def test_a_node_that_does_not_exist(machine: None) -> None:
+    app = app_of()
+    with RayGrid(app, actors=1) as grid, pytest.raises(ValueError, match="node 99 does not exist"):
+        grid.push_messages([flower.Message(flower.RecordDict(), 99, "train")])
+
+
+def test_an_address_that_nobody_listens_on() -> None:
+    code = "from fedpers.runtime.ray import _connect; _connect('127.0.0.1:9')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "runtime.address=127.0.0.1:9: expected the address of a running Ray cluster" in done.stderr
+
+
+# --------------------------------------------------------------------- dealing
+
+
+def test_dear_clients_are_dealt_first() -> None:
+    assert deal([5.0, 1.0, 4.0, 3.0], 2) == [[0, 1], [2, 3]]
+    assert deal([1.0, 1.0, 1.0], 3) == [[0], [1], [2]]
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=1, max_size=40), st.integers(1, 8))
+def test_dealing_is_fair(expected: list[float], shards: int) -> None:
+    shards = min(shards, len(expected))
+    dealt = deal(expected, shards)
+    assert sorted(c for clients in dealt for c in clients) == list(range(len(expected)))
+    assert all(dealt)
+    loads = [sum(expected[c] for c in clients) for clients in dealt]
+    # greedy: the fullest shard exceeds the emptiest by at most the last client it got
+    assert max(loads) - min(loads) <= max(expected) * (1 + 1e-9)

@@ -96,7 +96,7 @@ class PartitionConfig:
         if self.num_clients is None and self.name not in OWN:
             self.num_clients = DEFAULT_CLIENTS
         _check_whole("num_clients", self.num_clients, 1, optional=True)
-        _check_whole("seed", self.seed, None, optional=True)
+        _check_whole("seed", self.seed, 0, optional=True)
         _check_whole("min_samples", self.min_samples, 1)
         _check_whole("classes_per_client", self.classes_per_client, 1)
         number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
@@ -116,9 +116,9 @@ class PartitionConfig:
             check(self.num_clients is None, "partition.num_clients", self.num_clients, allowed)
 
 
-def _check_whole(key: str, value: object, low: int | None, optional: bool = False) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and (low is None or value >= low)
-    allowed = "a whole number" + ("" if low is None else f" >= {low}") + (" or null" if optional else "")
+def _check_whole(key: str, value: object, low: int, optional: bool = False) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    allowed = f"a whole number >= {low}" + (" or null" if optional else "")
     check(ok or (optional and value is None), f"partition.{key}", value, allowed)
 
 

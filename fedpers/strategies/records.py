@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import lru_cache
 from io import BytesIO
+from tokenize import TokenError
 from typing import Any
 
 import flwr.app as flower
 import numpy as np
 import torch
 from flwr.common.constant import SType
+from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -54,14 +56,7 @@ class LiveArray(flower.Array):
         """Copy as a NumPy array."""
         if "tensor" in self.__dict__:
             return self.__dict__["tensor"].cpu().numpy().copy()
-        data = self.data
-        if self.stype != SType.NUMPY or not data.startswith(_NPY_1):
-            return super().numpy()
-        start = 10 + int.from_bytes(data[8:10], "little")
-        shape, columns_first, dtype = _layout(data[:start])
-        if dtype.hasobject or len(data) < start + dtype.itemsize * math.prod(shape):
-            return super().numpy()  # which says what is wrong
-        return np.ndarray(shape, dtype, data, start, order="F" if columns_first else "C").copy(order="K")
+        return _read(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, flower.Array):
@@ -77,13 +72,37 @@ class LiveArray(flower.Array):
 
 LiveArray.__qualname__ = flower.Array.__qualname__  # the name that goes onto the wire, so that any node can read it
 
-_NPY_1 = b"\x93NUMPY\x01\x00"
+
+def _read(array: flower.Array) -> NDArray[Any]:
+    """Copy of what the bytes of an array hold; ValueError if that is no plain array in NumPy's format.
+
+    Bytes come from anybody: nothing is unpickled, and no memory is taken for what is not there.
+    """
+    data = array.data
+    if array.stype != SType.NUMPY:
+        raise ValueError(f"it is serialized as '{array.stype}' instead of '{SType.NUMPY}'")
+    width = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}.get(data[:8])
+    if width is None:
+        raise ValueError("it is not in NumPy's format")
+    start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    shape, columns_first, dtype = _layout(data[:start])
+    if dtype.hasobject or dtype.names is not None:
+        raise ValueError(f"it holds {dtype} instead of numbers")
+    if len(data) != start + dtype.itemsize * math.prod(shape):
+        raise ValueError(f"{len(data) - start} bytes are no {dtype} {list(shape)}")
+    return np.ndarray(shape, dtype, data, start, order="F" if columns_first else "C").copy(order="K")
 
 
 @lru_cache(maxsize=4096)
 def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and dtype, from the start of a file in NumPy's format 1.0."""
-    found: tuple[tuple[int, ...], bool, np.dtype[Any]] = np.lib.format.read_array_header_1_0(BytesIO(header[8:]))
+    """Shape, whether columns come first, and dtype, from the start of a file in NumPy's format 1.0 or 2.0."""
+    read = np.lib.format.read_array_header_1_0 if header[6] == 1 else np.lib.format.read_array_header_2_0
+    try:
+        found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(BytesIO(header[8:]))
+    except (SyntaxError, TypeError, MemoryError, RecursionError, TokenError) as error:
+        raise ValueError(f"its header cannot be read ({error})") from error
+    if any(length < 0 for length in found[0]):
+        raise ValueError(f"its shape is {list(found[0])}")
     return found
 
 
@@ -124,10 +143,12 @@ def to_tensor(array: flower.Array) -> Tensor:
     ------
     ValueError
         If the bytes are not an array in NumPy's format or hold objects.
+    TypeError
+        If PyTorch has no such numbers.
     """
     if (live := _live(array)) is not None:
         return live
-    return torch.from_numpy(array.numpy())
+    return torch.from_numpy(_read(array) if type(array) in (flower.Array, LiveArray) else array.numpy())
 
 
 def _live(array: flower.Array) -> Tensor | None:

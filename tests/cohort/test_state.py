@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from tensordict import TensorDict
 
@@ -51,3 +54,45 @@ def test_a_method_without_personal_state() -> None:
     store.scatter([1], tree({}, 1), torch.tensor([True]))
     assert leaves(store.gather([0, 1])) == {}
     assert store.gather([0, 1]).batch_size == torch.Size([2])
+
+
+def test_clients_have_any_numbers() -> None:
+    store = StateStore([7, 3], initial())
+    store.scatter([3], state(2.0), torch.tensor([True]))
+    assert store.gather([7, 3])["alpha"].tolist() == [0.5, 2.0]
+    with pytest.raises(KeyError):
+        store.gather([0])
+
+
+def test_rows_beyond_the_budget_lie_in_files_that_are_gone_at_the_end(tmp_path: Path) -> None:
+    needed = 100 * StateStore([0], initial()).bytes_per_client
+    assert not StateStore(range(100), initial(), memory=needed, folder=tmp_path).mapped
+    store = StateStore(range(100), initial(), memory=needed - 1, folder=tmp_path)
+    assert store.mapped
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.memmap")) == needed
+    store.scatter([42, 7], state(1.0, 2.0), torch.tensor([True, True]))
+    found = store.gather([7, 8, 42])
+    assert found["alpha"].tolist() == [2.0, 0.5, 1.0]
+    assert found["model", "steps"].tolist() == [1, 3, 0]
+    found["alpha"].zero_()
+    assert store.gather([7])["alpha"].tolist() == [2.0]
+    store.close()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_blocks_are_all_that_was_written(memory: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateStore([5, 4, 3, 2, 1, 0], initial(), memory=memory, folder=tmp_path)
+    monkeypatch.setattr("fedpers.cohort.state.BLOCK_BYTES", 2 * store.bytes_per_client)
+    store.scatter([3, 0, 5], state(3.0, 0.0, 5.0), torch.tensor([True, True, True]))
+    blocks = list(store.blocks())
+    assert [clients.tolist() for clients, _ in blocks] == [[0, 3], [5]]
+    assert [values["alpha"].tolist() for _, values in blocks] == [[0.0, 3.0], [5.0]]
+    other = StateStore(range(6), initial())
+    for clients, values in blocks:
+        other.load(clients.tolist(), values)
+    assert other.written.tolist() == [True, False, False, True, False, True]
+    assert torch.equal(other.gather(range(6))["model", "head.weight"], store.gather(range(6))["model", "head.weight"])
+    other.clear()
+    assert other.gather([3])["alpha"].tolist() == [0.5]
+    assert list(StateStore(range(3), tree({})).blocks()) == []

@@ -33,6 +33,9 @@ NO_LEARNING = "no_learning"
 IGNORED = frozenset({"strategy", "training", "seed", "runtime", "tracker", "output", "hydra"})
 """Top-level config keys in which comparable runs may differ, besides where a data set is found."""
 
+_USUAL = {"aggregation": "mean", "privacy": "none"}
+"""What a run without these settings has; any other stands in a table of its own."""
+
 _LEVEL = 0.05
 
 
@@ -87,6 +90,9 @@ class RunRecord:
         flat.pop("dataset.download", None)
         if flat.get("dataset.name") not in ("npz", "ratings"):  # there the path says what the data are, not only where
             flat.pop("dataset.root", None)
+        for key, usual in _USUAL.items():
+            if flat.get(f"{key}.name", usual) == usual:  # nothing else of it matters then
+                flat = {name: value for name, value in flat.items() if not name.startswith(f"{key}.")}
         return flat | {"protocol": self.summary.get("protocol", "validation-selected")}
 
     def metric(self, name: str, round: str = "selected") -> float:
@@ -322,6 +328,7 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
         parts += [f"{s[name]} {name.removeprefix('num_')}" for name in ("num_clients", "rounds") if name in s]
         if config.get("fraction") is not None:
             parts.append(f"fraction {config['fraction']}")
+        parts += [f"{key} {config[f'{key}.name']}" for key in _USUAL if f"{key}.name" in config]
         if config["protocol"] != "validation-selected":
             parts.append(f"protocol {config['protocol']}")
         short.append(" · ".join(str(part) for part in parts if part is not None))

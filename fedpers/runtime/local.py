@@ -6,6 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedpers.cohort.state import Block
+from fedpers.errors import TrainingError
 from fedpers.runtime.engine import CohortEngine, check_counts
 from fedpers.runtime.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID, ClientGrid, context_of, error_reply, reply_of
 from fedpers.strategies.client import IDENTIFY, CohortApp
 from fedpers.strategies.intake import Intake, outcome_of
 from fedpers.strategies.records import own_copy
+from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +31,9 @@ log = logging.getLogger(__name__)
 class LocalGrid(ClientGrid):
     """Runs messages in this process as soon as they are sent.
 
-    Methods of this package run as cohorts; any other ``ClientApp`` runs unchanged, one client at a time, and gets
-    records of its own, as if they had travelled. Node ids are ``FIRST_NODE + partition_id``. May be used from several
-    threads, which take turns.
+    Methods of this package run as cohorts; any other ``ClientApp``, and one with mods, runs unchanged, one client at a
+    time, and gets records of its own, as if they had travelled. Node ids are ``FIRST_NODE + partition_id``. May be used
+    from several threads, which take turns.
 
     Parameters
     ----------
@@ -62,7 +65,7 @@ class LocalGrid(ClientGrid):
         check_counts(cohort, workers)
         self.client_app = client_app
         self.engine: CohortEngine | None = None
-        if isinstance(client_app, CohortApp):
+        if isinstance(client_app, CohortApp) and not client_app.mods:
             self.engine = CohortEngine(client_app, cohort, workers, memory=memory, folder=folder)
         self.contexts = {
             FIRST_NODE + client: context_of(client, num_supernodes, run_config or {})
@@ -106,7 +109,8 @@ class LocalGrid(ClientGrid):
         with self._turn:
             self._check_open()
             if self.engine is None:
-                intake.take({self.client_of(m): outcome_of(self._call(m)) for m in accepted})
+                replies = self._handle(accepted)
+                intake.take({self.client_of(m): outcome_of(r) for m, r in zip(accepted, replies, strict=True)})
             elif accepted:
                 clients = [self.client_of(message) for message in accepted]
                 kind = accepted[0].metadata.message_type
@@ -134,15 +138,30 @@ class LocalGrid(ClientGrid):
         return str(None if self.engine is None else self.engine.choice)
 
     def blocks(self) -> Iterator[Block]:
-        """Personal state of all clients that have any, a few at a time."""
+        """Personal state of all clients that have any, a few at a time.
+
+        Raises
+        ------
+        TrainingError
+            If clients have mods, whose state is not the method's to save.
+        """
+        self._check_no_mods()
         return iter(()) if self.engine is None else self.engine.store.blocks()
 
     def load(self, blocks: Iterable[Block]) -> None:
         """Put personal state that :meth:`blocks` gave back in place of all there is."""
+        self._check_no_mods()
         if self.engine is not None:
             self.engine.store.clear()
             for clients, state in blocks:
                 self.engine.store.load(clients.tolist(), state)
+
+    def _check_no_mods(self) -> None:
+        if isinstance(self.client_app, CohortApp) and self.client_app.mods:
+            raise TrainingError(
+                "personal state of clients with mods can be neither saved nor loaded: it lies in their contexts, "
+                "beside what the mods keep there."
+            )
 
     def close(self) -> None:
         """End the run and its worker threads."""
@@ -154,7 +173,8 @@ class LocalGrid(ClientGrid):
 
     def _handle(self, messages: Sequence[flower.Message]) -> list[flower.Message]:
         if self.engine is None:
-            return [self._call(message) for message in messages]
+            with one_thread() if isinstance(self.client_app, CohortApp) else nullcontext():
+                return [self._call(message) for message in messages]
         single = [m for m in messages if m.metadata.message_type == IDENTIFY]
         replies = [self._call(message) for message in single]
         kinds = dict.fromkeys(m.metadata.message_type for m in messages if m.metadata.message_type != IDENTIFY)
@@ -176,9 +196,10 @@ class LocalGrid(ClientGrid):
         )
         try:
             reply = self.client_app(delivered(message, own_copy(message.content)), context)
-            if not isinstance(reply, flower.Message) or (
-                reply.metadata.reply_to_message_id != message.metadata.message_id
-            ):
+            own = isinstance(reply, flower.Message)
+            if not own or reply.metadata.reply_to_message_id != message.metadata.message_id:
+                if own and reply.has_error():  # Flower's mods give theirs as a reply to the reply
+                    return error_reply(message, reply.error.reason or f"error {reply.error.code}")
                 raise TypeError(f"a client app must return a reply to its message, not {reply!r:.100}")
         except (Exception, SystemExit) as error:  # whatever a client's code raises becomes its answer
             log.debug("client on node %d raised", node, exc_info=True)

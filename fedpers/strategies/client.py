@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 import flwr.app as flower
 import torch
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from fedpers.cohort import (
 from fedpers.cohort.plan import lonely_sample, smallest_batch
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.errors import ConfigError, TrainingError
+from fedpers.errors import ConfigError, TrainingError, check
 from fedpers.strategies.records import (
     CONFIG,
     METRICS,
@@ -49,7 +50,8 @@ IDENTIFY = "query.identify"
 """Message a strategy sends to learn which node holds which client."""
 EXTRA = "train/"
 """What the names of a method's own training metrics begin with (:attr:`fedpers.cohort.Reply.metrics`)."""
-_STATE = "fedpers"
+STATE = "fedpers"
+"""Record of a context that holds a client's personal state."""
 
 Received = Mapping[str, Tree]
 """What the server sent, by record: one tree for the whole cohort (batch size []) or one per client ([K])."""
@@ -201,10 +203,16 @@ class LocalUpdate:
         return smallest_batch(size, self.training.batch_size, self.training.drop_last)
 
     def client_app(
-        self, model: nn.Module, data: FederatedData, *, seed: int = 0, device: torch.device | str = "cpu"
+        self,
+        model: nn.Module,
+        data: FederatedData,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        mods: Sequence[Mod] = (),
     ) -> CohortApp:
         """Make the Flower ``ClientApp`` of this method; see :class:`CohortApp`."""
-        return CohortApp(self, model, data, seed=seed, device=device)
+        return CohortApp(self, model, data, seed=seed, device=device, mods=mods)
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,14 @@ class CohortApp(ClientApp):
     seed : int
         The run's seed.
     device : torch.device or str
+    mods : sequence of Flower mods
+        Around training, the first outermost. Clients of an app with mods are computed one at a time everywhere, and
+        their personal state is in their contexts. What a mod draws from a global generator no seed of ours decides.
+
+    Raises
+    ------
+    ConfigError
+        If network, data and method do not fit, or a mod needs a protocol that the strategies do not speak.
     """
 
     def __init__(
@@ -242,8 +258,15 @@ class CohortApp(ClientApp):
         *,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        mods: Sequence[Mod] = (),
     ) -> None:
         self.update = update
+        self.mods = tuple(mods)
+        for mod in self.mods:
+            name = getattr(mod, "__name__", type(mod).__name__)
+            # in the middle of a round it expects messages that only Flower's secure aggregation workflow sends
+            own = ".secure_aggregation." in f"{getattr(mod, '__module__', '')}."
+            check(not own and callable(mod), "mods", name, "mods that pass one training message on, such as LocalDpMod")
         self.device = torch.device(device)
         self.seed = seed
         # where clients compute, so that what a method computes once is computed there
@@ -260,13 +283,14 @@ class CohortApp(ClientApp):
     def _register(self) -> None:
         """Answer all message types that the method knows."""
         super().__init__()
-        for register in (self.train, self.evaluate):
-            register()(self._call_one)
+        mods = list(self.mods)
+        self.train(mods=mods)(self._call_one)
+        self.evaluate()(self._call_one)
         self.query("identify")(self._identify)
         for name in dir(type(self.update)):
             kind, _, action = name.partition("_")
             if kind in ("train", "evaluate", "query") and action and callable(getattr(self.update, name)):
-                getattr(self, kind)(action)(self._call_one)
+                getattr(self, kind)(action, mods=mods if kind == "train" else None)(self._call_one)
 
     def restrict(self, clients: Sequence[int]) -> Self:
         """Copy with the data of some clients only, to compute them on another machine."""
@@ -447,8 +471,8 @@ class CohortApp(ClientApp):
 
     def _call_one(self, message: flower.Message, context: flower.Context) -> flower.Message:
         client = self.client_of(context)
-        if _STATE in context.state.array_records:
-            state = unflatten_state(context.state.array_records[_STATE], self.initial_state)
+        if STATE in context.state.array_records:
+            state = unflatten_state(context.state.array_records[STATE], self.initial_state)
         else:
             state = self.initial_state.clone().unsqueeze(0)
         received = trees(message.content, self.device)
@@ -458,7 +482,7 @@ class CohortApp(ClientApp):
         if outcome.content is None:
             raise TrainingError(outcome.error)
         if new is not None and keep[0]:
-            context.state[_STATE] = flatten_state(new)
+            context.state[STATE] = flatten_state(new)
         return flower.Message(outcome.content, reply_to=message)
 
 

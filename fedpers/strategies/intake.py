@@ -14,6 +14,7 @@ from torch import Tensor
 from fedpers.cohort import Tree, entries
 from fedpers.strategies.client import Outcome
 from fedpers.strategies.records import ARRAYS, num_bytes, trees
+from fedpers.strategies.wrappers import CLIPPED
 
 if TYPE_CHECKING:
     from fedpers.strategies.server import PersonalizedStrategy
@@ -66,6 +67,11 @@ class Intake:
             except ValueError as problem:
                 self.failures[client] = str(problem)
                 continue
+            if self.strategy.privacy is not None:
+                records, clipped = self.strategy.privacy.clip(
+                    records, self.strategy.sent_arrays, self.strategy.clipping_norm
+                )
+                metrics[CLIPPED] = float(clipped)
             assert outcome.content is not None
             self.bytes_up += num_bytes(outcome.content)
             self.fold.add(records, self.strategy.weight(metrics), client)
@@ -113,6 +119,17 @@ def measured(outcome: Outcome) -> dict[str, float]:
     return {name: float(value) for name, value in merged.items() if isinstance(value, int | float)}
 
 
+def evaluated(outcome: Outcome) -> dict[str, float]:
+    """Metrics of an answer to an evaluation; ValueError says why they cannot be used."""
+    metrics = measured(outcome)
+    if not metrics:
+        raise ValueError("it holds no metrics")
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+    return metrics
+
+
 def checked(outcome: Outcome, expected: Form) -> tuple[dict[str, Tree], dict[str, float]]:
     """Records and metrics of an answer; ValueError says why it cannot be used."""
     metrics = measured(outcome)
@@ -124,7 +141,7 @@ def checked(outcome: Outcome, expected: Form) -> tuple[dict[str, Tree], dict[str
             raise ValueError(f"{name} is {metrics[name]}")
     try:
         records = trees(outcome.content)
-    except (TypeError, OSError, EOFError) as problem:
+    except (ValueError, TypeError, OSError, EOFError) as problem:
         raise ValueError(f"an array cannot be read: {problem}") from problem
     floats: dict[str, Tensor] = {}
     for record, values in records.items():

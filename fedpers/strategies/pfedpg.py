@@ -404,7 +404,7 @@ class PFedPG(PersonalizedStrategy):
             return
         shape = (count if self.descriptor_tokens is None else self.descriptor_tokens, width)
         drawn_rows = [torch.from_numpy(numbers(self.seed, "descriptor", c).uniform(-1, 1, shape)) for c in new]
-        rows = {"client": torch.tensor(new), "value": torch.stack(drawn_rows).to(base)}
+        rows = {"client": torch.tensor(new, device=base.device), "value": torch.stack(drawn_rows).to(base)}
         if self.server_optimizer == "adam":
             rows.update(first=torch.zeros_like(rows["value"]), second=torch.zeros_like(rows["value"]))
             rows["steps"] = torch.zeros(len(new), dtype=torch.int64, device=base.device)

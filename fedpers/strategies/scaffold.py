@@ -84,6 +84,7 @@ class Scaffold(PersonalizedStrategy):
     """
 
     update = ScaffoldUpdate
+    more_than_arrays = True
     weighting: str = "uniform"
     server_lr: float = 1.0
 

@@ -11,20 +11,37 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self, cast, runtime_checkable
 
 import flwr.app as flower
+import torch
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Result, Strategy
 
 from fedpers.cohort import Fold, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
 from fedpers.strategies.client import EXTRA, IDENTIFY, LocalUpdate
-from fedpers.strategies.intake import NO_REPLY, Form, Intake, checked, measured, outcome_of, usual_form
+from fedpers.strategies.intake import (
+    NO_REPLY,
+    Form,
+    Intake,
+    checked,
+    dtype_name,
+    evaluated,
+    form_of,
+    outcome_of,
+    usual_form,
+)
 from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record
+from fedpers.strategies.wrappers import CLIENT_SIDE, CLIPPED, Aggregated, Privacy, flowers_wrapper
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
+IDENTIFY_SECONDS = 60.0
+"""Seconds a node may take to say which client it holds."""
+PRIVACY = "privacy"
+"""Role of the clipping norm in a server's state."""
+_NO_MEAN = "whose aggregate is more than a mean of the server's arrays"
 Records = Mapping[str, Tree]
 """What a message carries: trees of batch size [] by record."""
 
@@ -110,20 +127,29 @@ class PersonalizedStrategy(FlowerFedAvg):
         Usable replies a round needs, >= 1.
     unseen : tuple of int
         Clients that are never asked to train (``FederatedData.unseen``).
+    aggregator : Strategy, optional
+        A Flower strategy that aggregates the replies in place of the mean, e.g. ``Krum(num_malicious_nodes=1)``; see
+        :class:`~fedpers.strategies.wrappers.Aggregated`.
+    privacy : Privacy, optional
+        Clipping and noise.
 
     Raises
     ------
     ConfigError
-        If a value is out of its range.
+        If a value is out of its range, or `aggregator` or `privacy` does not go with the method.
     """
 
     update: ClassVar[type[LocalUpdate]] = LocalUpdate
+    more_than_arrays: ClassVar[bool] = False
+    """Whether replies to training hold records beside the model's arrays."""
     fraction: float = 1.0
     seed: int = 0
     weighting: str = "samples"
     evaluate_every: int = 1
     min_replies: int = 1
     unseen: tuple[int, ...] = ()
+    aggregator: Strategy | None = None
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
@@ -132,17 +158,77 @@ class PersonalizedStrategy(FlowerFedAvg):
         )
         check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "a whole number >= 1")
         check(self.min_replies >= 1, "min_replies", self.min_replies, "a whole number >= 1")
+        self._check_additions()
         super().__init__(fraction_train=self.fraction, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
         self.state: dict[str, Tree] = {}
         self.report = RoundReport(0)
         self._nodes: dict[int, int] = {}  # client -> node
         self._clients: dict[int, int] = {}  # node -> client
+        self._asked: dict[int, str] = {}  # node without a client -> the question it has not answered, if there is one
+        self._numbered = False  # whether clients are numbered in order of node ids
         self._arrays: Tree | None = None
         self._intake: Intake | None = None  # replies that were folded where they were made
         self._training: list[flower.Message] = []  # what this round's clients were sent
         self._addressed: list[int] = []  # who was asked for an evaluation
         self.timeout: float | None = None
         self._started = 0.0
+        self.clipping_norm = math.inf  # of this round
+
+    def _check_additions(self) -> None:
+        """Refuse an aggregator or privacy that the method cannot work with."""
+        name = type(self).__name__
+        if self.aggregator is not None:
+            given = type(self.aggregator).__name__
+            check(self.plain_mean(), "aggregation", given, f"mean for {name}, {_NO_MEAN}")
+            own = getattr(type(self.aggregator), "configure_train", None) is not FlowerFedAvg.configure_train
+            check(not own, "aggregation", given, "a Flower strategy that needs replies and nothing else, such as Krum")
+        if self.privacy is not None:
+            check(self.plain_mean(), "privacy", self.privacy.name, f"none for {name}, {_NO_MEAN}")
+            self._check_share()
+
+    def _check_share(self) -> None:
+        """Refuse for privacy what lets one client count for more than its share."""
+        allowed = "uniform with privacy, whose noise is sized for clients of equal weight"
+        check(self.weighting == "uniform", "strategy.weighting", self.weighting, allowed)
+        given = type(self.aggregator).__name__
+        check(self.aggregator is None, "aggregation", given, "mean with privacy, whose noise is sized for a mean")
+
+    @classmethod
+    def plain_mean(cls) -> bool:
+        """Whether clients answer with the server's arrays and nothing else, of which the server takes the mean."""
+        plain = PersonalizedStrategy
+        hooks = ((cls.unpack, plain.unpack), (cls.reply_form, plain.reply_form), (cls.fold, plain.fold))
+        own = any(hook is not given for hook, given in hooks) or cls.update.pack is not LocalUpdate.pack
+        return not (own or cls.more_than_arrays)
+
+    def check_arrays(self, arrays: Tree, sampled: int) -> None:
+        """Refuse arrays, or a number of `sampled` clients, that clipping and noise cannot work with.
+
+        Raises
+        ------
+        ConfigError
+        """
+        if self.privacy is not None:
+            self.privacy.noises(sampled)
+            _check_floats(arrays, self.privacy.name)
+
+    def _check_wrapped(self, arrays: Tree) -> None:
+        """Refuse what one of Flower's privacy wrappers around this strategy would get wrong."""
+        wrapper = flowers_wrapper(self)
+        if wrapper is None:
+            return
+        given, name = type(wrapper).__name__, type(self).__name__
+        check(self.plain_mean(), "wrapper", given, f"none around {name}, {_NO_MEAN}")
+        check(self.privacy is None, "wrapper", given, f"none around a {name} that has privacy of its own")
+        self._check_share()
+        check(bool(entries(arrays)), "wrapper", given, f"none around {name}, whose clients send nothing")
+        more = isinstance(wrapper, CLIENT_SIDE) and type(self).send is not PersonalizedStrategy.send
+        allowed = f"a ServerSide one around {name}, which sends its clients more than its arrays"
+        check(not more, "wrapper", given, allowed)
+        _check_floats(arrays, given)
+        for entry, value in entries(arrays).items():
+            allowed = f"none around arrays like '{entry}', a single number, which it does not clip"
+            check(value.dim() > 0, "wrapper", given, allowed)
 
     def start(
         self,
@@ -164,13 +250,19 @@ class PersonalizedStrategy(FlowerFedAvg):
         grid = self.folding(grid)
         return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
 
+    def restore(self, report: RoundReport, state: Mapping[str, Tree]) -> None:
+        """Go on after a round that ran elsewhere: what was in :attr:`report` and :attr:`state` after it."""
+        self.report, self.state = report, dict(state)
+        self._started = time.perf_counter() - report.seconds
+
     def folding(self, grid: Grid) -> Grid:
         """View of `grid` that folds the replies to training where they are made, if it can.
 
         For whoever calls :meth:`configure_train` and :meth:`aggregate_train` itself and does not look at the replies
         in between.
         """
-        return cast(Grid, _Folding(self, grid)) if isinstance(grid, FoldingGrid) else grid
+        can = isinstance(grid, FoldingGrid) and self.aggregator is None  # which needs all replies at once
+        return cast(Grid, _Folding(self, cast(FoldingGrid, grid))) if can else grid
 
     # -------------------------------------------------- what a method overrides
 
@@ -207,10 +299,14 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     def reply_form(self, client: int) -> Form | None:
         """Entries a client's reply to training must hold; None asks for what most replies hold."""
-        return None
+        if self.privacy is None and self.aggregator is None:
+            return None
+        return form_of(ARRAYS, entries(self.sent_arrays))
 
     def fold(self) -> Fold:
         """Empty aggregate for a round's replies."""
+        if self.aggregator is not None:
+            return Aggregated(self.aggregator, self.sent_arrays, self.report.round)
         return WeightedMean()
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
@@ -230,30 +326,58 @@ class PersonalizedStrategy(FlowerFedAvg):
     # ------------------------------------------------------------------ clients
 
     def nodes(self, grid: Grid) -> dict[int, int]:
-        """Node id of each client, by client number; asked anew when nodes come or go.
+        """Node id of each client, by client number; nodes that came since the last call are asked.
 
-        Nodes whose app does not know the question (any other Flower app) are numbered in order of their ids.
+        Nodes whose app does not know the question (any other Flower app) are numbered in order of their ids. A node
+        that does not answer is left out until it does, but waited for only once; a client whose node came back under
+        another id is found there.
         """
-        ids = sorted(grid.get_node_ids())
-        if set(ids) != set(self._clients):
-            replies = grid.send_and_receive(
-                [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in ids], timeout=60.0
-            )
-            known = {
-                reply.metadata.src_node_id: int(reply.content.metric_records[METRICS]["partition-id"])  # type: ignore[arg-type]
-                for reply in replies
-                if reply.has_content() and METRICS in reply.content.metric_records
-            }
-            if len(set(known.values())) < len(known):
-                raise TrainingError("two nodes hold the same partition-id.")
-            if known:
-                for silent in sorted(set(ids) - set(known)):
-                    log.warning("node %d does not say which client it holds and is left out", silent)
-                self._clients = known
-            else:
-                self._clients = dict(zip(ids, range(len(ids)), strict=True))
-            self._nodes = {client: node for node, client in self._clients.items()}
+        ids = set(grid.get_node_ids())
+        if self._numbered and ids != set(self._clients):
+            self._clients, self._asked, self._numbered = {}, {}, False
+        known = {node: client for node, client in self._clients.items() if node in ids}
+        self._asked = {node: question for node, question in self._asked.items() if node in ids}
+        found: dict[int, int] = {}
+        if waiting := [question for question in self._asked.values() if question]:
+            found = self._identified(grid.pull_messages(waiting))
+        if new := sorted(ids - known.keys() - found.keys() - self._asked.keys()):
+            found.update(self._identify(grid, new))
+            if not known and not found and "" in self._asked.values():
+                found, self._asked, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
+        if doubled := [node for node, client in known.items() if client in found.values()]:
+            alive = self._identify(grid, doubled)  # a node that ended without saying so is listed for a while
+            known = {node: client for node, client in known.items() if node not in doubled or node in alive}
+        self._clients = {**known, **found}
+        if len(set(self._clients.values())) < len(self._clients):
+            raise TrainingError("two nodes hold the same partition-id.")
+        self._nodes = {client: node for node, client in sorted(self._clients.items(), key=lambda pair: pair[1])}
         return self._nodes
+
+    def _identify(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
+        """Ask nodes which client they hold; those that do not say are kept in mind."""
+        questions = [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in nodes]
+        replies = list(grid.send_and_receive(questions, timeout=IDENTIFY_SECONDS))
+        self._asked.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
+        found = self._identified(replies)
+        if self._clients or found or not replies:
+            for silent in (node for node in nodes if node not in found):
+                log.warning("node %d does not say which client it holds and is left out", silent)
+        return found
+
+    def _identified(self, replies: Iterable[flower.Message]) -> dict[int, int]:
+        """Client of each node that says so; one that answers something else is not asked again."""
+        found: dict[int, int] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            number = None
+            if reply.has_content() and METRICS in reply.content.metric_records:
+                number = reply.content.metric_records[METRICS].get("partition-id")
+            if isinstance(number, int):
+                found[node] = number
+                self._asked.pop(node, None)
+            elif node in self._asked:
+                self._asked[node] = ""
+        return found
 
     @property
     def seen(self) -> list[int]:
@@ -350,6 +474,10 @@ class PersonalizedStrategy(FlowerFedAvg):
             raise TrainingError(f"round {server_round}: no client is connected.")
         sampled = self.sample(server_round)
         self._arrays = from_record(arrays)
+        self._check_wrapped(self._arrays)
+        self.check_arrays(self._arrays, len(sampled))
+        if self.privacy is not None:
+            self.clipping_norm = float(self.state[PRIVACY]["norm"]) if PRIVACY in self.state else self.privacy.norm
         config["server-round"] = server_round
         self.report = RoundReport(server_round, sampled)
         clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
@@ -406,10 +534,23 @@ class PersonalizedStrategy(FlowerFedAvg):
         report.train_loss = losses / report.samples if report.samples else math.nan
         report.extra.update({name: sum(values) / len(values) for name, values in extra.items()})
         means = {record: _beside(values, self.sent_arrays) for record, values in intake.fold.result().items()}
+        if self.privacy is not None:
+            means = self._private(self.privacy, means, intake)
         arrays = self.combine(self.sent_arrays, means, good)
         report.train_seconds = report.seconds = time.perf_counter() - self._started
         metrics_out = {"train-loss": report.train_loss, "steps": report.steps, "samples": report.samples}
         return to_record(arrays), flower.MetricRecord({**metrics_out, "failures": len(report.failures)})
+
+    def _private(self, privacy: Privacy, means: dict[str, Tree], intake: Intake) -> dict[str, Tree]:
+        """Add the noise of this round; an adaptive norm moves on."""
+        round, norm = self.report.round, self.clipping_norm
+        counts = len(self.report.sampled), len(intake.good)
+        if privacy.adaptive:
+            clipped = sum(metrics[CLIPPED] for metrics in intake.good.values())
+            following = privacy.next_norm(norm, clipped, *counts, self.seed, round)
+            self.state[PRIVACY] = tree({"norm": torch.tensor(following, dtype=torch.float64)})
+            self.report.extra["clipping_norm"] = norm
+        return privacy.blur(means, norm, *counts, self.seed, round)
 
     def _by_client(self, replies: Iterable[flower.Message]) -> dict[int, flower.Message]:
         """Replies by client; one from a node that was not asked is no reply."""
@@ -473,7 +614,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         answered = self._by_client(replies)
         for client in self._addressed:
             try:
-                metrics = measured(outcome_of(answered.get(client)))
+                metrics = evaluated(outcome_of(answered.get(client)))
             except ValueError as problem:
                 self.leave_out(client, str(problem), "evaluate")
                 continue
@@ -538,7 +679,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         answered = self._by_client(grid.send_and_receive(messages, timeout=self.timeout))
         for client in clients:
             try:
-                self.report.adapted[client] = measured(outcome_of(answered.get(client)))
+                self.report.adapted[client] = evaluated(outcome_of(answered.get(client)))
             except ValueError as problem:
                 self.leave_out(client, f"adapted: {problem}", "evaluate")
 
@@ -570,6 +711,13 @@ def _content(records: Records, config: flower.ConfigRecord) -> flower.RecordDict
     content = flower.RecordDict({name: to_record(values) for name, values in records.items()})
     content[CONFIG] = config
     return content
+
+
+def _check_floats(arrays: Tree, given: str) -> None:
+    """Refuse counts among the arrays: they would make up most of a change's norm, and noise makes nonsense of them."""
+    for name, value in entries(arrays).items():
+        allowed = "a network whose shared entries are no batch statistics: another one, or strategy=fedbn"
+        check(value.is_floating_point(), "privacy", f"{given} with '{name}' of {dtype_name(value)}", allowed)
 
 
 def _told(failures: Mapping[int, str], total: int) -> str:

@@ -217,7 +217,7 @@ def test_pathological_errors() -> None:
         ({"min_samples": 0}, r"partition\.min_samples=0: expected a whole number >= 1\."),
         ({"min_samples": None}, r"partition\.min_samples=None: "),
         ({"classes_per_client": 0}, r"partition\.classes_per_client=0: "),
-        ({"seed": 1.5}, r"partition\.seed=1\.5: expected a whole number or null\."),
+        ({"seed": 1.5}, r"partition\.seed=1\.5: expected a whole number >= 0 or null\."),
         ({"skew": "linar"}, r"partition\.skew=linar: expected one of exponential, linear, square \(did you mean"),
         ({"name": "index"}, r"partition\.file=None: expected the path of a \.json or \.npz file\."),
     ],

@@ -73,6 +73,22 @@ def printed(folder, width=120):
     return console.file.getvalue()
 
 
+def test_runs_with_privacy_or_another_aggregate_have_tables_of_their_own(write, tmp_path):
+    write("fedrep", 0, 0.8)  # of a time when there was no other way
+    write("fedavg", 0, 0.7, config={"aggregation": {"name": "mean"}, "privacy": {"name": "none"}})
+    for noise in (0.5, 1.0):
+        write("fedrep", 0, 0.6, config={"privacy": {"name": "fixed", "noise": noise, "norm": 1.0}})
+    write("fedrep", 0, 0.5, config={"aggregation": {"name": "krum", "malicious": 1}, "privacy": {"name": "none"}})
+    groups = leaderboard(find_runs([tmp_path]))
+    usual = "digits · dirichlet(alpha=0.1) · mlp · 20 clients · 50 rounds"
+    assert {group.title: [row.method for row in group.rows] for group in groups} == {
+        usual: ["fedrep", "fedavg"],
+        f"{usual} · aggregation krum": ["fedrep"],
+        f"{usual} · privacy fixed · privacy.noise=0.5": ["fedrep"],
+        f"{usual} · privacy fixed · privacy.noise=1.0": ["fedrep"],
+    }
+
+
 def test_numbers_of_a_row_by_hand(write, tmp_path):
     for seed, accuracy, last in ((0, 0.8, 0.6), (1, 0.9, 0.7), (2, 0.85, 0.65)):
         write("fedrep", seed, accuracy, last, bytes_up=1_000_000 * seed)

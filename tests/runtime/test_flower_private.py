@@ -289,3 +289,26 @@ def test_a_subclass_stays_what_it_is() -> None:
     assert type(handed) is OwnArray
     handed.data = b""
     np.testing.assert_array_equal(content["r"]["v"].numpy(), np.ones(2))
+
+
+# ------------------------------------------------------------------ simulation
+
+
+@pytest.mark.slow
+def test_simulated_clients_that_compute_are_ended_at_once() -> None:
+    import time
+
+    import ray
+
+    from fedpers.runtime.flower_private import kill_simulated_clients
+
+    kill_simulated_clients()  # without Ray there are none
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        sleeper = ray.remote(num_cpus=1)(type("Sleeper", (), {"sleep": lambda self: time.sleep(600)})).remote()
+        waiting = sleeper.sleep.remote()
+        kill_simulated_clients()
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(waiting, timeout=60)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,498 @@
+"""Flower's simulation engine as a runtime: what travels, who is waited for, faults, and the same numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import pytest
+import torch
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedpers.cohort import Cohort, Reply, entries, leaves
+from fedpers.errors import ConfigError, TrainingError
+from fedpers.run import run_rounds
+from fedpers.runtime.flower import FlowerGrid, FlowerSimulation, RemoteApp, await_clients, flower_simulation
+from fedpers.runtime.flower_private import delivered, give_id, server_identity
+from fedpers.runtime.grid import FIRST_NODE, context_of
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import PersonalizedStrategy, RoundReport, make_strategy
+from fedpers.strategies.client import IDENTIFY, CohortApp
+from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
+from fedpers.strategies.records import METRICS, from_record
+from tests.problems import Problem, gaussian_data, problem
+
+METHODS = ("gpfl", "pfedpg", "fedjets", "scaffold", "fedrap")
+
+
+def halves(method: str) -> tuple[PersonalizedStrategy, CohortApp]:
+    given = problem(method)
+    server = {"fraction": 0.7, "seed": 3, "unseen": given.data.unseen}
+    strategy, update = make_strategy(method, given.options, server=server, training=given.training)
+    return strategy, update.client_app(given.network, given.data, seed=3)
+
+
+def app_of(method: str) -> CohortApp:
+    return halves(method)[1]
+
+
+def outcome(method: str, grid: Any) -> dict[str, Any]:
+    """Everything there is after three rounds, by name."""
+    strategy, app = halves(method)
+    last: list[flower.ArrayRecord] = []
+    for report in run_rounds(strategy, grid, app.initial_arrays(), 3, keep=lambda _, arrays: last.append(arrays)):
+        assert not report.failures
+        assert not report.evaluation_failures
+    found: dict[str, Any] = {f"arrays/{name}": value for name, value in leaves(from_record(last[-1])).items()}
+    for role, values in strategy.state.items():
+        found.update({f"{role}/{name}": value for name, value in leaves(values).items()})
+    for clients, states in grid.blocks():
+        for name, value in leaves(states).items():
+            found.update({f"kept/{client}/{name}": own for client, own in zip(clients.tolist(), value, strict=True)})
+    for group in ("clients", "unseen", "adapted"):
+        found.update(
+            {f"{group}/{client}/{n}": v for client, row in getattr(report, group).items() for n, v in row.items()}
+        )
+    return found
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        wanted = torch.as_tensor(value).double()
+        scale = max(float(wanted.abs().max()), 1e-2) if wanted.numel() else 1.0
+        torch.testing.assert_close(torch.as_tensor(found[name]).double(), wanted, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def locally(method: str) -> dict[str, Any]:
+    app = app_of(method)
+    grid = LocalGrid(app, app.data.num_clients, cohort=1, workers=1)
+    with server_identity(1):
+        found = outcome(method, grid)
+    grid.close()
+    return found
+
+
+# -------------------------------------------------------------- what travels
+
+
+def never(run_config: Any) -> CohortApp:
+    raise ConfigError("dataset.root", "nowhere", "a folder")
+
+
+def failing(run_config: Any) -> CohortApp:
+    raise OSError("disk gone")
+
+
+calls: list[int] = []
+
+
+def counted(run_config: Any) -> CohortApp:
+    calls.append(1)
+    return app_of("fedavg")
+
+
+def ask(app: RemoteApp, context: flower.Context, kind: str, content: flower.RecordDict | None = None) -> flower.Message:
+    with server_identity(1):
+        message = flower.Message(content or flower.RecordDict(), context.node_id, kind)
+        give_id(message)
+        return app(delivered(message, message.content), context)
+
+
+def test_a_client_app_is_light_and_says_which_client_it_holds_without_data() -> None:
+    app = RemoteApp(partial(never), "key")
+    sent = pickle.dumps(app)
+    assert len(sent) < 1000
+    restored = pickle.loads(sent)
+    reply = ask(restored, context_of(2, 3, {}), IDENTIFY)
+    assert reply.content[METRICS]["partition-id"] == 2
+    context = context_of(2, 3, {})
+    context.node_config = {}
+    assert ask(restored, context, IDENTIFY).error.reason.startswith("partition-id=None: expected")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(never, "dataset.root=nowhere: expected a folder."), (failing, "OSError: disk gone")],
+)
+def test_what_a_client_raises_is_its_answer_in_one_sentence(make: Any, reason: str) -> None:
+    reply = ask(RemoteApp(make), context_of(0, 3, {}), "train")
+    assert reply.error.reason == reason
+
+
+def test_the_app_is_made_once_in_a_process_and_state_of_another_run_is_dropped() -> None:
+    calls.clear()
+    context = context_of(1, 7, {"a": 1})
+    context.state["other"] = flower.MetricRecord({"kept": 1})
+    for key, made in (("a", 1), ("a", 1), ("b", 2)):
+        context.state["before"] = flower.MetricRecord({"run": 1})
+        app = pickle.loads(pickle.dumps(RemoteApp(counted, key)))
+        ask(app, context, "query.nothing")
+        assert len(calls) == made
+        assert "other" not in context.state
+    assert "before" not in context.state
+
+
+# -------------------------------------------------------------------- nodes
+
+
+class Moving(Grid):
+    """Clients under node ids that change; some nodes are silent, and some are listed though they have ended."""
+
+    def __init__(self, app: CohortApp, clients: int) -> None:
+        self.inner = LocalGrid(app, clients, cohort=1, workers=1)
+        self.ids = list(range(100, 100 + clients))  # node of each client
+        self.silent: set[int] = set()  # on the question which client they hold
+        self.ghosts: set[int] = set()
+        self.twin: dict[int, int] = {}  # node that holds the client of another
+        self.asked: list[list[int]] = []
+        self.replies: dict[str, tuple[int, flower.Message]] = {}
+
+    def set_run(self, run: Run) -> None:
+        self.inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self.inner.run
+
+    def create_message(self, *given: Any, **named: Any) -> flower.Message:
+        return self.inner.create_message(*given, **named)
+
+    def get_node_ids(self) -> list[int]:
+        return [*reversed(self.ids), *self.ghosts, *self.twin]
+
+    def push_messages(self, messages: Iterable[flower.Message]) -> list[str]:
+        sent = list(messages)
+        for message in sent:
+            key, node = give_id(message), message.metadata.dst_node_id
+            if node in self.ghosts:
+                continue
+            inner = delivered(message, message.content)
+            inner.metadata.dst_node_id = FIRST_NODE + self.ids.index(self.twin.get(node, node))
+            (reply,) = self.inner.send_and_receive([inner])
+            reply.metadata.__dict__["_src_node_id"] = node
+            reply.metadata.__dict__["_reply_to_message_id"] = key
+            self.replies[key] = (node if message.metadata.message_type == IDENTIFY else -1, reply)
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[flower.Message]:
+        there = [i for i in message_ids if i in self.replies and self.replies[i][0] not in self.silent]
+        return [self.replies.pop(i)[1] for i in there]
+
+    def send_and_receive(
+        self, messages: Iterable[flower.Message], *, timeout: float | None = None
+    ) -> list[flower.Message]:
+        sent = list(messages)
+        if sent and sent[0].metadata.message_type == IDENTIFY:
+            self.asked.append(sorted(message.metadata.dst_node_id for message in sent))
+        return self.pull_messages(self.push_messages(sent))
+
+
+class Listing(FlowerGrid):
+    """A grid that lists only some nodes."""
+
+    def __init__(self, grid: Grid, listed: list[int]) -> None:
+        super().__init__(grid)
+        self.listed = listed
+
+    def get_node_ids(self) -> list[int]:
+        return self.listed
+
+
+def moving(sizes: tuple[int, ...] = (6, 5, 7, 8)) -> Moving:
+    app = FedAvgUpdate().client_app(problem("fedavg").network, gaussian_data(sizes))
+    return Moving(app, len(sizes))
+
+
+def test_only_nodes_that_came_are_asked() -> None:
+    strategy, grid = FedAvg(), moving()
+    with server_identity(1):
+        assert strategy.nodes(grid) == {0: 100, 1: 101, 2: 102, 3: 103}
+        grid.ids[2] = 7
+        assert strategy.nodes(grid) == {0: 100, 1: 101, 2: 7, 3: 103}
+        grid.ids[0] = 8
+        assert strategy.nodes(grid) == {0: 8, 1: 101, 2: 7, 3: 103}
+        assert strategy.nodes(Listing(grid, [7, 103])) == {2: 7, 3: 103}
+    assert grid.asked == [[100, 101, 102, 103], [7], [8]]
+
+
+def test_a_silent_node_is_waited_for_once_and_found_when_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+    strategy, grid = FedAvg(), moving()
+    grid.silent = {102}
+    with server_identity(1):
+        for _ in range(3):
+            assert strategy.nodes(grid) == {0: 100, 1: 101, 3: 103}
+        assert grid.asked == [[100, 101, 102, 103]]
+        grid.silent = set()
+        assert strategy.nodes(grid) == {0: 100, 1: 101, 2: 102, 3: 103}
+    assert grid.asked == [[100, 101, 102, 103]]
+    assert caplog.text.count("node 102 does not say which client it holds") == 1
+
+
+def test_nodes_that_do_not_answer_at_all_are_not_numbered() -> None:
+    strategy, grid = FedAvg(), moving()
+    grid.silent = {100, 101, 102, 103}
+    with server_identity(1):
+        assert strategy.nodes(grid) == {}
+
+
+def test_a_client_whose_former_node_is_still_listed_is_found_on_the_new_one() -> None:
+    strategy, grid = FedAvg(), moving()
+    with server_identity(1):
+        strategy.nodes(grid)
+        grid.ids[1], grid.ghosts = 55, {101}
+        for _ in range(2):
+            assert strategy.nodes(grid) == {0: 100, 1: 55, 2: 102, 3: 103}
+    assert grid.asked == [[100, 101, 102, 103], [55], [101]]
+
+
+def test_two_living_nodes_with_one_client_end_the_run() -> None:
+    strategy, grid = FedAvg(), moving()
+    with server_identity(1):
+        strategy.nodes(grid)
+        grid.twin = {99: 101}
+        with pytest.raises(TrainingError, match="two nodes hold the same partition-id"):
+            strategy.nodes(grid)
+
+
+def test_server_state_finds_its_client_under_a_new_node_id() -> None:
+    found = []
+    for moves in (False, True):
+        strategy, app = halves("pfedpg")
+        grid = Moving(app, app.data.num_clients)
+        with server_identity(1):
+            for report in run_rounds(strategy, grid, app.initial_arrays(), 3):
+                assert not report.failures
+                if moves:
+                    grid.ids[1], grid.ids[4] = 500 + report.round, 3 + report.round
+        found.append((report.clients, {role: leaves(values) for role, values in strategy.state.items()}))
+    (clients, state), (moved_clients, moved_state) = found
+    assert state
+    assert moved_clients == clients
+    for role, values in state.items():
+        for name, value in values.items():
+            assert torch.equal(moved_state[role][name], value), (role, name)
+
+
+def test_missing_nodes_are_waited_for_and_then_named() -> None:
+    silent = moving()
+    silent.silent = {102}
+    with server_identity(1):
+        with pytest.raises(TrainingError, match=r"^2 of 4 nodes are connected after 0\.2 seconds; start one SuperNode"):
+            await_clients(Listing(moving(), [100, 103]), FedAvg(), 4, seconds=0.2)
+        with pytest.raises(TrainingError, match=r"^no node holds client 2 of 4; each needs a SuperNode"):
+            await_clients(silent, FedAvg(), 4, seconds=0.2)
+        with pytest.raises(TrainingError, match=r"^a node has partition-id 2, but the data have 2 clients"):
+            await_clients(moving(), FedAvg(), 2, seconds=0.2)
+
+
+def test_whoever_waits_learns_that_the_engine_has_ended() -> None:
+    ended: list[str] = []
+
+    def watch() -> None:
+        if ended:
+            raise TrainingError("it has ended.")
+
+    class Mute(LocalGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> Any:
+            ended.append("now")
+            return []
+
+    app = FedAvgUpdate().client_app(problem("fedavg").network, gaussian_data((6, 5)))
+    with server_identity(1), pytest.raises(TrainingError, match="it has ended"):
+        FlowerGrid(Mute(app, 2), watch).send_and_receive([flower.Message(flower.RecordDict(), 2, IDENTIFY)])
+
+
+# -------------------------------------------------------------- the engine itself
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+
+
+@pytest.mark.slow
+def test_methods_one_after_another_give_what_they_give_here() -> None:
+    def surroundings() -> tuple[Any, ...]:
+        return os.environ.get("PYTHONPATH"), TaskIdentity._run_id, logging.getLogger("flwr").level
+
+    before = surroundings()
+    found: dict[str, dict[str, Any]] = {}
+    with FlowerSimulation(7) as engine:
+        for method in METHODS:
+            engine.run(
+                partial(app_of, method), lambda grid, method=method: found.update({method: outcome(method, grid)})
+            )
+    for method in METHODS:
+        assert_equal(found[method], locally(method))
+    assert surroundings() == before
+
+
+@pytest.mark.slow
+def test_personal_state_can_be_read_and_put_back() -> None:
+    strategy, app = halves("gpfl")
+    local = LocalGrid(app, 7, cohort=1, workers=1)
+    with server_identity(1):
+        reports = list(run_rounds(strategy, local, app.initial_arrays(), 2))
+    ((clients, states),) = local.blocks()
+    assert len(clients) < 7
+    assert reports[-1].clients
+
+    def main(grid: Any) -> None:
+        assert list(grid.blocks()) == []
+        grid.load([(clients[:2], states[:2]), (clients[2:], states[2:])])
+        ((found, kept),) = grid.blocks()
+        assert torch.equal(found, clients)
+        for name, value in leaves(states).items():
+            assert torch.equal(leaves(kept)[name], value), name
+        grid.load([(clients[:1], states[:1])])
+        ((found, _),) = grid.blocks()
+        assert found.tolist() == clients[:1].tolist()
+
+    flower_simulation(partial(app_of, "gpfl"), 7, main)
+
+
+@dataclass(kw_only=True)
+class Bad(FedAvgUpdate):
+    """Client 1 raises, 3 sends NaN, 5 is slow; in round 2 only."""
+
+    nap: float = 0.0
+
+    def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+        (client,) = cohort.clients
+        if config["server-round"] == 2:
+            if client == 1:
+                raise ValueError("no power")
+            if client == 5:
+                time.sleep(self.nap)
+        reply = super().train(cohort, received, config)
+        if config["server-round"] == 2 and client == 3:
+            for value in entries(reply.records["arrays"]).values():
+                value.copy_(torch.full_like(value, torch.nan) if value.is_floating_point() else value)
+        return reply
+
+
+def bad_app(nap: float) -> CohortApp:
+    given: Problem = problem("fedavg")
+    return Bad(training=given.training, nap=nap).client_app(given.network, given.data, seed=3)
+
+
+def failures(grid: Grid, app: CohortApp, timeout: float | None) -> list[dict[int, str]]:
+    reports: list[RoundReport] = list(run_rounds(FedAvg(seed=3), grid, app.initial_arrays(), 3, timeout=timeout))
+    return [report.failures | report.evaluation_failures for report in reports]
+
+
+@pytest.mark.slow
+def test_clients_that_raise_send_nan_or_nothing_are_left_out_and_named() -> None:
+    found: list[list[dict[int, str]]] = []
+    app = bad_app(0.0)
+    with server_identity(1):
+        local = failures(LocalGrid(app, 7, cohort=1, workers=1), app, None)
+    assert local[2].keys() == {1, 3}
+    with FlowerSimulation(7) as engine:
+        engine.run(partial(bad_app, 0.0), lambda grid: found.append(failures(grid, app, None)))
+        assert found == [local]
+        engine.run(partial(bad_app, 12.0), lambda grid: found.append(failures(grid, app, 10.0)))
+    assert found[1][2].keys() == {1, 3, 5}
+    assert found[1][2][5] == "no reply"
+    assert not found[1][3]
+
+
+def sleeping_app(nap: float) -> CohortApp:
+    given = problem("fedavg")
+    return Sleeping(training=given.training).client_app(given.network, given.data, seed=3)
+
+
+@dataclass(kw_only=True)
+class Sleeping(FedAvgUpdate):
+    def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+        time.sleep(600)
+        return super().train(cohort, received, config)
+
+
+def interrupted(grid: Grid) -> None:
+    app = app_of("fedavg")
+    for report in run_rounds(FedAvg(seed=3), grid, app.initial_arrays(), 1):
+        assert report.round == 0
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def broken(grid: Grid) -> None:
+    raise TrainingError("round 1: enough.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("main", "error"), [(broken, TrainingError), (interrupted, KeyboardInterrupt)], ids=["error", "ctrl-c"]
+)
+def test_what_the_server_raises_comes_out_and_nothing_goes_on(
+    main: Callable[[Grid], None], error: type[BaseException]
+) -> None:
+    import ray
+
+    before = set(threading.enumerate())
+    with pytest.raises(error):
+        flower_simulation(partial(sleeping_app, 0.0), 7, main)
+    assert not ray.is_initialized()
+    left = {t for t in set(threading.enumerate()) - before if not t.daemon}
+    for thread in left:
+        thread.join(30)
+    assert not [t.name for t in left if t.is_alive()]
+
+
+@pytest.mark.slow
+def test_an_engine_that_cannot_start_says_why() -> None:
+    with pytest.raises(TrainingError, match=r"^Flower's simulation has ended \(ValueError: ActorPool is empty"):
+        flower_simulation(partial(app_of, "fedavg"), 7, partial(outcome, "fedavg"), cpus_per_actor=10_000)
+
+
+# -------------------------------------------------------------------- the command
+
+RUNS = {
+    "gpfl": ["strategy=gpfl", "dataset=digits", "partition.num_clients=5"],
+    "pfedpg": [
+        "strategy=pfedpg", "dataset=digits", "partition.num_clients=5", "fraction=0.6", "model=vit", "model.dim=16",
+        "model.depth=1", "model.heads=2", "model.pretrained=null",
+    ],
+    "fedrap": [
+        "strategy=fedrap", "dataset=synthetic_ratings", "dataset.num_users=20", "dataset.eval_negatives=20",
+        "training.epochs=2",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RUNS)
+def test_the_command_writes_the_numbers_that_it_writes_here(method: str, tmp_path: Path) -> None:
+    common = [sys.executable, "-m", "fedpers", *RUNS[method], "rounds=3", "evaluate_every=2", "runtime.device=cpu"]
+    rows = {}
+    for runtime in ("local", "flower"):
+        more = ["runtime.cohort=1"] if runtime == "local" else []
+        folder = tmp_path / runtime
+        done = subprocess.run(
+            [*common, f"runtime={runtime}", f"hydra.run.dir={folder}", *more],
+            capture_output=True, text=True, timeout=200, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        rows[runtime] = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert len(rows["local"]) == len(rows["flower"]) == 4
+    for ours, theirs in zip(rows["local"], rows["flower"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"seconds", "train_seconds", "samples_per_second"}:
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-6, nan_ok=True), name

@@ -1,0 +1,196 @@
+"""A SuperLink and SuperNodes on this machine, and ``flwr run`` with Flower's simulation, run the example app."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from fedpers.app import composed
+from fedpers.cohort import leaves
+from fedpers.run import prepare_run, run_rounds
+from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies.records import from_record
+
+APP = Path(__file__).parents[2] / "experiments" / "flower_app"
+SCRIPT = APP / "federation.py"
+
+
+def loaded() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("federation", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def assert_as_here(found: dict[str, Any], settings: str) -> None:
+    """What a server wrote is what a run in this process gives."""
+    config = composed(settings.split())
+    setup = prepare_run(config)
+    last = []
+    grid = LocalGrid(setup.app, setup.data.num_clients, cohort=1, workers=1)
+    with server_identity(1):
+        for report in run_rounds(
+            setup.strategy, grid, setup.app.initial_arrays(), config.rounds, keep=lambda _, arrays: last.append(arrays)
+        ):
+            assert not report.failures
+    assert found["round"] == report.round == config.rounds
+    assert found["failures"] == {}
+    assert found["clients"].keys() == {str(client) for client in report.clients}
+    for client, metrics in report.clients.items():
+        assert found["clients"][str(client)] == pytest.approx(metrics, rel=1e-5)
+    pairs = [(found["arrays"], leaves(from_record(last[-1])))]
+    assert found["state"].keys() == setup.strategy.state.keys()
+    pairs += [(found["state"][role], leaves(values)) for role, values in setup.strategy.state.items()]
+    for theirs, ours in pairs:
+        assert theirs.keys() == ours.keys()
+        for name, value in ours.items():
+            close = torch.tensor(theirs[name], dtype=torch.float64)
+            torch.testing.assert_close(close, value.double(), rtol=1e-5, atol=1e-6)
+
+
+def programs() -> set[str]:
+    """Process ids of Flower's programs that run on this machine."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if any(word.rpartition(b"/")[2].startswith((b"flower-super", b"flwr-")) for word in words[:2]):
+            found.add(folder.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("more", [[], ["--tls"]], ids=["plain", "tls"])
+def test_supernodes_give_what_this_process_gives(more: list[str], tmp_path: Path) -> None:
+    settings = "strategy=gpfl dataset=digits rounds=3 evaluate_every=3"
+    command = [sys.executable, str(SCRIPT), "--nodes", "4", "--settings", settings, "--result"]
+    before = programs()
+    done = subprocess.run(
+        [*command, str(tmp_path / "found.json"), *more],
+        env=environment(), capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert_as_here(json.loads((tmp_path / "found.json").read_text()), f"{settings} partition.num_clients=4")
+    assert "after round 3:" in done.stdout
+    assert programs() <= before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_server_state_finds_a_client_whose_supernode_was_started_anew(tmp_path: Path) -> None:
+    settings = (
+        "strategy=pfedpg dataset=digits rounds=3 evaluate_every=3 partition.num_clients=2 model=vit model.dim=16 "
+        "model.depth=1 model.heads=2 model.pretrained=null"
+    )
+    federation = loaded()
+
+    class Restarting(federation.Federation):  # type: ignore[misc, name-defined]
+        """Stops and starts node 1 once it has trained."""
+
+        done = False
+
+        def check(self) -> None:
+            super().check()
+            log = self.folder / "supernode-1.log"
+            if not self.done and log.exists() and b"train message" in log.read_bytes():
+                while b"Sent successfully" not in log.read_bytes().partition(b"train message")[2]:
+                    time.sleep(0.1)
+                self.stop_node(1)
+                self.start_node(1)
+                self.done = True
+
+    with Restarting(2, environment=environment()) as here:
+        found = here.run(settings, tmp_path / "found.json", timeout=800)
+        assert here.done
+    assert_as_here(found, settings)
+
+
+@pytest.mark.slow
+def test_the_script_stops_everything_when_it_is_told_to(tmp_path: Path) -> None:
+    before = programs()
+    script = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--nodes", "2"],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while len(programs() - before) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(programs() - before) >= 4
+    script.send_signal(signal.SIGINT)
+    script.communicate(timeout=60)
+    assert script.returncode == 130
+    assert programs() <= before
+
+
+@pytest.mark.slow
+def test_the_script_says_what_went_wrong(tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text("{}")
+    command = [sys.executable, str(SCRIPT), "--nodes", "1", "--result", str(tmp_path / "found.json")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1
+    assert "found.json exists already; choose another file with --result." in done.stderr
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_flwr_run_with_flowers_simulation_gives_what_this_process_gives(tmp_path: Path) -> None:
+    settings = "strategy=scaffold dataset=digits rounds=2 partition.num_clients=3"
+    config = tmp_path / "run.toml"
+    config.write_text(f'settings = "{settings}"\nresult = "{tmp_path / "found.json"}"\n')
+    port = free_port()
+    surroundings = {
+        **environment(),
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
+        "FLWR_LOCAL_CONTROL_API_PORT": free_port(),
+    }
+    before = programs()
+    flwr = str(Path(sys.executable).parent / "flwr")
+    try:
+        done = subprocess.run(
+            [
+                flwr, "run", ".", "--stream", "--run-config", str(config),
+                "--federation-config", "num-supernodes=3 client-resources-num-cpus=1",
+            ],
+            cwd=APP, env=surroundings, capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+    finally:  # flwr leaves its local SuperLink running
+        for process in programs() - before:
+            if port.encode() in Path(f"/proc/{process}/cmdline").read_bytes():
+                os.kill(int(process), signal.SIGTERM)
+    assert "round 2: train loss" in done.stdout, done.stdout + done.stderr
+    assert_as_here(json.loads((tmp_path / "found.json").read_text()), settings)

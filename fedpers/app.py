@@ -10,10 +10,13 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedpers import __version__
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
+
+if TYPE_CHECKING:
+    from fedpers.config import Config
 
 USAGE = """\
 fedpers - personalized federated learning
@@ -24,6 +27,7 @@ Run (settings are key=value, see below):
   fedpers +experiment=demo                                  a preset
 
 Subcommands:
+  fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
   fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
   fedpers --help | --version
@@ -39,6 +43,8 @@ Settings people change (choose = one of the files of conf/KEY):
   model       {model}
   training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
+  aggregation {aggregation}
+  privacy     {privacy}      privacy.noise=1  privacy.norm=1
   runtime     runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
   tracker     none, wandb, tensorboard, [wandb,tensorboard]
   +experiment {experiment}
@@ -49,7 +55,7 @@ Further options of Hydra:        fedpers --hydra-help
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 1 (a run failed), 2 (bad input) or 130 (interrupted)."""
+    """Entry point; exits with 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
     sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -76,9 +82,10 @@ def _main(arguments: list[str]) -> int:
     except FedpersError as error:
         print(f"fedpers: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("fedpers: interrupted; what a run has done so far is kept in its folder.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        told = getattr(stop, "told", "") or "interrupted; what a run has done so far is kept in its folder"
+        print(f"fedpers: {told}.", file=sys.stderr)
+        return int(getattr(stop, "exit_code", 130))
 
 
 def _usage() -> str:
@@ -87,7 +94,17 @@ def _usage() -> str:
 
         return ", ".join(sorted(path.stem for path in (conf_folder() / group).glob("*.yaml")))
 
-    groups = ("strategy", "dataset", "partition", "heterogeneity", "split", "model", "experiment")
+    groups = (
+        "strategy",
+        "dataset",
+        "partition",
+        "heterogeneity",
+        "split",
+        "model",
+        "aggregation",
+        "privacy",
+        "experiment",
+    )
     return USAGE.format(**{group: options(group) for group in groups})
 
 
@@ -128,6 +145,29 @@ def _run(arguments: list[str]) -> int:
     return max(failed, default=0)
 
 
+def composed(overrides: Sequence[str]) -> Config:
+    """Settings made of ``key=value`` overrides, as the command makes them, without starting a run.
+
+    Raises
+    ------
+    FedpersError
+        If an override cannot be used.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from fedpers.config import Config, build, conf_folder
+
+    try:
+        with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
+            cfg = compose("config", overrides=list(overrides))
+        return build(Config, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _sentence(error, overrides) from error
+
+
 def _job(cfg: Any) -> float | None:
     """One job; returns the validation score of the selected round, for sweepers that optimize."""
     from hydra.core.hydra_config import HydraConfig
@@ -138,7 +178,11 @@ def _job(cfg: Any) -> float | None:
 
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     folder = Path(HydraConfig.get().runtime.output_dir)
-    summary = run(build(Config, resolved), folder, resolved)
+    return _tell(run(build(Config, resolved), folder, resolved), folder)
+
+
+def _tell(summary: Mapping[str, Any], folder: Path) -> float | None:
+    """Print a run's result in one line; return the validation score of the selected round."""
     selected, headline = summary["selected"], summary["headline"]
     chosen = "validation" if summary["protocol"] == "validation-selected" else "test, as published"
     print(
@@ -260,7 +304,41 @@ def _plot(arguments: list[str]) -> int:
     return 0
 
 
-SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": _compare, "plot": _plot}
+def _resume(arguments: list[str]) -> int:
+    """Go on with a run."""
+    from fedpers.resume import FinishedError, check_contents
+    from fedpers.run import resume
+
+    parser = argparse.ArgumentParser(prog="fedpers resume", description="Go on with a run after its last checkpoint.")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="rounds, runtime, runtime.*, tracker, tracker.*, checkpoint.*"
+    )
+    options = parser.parse_args(arguments)
+    check_contents(options.folder)
+    _log_into(options.folder)
+    try:
+        _tell(resume(options.folder, options.overrides), options.folder.resolve())
+    except FinishedError as error:
+        print(error)
+    return 0
+
+
+def _log_into(folder: Path) -> None:
+    """Set up logging as Hydra does for a run in `folder`."""
+    import logging.config
+
+    from omegaconf import OmegaConf
+
+    from fedpers.config import conf_folder
+
+    file = conf_folder() / "hydra" / "job_logging" / "fedpers.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    settings["handlers"]["file"]["filename"] = str(folder.resolve() / "run.log")
+    logging.config.dictConfig(settings)
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": _compare, "plot": _plot, "resume": _resume}
 
 if __name__ == "__main__":
     main()

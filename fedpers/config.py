@@ -16,10 +16,11 @@ from fedpers.cohort import Training
 from fedpers.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
 from fedpers.errors import ConfigError, check, one_of
 from fedpers.models import ModelConfig
+from fedpers.strategies.wrappers import Aggregation, Privacy
 from fedpers.tracking import TrackerConfig
 
 T = TypeVar("T")
-RUNTIMES = ("local", "ray")
+RUNTIMES = ("local", "ray", "flower")
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,8 @@ class RuntimeConfig:
 
     Parameters
     ----------
-    name : {"local", "ray"}
+    name : {"local", "ray", "flower"}
+        ``flower`` is Flower's own simulation engine, see :class:`fedpers.runtime.flower.FlowerSimulation`.
     cohort, workers : int or "auto"
         See :class:`fedpers.runtime.local.LocalGrid`.
     device : str
@@ -39,7 +41,7 @@ class RuntimeConfig:
     timeout : float, optional
         Seconds to wait for the clients' replies, > 0; None waits for as long as they take.
     address, actors, cpus_per_actor, gpus_per_actor
-        See :class:`fedpers.runtime.ray.RayGrid`.
+        See :class:`fedpers.runtime.ray.RayGrid`; of these, ``flower`` knows the last two.
     """
 
     name: str = "local"
@@ -90,6 +92,27 @@ class RuntimeConfig:
 
 
 @dataclass(kw_only=True)
+class CheckpointConfig:
+    """When all state of a run is written, see :mod:`fedpers.checkpoint`.
+
+    Parameters
+    ----------
+    every : int
+        Rounds between checkpoints, >= 0; one more is written at the end of a run and when a signal stops it. 0 writes
+        none at all.
+    keep : int
+        The last so many are kept, >= 1.
+    """
+
+    every: int = 10
+    keep: int = 1
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "checkpoint.every", self.every, "a whole number >= 0")
+        check(self.keep >= 1, "checkpoint.keep", self.keep, "a whole number >= 1")
+
+
+@dataclass(kw_only=True)
 class Config:
     """All settings of one run, as composed from ``conf/``.
 
@@ -97,7 +120,7 @@ class Config:
     ----------
     strategy : mapping
         ``name`` and the method's own settings (:func:`fedpers.strategies.options_of`).
-    dataset, partition, split, heterogeneity, model, training, runtime, tracker
+    dataset, partition, split, heterogeneity, model, training, aggregation, privacy, runtime, tracker, checkpoint
         See their classes.
     rounds : int
         >= 1.
@@ -122,8 +145,11 @@ class Config:
     heterogeneity: HeterogeneityConfig = field(default_factory=HeterogeneityConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: Training = field(default_factory=Training)
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    privacy: Privacy = field(default_factory=lambda: Privacy(name="none"))
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     rounds: int = 50
     fraction: float = 1.0
     seed: int = 0

@@ -10,32 +10,40 @@ import platform
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flwr.app as flower
 import numpy as np
 import torch
+import yaml
 from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
 from fedpers import __version__
-from fedpers.config import Config, convert
+from fedpers.checkpoint import Checkpoint, Checkpoints, network_checksum
+from fedpers.cohort import Tree
+from fedpers.config import Config, build, convert
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
 from fedpers.data.ratings import RankingData
 from fedpers.errors import ConfigError, FedpersError
 from fedpers.evaluation.metrics import distribution
 from fedpers.models import build_model
+from fedpers.progress import Evaluation, Progress, report_from_json, report_to_json
 from fedpers.randomness import sample_clients
+from fedpers.resume import FinishedError, clear_leftovers, locked, reopen
 from fedpers.runtime.launch import launch
+from fedpers.runtime.states import DamagedError, read_states
+from fedpers.signals import Interrupted, StopSignals
 from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, make_strategy, option_types
-from fedpers.tracking import make_trackers
+from fedpers.strategies.records import from_record, to_record
+from fedpers.tracking import Resumed, Trackers, make_trackers
 
 log = logging.getLogger(__name__)
 TIMES = ("seconds", "train_seconds", "samples_per_second")
@@ -44,63 +52,17 @@ _COUNTED = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "failures
 _SPREAD = {"mean": "", "weighted": "_weighted", "std": "_std", "worst_decile": "_worst_decile", "min": "_min"}
 _GROUPS = (*PARTS[1:], "unseen", "adapted")
 """What the names of measured metrics begin with: parts of the clients that train, and the unseen ones' test part."""
-Evaluation = tuple[int, dict[str, float], "RoundReport"]
-"""An evaluated round: its number, its metrics, its report."""
 
 
 @dataclass
 class Setup:
-    """Everything a run consists of, made from its settings."""
+    """Everything a run consists of, made from its settings; `network` is the digest of the initial network."""
 
     data: FederatedData
     strategy: PersonalizedStrategy
     app: CohortApp
+    network: str
     pretrained_accuracy: float | None = None
-
-
-@dataclass
-class Progress:
-    """What a run has yielded so far.
-
-    Attributes
-    ----------
-    rounds_done : int
-        Rounds trained, aggregated and, where due, evaluated.
-    best, last : tuple (round, metrics, report) or None
-        Evaluated round with the highest score (the first of equals, or the last if the data's protocol says so), and
-        the latest evaluated one.
-    """
-
-    selected_by: str = "validation/accuracy"
-    latest_wins: bool = False
-    unseen: tuple[int, ...] = ()
-    rounds_done: int = 0
-    best: Evaluation | None = None
-    last: Evaluation | None = None
-    totals: dict[str, float] = field(default_factory=dict)
-    error: str | None = None
-    trained: Counter[int] = field(default_factory=Counter)
-
-    def take(self, report: RoundReport, metrics: dict[str, float]) -> None:
-        """Take in a finished round."""
-        self.rounds_done = report.round
-        self.trained.update(set(report.sampled) - set(report.failures))
-        for name in ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds"):
-            self.totals[name] = self.totals.get(name, 0) + getattr(report, name)
-        failures = len(report.failures) + len(report.evaluation_failures)
-        self.totals["failures"] = self.totals.get("failures", 0) + failures
-        if report.clients and report.round:
-            self.last = (report.round, metrics, report)
-            left_out = report.evaluation_failures.keys() - set(self.unseen)
-            complete = not left_out  # a mean over those that are left would flatter the round
-            if complete and self._better(metrics):
-                self.best = self.last
-
-    def _better(self, metrics: dict[str, float]) -> bool:
-        if self.best is None:
-            return True
-        score, best = metrics.get(self.selected_by, math.nan), self.best[1].get(self.selected_by, -math.inf)
-        return score > best or (self.latest_wins and score == best)
 
 
 def prepare_run(config: Config) -> Setup:
@@ -122,14 +84,21 @@ def prepare_run(config: Config) -> Setup:
         for key, value in config.strategy.items()
         if key != "name"
     }
-    server = {"fraction": config.fraction, "seed": config.seed, "evaluate_every": config.evaluate_every}
-    strategy, update = make_strategy(
-        name, options, server={**server, "min_replies": config.min_replies}, training=config.training
-    )
+    server = {
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "evaluate_every": config.evaluate_every,
+        "min_replies": config.min_replies,
+        "aggregator": config.aggregation.strategy(),
+        "privacy": None if config.privacy.name == "none" else config.privacy,
+    }
+    strategy, update = make_strategy(name, options, server=server, training=config.training)
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
     shift_seed = config.seed if config.partition.seed is None else config.partition.seed
     data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
     strategy.unseen = data.unseen
+    sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
+    strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
     try:
         public = None if data.public is None else (data.x[data.public], data.y[data.public])
         items = data.num_items if isinstance(data, RankingData) else None
@@ -146,7 +115,13 @@ def prepare_run(config: Config) -> Setup:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
     app = update.client_app(model, data, seed=config.seed, device=device)
-    return Setup(data, strategy, app, model.pretrained_accuracy)
+    strategy.check_arrays(from_record(app.initial_arrays()), sampled)
+    return Setup(data, strategy, app, network_checksum(model), model.pretrained_accuracy)
+
+
+def client_half(settings: Mapping[str, Any]) -> CohortApp:
+    """Make the client app of a run in another process, from ``asdict`` of its :class:`Config`."""
+    return prepare_run(build(Config, settings)).app
 
 
 def run_rounds(
@@ -157,27 +132,51 @@ def run_rounds(
     *,
     auc: bool = False,
     timeout: float | None = None,
+    done: RoundReport | None = None,
+    keep: Callable[[RoundReport, flower.ArrayRecord], None] | None = None,
 ) -> Iterator[RoundReport]:
     """Train and evaluate round by round.
 
     Round 0 is an evaluation of the initial state; the last round is always evaluated, and then the unseen clients
     once more, after they adapted.
 
+    Parameters
+    ----------
+    strategy : PersonalizedStrategy
+    grid : Grid
+    arrays : ArrayRecord
+        What the server starts from.
+    rounds : int
+    auc : bool
+    timeout : float, optional
+    done : RoundReport, optional
+        Of the last round that ran already, as `keep` was given it; `arrays`, ``strategy.state`` and the clients' state
+        are those after it.
+    keep : callable, optional
+        Called with the report and the arrays after each round, before what is done only after the last one.
+
     Yields
     ------
     RoundReport
-        After each round.
+        After each round, that of `done` first.
     """
     evaluation = flower.ConfigRecord({"auc": auc})
     strategy.timeout = timeout
     grid = strategy.folding(grid)
-    for round in range(rounds + 1):
-        if round:
-            messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
-            new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
-            arrays = arrays if new is None else new
-        due = round % strategy.evaluate_every == 0 or round == rounds
-        if due:
+    if done is not None:
+        strategy.restore(done, strategy.state)
+    for round in range(0 if done is None else done.round, rounds + 1):
+        if done is None or round > done.round:
+            if round:
+                messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
+                new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
+                arrays = arrays if new is None else new
+            if round % strategy.evaluate_every == 0:
+                messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
+                strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
+            if keep is not None:
+                keep(strategy.report, arrays)
+        if round == rounds and round % strategy.evaluate_every:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
             strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
         if round == rounds and strategy.unseen:
@@ -224,8 +223,9 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
 def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Run and write the run folder.
 
-    It holds ``config.yaml``, ``manifest.json``, ``rounds.jsonl``, ``clients.parquet`` and ``summary.json``. On Ctrl-C
-    what is done so far is written, and ``KeyboardInterrupt`` raised again.
+    It holds ``config.yaml``, ``manifest.json``, ``rounds.jsonl``, ``clients.parquet``, ``summary.json`` and the last
+    checkpoint. On Ctrl-C or SIGTERM the round ends, what is done so far is written, and
+    :class:`~fedpers.signals.Interrupted` raised; a second signal, or one of a run without checkpoints, stops at once.
 
     Parameters
     ----------
@@ -245,52 +245,271 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
     FedpersError
         If settings, data or the folder cannot be used or the folder holds a run, or too few clients reply.
     """
-    started = time.perf_counter()
+    began = time.perf_counter()
     setup = prepare_run(config)
     _make_folder(folder)
-    if (folder / "rounds.jsonl").exists():
-        raise FedpersError(f"{folder} holds a run already; choose another folder.")
-    plain = dict(resolved) if resolved else asdict(config)
-    _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-    trainable = setup.data.num_clients - len(setup.data.unseen)
-    sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
-    if config.min_replies > sampled:
-        raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
-    data = setup.data
-    progress = Progress(f"{data.selected_on}/{data.headline}", data.latest_wins, data.unseen)
-    name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
-    manifest = make_manifest(setup)
-    summary: dict[str, Any] = {}
+    with locked(folder):
+        if (folder / "rounds.jsonl").exists():
+            raise FedpersError(f"{folder} holds a run already; choose another folder, or go on with 'fedpers resume'.")
+        plain = dict(resolved) if resolved else asdict(config)
+        _write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        return _Run(config, folder, plain, setup, began).go()
 
-    def main(grid: Grid) -> None:
-        with make_trackers(
-            config.tracker, folder, name, plain, config.rounds, headline=f"validation/{data.headline}"
-        ) as trackers:
-            log.info("runtime: %s", grid)
-            if sys.stderr.isatty():
-                print(f"runtime: {grid}", file=sys.stderr)
-            described = getattr(grid, "described", dict)
-            manifest["runtime"] = described()
-            _write(folder / "manifest.json", json.dumps(manifest, indent=1))
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Go on with a run that stopped, in its folder, after its last checkpoint.
+
+    The folder may come from anywhere: nothing in it is executed, and nothing outside of it is written.
+
+    Parameters
+    ----------
+    folder : Path
+    overrides : sequence of str
+        ``key=value``, see :func:`fedpers.resume.reopen`.
+
+    Returns
+    -------
+    dict
+        What is in ``summary.json``.
+
+    Raises
+    ------
+    FinishedError
+        If the run has done all its rounds.
+    FedpersError
+        If there is no checkpoint, or settings, data or network are not those of the run.
+    """
+    began = time.perf_counter()
+    with locked(folder):
+        opened = reopen(folder, overrides)
+        config = opened.config
+        for checkpoint in opened.checkpoints(folder):
+            opened.check_settings(checkpoint)
+            rounds = config.rounds
+            if rounds < checkpoint.round:
+                raise ConfigError("rounds", rounds, f"a whole number >= {checkpoint.round}, the rounds done")
+            if checkpoint.round == rounds and _is_finished(folder, rounds):
+                raise FinishedError(
+                    f"{folder} has done its {rounds} rounds; 'fedpers resume {folder} rounds=N' goes on to round N."
+                )
+            setup = prepare_run(config)
+            for name, ours in (("data", setup.data.checksum), ("network", setup.network)):
+                if checkpoint.content.get(name) != ours:
+                    what = "data made here differ" if name == "data" else "initial network made here differs"
+                    raise FedpersError(f"the {what} from the run's in {folder}, by checksum: it cannot be resumed.")
             try:
-                arrays = setup.app.initial_arrays()
+                start = _Start.read(checkpoint, setup.app, opened.tracker_ids(checkpoint))
+                progress = _progress(setup.data)
+                progress.restore(checkpoint.content["progress"])
+            except DamagedError as error:
+                log.warning("%s This checkpoint is not used.", error)
+                continue
+            except (KeyError, TypeError, ValueError, AttributeError):
+                log.warning("%s does not describe a run. This checkpoint is not used.", checkpoint.folder)
+                continue
+            clear_leftovers(folder)
+            if opened.typed:
+                _write(folder / "config.yaml", yaml.safe_dump(opened.plain, sort_keys=False))
+            config = replace(config, runtime=opened.runtime_as_before(checkpoint))
+            return _Run(config, folder, opened.plain, setup, began, start, progress).go()
+        raise opened.nothing_left(folder)
+
+
+@dataclass
+class _Start:
+    """Where a resumed run goes on."""
+
+    checkpoint: Checkpoint
+    report: RoundReport
+    arrays: Tree
+    state: dict[str, Tree]
+    seconds: float
+    tracker_ids: dict[str, str]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, app: CohortApp, tracker_ids: dict[str, str]) -> _Start:
+        """Read and check a checkpoint."""
+        arrays, state = checkpoint.read_server(app)
+        checkpoint.check_clients(app)
+        report = report_from_json(checkpoint.content["report"])
+        if report.round != checkpoint.round:
+            raise ValueError(f"a report of round {report.round} in the checkpoint of round {checkpoint.round}")
+        return cls(checkpoint, report, arrays, state, float(checkpoint.content["seconds"]), tracker_ids)
+
+
+class _Run:
+    """The rounds of one process, from the beginning or from a checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        plain: dict[str, Any],
+        setup: Setup,
+        began: float,
+        start: _Start | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.folder, self.plain, self.setup, self.start = config, folder, plain, setup, start
+        self.progress = _progress(setup.data) if progress is None else progress
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+        self.summary: dict[str, Any] = {}
+        self.began = began
+        self.kept: int | None = None if start is None else start.report.round
+        self.warned = False
+
+    @property
+    def seconds(self) -> float:
+        """Of all processes that worked on the run."""
+        return time.perf_counter() - self.began + (0.0 if self.start is None else self.start.seconds)
+
+    def go(self) -> dict[str, Any]:
+        """Run all rounds and write the results."""
+        config, data = self.config, self.setup.data
+        trainable = data.num_clients - len(data.unseen)
+        sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
+        if config.min_replies > sampled:
+            raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
+        make_app = partial(client_half, asdict(config))
+        launch(config.runtime, self.setup.app, self.main, sampled=sampled, folder=self.folder, make_app=make_app)
+        return self.summary
+
+    def main(self, grid: Grid) -> None:
+        """What the server does."""
+        config, setup, start, progress = self.config, self.setup, self.start, self.progress
+        log.info("runtime: %s", grid)
+        if sys.stderr.isatty():
+            print(f"runtime: {grid}", file=sys.stderr)
+        saves = config.checkpoint.every > 0
+        if saves and not hasattr(grid, "blocks"):
+            log.info("no checkpoints are written: on this runtime clients keep their state themselves")
+            saves = False
+        arrays = setup.app.initial_arrays()
+        resumed = None
+        if start is not None:
+            log.info("resumed after round %d", start.report.round)
+            if not hasattr(grid, "load"):
+                raise FedpersError(f"runtime={config.runtime.name} cannot take over clients' personal state.")
+            grid.load(read_states(start.checkpoint.folder, setup.app.initial_state))
+            arrays, setup.strategy.state = to_record(start.arrays), start.state
+            resumed = Resumed(start.report.round, start.tracker_ids)
+        name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
+        headline = setup.data.headline
+        with (
+            make_trackers(
+                config.tracker, self.folder, name, self.plain, config.rounds, f"validation/{headline}", resumed
+            ) as trackers,
+            StopSignals(patient=saves) as signals,
+        ):
+            self._write_manifest(grid)
+            stopping = False
+
+            def keep(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+                nonlocal stopping
+                stopping = signals.received is not None
+                signals.round = report.round + 1
+                due = report.round and report.round % config.checkpoint.every == 0
+                if due or stopping or report.round == config.rounds:
+                    self._save(report, arrays, grid, trackers)
+
+            signals.round = 0 if start is None else start.report.round + 1
+            try:
                 for report in run_rounds(
-                    setup.strategy, grid, arrays, config.rounds, auc=config.auc, timeout=config.runtime.timeout
+                    setup.strategy,
+                    grid,
+                    arrays,
+                    config.rounds,
+                    auc=config.auc,
+                    timeout=config.runtime.timeout,
+                    done=None if start is None else start.report,
+                    keep=keep if saves else None,
                 ):
-                    metrics = metrics_of(report, data.headline)
+                    metrics = metrics_of(report, headline)
                     trackers.log(report.round, metrics)
                     progress.take(report, metrics)
+                    if stopping:
+                        break
             except FedpersError as error:
                 progress.error = str(error)
                 raise
             finally:
-                summary.update(_summary(config, setup, progress, time.perf_counter() - started))
-                _write_clients(folder / "clients.parquet", setup.data, progress)
-                _write(folder / "summary.json", json.dumps(summary, indent=1))
-                trackers.summary({f"selected/{k}": v for k, v in summary["selected"].items() if v is not None})
+                self.summary.update(_summary(config, setup, progress, self.seconds))
+                _write_clients(self.folder / "clients.parquet", setup.data, progress)
+                _write(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+                trackers.summary({f"selected/{k}": v for k, v in self.summary["selected"].items() if v is not None})
+        if signals.received is not None:
+            raise Interrupted(signals.received, self._told())
 
-    launch(config.runtime, setup.app, main, sampled=sampled, folder=folder)
-    return summary
+    def _told(self) -> str:
+        done = self.progress.rounds_done
+        if done == self.config.rounds:
+            return f"stopped after the last round, {done}; the run is complete"
+        if self.kept is None:
+            return f"stopped after round {done}; there is no checkpoint"
+        return f"stopped after round {done}; 'fedpers resume {self.folder}' goes on after round {self.kept}"
+
+    def _save(self, report: RoundReport, arrays: flower.ArrayRecord, grid: Grid, trackers: Trackers) -> None:
+        """Write a checkpoint; one that cannot be written is no reason to lose the run."""
+        described: dict[str, Any] = getattr(grid, "described", dict)()
+        content = {
+            "versions": {"fedpers": __version__, "torch": torch.__version__},
+            "settings": self.plain,
+            "data": self.setup.data.checksum,
+            "network": self.setup.network,
+            "runtime": {"name": self.config.runtime.name, "cohort": described.get("cohort")},
+            "device": self.setup.app.device.type,
+            "progress": self.progress.to_json(),  # without this round
+            "report": report_to_json(report),
+            "seconds": self.seconds,
+            "trackers": trackers.ids,
+        }
+        try:
+            trackers.sync()
+            blocks = cast(Any, grid).blocks()
+            saved = self.checkpoints.save(report.round, content, from_record(arrays), self.setup.strategy.state, blocks)
+            self.kept = report.round
+            if hasattr(grid, "saved"):
+                grid.saved(saved)
+            self.checkpoints.prune(saved)
+        except OSError as error:
+            text = f"round {report.round}: no checkpoint could be written ({error.strerror or error})"
+            if not self.warned:
+                log.warning("%s; the run goes on, and the last one before it stays.", text)
+            else:
+                log.info("%s", text)
+            self.warned = True
+
+    def _write_manifest(self, grid: Grid) -> None:
+        """Write what ran where; a resumed run adds what goes on where."""
+        path = self.folder / "manifest.json"
+        manifest = make_manifest(self.setup)
+        manifest["runtime"] = getattr(grid, "described", dict)()
+        if self.start is not None:
+            before = _read_json(path)
+            resumed = before.get("resumed")
+            again = {"after_round": self.start.report.round, **manifest}
+            manifest = {**(before or manifest), "resumed": [*(resumed if isinstance(resumed, list) else []), again]}
+        _write(path, json.dumps(manifest, indent=1))
+
+
+def _progress(data: FederatedData) -> Progress:
+    return Progress(f"{data.selected_on}/{data.headline}", data.latest_wins, data.unseen)
+
+
+def _is_finished(folder: Path, rounds: int) -> bool:
+    """Whether the results of all rounds are there; they are written after the last checkpoint."""
+    found = _read_json(folder / "summary.json")
+    return found.get("rounds") == found.get("rounds_done") == rounds
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file of ours holds; nothing if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        log.info("%s is not read: %s", path, error)
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -> dict[str, Any]:
@@ -312,6 +531,8 @@ def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -
         "dataset": setup.data.name,
         "partition": partition.name + detail,
         "model": config.model.name,
+        "aggregation": config.aggregation.name,
+        "privacy": config.privacy.name,
         "num_clients": setup.data.num_clients,
         "seed": config.seed,
         "rounds": config.rounds,

@@ -164,7 +164,25 @@ def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
     return 1 if over else 0
 
 
-COMPARISONS: dict[str, Callable[[list[str], str], int]] = {"cohort": compare_cohorts}
+def compare_runtimes(methods: list[str], device: str = "cpu") -> int:
+    """See :mod:`tests.runtimes`."""
+    from tests.runtimes import compare_runtimes as compare
+
+    return compare(methods, device)
+
+
+def compare_resumed(methods: list[str], device: str = "cpu") -> int:
+    """See :mod:`tests.resume`."""
+    from tests.resume import compare_resumed as compare
+
+    return compare(methods, device)
+
+
+COMPARISONS: dict[str, Callable[[list[str], str], int]] = {
+    "cohort": compare_cohorts,
+    "runtime": compare_runtimes,
+    "resume": compare_resumed,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

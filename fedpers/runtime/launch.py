@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def launch(
-    config: RuntimeConfig, app: CohortApp, main: Callable[[Grid], None], *, sampled: int, folder: Path | None = None
+    config: RuntimeConfig,
+    app: CohortApp,
+    main: Callable[[Grid], None],
+    *,
+    sampled: int,
+    folder: Path | None = None,
+    make_app: Callable[[], CohortApp] | None = None,
 ) -> None:
     """Call `main` with a grid whose nodes are all clients of `app`, and end the grid afterwards.
 
@@ -33,7 +39,17 @@ def launch(
         Clients that train in a round, by which cohort sizes are chosen.
     folder : Path, optional
         Where files of personal state that is too large for the memory are made; gone afterwards.
+    make_app : callable, optional
+        Makes `app` once more in a client process; needed by ``flower``.
     """
+    if config.name == "flower":
+        from fedpers.runtime.flower import flower_simulation
+
+        if make_app is None:
+            raise ValueError("the flower runtime needs make_app")
+        cpus, gpus = config.cpus_per_actor, config.gpus_per_actor
+        flower_simulation(make_app, app.data.num_clients, main, app=app, cpus_per_actor=cpus, gpus_per_actor=gpus)
+        return
     memory = None if config.state_memory == "auto" else float(config.state_memory) * 1e9
     grid: LocalGrid | RayGrid
     if config.name == "ray":

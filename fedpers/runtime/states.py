@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -106,28 +108,69 @@ def read_states(folder: Path, initial: Tree, clients: Collection[int] | None = N
     first = leaves(initial)
     wanted = None if clients is None else torch.tensor(sorted(clients), dtype=torch.int64)
     for path in state_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                if set(file.keys()) != {CLIENTS, *(_STATE + name for name in first)}:
-                    raise DamagedError(f"{path} holds other entries than the personal state of this run.")
-                numbers = file.get_tensor(CLIENTS)
-                if numbers.dtype != torch.int64 or numbers.dim() != 1:
-                    raise DamagedError(f"{path} does not say which clients it holds.")
-                rows = None if wanted is None else torch.isin(numbers, wanted).nonzero().flatten()
-                if rows is not None and not len(rows):
-                    continue
-                picked = numbers if rows is None else numbers[rows]
-                state = TensorDict({}, batch_size=[len(picked)])
-                for name, like in first.items():
-                    value = file.get_tensor(_STATE + name)  # mapped: rows that are not taken are not read
-                    if value.dtype != like.dtype or value.shape != (len(numbers), *like.shape):
-                        raise DamagedError(
-                            f"{path}: {name} is {_named(value)} instead of {_named(like)} for {len(numbers)} clients."
-                        )
-                    state.set(tuple(name.split("/")), (value if rows is None else value[rows]).to(like.device))
-        except (OSError, SafetensorError) as error:
-            raise DamagedError(f"{path} cannot be read ({error}).") from error
+        with _opened(path) as file:
+            numbers = _check_file(path, file, initial)
+            rows = None if wanted is None else torch.isin(numbers, wanted).nonzero().flatten()
+            if rows is not None and not len(rows):
+                continue
+            picked = numbers.clone() if rows is None else numbers[rows]
+            state = TensorDict({}, batch_size=[len(picked)])
+            for name, like in first.items():
+                value = file.get_tensor(_STATE + name)  # mapped: rows that are not taken are not read
+                own = value.clone() if rows is None else value[rows]
+                state.set(tuple(name.split("/")), own.to(like.device))
         yield picked, state
+
+
+def check_states(folder: Path, initial: Tree, num_clients: int) -> None:
+    """Refuse files that do not hold the personal state of a run; `initial` is as in :func:`read_states`.
+
+    Parameters
+    ----------
+    folder : Path
+    initial : Tree
+    num_clients : int
+        Clients of the run, each of whom may be there once.
+
+    Raises
+    ------
+    DamagedError
+    """
+    seen: set[int] = set()
+    for path in state_files(folder):
+        with _opened(path) as file:
+            numbers = _check_file(path, file, initial)
+        found = numbers.tolist()
+        strange = [client for client in found if not 0 <= client < num_clients or client in seen]
+        if strange or len(set(found)) < len(found):
+            raise DamagedError(f"{path} holds clients that are not in the data, or one of them twice.")
+        seen.update(found)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{path} cannot be read ({error}).") from error
+
+
+def _check_file(path: Path, file: Any, initial: Tree) -> Tensor:
+    """Clients in a file, which must hold a row of each entry of `initial` for each of them."""
+    first = leaves(initial)
+    if set(file.keys()) != {CLIENTS, *(_STATE + name for name in first)}:
+        raise DamagedError(f"{path} holds other entries than the personal state of this run.")
+    numbers: Tensor = file.get_tensor(CLIENTS)
+    if numbers.dtype != torch.int64 or numbers.dim() != 1:
+        raise DamagedError(f"{path} does not say which clients it holds.")
+    for name, like in first.items():
+        value = file.get_tensor(_STATE + name)  # mapped: nothing is read
+        if value.dtype != like.dtype or value.shape != (len(numbers), *like.shape):
+            raise DamagedError(
+                f"{path}: {name} is {_named(value)} instead of {_named(like)} for {len(numbers)} clients."
+            )
+    return numbers
 
 
 def _named(value: Tensor) -> str:

@@ -3,6 +3,7 @@
 from fedpers.tracking.trackers import (
     ConsoleTracker,
     JsonlTracker,
+    Resumed,
     TensorBoardConfig,
     TensorBoardTracker,
     Tracker,
@@ -16,6 +17,7 @@ from fedpers.tracking.trackers import (
 __all__ = [
     "ConsoleTracker",
     "JsonlTracker",
+    "Resumed",
     "TensorBoardConfig",
     "TensorBoardTracker",
     "Tracker",

@@ -13,7 +13,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MODES = ("auto", "offline", "online")
+INIT_SECONDS = 20.0
+"""Seconds that Weights & Biases may take to start a run."""
+FINISH_SECONDS = 60.0
+"""Seconds it may take to upload the rest at the end; what is left stays on disk for ``wandb sync``."""
 
 
 @dataclass
@@ -90,6 +94,22 @@ class TrackerConfig:
     tensorboard: TensorBoardConfig | None = None
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """Where trackers go on when a run is resumed.
+
+    Attributes
+    ----------
+    round : int
+        The first round that will be logged, perhaps again.
+    ids : mapping of str to str
+        :attr:`Trackers.ids` of the run so far.
+    """
+
+    round: int
+    ids: Mapping[str, str] = field(default_factory=dict)
+
+
 class Tracker(Protocol):
     """Takes the metrics of a run while it runs."""
 
@@ -121,18 +141,28 @@ class JsonlTracker:
     ----------
     folder : Path
         The run folder; made if it does not exist. A ``rounds.jsonl`` in it is replaced.
+    resumed : Resumed, optional
+        A ``rounds.jsonl`` is kept up to the round before and appended to.
 
     Raises
     ------
     FedpersError
-        If the folder or the file cannot be written, here or in :meth:`log`.
+        If the folder or the file cannot be written, here or in :meth:`log`, or it lacks a round that it should have.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed: Resumed | None = None) -> None:
         self._path = Path(folder) / "rounds.jsonl"
         with self._writing():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", encoding="utf-8", newline="\n")
+            self._file = self._path.open("w" if resumed is None else "r+", encoding="utf-8", newline="\n")
+            if resumed is not None:
+                try:
+                    end = _end_of_rounds(self._path, resumed.round)
+                except FedpersError:
+                    self._file.close()
+                    raise
+                self._file.truncate(end)
+                self._file.seek(end)
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
@@ -140,6 +170,11 @@ class JsonlTracker:
         with self._writing():
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
+
+    def sync(self) -> None:
+        """Put what was logged onto the disk."""
+        with self._writing():
+            os.fsync(self._file.fileno())
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Do nothing: the run writes ``summary.json``."""
@@ -157,6 +192,22 @@ class JsonlTracker:
             raise FedpersError(f"Cannot write {self._path}: {error.strerror or error}.") from error
 
 
+def _end_of_rounds(path: Path, count: int) -> int:
+    """Bytes of the lines of rounds 0 to ``count - 1``, with which the file must begin."""
+    end = 0
+    with path.open("rb") as file:
+        for round in range(count):
+            line = file.readline()
+            try:
+                good = line.endswith(b"\n") and json.loads(line)["round"] == round
+            except (ValueError, KeyError, TypeError, RecursionError):
+                good = False
+            if not good:
+                raise FedpersError(f"{path} lacks round {round}, after which the run would be resumed.")
+            end += len(line)
+    return end
+
+
 class TensorBoardTracker:
     """Writes TensorBoard events to ``tensorboard/`` in the run folder.
 
@@ -167,12 +218,20 @@ class TensorBoardTracker:
         The run folder.
     run_config : mapping
         Shown under *Text*.
+    resumed : Resumed, optional
+        Events of its round and later ones are no longer shown.
     """
 
-    def __init__(self, config: TensorBoardConfig, folder: Path, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: TensorBoardConfig, folder: Path, run_config: Mapping[str, Any], resumed: Resumed | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(Path(folder) / "tensorboard"), flush_secs=config.flush_secs)
+        self._writer: Any = SummaryWriter(
+            str(Path(folder) / "tensorboard"),
+            flush_secs=config.flush_secs,
+            purge_step=None if resumed is None else resumed.round,
+        )
         # four spaces make it a code block in TensorBoard's markdown
         text = json.dumps(dict(run_config), indent=2, default=str)
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
@@ -195,7 +254,8 @@ class TensorBoardTracker:
 class WandbTracker:
     """Weights & Biases run with its files in ``wandb/`` in the run folder; silent on the console.
 
-    Without a login it is offline and opens no connection; ``wandb sync`` uploads it later.
+    Without a login it is offline and opens no connection; ``wandb sync`` uploads it later. A server that does not
+    answer is waited for :data:`INIT_SECONDS` at the start and :data:`FINISH_SECONDS` at the end.
 
     Parameters
     ----------
@@ -206,6 +266,8 @@ class WandbTracker:
         Used where the config gives no name.
     run_config : mapping
         Stored as the run's config.
+    resumed : Resumed, optional
+        The run with its id goes on. Rounds that are logged again stay as wandb has them.
 
     Raises
     ------
@@ -213,7 +275,14 @@ class WandbTracker:
         If ``mode=online`` is asked for without a login (rather than prompting for one).
     """
 
-    def __init__(self, config: WandbConfig, folder: Path, run_name: str, run_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: WandbConfig,
+        folder: Path,
+        run_name: str,
+        run_config: Mapping[str, Any],
+        resumed: Resumed | None = None,
+    ) -> None:
         mode = config.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
@@ -227,6 +296,8 @@ class WandbTracker:
         with _environment(environment):
             import wandb
 
+            bounds: dict[str, Any] = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
+            known = {name: value for name, value in bounds.items() if name in wandb.Settings.model_fields}
             self._run: Any = wandb.init(
                 project=config.project,
                 name=config.name or run_name,
@@ -235,8 +306,15 @@ class WandbTracker:
                 dir=str(root),
                 config=dict(run_config),
                 reinit="create_new",
-                settings=wandb.Settings(silent=True, console="off"),
+                id=None if resumed is None else resumed.ids.get("wandb"),
+                resume=None if resumed is None else "allow",
+                settings=wandb.Settings(silent=True, console="off", **known),
             )
+
+    @property
+    def id(self) -> str:
+        """What wandb calls the run."""
+        return str(self._run.id)
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics with the round as step."""
@@ -263,6 +341,8 @@ class ConsoleTracker:
         Metric shown, a share.
     console : rich.console.Console, optional
         Standard error if not given.
+    done : int
+        Rounds that an earlier process ran.
     """
 
     def __init__(
@@ -271,6 +351,7 @@ class ConsoleTracker:
         run_name: str,
         headline: str = "validation/accuracy",
         console: Console | None = None,
+        done: int = 0,
     ) -> None:
         from rich.console import Console
         from rich.markup import escape
@@ -287,7 +368,7 @@ class ConsoleTracker:
             expand=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task(escape(run_name), total=total_rounds, score="", rate="")
+        self._task = self._progress.add_task(escape(run_name), total=total_rounds, completed=done, score="", rate="")
         self._headline = headline
         self._progress.start()
 
@@ -333,6 +414,16 @@ class Trackers:
     def names(self) -> list[str]:
         """Optional trackers that are on."""
         return list(self._optional)
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """What services call the run, by tracker, to go on with it later."""
+        return {name: tracker.id for name, tracker in self._optional.items() if isinstance(tracker, WandbTracker)}
+
+    def sync(self) -> None:
+        """Put what is part of the result onto the disk."""
+        if isinstance(self._required, JsonlTracker):
+            self._required.sync()
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Give the metrics of one round to every tracker; see :meth:`Tracker.log`."""
@@ -382,6 +473,7 @@ def make_trackers(
     run_config: Mapping[str, Any],
     total_rounds: int,
     headline: str = "validation/accuracy",
+    resumed: Resumed | None = None,
 ) -> Trackers:
     """Make ``rounds.jsonl``, the progress bar, and the trackers that `config` asks for.
 
@@ -398,21 +490,24 @@ def make_trackers(
         Length of the progress bar.
     headline : str
         Metric the bar shows.
+    resumed : Resumed, optional
+        Where a resumed run goes on.
 
     Raises
     ------
     FedpersError
-        If the run folder cannot be written.
+        If the run folder cannot be written, or a resumed run cannot go on in it.
     """
     optional: dict[str, Callable[[], Tracker]] = {}
+    done = 0 if resumed is None else resumed.round
     wandb, tensorboard = config.wandb, config.tensorboard
     if wandb is not None:
-        optional["wandb"] = lambda: WandbTracker(wandb, folder, run_name, run_config)
+        optional["wandb"] = lambda: WandbTracker(wandb, folder, run_name, run_config, resumed)
     if tensorboard is not None:
-        optional["tensorboard"] = lambda: TensorBoardTracker(tensorboard, folder, run_config)
+        optional["tensorboard"] = lambda: TensorBoardTracker(tensorboard, folder, run_config, resumed)
     # last, so that what the others print while they start is above the bar
-    optional["console"] = lambda: ConsoleTracker(total_rounds, run_name, headline)
-    return Trackers(JsonlTracker(folder), optional)
+    optional["console"] = lambda: ConsoleTracker(total_rounds, run_name, headline, done=done)
+    return Trackers(JsonlTracker(folder, resumed), optional)
 
 
 def _warn(name: str, error: Exception) -> None:

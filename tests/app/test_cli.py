@@ -282,7 +282,7 @@ def test_installed_command(tmp_path: Path) -> None:
         (["model=resnet18_bn", "model.width=4", "training.batch_size=9"], "no batch of one sample"),
         (["strategy=pfedpg", "strategy.prompts=0"], "strategy.prompts=0: expected a whole number >= 1."),
         (["strategy=pfedpg", "model=mlp"], "model=MLP: expected a vision transformer with a class token: model=vit"),
-        (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare, plot."),
+        (["stratgy"], "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare, plot, resume."),
         (["plot", "no-such-folder", "--out", "a.svg"], "no run was found in no-such-folder."),
         (["compare", "no-such-folder"], "no finished run was found in no-such-folder."),
     ],
@@ -337,9 +337,10 @@ def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "fedpers: interrupted; what a run has done so far is kept in its folder."
-    assert "Traceback" not in errors
     (folder,) = run_folders(tmp_path)
+    assert errors.splitlines()[-1].startswith("fedpers: stopped after round ")
+    assert f"'fedpers resume {folder}' goes on" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["interrupted"] is True
     lines = (folder / "rounds.jsonl").read_text().splitlines()

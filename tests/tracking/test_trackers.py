@@ -21,6 +21,7 @@ from fedpers.errors import ConfigError, FedpersError
 from fedpers.tracking import (
     ConsoleTracker,
     JsonlTracker,
+    Resumed,
     TensorBoardConfig,
     TrackerConfig,
     Trackers,
@@ -233,6 +234,73 @@ def test_wandb_login_is_found_where_wandb_keeps_it(no_login, monkeypatch):
     assert not _logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     assert _logged_in()
+
+
+@pytest.mark.parametrize("tail", ["", '{"round": 2', '{"round": 2}\n{"round": 3}\n', "\n\n"])
+def test_jsonl_of_a_resumed_run_goes_on_after_its_last_round(tail, tmp_path):
+    path = tmp_path / "rounds.jsonl"
+    path.write_text('{"round": 0}\n{"round": 1, "a": 0.5}\n' + tail)
+    tracker = JsonlTracker(tmp_path, Resumed(2))
+    tracker.log(2, {"a": 0.25})
+    tracker.sync()
+    tracker.close()
+    assert path.read_text() == '{"round": 0}\n{"round": 1, "a": 0.5}\n{"round": 2, "a": 0.25}\n'
+
+
+@pytest.mark.parametrize("text", ["", '{"round": 0}\n', '{"round": 0}\n{"round": 1}', '{"round": 0}\n{"round": 2}\n',
+                                  '{"round": 0}\n[1]\n', '{"round": 0}\nnull\n'])  # fmt: skip
+def test_jsonl_that_lacks_a_round_is_left_as_it_is(text, tmp_path):
+    (tmp_path / "rounds.jsonl").write_text(text)
+    with pytest.raises(FedpersError, match=r"rounds\.jsonl lacks round [01], after which the run would be resumed\.$"):
+        JsonlTracker(tmp_path, Resumed(2))
+    assert (tmp_path / "rounds.jsonl").read_text() == text
+    (tmp_path / "rounds.jsonl").unlink()
+    with pytest.raises(FedpersError, match=r"Cannot write .*: No such file"):
+        JsonlTracker(tmp_path, Resumed(2))
+
+
+def test_tensorboard_of_a_resumed_run_shows_each_round_once(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = TrackerConfig(tensorboard=TensorBoardConfig())
+    for resumed, rounds in ((None, (0, 1, 2, 3)), (Resumed(2), (2, 3, 4))):
+        with make_trackers(config, tmp_path, "run", {}, 4, resumed=resumed) as trackers:
+            for round in rounds:
+                trackers.log(round, {"a": float(round)})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("a")] == [0, 1, 2, 3, 4]
+
+
+SILENT = """
+import sys
+from pathlib import Path
+from fedpers.tracking import TrackerConfig, WandbConfig, make_trackers
+from fedpers.tracking import trackers as module
+module.INIT_SECONDS = 4.0
+with make_trackers(TrackerConfig(wandb=WandbConfig(mode="online")), Path(sys.argv[1]), "run", {}, 1) as trackers:
+    assert trackers.names == ["console"], trackers.names
+    trackers.log(0, {"a": 0.5})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_wandb_server_that_does_not_answer_does_not_hold_a_run_up(listening, tmp_path, no_login):
+    """It takes connections and is silent, or takes none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        if not listening:
+            server.close()
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | {"WANDB_API_KEY": "a" * 40, "WANDB_BASE_URL": address, "HOME": str(tmp_path)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        result = subprocess.run(
+            [sys.executable, "-c", SILENT, str(tmp_path / "run")],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Tracker 'wandb' failed and is switched off for this run" in result.stderr
+    assert (tmp_path / "run" / "rounds.jsonl").read_text() == '{"round": 0, "a": 0.5}\n'
 
 
 def test_bad_settings_are_refused():

@@ -1,0 +1,1 @@
+"""A method of fedpers as a Flower app."""

@@ -1,0 +1,166 @@
+"""What a run has yielded so far, and how it survives in JSON to the last digit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from fedpers.strategies import RoundReport
+
+Evaluation = tuple[int, dict[str, float], RoundReport]
+"""An evaluated round: its number, its metrics, its report."""
+_TOTALS = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds")
+_FLOAT = "$float"
+_BY_CLIENT = ("clients", "unseen", "adapted")
+_REASONS = ("failures", "evaluation_failures")
+
+
+@dataclass
+class Progress:
+    """What a run has yielded so far.
+
+    Attributes
+    ----------
+    rounds_done : int
+        Rounds trained, aggregated and, where due, evaluated.
+    best, last : tuple (round, metrics, report) or None
+        Evaluated round with the highest score (the first of equals, or the last if the data's protocol says so), and
+        the latest evaluated one.
+    """
+
+    selected_by: str = "validation/accuracy"
+    latest_wins: bool = False
+    unseen: tuple[int, ...] = ()
+    rounds_done: int = 0
+    best: Evaluation | None = None
+    last: Evaluation | None = None
+    totals: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    trained: Counter[int] = field(default_factory=Counter)
+
+    def take(self, report: RoundReport, metrics: dict[str, float]) -> None:
+        """Take in a finished round."""
+        self.rounds_done = report.round
+        self.trained.update(set(report.sampled) - set(report.failures))
+        for name in _TOTALS:
+            self.totals[name] = self.totals.get(name, 0) + getattr(report, name)
+        failures = len(report.failures) + len(report.evaluation_failures)
+        self.totals["failures"] = self.totals.get("failures", 0) + failures
+        if report.clients and report.round:
+            self.last = (report.round, metrics, report)
+            left_out = report.evaluation_failures.keys() - set(self.unseen)
+            complete = not left_out  # a mean over those that are left would flatter the round
+            if complete and self._better(metrics):
+                self.best = self.last
+
+    def _better(self, metrics: dict[str, float]) -> bool:
+        if self.best is None:
+            return True
+        score, best = metrics.get(self.selected_by, math.nan), self.best[1].get(self.selected_by, -math.inf)
+        return score > best or (self.latest_wins and score == best)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that rounds add, for :meth:`restore`; reports that are both best and last only once."""
+        return {
+            "rounds_done": self.rounds_done,
+            "totals": self.totals,
+            "trained": {str(client): count for client, count in sorted(self.trained.items())},
+            "best": None if self.best is None else self.best[0],
+            "last": None if self.last is None else self.last[0],
+            "evaluations": {
+                str(found[0]): {"metrics": found[1], "report": report_to_json(found[2])}
+                for found in (self.best, self.last)
+                if found is not None
+            },
+        }
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Undo :meth:`to_json`.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError, AttributeError
+            If `kept` is something else.
+        """
+        evaluations: dict[int, Evaluation] = {
+            int(number): (int(number), _numbers(own["metrics"]), report_from_json(own["report"]))
+            for number, own in kept["evaluations"].items()
+        }
+        self.rounds_done = whole(kept["rounds_done"])
+        self.totals = _numbers(kept["totals"])
+        self.trained = Counter({int(client): whole(count) for client, count in kept["trained"].items()})
+        self.best = None if kept["best"] is None else evaluations[kept["best"]]
+        self.last = None if kept["last"] is None else evaluations[kept["last"]]
+
+
+def report_to_json(report: RoundReport) -> dict[str, Any]:
+    """All fields of a report, clients as text; see :func:`exactly` for its numbers."""
+    found = asdict(report)
+    for name in (*_BY_CLIENT, *_REASONS):
+        found[name] = {str(client): value for client, value in found[name].items()}
+    return found
+
+
+def report_from_json(kept: Mapping[str, Any]) -> RoundReport:
+    """Undo :func:`report_to_json`; a KeyError, TypeError, ValueError or AttributeError says that it is none."""
+    names = {f.name for f in fields(RoundReport)}
+    if set(kept) != names:
+        raise ValueError(f"a report has {sorted(names)}")
+    found: dict[str, Any] = {}
+    for name, value in kept.items():
+        if name in _BY_CLIENT:
+            found[name] = {int(client): _numbers(own) for client, own in value.items()}
+        elif name in _REASONS:
+            found[name] = {int(client): str(reason) for client, reason in value.items()}
+        elif name == "sampled":
+            found[name] = [whole(client) for client in value]
+        elif name == "extra":
+            found[name] = _numbers(value)
+        else:
+            found[name] = _number(value)
+    whole(found["round"])
+    return RoundReport(**found)
+
+
+def exactly(value: Any) -> Any:
+    """Plain values as standard JSON can hold them: NaN and infinities become objects, tuples lists."""
+    if isinstance(value, Mapping):
+        return {str(key): exactly(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [exactly(own) for own in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r:.100} is no plain value")
+
+
+def restored(value: Any) -> Any:
+    """Undo :func:`exactly`, but for tuples."""
+    if isinstance(value, dict):
+        return float(value[_FLOAT]) if value.keys() == {_FLOAT} else {key: restored(v) for key, v in value.items()}
+    return [restored(own) for own in value] if isinstance(value, list) else value
+
+
+def whole(value: Any) -> int:
+    """Return a whole number >= 0; ValueError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r:.100} is no whole number >= 0")
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{value!r:.100} is no number")
+    return value
+
+
+def _numbers(kept: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): _number(value) for name, value in kept.items()}

@@ -1,0 +1,324 @@
+"""Opens the folder of a run to go on with it. The folder may be a stranger's: nothing in it is executed.
+
+``config.yaml`` is read as plain values (no tags, no aliases, no interpolation), checkpoints are JSON and safetensors
+(:mod:`fedpers.checkpoint`). Settings that would run code from elsewhere or let a server in (``module:Class``, networks
+from a hub, the address of a cluster) count only when they are typed again. Links that lead out of the folder are
+refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedpers.checkpoint import Checkpoint, Checkpoints
+from fedpers.config import Config, RuntimeConfig, build, conf_folder
+from fedpers.errors import ConfigError, FedpersError, one_of
+from fedpers.progress import exactly
+
+GROUPS = ("runtime", "tracker")
+"""Groups that may be replaced as a whole, by their files in ``conf/``."""
+CHANGEABLE = ("rounds", *GROUPS, "checkpoint")
+_MAY = "only rounds, runtime.*, tracker.* and checkpoint.* may be changed"
+_LONGEST = 2**20
+"""Bytes of a ``config.yaml``."""
+
+
+class FinishedError(FedpersError):
+    """A run has nothing left to do."""
+
+
+@dataclass
+class Reopened:
+    """A run folder that was read.
+
+    Attributes
+    ----------
+    config : Config
+        Settings with what was typed.
+    plain : dict
+        The same as they are written to ``config.yaml``.
+    typed : bool
+        Whether something was.
+    """
+
+    config: Config
+    plain: dict[str, Any]
+    typed: bool
+
+    def checkpoints(self, folder: Path) -> Iterator[Checkpoint]:
+        """Whole checkpoints, the newest first.
+
+        Raises
+        ------
+        FedpersError
+            If there is none.
+        """
+        kept = Checkpoints(folder / "checkpoints")
+        if not kept.all():
+            never = self.config.checkpoint.every == 0
+            reason = "checkpoint.every is 0" if never else "it was stopped before the first was written"
+            raise FedpersError(f"{folder} holds no checkpoint ({reason}): start the run anew.")
+        yield from kept.whole()
+
+    def tracker_ids(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """What services call the run; others than plain names are left out, as they become names of files."""
+        kept = checkpoint.content.get("trackers")
+        found = kept if isinstance(kept, dict) else {}
+        return {str(k): v for k, v in found.items() if isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", v)}
+
+    def nothing_left(self, folder: Path) -> FedpersError:
+        """What to say when no checkpoint can be used."""
+        return FedpersError(f"no checkpoint in {folder} is whole: start the run anew.")
+
+    def check_settings(self, checkpoint: Checkpoint) -> None:
+        """Refuse a ``config.yaml`` that was changed after the checkpoint.
+
+        Raises
+        ------
+        FedpersError
+        """
+        kept = checkpoint.content.get("settings")
+        before = _flat(kept) if isinstance(kept, dict) else {}
+        now = _flat(exactly(self.plain))
+        changed = [
+            f"{key}: {before.get(key, 'nothing')} in the checkpoint, {now.get(key, 'nothing')} in config.yaml"
+            for key in sorted(before.keys() | now.keys())
+            if (key in before, before.get(key)) != (key in now, now.get(key))
+            and key.partition(".")[0] not in (*CHANGEABLE, "output")
+        ]
+        if changed:
+            raise FedpersError(f"the settings are not those of the run ({'; '.join(changed)}): {_MAY}.")
+
+    def runtime_as_before(self, checkpoint: Checkpoint) -> RuntimeConfig:
+        """Runtime with the cohort size of the run so far, where it is left to us: it decides on the last digits."""
+        config, kept = self.config.runtime, checkpoint.content.get("runtime")
+        if not isinstance(kept, dict) or kept.get("name") != config.name or config.cohort != "auto":
+            return config
+        size, device = kept.get("cohort"), checkpoint.content.get("device")
+        if isinstance(size, int) and size >= 1 and device == config.torch_device().type:
+            return replace(config, cohort=size)
+        return config
+
+
+def reopen(folder: Path, overrides: Sequence[str] = ()) -> Reopened:
+    """Read the settings of a run.
+
+    Parameters
+    ----------
+    folder : Path
+    overrides : sequence of str
+        ``key=value`` of what may change: ``rounds``, ``runtime=NAME``, ``runtime.KEY``, ``tracker``, ``tracker.KEY``,
+        ``checkpoint.KEY``. Others must say what the run has.
+
+    Raises
+    ------
+    FedpersError
+        If the folder holds no run or what does not belong into one, or a value may not be changed.
+    """
+    check_contents(folder)
+    plain = _read_config(folder / "config.yaml")
+    typed = _apply(plain, overrides)
+    _check_code(plain, typed, folder)
+    config = build(Config, plain)
+    if config.dataset.root is not None:  # a folder that somebody else named
+        config = replace(config, dataset=replace(config.dataset, download=False))
+    return Reopened(config, plain, bool(typed))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on the run in a folder.
+
+    Raises
+    ------
+    FedpersError
+        If one does already, or there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FedpersError(f"there is no folder {folder}.")
+    try:
+        import fcntl
+    except ImportError:  # no POSIX
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FedpersError(f"another process works on the run in {folder}.") from error
+        except OSError:  # a file system without locks
+            yield
+            return
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove files of personal state that a run which was killed left behind."""
+    for path in folder.glob("states-*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def check_contents(folder: Path) -> None:
+    """Refuse what would let writing into a run folder reach other places.
+
+    Raises
+    ------
+    FedpersError
+        If there is such a thing, or no run.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise FedpersError(f"{folder} holds no run: there is no config.yaml.")
+    home = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(parent) / name
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if "checkpoints" in path.relative_to(folder).parts or not path.resolve().is_relative_to(home):
+                    raise FedpersError(f"{path} is a link that may lead elsewhere: the run is not resumed.")
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise FedpersError(f"{path} is neither a file nor a folder: the run is not resumed.")
+    if (folder / "wandb" / "settings").exists():  # wandb would take the address of its server from there
+        raise FedpersError(f"{folder / 'wandb' / 'settings'} is no part of a run: the run is not resumed.")
+
+
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """Reads values written out in full; aliases, which can make little text large, are refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("it holds an alias")
+        return super().compose_node(parent, index)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LONGEST:
+            raise FedpersError(f"{path} is larger than settings can be.")
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        exactly(found)  # a TypeError for dates, bytes and sets
+    except OSError as error:
+        raise FedpersError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FedpersError(f"{path} cannot be read as settings ({reason}).") from error
+    if not isinstance(found, dict) or not _keys_are_text(found):
+        raise FedpersError(f"{path} cannot be read as settings (it does not hold values by name).")
+    return found
+
+
+def _keys_are_text(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _keys_are_text(own) for key, own in value.items())
+    return not isinstance(value, list) or all(_keys_are_text(own) for own in value)
+
+
+def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
+    """Put typed values in place; return their keys."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
+    typed = set()
+    for text in overrides:
+        try:
+            found = OverridesParser.create().parse_override(text)
+            if found.type is not OverrideType.CHANGE or found.is_sweep_override() or found.package:
+                raise FedpersError(f"'{text}' cannot be read as key=value.")
+            key, value = str(found.key_or_group), found.value()
+        except HydraException as error:
+            raise FedpersError(f"'{text}' cannot be read as key=value.") from error
+        typed.add(key)
+        first = key.partition(".")[0]
+        if key in GROUPS:
+            plain[key] = _group(key, value)
+        elif first in CHANGEABLE and (key == "rounds" or "." in key):
+            _put(plain, key, value)
+        elif (present := _get(plain, key)) != value and _name(present) != value:
+            has = "nothing of that name" if present is None else _name(present)
+            raise ConfigError(key, value, f"{has}, which the run has; {_MAY}")
+    return typed
+
+
+def _group(group: str, value: Any) -> dict[str, Any]:
+    """Contents of one or several files of a group."""
+    from omegaconf import OmegaConf
+
+    options = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+    merged: dict[str, Any] = {}
+    for name in value if isinstance(value, list) else [value]:
+        if name not in options:
+            raise ConfigError(group, name, one_of(options, str(name)))
+        found: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"), resolve=False)
+        merged.update(deepcopy(found) if found else {})
+    return merged
+
+
+def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path) -> None:
+    """Refuse settings that lead to code, networks or servers from elsewhere unless they were typed."""
+    strategy = _get(plain, "strategy.name")
+    weights = _get(plain, "model.weights")
+    address = _get(plain, "runtime.address")
+    named = (
+        ("strategy.name", strategy, ":" in str(strategy), "names code that would be run"),
+        (
+            "model.weights",
+            weights,
+            isinstance(weights, str) and bool(re.match(r"timm:.*[:/]", weights)),
+            "names a place to load a network from",
+        ),
+        ("runtime.address", address, address is not None, "names a cluster that would be trusted"),
+    )
+    for key, value, matters, does in named:
+        if matters and key not in typed:
+            raise FedpersError(
+                f"{key}={value} in {folder / 'config.yaml'} {does}: it counts only when you type it, as in "
+                f"'fedpers resume {folder} {key}={value}'."
+            )
+
+
+def _get(plain: Any, key: str) -> Any:
+    for part in key.split("."):
+        if not isinstance(plain, Mapping):
+            return None
+        plain = plain.get(part)
+    return plain
+
+
+def _put(plain: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for part in parents:
+        if not isinstance(plain.get(part), dict):
+            plain[part] = {}
+        plain = plain[part]
+    plain[last] = value
+
+
+def _name(value: Any) -> Any:
+    """What stands for a group: its name."""
+    return value.get("name") if isinstance(value, Mapping) else value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found.update(_flat(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,491 @@
+"""Clients under Flower's own engines: its simulation in this process, and what its SuperNodes run.
+
+Flower pickles a ``ClientApp`` anew for every message. What travels is therefore a light one (:class:`RemoteApp`) that
+holds only how to make the method's app; each client process makes it once. Personal state lives in the clients'
+contexts, where Flower keeps it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, cast
+from uuid import uuid4
+
+import flwr.app as flower
+import torch
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+
+from fedpers.cohort import Tree, leaves
+from fedpers.cohort.state import BLOCK_BYTES, Block
+from fedpers.errors import ConfigError, FedpersError, TrainingError
+from fedpers.runtime.flower_private import kill_simulated_clients, server_identity
+from fedpers.runtime.grid import RUN_ID, error_reply
+from fedpers.strategies.client import CONFIG, IDENTIFY, STATE, CohortApp
+from fedpers.strategies.intake import outcome_of
+from fedpers.strategies.records import METRICS, flatten_state, unflatten_state
+from fedpers.strategies.server import PersonalizedStrategy
+
+log = logging.getLogger(__name__)
+PATIENCE = 60.0
+"""Seconds that nodes may take to register, and the engine to start or to end."""
+KEPT = "query.kept"
+"""Message by which the server reads the personal state a client keeps, or puts other in its place."""
+_MARK = "fedpers.run"
+_made: dict[str, CohortApp] = {}
+"""The app of this process, by what it was made from."""
+
+
+class RemoteApp(ClientApp):
+    """A ``ClientApp`` that is light to send: it holds how to make the app of a method, not the app.
+
+    The first message in a process makes the app, later ones find it. Which client a node holds is answered without.
+    What the app raises becomes the client's answer, in one sentence. Personal state of another run that Flower kept in
+    a context is dropped.
+
+    Parameters
+    ----------
+    make : callable
+        Takes the run configuration and returns the :class:`CohortApp`; can be pickled.
+    key : str
+        Tells apps with equal run configurations apart.
+    """
+
+    def __init__(self, make: Callable[[Mapping[str, Any]], CohortApp], key: str = "") -> None:
+        super().__init__()
+        self.make = make
+        self.key = key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteApp, (self.make, self.key)
+
+    def __call__(self, message: flower.Message, context: flower.Context) -> flower.Message:
+        """Answer a message; see Flower's ``ClientApp``."""
+        try:
+            if message.metadata.message_type == IDENTIFY:
+                number = context.node_config.get("partition-id")
+                if not isinstance(number, int):
+                    raise ConfigError("partition-id", number, "the number of a client")
+                content = flower.RecordDict({METRICS: flower.MetricRecord({"partition-id": number})})
+                return flower.Message(content, reply_to=message)
+            key = f"{self.key} {sorted(context.run_config.items())!r}"
+            mark = flower.ConfigRecord({"run": f"{context.run_id} {self.key}"})
+            if context.state.get(_MARK) != mark:
+                context.state.clear()
+                context.state[_MARK] = mark
+            if message.metadata.message_type == KEPT:
+                return _kept(message, context)
+            if key not in _made:
+                _made.clear()
+                _made[key] = self.make(context.run_config)
+            return _made[key](message, context)
+        except Exception as error:  # whatever a client's code raises becomes its answer
+            log.debug("client on node %d raised", context.node_id, exc_info=True)
+            named = str(error) if isinstance(error, FedpersError) else f"{type(error).__name__}: {error}"
+            return error_reply(message, named)
+
+
+class FlowerGrid(Grid):
+    """A grid of Flower's, watched: whoever waits for replies learns when the engine has ended.
+
+    Parameters
+    ----------
+    grid : Grid
+    watch : callable, optional
+        Raises if no more replies will come.
+    interval : float
+        Seconds between looks for replies.
+    name : str
+        For manifests.
+    """
+
+    def __init__(
+        self, grid: Grid, watch: Callable[[], None] | None = None, *, interval: float = 0.05, name: str = "flower"
+    ) -> None:
+        self._grid = grid
+        self._watch = watch
+        self._interval = interval
+        self._name = name
+
+    def set_run(self, run: Run) -> None:
+        """Set the run this grid operates in."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """Run information."""
+        return self._grid.run
+
+    def create_message(
+        self, content: flower.RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> flower.Message:
+        """Create a message, as Flower's deprecated way has it."""
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Node ids of all nodes that are there."""
+        self._check()
+        return self._grid.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """What is known of all nodes that are there."""
+        self._check()
+        return self._grid.get_nodes()
+
+    def push_messages(self, messages: Iterable[flower.Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        self._check()
+        return self._grid.push_messages(list(messages))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
+        """Replies that have come to the messages with these ids, each once."""
+        self._check()
+        return self._grid.pull_messages(list(message_ids))
+
+    def send_and_receive(
+        self, messages: Iterable[flower.Message], *, timeout: float | None = None
+    ) -> Iterable[flower.Message]:
+        """Send messages and wait for their replies, for `timeout` seconds at most; None waits as long as it takes.
+
+        Raises
+        ------
+        TrainingError
+            If the engine ends meanwhile.
+        """
+        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        deadline = None if timeout is None else time.monotonic() + timeout
+        found: list[flower.Message] = []
+        while waiting:
+            for reply in self.pull_messages(waiting):
+                waiting.discard(reply.metadata.reply_to_message_id)
+                found.append(reply)
+            if waiting and deadline is not None and time.monotonic() >= deadline:
+                break
+            if waiting:
+                time.sleep(self._interval)
+        return found
+
+    def described(self) -> dict[str, Any]:
+        """How clients are computed, for manifests."""
+        return {"name": self._name}
+
+    def __str__(self) -> str:
+        return self._name
+
+    def _check(self) -> None:
+        if self._watch is not None:
+            self._watch()
+
+
+class SimulationGrid(FlowerGrid):
+    """The grid of a run in :class:`FlowerSimulation`.
+
+    Parameters
+    ----------
+    grid, watch
+        See :class:`FlowerGrid`.
+    like : Tree
+        A client's initial personal state, batch size [].
+    """
+
+    def __init__(self, grid: Grid, watch: Callable[[], None], like: Tree) -> None:
+        super().__init__(grid, watch)
+        self._like = like
+
+    def blocks(self) -> Iterator[Block]:
+        """Personal state of all clients that have any, a few at a time."""
+        size = sum(value.nbytes for value in leaves(self._like).values())
+        if not size:
+            return
+        for nodes in self._chunks(max(1, BLOCK_BYTES // size)):
+            found = self._exchange({client: (node, flower.RecordDict()) for client, node in nodes.items()})
+            records = {
+                c: content.array_records[STATE] for c, content in found.items() if STATE in content.array_records
+            }
+            if records:
+                states = [unflatten_state(record, self._like) for record in records.values()]
+                yield torch.tensor(list(records)), cast(Tree, torch.cat(cast(Any, states)))
+
+    def load(self, blocks: Iterable[Block]) -> None:
+        """Put personal state that :meth:`blocks` gave back in place of all there is."""
+        nodes = PersonalizedStrategy().nodes(self)
+        change = flower.ConfigRecord()
+        self._exchange({c: (node, flower.RecordDict({CONFIG: change})) for c, node in nodes.items()})
+        for clients, states in blocks:
+            contents = {}
+            for place, client in enumerate(clients.tolist()):
+                kept = flower.RecordDict({CONFIG: change, STATE: flatten_state(states[place : place + 1])})
+                contents[client] = (nodes[client], kept)
+            self._exchange(contents)
+
+    def _chunks(self, size: int) -> Iterator[dict[int, int]]:
+        """Nodes by client, `size` at a time."""
+        nodes = list(PersonalizedStrategy().nodes(self).items())
+        for start in range(0, len(nodes), size):
+            yield dict(nodes[start : start + size])
+
+    def _exchange(self, contents: Mapping[int, tuple[int, flower.RecordDict]]) -> dict[int, flower.RecordDict]:
+        """Answers of clients on the state they keep."""
+        messages = [flower.Message(content, node, KEPT) for node, content in contents.values()]
+        answered = {reply.metadata.src_node_id: reply for reply in self.send_and_receive(messages)}
+        found = {}
+        for client, (node, _) in contents.items():
+            outcome = outcome_of(answered.get(node))
+            if outcome.content is None:
+                raise TrainingError(f"client {client} does not give its personal state: {outcome.error}.")
+            found[client] = outcome.content
+        return found
+
+
+class FlowerSimulation:
+    """Flower's simulation engine with this many nodes; a context manager, in which several runs may follow each other.
+
+    Starting it takes seconds: it starts Ray, and ends it. The server's side runs in the thread that calls :meth:`run`,
+    so that what it raises, Ctrl-C included, comes out there as it would from a run without Flower.
+
+    Parameters
+    ----------
+    num_clients : int
+        >= 1; node k holds client k.
+    cpus_per_actor, gpus_per_actor : float
+        What a client process takes of the machine, which says how many there are.
+    """
+
+    def __init__(self, num_clients: int, *, cpus_per_actor: float = 1, gpus_per_actor: float = 0) -> None:
+        self.num_clients = num_clients
+        self.cpus_per_actor = cpus_per_actor
+        self.gpus_per_actor = gpus_per_actor
+        self._app = RemoteApp(_nothing)
+        self._grids: SimpleQueue[Grid] = SimpleQueue()
+        self._done = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._engine, name="flower", daemon=True)
+        self._grid: FlowerGrid | None = None
+        self._identity = server_identity(RUN_ID)  # which Flower overwrites; the former one comes back at the end
+        self._quiet = _quiet()
+
+    def __enter__(self) -> Self:
+        import ray
+
+        self._identity.__enter__()
+        self._quiet.__enter__()
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
+                self._thread.start()
+                self._await(lambda: ray.is_initialized() and not self._grids.empty(), "Flower's simulation has started")
+            self._grid = FlowerGrid(self._grids.get(), self._watch)
+            self._await(
+                lambda: len(list(self._nodes())) == self.num_clients, f"{self.num_clients} nodes have registered"
+            )
+        except BaseException:
+            self._stop(at_once=True)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop(at_once=error is not None)
+
+    def run(
+        self, make_app: Callable[[], CohortApp], main: Callable[[Grid], None], app: CohortApp | None = None
+    ) -> None:
+        """Call `main` with a grid of nodes that run the app that `make_app` makes.
+
+        Parameters
+        ----------
+        make_app : callable
+            Called once in each client process, into which it is pickled: what it holds travels with every message.
+        main : callable
+            What a server does.
+        app : CohortApp, optional
+            What `make_app` makes, if it was made here already.
+
+        Raises
+        ------
+        TrainingError
+            If the engine ends before `main` does.
+        Exception
+            What `main` raises.
+        """
+        if self._grid is None:
+            raise RuntimeError("FlowerSimulation.run outside of its with block")
+        self._app.make, self._app.key = partial(_made_by, make_app), uuid4().hex
+        main(SimulationGrid(self._grid, self._watch, (app or make_app()).initial_state))
+
+    def _nodes(self) -> Iterable[int]:
+        assert self._grid is not None
+        return self._grid.get_node_ids()
+
+    def _engine(self) -> None:
+        from flwr.simulation import run_simulation
+
+        server = ServerApp()
+
+        @server.main()
+        def serve(grid: Grid, context: flower.Context) -> None:
+            self._grids.put(grid)
+            self._done.wait()
+
+        try:
+            run_simulation(
+                server,
+                self._app,
+                self.num_clients,
+                backend_config={
+                    "init_args": {"logging_level": "ERROR", "log_to_driver": False},
+                    "client_resources": {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor},
+                },
+            )
+        except (Exception, SystemExit) as error:  # told to whoever waits for replies
+            self._failure = error
+
+    def _watch(self) -> None:
+        if not self._thread.is_alive():
+            reason = self._failure
+            while reason is not None and (reason.__cause__ or reason.__context__) is not None:
+                reason = reason.__cause__ or reason.__context__
+            told = f" ({type(reason).__name__}: {reason})" if reason is not None else ""
+            raise TrainingError(f"Flower's simulation has ended{told}.")
+
+    def _await(self, happened: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not happened():
+            self._watch()
+            if time.monotonic() > deadline:
+                raise TrainingError(f"{PATIENCE:g} seconds have passed before {what}.")
+            time.sleep(0.02)
+
+    def _stop(self, *, at_once: bool) -> None:
+        """End the engine; `at_once` does not wait for clients that still compute."""
+        try:
+            self._done.set()
+            self._thread.join(0 if at_once else PATIENCE)
+            if self._thread.is_alive():
+                logging.getLogger("flwr").setLevel(logging.CRITICAL)  # that actors end is no news
+                kill_simulated_clients()
+                self._thread.join(PATIENCE)
+        finally:
+            self._quiet.__exit__(None, None, None)
+            self._identity.__exit__(None, None, None)
+        if self._thread.is_alive():
+            log.warning("Flower's simulation has not ended after %g seconds", PATIENCE)
+
+
+def flower_simulation(
+    make_app: Callable[[], CohortApp],
+    num_clients: int,
+    main: Callable[[Grid], None],
+    *,
+    app: CohortApp | None = None,
+    cpus_per_actor: float = 1,
+    gpus_per_actor: float = 0,
+) -> None:
+    """Call `main` with a grid of Flower's simulation engine; see :class:`FlowerSimulation`.
+
+    Parameters
+    ----------
+    make_app, main, app
+        See :meth:`FlowerSimulation.run`.
+    num_clients, cpus_per_actor, gpus_per_actor
+        See :class:`FlowerSimulation`.
+    """
+    with FlowerSimulation(num_clients, cpus_per_actor=cpus_per_actor, gpus_per_actor=gpus_per_actor) as engine:
+        engine.run(make_app, main, app)
+
+
+def await_clients(grid: Grid, strategy: PersonalizedStrategy, num_clients: int, seconds: float = PATIENCE) -> None:
+    """Wait until the nodes of all clients are there: who is sampled depends on who is known.
+
+    Parameters
+    ----------
+    grid : Grid
+    strategy : PersonalizedStrategy
+        Learns which node holds which client.
+    num_clients : int
+    seconds : float
+        How long to wait for nodes to register.
+
+    Raises
+    ------
+    TrainingError
+        If a client has no node.
+    """
+    deadline = time.monotonic() + seconds
+    while (count := len(list(grid.get_node_ids()))) < num_clients:
+        if time.monotonic() > deadline:
+            raise TrainingError(
+                f"{count} of {num_clients} nodes are connected after {seconds:g} seconds; start one SuperNode for each "
+                "client (in Flower's simulation: --federation-config num-supernodes=N)."
+            )
+        time.sleep(min(0.5, seconds / 10))
+    known = strategy.nodes(grid)
+    if missing := sorted(set(range(num_clients)) - set(known)):
+        names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise TrainingError(
+            f"no node holds client {names} of {num_clients}; each needs a SuperNode with "
+            f'--node-config "partition-id=N num-partitions={num_clients}".'
+        )
+    if strange := sorted(set(known) - set(range(num_clients))):
+        raise TrainingError(f"a node has partition-id {strange[0]}, but the data have {num_clients} clients.")
+
+
+def _kept(message: flower.Message, context: flower.Context) -> flower.Message:
+    """Answer with the personal state there is, after what the message says was done with it."""
+    if CONFIG in message.content.config_records:  # else it is only read
+        context.state.pop(STATE, None)
+        if STATE in message.content.array_records:
+            context.state[STATE] = message.content.array_records[STATE]
+        return flower.Message(flower.RecordDict(), reply_to=message)
+    found = {STATE: context.state[STATE]} if STATE in context.state.array_records else {}
+    return flower.Message(flower.RecordDict(found), reply_to=message)
+
+
+def _nothing(run_config: Mapping[str, Any]) -> CohortApp:
+    raise TrainingError("no run has begun.")
+
+
+def _made_by(make_app: Callable[[], CohortApp], run_config: Mapping[str, Any]) -> CohortApp:
+    return make_app()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let Flower's log show warnings only, unless ``FLWR_LOG_LEVEL`` asks for more; undone afterwards.
+
+    Tracebacks are left out: what they are about is raised, or is a client's answer.
+    """
+    logger, path = logging.getLogger("flwr"), os.environ.get("PYTHONPATH")
+    migrations = logging.getLogger("alembic")  # of Flower's in-memory database
+    levels = logger.level, migrations.level
+
+    def useful(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "Traceback (most recent call last)" not in text and "`run_simulation` function is deprecated" not in text
+
+    if not os.environ.get("FLWR_LOG_LEVEL"):
+        logger.setLevel(logging.WARNING)
+        migrations.setLevel(logging.WARNING)
+        logger.addFilter(useful)
+    try:
+        yield
+    finally:
+        logger.setLevel(levels[0])
+        migrations.setLevel(levels[1])
+        logger.removeFilter(useful)
+        if path is None:  # which Flower sets for Ray's workers
+            os.environ.pop("PYTHONPATH", None)
+        else:
+            os.environ["PYTHONPATH"] = path

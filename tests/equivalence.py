@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fedpers.cohort import leaves
 from fedpers.runtime.flower_private import server_identity
+from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
-from fedpers.runtime.ray import RayGrid
-from fedpers.strategies import STRATEGIES, CohortApp, make_strategy
+from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy
 from fedpers.strategies.records import from_record
 from fedpers.threads import one_thread
 from tests.problems import problems
@@ -56,48 +56,64 @@ def outcome(
 def outcome_on(
     method: str,
     dtype: torch.dtype,
-    grid_of: Callable[[CohortApp], Grid],
+    grid_of: Callable[[CohortApp], ClientGrid],
     *,
     device: str = "cpu",
     label: str = "default",
 ) -> dict[str, Tensor]:
-    """What is there after the last round on some grid, by name.
+    """What is there after the last round on a grid of this package, by name (:func:`played`)."""
+    strategy, app = halves(method, dtype, label, device)
+    grid = grid_of(app)
+    try:
+        with server_identity(1):
+            return played(strategy, app, grid)
+    finally:
+        grid.close()
 
-    Server arrays, server state, personal states where the grid has them, the metrics of clients (of those that never
-    train also after they adapted), the method's own metrics and counts.
-    """
+
+def halves(
+    method: str, dtype: torch.dtype, label: str = "default", device: str = "cpu"
+) -> tuple[PersonalizedStrategy, CohortApp]:
+    """Both halves of a method on its small problem, with partial participation and clients that never train."""
     given = problems(method, dtype)[label]
     data = given.data if given.data.unseen else replace(given.data, unseen=UNSEEN)
     server = {"fraction": 0.7, "seed": 3, "unseen": data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
-    app = update.client_app(given.network, data, seed=3, device=device)
-    made = grid_of(app)
+    return strategy, update.client_app(given.network, data, seed=3, device=device)
+
+
+def client_half(method: str, dtype: torch.dtype) -> CohortApp:
+    """The client half, to be made in another process."""
+    return halves(method, dtype)[1]
+
+
+def played(strategy: PersonalizedStrategy, app: CohortApp, made: Grid) -> dict[str, Tensor]:
+    """What is there after the last round, by name.
+
+    Server arrays, server state, personal states, the metrics of clients (of those that never train also after they
+    adapted), the method's own metrics and counts.
+    """
     grid = strategy.folding(made)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     found: dict[str, Tensor] = {}
-    with server_identity(1):
-        for r in range(1, ROUNDS + 1):
-            new, _ = strategy.aggregate_train(
-                r, grid.send_and_receive(strategy.configure_train(r, arrays, config, grid))
-            )
-            assert new is not None
-            arrays = new
-            if strategy.report.failures:
-                raise RuntimeError(f"{method}, {label}: {strategy.report.failures}")
-            for name in ("bytes_down", "bytes_up", "steps", "samples", "gradients"):
-                found[f"round {r}/{name}"] = torch.tensor(getattr(strategy.report, name)).double()
-            for name, value in strategy.report.extra.items():
-                found[f"round {r}/{name}"] = torch.tensor(value).double()
-        strategy.aggregate_evaluate(r, grid.send_and_receive(strategy.configure_evaluate(r, arrays, config, grid)))
-        strategy.evaluate_adapted(arrays, config, grid)
-        if isinstance(made, LocalGrid | RayGrid):
-            for clients, states in made.blocks():
-                for k, client in enumerate(clients.tolist()):
-                    found.update({f"clients/{client}/{n}": v[k].clone() for n, v in leaves(states).items()})
-            made.close()
+    for r in range(1, ROUNDS + 1):
+        new, _ = strategy.aggregate_train(r, grid.send_and_receive(strategy.configure_train(r, arrays, config, grid)))
+        assert new is not None
+        arrays = new
+        if strategy.report.failures:
+            raise RuntimeError(f"{type(strategy).__name__}: {strategy.report.failures}")
+        for name in ("bytes_down", "bytes_up", "steps", "samples", "gradients"):
+            found[f"round {r}/{name}"] = torch.tensor(getattr(strategy.report, name)).double()
+        for name, value in strategy.report.extra.items():
+            found[f"round {r}/{name}"] = torch.tensor(value).double()
+    strategy.aggregate_evaluate(r, grid.send_and_receive(strategy.configure_evaluate(r, arrays, config, grid)))
+    strategy.evaluate_adapted(arrays, config, grid)
+    for clients, states in made.blocks():  # type: ignore[attr-defined]
+        for k, client in enumerate(clients.tolist()):
+            found.update({f"clients/{client}/{n}": v[k].cpu().clone() for n, v in leaves(states).items()})
     report = strategy.report
     if report.evaluation_failures:
-        raise RuntimeError(f"{method}, {label}: {report.evaluation_failures}")
+        raise RuntimeError(f"{type(strategy).__name__}: {report.evaluation_failures}")
     found.update({f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()})
     for role, values in strategy.state.items():
         found.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})

@@ -2,7 +2,7 @@
 
 In this process one client at a time, and in cohorts on automatic choice; on two Ray actors; on a Ray cluster of two
 nodes (raylets of their own on this machine); under Flower's simulation. Compared with the first after 3 rounds: arrays
-and state of the server, metrics of every client, personal states where a grid can be asked for them.
+and state of the server, metrics and personal state of every client.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import ray
 import torch
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
+from fedpers.runtime.flower import FlowerSimulation
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.ray import RayGrid
 from fedpers.strategies import CohortApp
-from tests.equivalence import TOLERANCE, difference, outcome_on
+from tests.equivalence import TOLERANCE, client_half, difference, halves, outcome_on, played
+from tests.problems import SIZES
 
 Outcomes = Callable[[str, torch.dtype], dict[str, Tensor]]
 
@@ -57,6 +60,14 @@ def on_ray(app: CohortApp) -> RayGrid:
     return RayGrid(app, actors=2, cohort=2)
 
 
+def under_flower(engine: FlowerSimulation, method: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Play a method under Flower's simulation."""
+    strategy, app = halves(method, dtype)
+    found: dict[str, Tensor] = {}
+    engine.run(partial(client_half, method, dtype), lambda grid: found.update(played(strategy, app, grid)), app)
+    return found
+
+
 def compare_runtimes(methods: list[str], device: str = "cpu") -> int:
     """Print the table of differences from one client at a time in this process; 1 when one is over its tolerance."""
     rows = [(method, dtype) for method in methods for dtype in TOLERANCE]
@@ -74,6 +85,8 @@ def compare_runtimes(methods: list[str], device: str = "cpu") -> int:
         measure("Ray 2 actors", lambda *row: outcome_on(*row, on_ray, device=device))
     with cluster():
         measure("Ray 2 nodes", lambda *row: outcome_on(*row, on_ray, device=device))
+    with FlowerSimulation(len(SIZES)) as engine:
+        measure("Flower", lambda *row: under_flower(engine, *row))
     print(f"{'method':<12}{'precision':<10}" + "".join(f"{title:>16}" for title in columns) + f"{'tolerance':>12}")
     over = 0
     for method, dtype in rows:
@@ -94,15 +107,11 @@ def compare_runtimes(methods: list[str], device: str = "cpu") -> int:
 def _common(
     first: dict[str, Tensor], second: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Without personal states where a grid cannot give them, or where rounding alone may move them further.
+    """Both in double precision; in single precision without personal states, which rounding alone may move further.
 
     (SCAFFOLD's control variates divide by the rate.)
     """
-
-    def states(values: dict[str, Tensor]) -> bool:
-        return any(name.startswith("clients/") for name in values)
-
-    if dtype == torch.float64 and states(first) == states(second):
+    if dtype == torch.float64:
         return first, second
     kept = [{n: v for n, v in own.items() if not n.startswith("clients/")} for own in (first, second)]
     return kept[0], kept[1]

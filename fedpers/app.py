@@ -45,7 +45,10 @@ Settings people change (choose = one of the files of conf/KEY):
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
   aggregation {aggregation}
   privacy     {privacy}      privacy.noise=1  privacy.norm=1
-  runtime     runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
+  runtime     {runtime}
+              runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
+              runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5
+  checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1
   tracker     none, wandb, tensorboard, [wandb,tensorboard]
   +experiment {experiment}
 
@@ -103,6 +106,7 @@ def _usage() -> str:
         "model",
         "aggregation",
         "privacy",
+        "runtime",
         "experiment",
     )
     return USAGE.format(**{group: options(group) for group in groups})
@@ -123,8 +127,11 @@ def _run(arguments: list[str]) -> int:
     before = sys.argv
     sys.argv = ["fedpers", *arguments]
     failed: list[int] = []
+    composed = False
 
     def job(cfg: Any) -> float | None:
+        nonlocal composed
+        composed = True
         try:
             return _job(cfg)
         except FedpersError as error:  # told here: Hydra would add lines, and end a sweep at its first failure
@@ -136,6 +143,14 @@ def _run(arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise _sentence(error, arguments) from error
+    except (TypeError, ValueError) as error:
+        if composed:  # else Hydra's way of saying that it cannot make anything of an argument
+            raise
+        for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments):
+            options = [path.stem for path in (conf_folder() / key).glob("*.yaml")] if key else []
+            if options and value not in options:
+                raise ConfigError(key, value, one_of(options, value)) from error
+        raise FedpersError(f"the settings cannot be read: {str(error).splitlines()[0].removesuffix('.')}.") from error
     except OSError as error:
         if error.filename is None:
             raise

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 60.0
 """Seconds that nodes may take to register, and the engine to start or to end."""
 KEPT = "query.kept"
-"""Message by which the server reads the personal state a client keeps, or puts other in its place."""
+"""Message by which the server of a simulation reads the personal state a client keeps, or puts other in its place."""
 _MARK = "fedpers.run"
 _made: dict[str, CohortApp] = {}
 """The app of this process, by what it was made from."""
@@ -60,15 +60,20 @@ class RemoteApp(ClientApp):
         Takes the run configuration and returns the :class:`CohortApp`; can be pickled.
     key : str
         Tells apps with equal run configurations apart.
+    simulated : bool
+        Whether the server may read and replace the personal state that clients keep, for its checkpoints.
     """
 
-    def __init__(self, make: Callable[[Mapping[str, Any]], CohortApp], key: str = "") -> None:
+    def __init__(
+        self, make: Callable[[Mapping[str, Any]], CohortApp], key: str = "", *, simulated: bool = False
+    ) -> None:
         super().__init__()
         self.make = make
         self.key = key
+        self.simulated = simulated
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteApp, (self.make, self.key)
+        return partial(RemoteApp, simulated=self.simulated), (self.make, self.key)
 
     def __call__(self, message: flower.Message, context: flower.Context) -> flower.Message:
         """Answer a message; see Flower's ``ClientApp``."""
@@ -84,7 +89,7 @@ class RemoteApp(ClientApp):
             if context.state.get(_MARK) != mark:
                 context.state.clear()
                 context.state[_MARK] = mark
-            if message.metadata.message_type == KEPT:
+            if message.metadata.message_type == KEPT and self.simulated:
                 return _kept(message, context)
             if key not in _made:
                 _made.clear()
@@ -266,7 +271,7 @@ class FlowerSimulation:
         self.num_clients = num_clients
         self.cpus_per_actor = cpus_per_actor
         self.gpus_per_actor = gpus_per_actor
-        self._app = RemoteApp(_nothing)
+        self._app = RemoteApp(_nothing, simulated=True)
         self._grids: SimpleQueue[Grid] = SimpleQueue()
         self._done = threading.Event()
         self._failure: BaseException | None = None

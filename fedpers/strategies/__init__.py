@@ -64,7 +64,16 @@ STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
 }
 """Methods by the name typed as ``strategy=``."""
 
-_NOT_A_METHODS_OWN = {"training", "fraction", "seed", "evaluate_every", "min_replies", "unseen", "aggregator", "privacy"}
+_NOT_A_METHODS_OWN = {
+    "training",
+    "fraction",
+    "seed",
+    "evaluate_every",
+    "min_replies",
+    "unseen",
+    "aggregator",
+    "privacy",
+}
 
 
 def strategy_class(name: str) -> type[PersonalizedStrategy]:

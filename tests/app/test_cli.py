@@ -375,3 +375,17 @@ def test_a_client_with_one_class_and_a_batch_larger_than_any_client(tmp_path: Pa
 def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
     (folder,) = fedpers(*SMALL, "runtime.cohort=1000", "runtime.workers=8", output=tmp_path)
     assert json.loads((folder / "manifest.json").read_text())["runtime"]["cohort"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["=3"], "the settings cannot be read: "),
+        (["model=3"], "model=3: expected one of cnn, "),
+        (["runtime=spark"], "runtime=spark: expected one of flower, local, ray"),
+    ],
+)
+def test_arguments_of_which_hydra_makes_nothing(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert error_of(capsys, *arguments, f"output={tmp_path}").startswith(f"fedpers: {told}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import flwr.app as flower
+import numpy as np
 import pytest
 import torch
 from flwr.serverapp import Grid
@@ -27,12 +28,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpers.cohort import Cohort, Reply, entries, leaves
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.run import run_rounds
-from fedpers.runtime.flower import FlowerGrid, FlowerSimulation, RemoteApp, await_clients, flower_simulation
+from fedpers.runtime.flower import (
+    KEPT,
+    FlowerGrid,
+    FlowerSimulation,
+    RemoteApp,
+    await_clients,
+    flower_simulation,
+)
 from fedpers.runtime.flower_private import delivered, give_id, server_identity
 from fedpers.runtime.grid import FIRST_NODE, context_of
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import PersonalizedStrategy, RoundReport, make_strategy
-from fedpers.strategies.client import IDENTIFY, CohortApp
+from fedpers.strategies.client import IDENTIFY, STATE, CohortApp
 from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
 from fedpers.strategies.records import METRICS, from_record
 from tests.problems import Problem, gaussian_data, problem
@@ -133,6 +141,17 @@ def test_a_client_app_is_light_and_says_which_client_it_holds_without_data() -> 
 def test_what_a_client_raises_is_its_answer_in_one_sentence(make: Any, reason: str) -> None:
     reply = ask(RemoteApp(make), context_of(0, 3, {}), "train")
     assert reply.error.reason == reason
+
+
+def test_personal_state_is_given_away_in_a_simulation_only() -> None:
+    for simulated in (False, True):
+        app = pickle.loads(pickle.dumps(RemoteApp(counted, "kept", simulated=simulated)))
+        context = context_of(1, 7, {})
+        ask(app, context, "query.nothing")
+        context.state[STATE] = flower.ArrayRecord({"head": flower.Array(np.ones(2))})
+        reply = ask(app, context, KEPT)
+        assert reply.has_content() == simulated
+        assert STATE in context.state
 
 
 def test_the_app_is_made_once_in_a_process_and_state_of_another_run_is_dropped() -> None:

@@ -33,6 +33,7 @@ test: lint
 
 bench: setup
 	$(BIN)/python -m benchmarks.local_grid
+	$(BIN)/python -m benchmarks.ray_grid
 	$(BIN)/python -m benchmarks.cohort
 
 clean:

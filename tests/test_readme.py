@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
+from flwr.serverapp import ServerApp
 from nbclient import NotebookClient
 
+import fedpers
 from fedpers.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +31,26 @@ def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -
     assert 0.5 < accuracy <= 1
 
 
+def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(python_blocks()[:2]), "README.md", "exec"), names)
+    assert names["client_app"].mods
+    for strategy in (names["robust"], names["private"]):
+        app = ServerApp()
+
+        @app.main()
+        def main(grid: Any, context: Any, strategy: Any = strategy) -> None:
+            result = strategy.start(grid, names["client_app"].initial_arrays(), num_rounds=1)
+            print(result.evaluate_metrics_clientapp[1]["test-accuracy"])
+
+        fedpers.simulate(app, names["client_app"], num_supernodes=20)
+    printed = [float(line) for line in capsys.readouterr().out.split()]
+    assert len(printed) == 3
+    assert all(0 < accuracy <= 1 for accuracy in printed)
+
+
 def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(python_blocks()[1])
+    (tmp_path / "mine.py").write_text(python_blocks()[2])
     (command,) = re.findall(r"^fedpers (strategy\.name=.*)$", README, flags=re.MULTILINE)
     arguments = [*command.split(), "rounds=2", "partition.num_clients=5", f"output={tmp_path / 'runs'}"]
     done = subprocess.run(

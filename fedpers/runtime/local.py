@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedpers.cohort.state import Block
-from fedpers.errors import TrainingError
+from fedpers.errors import TrainingError, check
 from fedpers.runtime.engine import CohortEngine, check_counts
 from fedpers.runtime.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID, ClientGrid, context_of, error_reply, reply_of
@@ -246,14 +246,19 @@ def simulate(
     run_config : mapping, optional
         What server and clients find in ``context.run_config``.
     grid : ClientGrid, optional
-        Where clients run instead of this process, e.g. :class:`fedpers.runtime.ray.RayGrid`; closed at the end.
+        Where clients run instead of this process, e.g. :class:`fedpers.runtime.ray.RayGrid`, with settings of its own
+        in place of `cohort` and `workers`; closed at the end.
     """
     if backend_config or enable_tf_gpu_growth:
         warnings.warn("fedpers.simulate runs in this process: backend settings have no effect", stacklevel=2)
     if verbose_logging:
         logging.getLogger("flwr").setLevel(logging.DEBUG)
     config = dict(run_config or {})
-    if grid is None:
+    if grid is not None:
+        check(
+            grid.num_clients == num_supernodes, "num_supernodes", num_supernodes, f"{grid.num_clients}, as in the grid"
+        )
+    else:
         grid = LocalGrid(client_app, num_supernodes, cohort=cohort, workers=workers, run_config=config)
     context = flower.Context(RUN_ID, SERVER_NODE, {}, flower.RecordDict(), config)
     try:

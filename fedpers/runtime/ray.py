@@ -11,182 +11,65 @@ from __future__ import annotations
 import heapq
 import logging
 import os
+import pickle
 import socket
 import sys
+import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
 import flwr.app as flower
-import numpy as np
 import ray
-import torch
-from numpy.typing import NDArray
 from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
     GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayError,
-    RayTaskError,
     WorkerCrashedError,
 )
-from torch import Tensor
 
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.cohort.tree import leaves
 from fedpers.errors import ConfigError, TrainingError, check
-from fedpers.runtime.engine import CohortEngine, check_counts, half_the_memory
+from fedpers.runtime.actor import Answer, Packed, Worker, pack, unpack
+from fedpers.runtime.engine import check_counts
 from fedpers.runtime.flower_private import give_id, unavailable
 from fedpers.runtime.grid import ClientGrid, reply_of
-from fedpers.runtime.probe import Choice, cores, costs, probe
+from fedpers.runtime.probe import Choice, cores
 from fedpers.runtime.states import read_states, write_states
-from fedpers.strategies.client import IDENTIFY, CohortApp, Outcome
+from fedpers.strategies.client import IDENTIFY, CohortApp
 from fedpers.strategies.intake import Intake
-from fedpers.strategies.records import METRICS, LiveArray
+from fedpers.strategies.records import METRICS, num_bytes
 from fedpers.strategies.server import PersonalizedStrategy
-from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
-_DIED = (
-    ActorDiedError,
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    WorkerCrashedError,
-)
+_DIED = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
 DEATHS = 3
 """Actors that a shard may lose on one message before the run is given up."""
 PATIENCE = 60.0
 """Seconds an actor may take to start."""
 SAVE_AFTER = 32
 """Messages of a shard that are kept for computing them again before the grid saves personal state by itself."""
+SAVE_AFTER_BYTES = 2**30
+"""What these messages may hold."""
 MEASURED = 64
 """Clients, the largest ones, whose data an actor gets to measure cohort sizes and costs."""
+_shipped: Counter[str] = Counter()
+"""Modules that travel with what uses them, and how many grids ask for it."""
 
 
-@dataclass
-class Answer:
-    """What a shard makes of one message to its clients."""
-
-    outcomes: list[Outcome]
-    intake: Intake | None
-    changed: bool
-
-
-class Worker:
-    """Actor: computes the clients of its shards.
-
-    Parameters
-    ----------
-    folder : str, optional
-        Where files of personal state that is too large for the memory are made.
-    """
-
-    def __init__(self, folder: str | None = None) -> None:
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        _register_tensors()
-        torch.set_num_threads(1)
-        self.device = "cuda:0" if ray.get_gpu_ids() else "cpu"
-        if self.device != "cpu":
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.deterministic = True
-        self.folder = None if folder is None else Path(folder)
-        self.shards: dict[int, CohortEngine] = {}
-
-    def node(self) -> str:
-        """Id of the node this runs on."""
-        return str(ray.get_runtime_context().get_node_id())
-
-    def measure(self, app: CohortApp, sampled: int, cohort: int | str) -> tuple[Choice, tuple[float, float] | None]:
-        """Choose a cohort size; measure costs (:func:`fedpers.runtime.probe.costs`)."""
-        app.to(self.device)
-        choice = probe(app, sampled, cohort, 1)
-        return choice, costs(app, choice.cohort)
-
-    def host(self, shard: int, app: CohortApp, clients: list[int], choice: Choice, memory: float | None) -> None:
-        """Take over a shard, with the state its clients begin with."""
-        app.data = replace(app.data, x=app.data.x.clone(), y=app.data.y.clone())  # out of the object store
-        app.to(self.device)
-        if memory is None and (whole := half_the_memory(app.device)) is not None:
-            memory = whole * self._share()
-        engine = CohortEngine(app, choice.cohort, 1, clients=clients, memory=memory, folder=self.folder)
-        engine.choose(len(clients))
-        if shard in self.shards:
-            self.shards[shard].close()
-        self.shards[shard] = engine
-
-    def _share(self) -> float:
-        """Share of the machine, or of its GPU, that this actor has."""
-        has = ray.get_runtime_context().get_assigned_resources()
-        if self.device != "cpu":
-            return min(1.0, float(has.get("GPU", 1.0)))
-        return min(1.0, max(1.0, float(has.get("CPU", 1.0))) / (os.cpu_count() or 1))
-
-    def load(self, shard: int, block: Block) -> None:
-        """Store personal states."""
-        clients, state = block
-        self.shards[shard].store.load(clients.tolist(), state.to(self.device))
-
-    def clear(self, shard: int) -> None:
-        """Let all clients of a shard hold the initial state again."""
-        self.shards[shard].store.clear()
-
-    def written(self, shard: int) -> list[int]:
-        """Clients of a shard that have written state, ascending."""
-        store = self.shards[shard].store
-        return sorted(store.clients[store.written].tolist())
-
-    def states(self, shard: int, clients: list[int]) -> Block:
-        """Personal states of some clients."""
-        return torch.tensor(clients), self.shards[shard].store.gather(clients).cpu()
-
-    def run(
-        self,
-        shard: int,
-        kind: str,
-        clients: list[int],
-        which: list[int],
-        sent: tuple[list[flower.RecordDict], PersonalizedStrategy | None],
-        own: list[flower.RecordDict],
-        fold: bool,
-    ) -> Answer:
-        """Compute a message for clients of a shard.
-
-        Parameters
-        ----------
-        shard : int
-        kind : str
-            Message type.
-        clients : list of int
-        which : list of int
-            For each of them, which of `sent` it received, or of `own` counted from behind (-1 is the first).
-        sent : (list of RecordDict, strategy)
-            What clients of several shards receive, and what folds their replies.
-        own : list of RecordDict
-            What clients of this shard alone receive.
-        fold : bool
-            Fold the replies, and return none of them.
-        """
-        contents, strategy = sent
-        engine = self.shards[shard]
-        engine.changed = False
-        intake = Intake(strategy) if fold and strategy is not None else None
-        received = [contents[i] if i >= 0 else own[-1 - i] for i in which]
-        with one_thread():
-            outcomes = engine.run(kind, clients, received, intake)
-        return Answer(outcomes, intake, engine.changed)
+class _Lost(Exception):
+    """An actor died."""
 
 
 @dataclass(eq=False)
@@ -199,7 +82,7 @@ class _Host:
 
 @dataclass(eq=False)
 class _Shard:
-    """Clients that are computed by one actor, and the messages they got since their state was saved."""
+    """Clients that are computed by one actor; and the messages to them, in order, that their saved state is without."""
 
     number: int
     clients: list[int]
@@ -211,28 +94,35 @@ class _Shard:
 
 @dataclass(eq=False)
 class _Job:
-    """Messages of one kind to clients of one shard.
+    """Messages of one kind to clients of one shard; `arguments` is what its actor is called with.
 
-    Kept for as long as it may have to be computed again; `abandoned` if nobody waits for it any more.
+    Its answer is kept until `unread` replies have been taken from it.
     """
 
     shard: _Shard
-    kind: str
-    messages: list[flower.Message]
     arguments: tuple[Any, ...]
-    fold: bool
+    size: int
+    unread: int
     host: _Host | None = None
     reference: Any = None
-    answer: Answer | None = None
     done: bool = False
-    abandoned: bool = False
+    answer: Answer | None = None
+
+    def read(self) -> Answer:
+        """Take one reply's share of the answer."""
+        assert self.answer is not None
+        answer = self.answer
+        self.unread -= 1
+        if self.unread <= 0:
+            self.answer = None
+        return answer
 
 
 class RayGrid(ClientGrid):
     """Runs messages on the actors of a Ray cluster.
 
     Node ids are ``FIRST_NODE + client``. Only methods of this package run here; any other Flower app runs in process or
-    on Flower's engines.
+    on Flower's engines. To be used from one thread.
 
     Parameters
     ----------
@@ -240,8 +130,9 @@ class RayGrid(ClientGrid):
     num_clients : int, optional
         All clients of the data if not given.
     address : str, optional
-        Of a running cluster; ``RAY_ADDRESS`` if not given, and if there is none, Ray is started on this machine. A
-        cluster that this process is connected to already is used as it is.
+        ``HOST:PORT`` of a running cluster, or ``auto`` for that of this machine; ``RAY_ADDRESS`` if not given, and if
+        there is none, Ray is started on this machine. A cluster that this process is connected to already is used as
+        it is.
     actors : int or "auto"
         Number of actors and of shards; ``auto`` is as many as the cluster has room for.
     cpus_per_actor, gpus_per_actor : float
@@ -249,8 +140,8 @@ class RayGrid(ClientGrid):
     cohort : int or "auto"
         Clients that are computed together; ``auto`` is measured on an actor.
     memory : float, optional
-        Bytes that personal state may take in each actor before it lies in memory-mapped files; its share of half of its
-        machine's memory if not given.
+        Bytes that personal state of a shard may take before it lies in memory-mapped files; the actor's share of half
+        of its machine's memory if not given.
     folder : str, optional
         Where an actor makes these files; default is its machine's folder for temporary files.
 
@@ -276,14 +167,14 @@ class RayGrid(ClientGrid):
         if not isinstance(client_app, CohortApp):
             allowed = "a client app made by LocalUpdate.client_app; others run with fedpers.simulate or under Flower"
             raise ConfigError("client_app", type(client_app).__name__, allowed)
-        if mods := getattr(client_app, "mods", ()):
-            names = [getattr(mod, "__name__", type(mod).__name__) for mod in mods]
+        if client_app.mods:
+            names = [getattr(mod, "__name__", type(mod).__name__) for mod in client_app.mods]
             raise ConfigError("mods", names, "none on Ray; client mods run in process or under Flower")
         most = client_app.data.num_clients
         super().__init__(most if num_clients is None else num_clients, most)
         check_counts(cohort, 1)
-        check(actors == "auto" or (isinstance(actors, int) and actors >= 1), "runtime.actors", actors,
-              "a whole number >= 1, or auto")  # fmt: skip
+        whole = actors == "auto" or (isinstance(actors, int) and actors >= 1)
+        check(whole, "runtime.actors", actors, "a whole number >= 1, or auto")
         self.client_app = client_app
         self.memory = memory
         self.folder = folder
@@ -294,21 +185,24 @@ class RayGrid(ClientGrid):
         self._keeps_state = bool(leaves(client_app.initial_state))
         self._saved: Path | None = None  # where personal state was last written to
         self._saved_here: tempfile.TemporaryDirectory[str] | None = None
-        self._unsaved = False  # whether states were loaded that no saved folder holds
-        self._waiting: dict[str, tuple[_Job, int]] = {}  # by message id: its job, and its place there
+        self._waiting: dict[str, tuple[_Job, int, flower.Message]] = {}  # by message id: its place in which job
         self._known: dict[str, flower.Message] = {}  # replies that needed no actor
         self._hosts: list[_Host] = []
         self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
+        self._ships: list[ModuleType] = []
         self._connected_here = _connect(address)
-        _register_tensors()
-        self._by_value = _by_value(Path.cwd())
-        self._remote = ray.remote(Worker)
-        room = self._room()
-        if actors == "auto":
-            check(room >= 1, "runtime.cpus_per_actor", cpus_per_actor, _has())
-        elif int(actors) > room:
-            raise ConfigError("runtime.actors", actors, f"at most {room}, for which the cluster has room ({_has()})")
-        self._wanted = min(room if actors == "auto" else int(actors), self.num_clients)
+        try:
+            self._remote = ray.remote(Worker)
+            room = self._room()
+            check(room >= 1, "runtime.cpus_per_actor", cpus_per_actor, f"less than the cluster has ({_has()})")
+            if actors != "auto" and int(actors) > room:
+                allowed = f"at most {room}, for which the cluster has room ({_has()})"
+                raise ConfigError("runtime.actors", actors, allowed)
+            self._wanted = min(room if actors == "auto" else int(actors), self.num_clients)
+            self._ships = _ship_by_value(Path.cwd())
+        except BaseException:
+            self.close()
+            raise
 
     # ------------------------------------------------------------------ messages
 
@@ -321,9 +215,7 @@ class RayGrid(ClientGrid):
             If a node does not exist; no message is started then.
         """
         accepted = self._accept(messages)
-        for job in self._start(accepted):
-            for place, message in enumerate(job.messages):
-                self._waiting[message.metadata.message_id] = (job, place)
+        self._start(accepted)
         return [message.metadata.message_id for message in accepted]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
@@ -336,25 +228,36 @@ class RayGrid(ClientGrid):
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
     ) -> Iterable[flower.Message]:
-        """Run messages and return the replies that come within `timeout` seconds (None: all)."""
-        ids = list(self.push_messages(messages))
-        jobs = {id(job): job for job, _ in (self._waiting[i] for i in ids if i in self._waiting)}
-        self._collect(list(jobs.values()), timeout)
-        self._abandon(jobs.values())
-        replies = [self._reply(i) for i in ids]
-        for i in ids:
-            self._waiting.pop(i, None)
+        """Run messages and return the replies that come within `timeout` seconds (None: all).
+
+        A shard that takes longer is given up: its actor is replaced, and its clients keep the state they had.
+        """
+        accepted = self._accept(messages)
+        jobs = self._start(accepted)
+        self._collect(jobs, timeout)
+        replies = [self._reply(message.metadata.message_id) for message in accepted]
+        for message in accepted:
+            self._waiting.pop(message.metadata.message_id, None)
+        self._give_up(jobs)
         return [reply for reply in replies if reply is not None]
 
     def send_and_fold(
         self, messages: Iterable[flower.Message], intake: Intake, *, timeout: float | None = None
     ) -> None:
-        """Run messages; replies are folded in the actors, and `intake` takes in the folds, in the order of shards."""
-        jobs = self._start(self._accept(messages), intake.strategy)
+        """Run messages; replies are folded in the actors, and `intake` takes in the folds, in the order of shards.
+
+        For `timeout` see :meth:`send_and_receive`.
+        """
+        accepted = self._accept(messages)
+        jobs = self._start(accepted, intake.strategy)
         self._collect(jobs, timeout)
-        self._abandon(jobs)
+        for message in accepted:
+            self._waiting.pop(message.metadata.message_id, None)
         parts = [job.answer.intake for job in jobs if job.answer is not None]
         intake.merge([part for part in parts if part is not None])
+        for job in jobs:
+            job.answer = None
+        self._give_up(jobs)
 
     def _reply(self, message_id: str) -> flower.Message | None:
         """Reply to one message if it is there, once; an error for an id that stands for none (any more)."""
@@ -362,11 +265,11 @@ class RayGrid(ClientGrid):
             return self._known.pop(message_id)
         if message_id not in self._waiting:
             return unavailable(message_id, self._run.run_id)
-        job, place = self._waiting[message_id]
-        if job.answer is None:
+        job, place, message = self._waiting[message_id]
+        if not job.done:
             return None
         del self._waiting[message_id]
-        reply = reply_of(job.messages[place], job.answer.outcomes[place])
+        reply = reply_of(message, job.read().outcomes[place])
         give_id(reply)
         return reply
 
@@ -388,13 +291,15 @@ class RayGrid(ClientGrid):
         for kind, group in by_kind.items():
             self.choose(len(group))
             jobs.extend(self._jobs(kind, group, strategy))
-        if self._keeps_state and (self._unsaved or any(len(shard.jobs) >= SAVE_AFTER for shard in self.shards)):
+        if self._keeps_state and any(self._is_long(shard.jobs) for shard in self.shards):
             self._save_here()
         for job in jobs:
-            if self._keeps_state:
-                job.shard.jobs.append(job)
+            job.shard.jobs.append(job)
             self._submit(job)
         return jobs
+
+    def _is_long(self, jobs: Sequence[_Job]) -> bool:
+        return len(jobs) >= SAVE_AFTER or sum(job.size for job in jobs) > SAVE_AFTER_BYTES
 
     def _jobs(self, kind: str, messages: list[flower.Message], strategy: PersonalizedStrategy | None) -> list[_Job]:
         """Jobs of one type of message; what several shards receive is put into the object store once."""
@@ -405,32 +310,44 @@ class RayGrid(ClientGrid):
             number = owner[self.client_of(message)]
             by_shard.setdefault(number, []).append(message)
             shards_of.setdefault(id(message.content), set()).add(number)
-        common: dict[int, int] = {}
-        sent: list[flower.RecordDict] = []
-        for message in messages:
-            key = id(message.content)
-            if len(shards_of[key]) > 1 and key not in common:
-                common[key] = len(sent)
-                sent.append(message.content)
-        folding = None if strategy is None else strategy.to_fold_elsewhere()
-        package = ray.put((sent, folding))
+        common = {id(m.content): m.content for m in messages if len(shards_of[id(m.content)]) > 1}
+        places = {key: place for place, key in enumerate(common)}
+        size = sum(num_bytes(content) for content in common.values())
+        sent = self._put((list(common.values()), None if strategy is None else strategy.to_fold_elsewhere()))
         jobs = []
         for number, group in sorted(by_shard.items()):
-            own: dict[int, flower.RecordDict] = {}
-            which = []
-            for message in group:
-                key = id(message.content)
-                if key not in common:
-                    own.setdefault(key, message.content)
-                which.append(common[key] if key in common else -1 - list(own).index(key))
+            own = {id(m.content): m.content for m in group if id(m.content) not in common}
+            behind = {key: -1 - place for place, key in enumerate(own)}
+            which = [places[key] if key in common else behind[key] for key in (id(m.content) for m in group)]
             clients = [self.client_of(message) for message in group]
-            arguments = (kind, clients, which, package, list(own.values()))
-            jobs.append(_Job(self.shards[number], kind, group, arguments, fold=strategy is not None))
+            # as they are now: whoever sent them may change them before they have to be computed again
+            arguments = (kind, clients, which, sent, self._put(list(own.values())), strategy is not None)
+            job = _Job(self.shards[number], arguments, size + sum(map(num_bytes, own.values())), len(group))
+            for place, message in enumerate(group):
+                self._waiting[message.metadata.message_id] = (job, place, message)
+            jobs.append(job)
         return jobs
 
+    def _put(self, value: Any) -> Any:
+        """Put something into the object store.
+
+        Raises
+        ------
+        TrainingError
+            If it cannot travel or there is no room.
+        """
+        try:
+            return ray.put(pack(value))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise TrainingError(f"something cannot be sent to a Ray actor: {_first_line(error)}") from error
+        except RayError as error:
+            raise TrainingError(f"Ray's object store takes no more: {_first_line(error)}") from error
+
     def _submit(self, job: _Job) -> None:
+        """Send a job to its shard's actor; the answer of one that is done is not wanted again."""
         job.host = job.shard.host
-        job.reference = job.host.actor.run.remote(job.shard.number, *job.arguments, job.fold)
+        reference = job.host.actor.run.remote(job.shard.number, *job.arguments, not job.done)
+        job.reference = None if job.done else reference
 
     def _collect(self, jobs: Sequence[_Job], timeout: float | None) -> None:
         """Wait for the answers of jobs, at most `timeout` seconds; what a dead actor owes is computed again."""
@@ -444,28 +361,36 @@ class RayGrid(ClientGrid):
                 self._take(waiting[reference])
 
     def _take(self, job: _Job) -> None:
-        """Take a job's answer; if its actor died, another one takes over and computes it again."""
+        """Take a job's answer; if its actor died, others take its shards over and compute it again."""
         shard = job.shard
+        assert job.host is not None
         try:
-            job.answer = ray.get(job.reference)
-        except _DIED as reason:
-            assert job.host is not None
+            packed: Packed = self._get(shard, job.reference)
+        except _Lost as reason:
             self._died(shard, job.host, reason)
-            self._submit(job)
             return
-        except RayTaskError as error:
-            raise TrainingError(
-                f"clients {_some(shard.clients)} failed on a Ray actor: {_first_line(error)}"
-            ) from error
-        shard.deaths = 0
-        job.done = True
-        if job in shard.jobs and not job.answer.changed:
+        job.answer, job.done, job.reference, shard.deaths = unpack(packed), True, None, 0
+        if not job.answer.changed:
             shard.jobs.remove(job)
 
-    def _abandon(self, jobs: Iterable[_Job]) -> None:
-        """Let go of answers, and of jobs whose time is over; they may still change personal state."""
-        for job in jobs:
-            job.abandoned = not job.done
+    def _get(self, shard: _Shard | None, reference: Any) -> Any:
+        """Result of a call; :class:`_Lost` if its actor died."""
+        try:
+            return ray.get(reference)
+        except _DIED as reason:
+            raise _Lost(_first_line(reason)) from reason
+        except RayError as error:
+            whose = "these clients" if shard is None else f"clients {_some(shard.clients)}"
+            raise TrainingError(f"{whose} failed on a Ray actor: {_first_line(error)}") from error
+
+    def _give_up(self, jobs: Sequence[_Job]) -> None:
+        """Replace the actors of jobs whose time is over: they would hold up everything that comes after."""
+        late = [job for job in jobs if not job.done]
+        for job in late:
+            job.shard.jobs.remove(job)
+        for host in {job.host for job in late if job.host is not None and job.host.alive}:
+            log.warning("a Ray actor took longer than the timeout and is replaced")
+            self._lose(host)
 
     # -------------------------------------------------------------------- shards
 
@@ -476,44 +401,48 @@ class RayGrid(ClientGrid):
         self._check_open()
         app = self.client_app
         self._hosts = self._new_hosts(self._wanted)
-        largest = sorted(range(self.num_clients), key=lambda c: (-app.sizes[c], c))[:MEASURED]
-        part = app.restrict(largest).to("cpu")
-        in_a_shard = max(1, -(-sampled // self._wanted))
-        try:
-            measured = self._hosts[0].actor.measure.remote(part, in_a_shard, self._cohort)
-            self.choice, self.costs = ray.get(measured)
-        except RayError as error:
-            raise TrainingError(f"a Ray actor cannot compute these clients: {_first_line(error)}") from error
+        self.choice, self.costs = self._measured(max(1, -(-sampled // self._wanted)))
         base, step = self.costs or (0.0, 1.0)  # else in proportion to steps
         expected = [base + step * _steps(app, client) for client in range(self.num_clients)]
-        for number, clients in enumerate(deal(expected, self._wanted)):
-            host = self._hosts[number]
-            self.shards.append(_Shard(number, clients, sum(expected[c] for c in clients), host))
-        references = {shard.number: self._hosting(shard) for shard in self.shards}
-        for shard in self.shards:
-            host = shard.host
+        self.shards = [
+            _Shard(number, clients, sum(expected[c] for c in clients), self._hosts[number])
+            for number, clients in enumerate(deal(expected, self._wanted))
+        ]
+        asked = [(shard, shard.host, self._hosting(shard)) for shard in self.shards]
+        for shard, host, reference in asked:
             try:
-                ray.get(references[shard.number])
-            except _DIED as reason:
+                self._get(shard, reference)
+            except _Lost as reason:
                 self._died(shard, host, reason)
-            except RayTaskError as error:
-                raise TrainingError(f"a Ray actor cannot take clients: {_first_line(error)}") from error
+
+    def _measured(self, sampled: int) -> tuple[Choice, tuple[float, float] | None]:
+        """Cohort size and costs, as the first actor finds them."""
+        app = self.client_app
+        largest = sorted(range(self.num_clients), key=lambda c: (-app.sizes[c], c))[:MEASURED]
+        part = self._put(app.restrict(largest).to("cpu"))
+        for _ in range(DEATHS):
+            try:
+                reference = self._hosts[0].actor.measure.remote(part, sampled, self._cohort)
+                found: tuple[Choice, tuple[float, float] | None] = self._get(None, reference)
+                return found
+            except _Lost as reason:
+                log.warning("a Ray actor died while it measured (%s)", reason)
+                self._hosts[:1] = self._new_hosts(1)
+        raise TrainingError(f"{DEATHS} Ray actors in a row died while they measured how long clients take.")
 
     def _hosting(self, shard: _Shard) -> Any:
-        part = self.client_app.restrict(shard.clients).to("cpu")
+        """Send a shard's app to its actor."""
+        part = self._put(self.client_app.restrict(shard.clients).to("cpu"))
         return shard.host.actor.host.remote(shard.number, part, shard.clients, self.choice, self.memory)
 
     def _new_hosts(self, count: int) -> list[_Host]:
         """Start actors, spread over the nodes."""
-        made = [
-            self._remote.options(scheduling_strategy="SPREAD", **self._resources).remote(self.folder)
-            for _ in range(count)
-        ]
+        made = [self._new_actor() for _ in range(count)]
         asked = [actor.node.remote() for actor in made]
         ready, late = ray.wait(asked, num_returns=count, timeout=PATIENCE)
         if late:
             for actor in made:
-                ray.kill(actor)
+                _kill(actor)
             raise TrainingError(
                 f"{len(ready)} of {count} Ray actors started within {PATIENCE:g} s; the cluster has {_has()}, of which "
                 f"others may use a part: set runtime.actors."
@@ -524,51 +453,54 @@ class RayGrid(ClientGrid):
             raise TrainingError(f"a Ray actor cannot start: {_first_line(error)}") from error
         return [_Host(actor) for actor in made]
 
-    def _died(self, shard: _Shard, host: _Host, reason: Exception) -> None:
+    def _new_actor(self) -> Any:
+        return self._remote.options(scheduling_strategy="SPREAD", **self._resources).remote(self.folder)
+
+    def _died(self, shard: _Shard, host: _Host, reason: _Lost) -> None:
         """Let others take over the shards of an actor that died, unless that has happened already."""
         if shard.host is not host:
             return
         shard.deaths += 1
         if shard.deaths > DEATHS:
             raise TrainingError(
-                f"{shard.deaths} Ray actors in a row died while they computed clients {_some(shard.clients)}: "
-                f"{_first_line(reason)}"
+                f"{shard.deaths} Ray actors in a row died while they computed clients {_some(shard.clients)}: {reason}"
             ) from reason
-        log.warning(
-            "a Ray actor died (%s); its %d clients are taken over and computed again from round to round",
-            _first_line(reason), sum(len(s.clients) for s in self.shards if s.host is host),
-        )  # fmt: skip
-        host.alive = False
-        for lost in [other for other in self.shards if other.host is host]:
-            self._move(lost)
+        lost = sum(len(other.clients) for other in self.shards if other.host is host)
+        log.warning("a Ray actor died (%s); its %d clients are computed again by others", reason, lost)
+        self._lose(host)
 
-    def _move(self, shard: _Shard) -> None:
-        """Let another actor take over a shard: state as last saved, and all messages since."""
-        shard.host = self._replacement()
-        host = shard.host
+    def _lose(self, host: _Host) -> None:
+        """Let other actors compute the shards of one that is, or shall be, no more."""
+        host.alive = False
+        _kill(host.actor)
+        for shard in [shard for shard in self.shards if shard.host is host]:
+            self._restore(shard)
+
+    def _restore(self, shard: _Shard) -> None:
+        """Give a shard to another actor: with its state as last saved, and all messages since then once more."""
+        host = shard.host = self._replacement()
         try:
-            ray.get(self._hosting(shard))
-            if self._saved is not None:
-                for block in read_states(self._saved, self.client_app.initial_state, shard.clients):
-                    ray.get(host.actor.load.remote(shard.number, block))
-            for job in shard.jobs:
-                if job.done or job.abandoned:
-                    ray.get(host.actor.run.remote(shard.number, *job.arguments, False))
-        except _DIED as reason:
+            self._get(shard, self._hosting(shard))
+            self._load_saved(shard)
+        except _Lost as reason:
             self._died(shard, host, reason)
-        except RayTaskError as error:
-            raise TrainingError(
-                f"clients {_some(shard.clients)} cannot be computed again: {_first_line(error)}"
-            ) from error
+            return
+        for job in shard.jobs:  # in their order, which is that in which an actor works
+            self._submit(job)
+
+    def _load_saved(self, shard: _Shard) -> None:
+        if self._saved is not None:
+            for block in read_states(self._saved, self.client_app.initial_state, shard.clients):
+                self._get(shard, shard.host.actor.load.remote(shard.number, self._put(block)))
 
     def _replacement(self) -> _Host:
         """Return a new actor if there is room for one, else the one with the least to do."""
         alive = [host for host in self._hosts if host.alive]
-        actor = None
+        actor, asked = None, None
         end = time.monotonic() + PATIENCE
         while self._room() > len(alive) and time.monotonic() < end:
             if actor is None:
-                actor = self._remote.options(scheduling_strategy="SPREAD", **self._resources).remote(self.folder)
+                actor = self._new_actor()
                 asked = actor.node.remote()
             try:
                 ray.get(asked, timeout=2.0)
@@ -577,11 +509,10 @@ class RayGrid(ClientGrid):
             except RayError as error:
                 log.info("an actor could not be started: %s", _first_line(error))
                 break
-            host = _Host(actor)
-            self._hosts.append(host)
-            return host
+            self._hosts.append(_Host(actor))
+            return self._hosts[-1]
         if actor is not None:
-            ray.kill(actor)
+            _kill(actor)
         if not alive:
             raise TrainingError(f"the last Ray actor died, and there is no room for another: the cluster has {_has()}.")
         return min(alive, key=lambda host: sum(shard.cost for shard in self.shards if shard.host is host))
@@ -599,47 +530,55 @@ class RayGrid(ClientGrid):
     # --------------------------------------------------------------------- state
 
     def blocks(self) -> Iterator[Block]:
-        """Personal state of all clients that have any, a few at a time."""
+        """Personal state of all clients that have any, a few at a time, after all messages that were sent."""
         if not self._keeps_state:
             return
+        self._collect([job for shard in self.shards for job in shard.jobs], None)
         size = sum(value.nbytes for value in leaves(self.client_app.initial_state).values())
         width = max(1, BLOCK_BYTES // max(1, size))
         for shard in self.shards:
             written = self._call(shard, "written")
             for start in range(0, len(written), width):
-                yield self._call(shard, "states", written[start : start + width])
+                yield unpack(self._call(shard, "states", written[start : start + width]))
 
     def load(self, blocks: Iterable[Block]) -> None:
         """Put personal state that :meth:`blocks` gave in place of all there is."""
         self.choose(self.num_clients)
-        owner = {client: shard for shard in self.shards for client in shard.clients}
-        self._saved, self._unsaved = None, True
+        self._collect([job for shard in self.shards for job in shard.jobs], None)
+        self._save_here(blocks)  # first: an actor may die while it is loaded
         for shard in self.shards:
-            shard.jobs.clear()
-            self._call(shard, "clear")
-        for clients, state in blocks:
-            places: dict[int, list[int]] = {}
-            for place, client in enumerate(clients.tolist()):
-                places.setdefault(owner[client].number, []).append(place)
-            for number, own in places.items():
-                self._call(self.shards[number], "load", (clients[own], state[own]))
+            while True:
+                host = shard.host
+                try:
+                    self._get(shard, host.actor.clear.remote(shard.number))
+                    self._load_saved(shard)
+                    break
+                except _Lost as reason:
+                    self._died(shard, host, reason)
 
     def saved(self, folder: Path) -> None:
-        """Be told that personal state as of now lies in a folder (:func:`write_states`), until told of another."""
-        self._saved, self._unsaved = folder, False
+        """Be told that personal state as :meth:`blocks` gave it last lies in a folder, until told of another.
+
+        (:func:`~fedpers.runtime.states.write_states` made it.)
+        """
+        self._saved = folder
         for shard in self.shards:
-            shard.jobs = [job for job in shard.jobs if not job.done and not job.abandoned]
+            shard.jobs = [job for job in shard.jobs if not job.done]
         if self._saved_here is not None and folder != Path(self._saved_here.name):
             self._saved_here.cleanup()
             self._saved_here = None
 
-    def _save_here(self) -> None:
+    def _save_here(self, blocks: Iterable[Block] | None = None) -> None:
         """Save personal state in a folder of this grid's own, so that messages need not be kept."""
-        before, self._saved_here = self._saved_here, None
         new = tempfile.TemporaryDirectory(prefix="states-", ignore_cleanup_errors=True)
-        write_states(Path(new.name), self.blocks())
+        try:
+            write_states(Path(new.name), self.blocks() if blocks is None else blocks)
+        except OSError as error:
+            new.cleanup()
+            reason = error.strerror or error
+            raise TrainingError(f"personal state cannot be kept in {new.name} ({reason}); set TMPDIR.") from error
+        before, self._saved_here = self._saved_here, new
         self.saved(Path(new.name))
-        self._saved_here = new
         if before is not None:
             before.cleanup()
 
@@ -648,21 +587,15 @@ class RayGrid(ClientGrid):
         while True:
             host = shard.host
             try:
-                return ray.get(getattr(host.actor, method).remote(shard.number, *arguments))
-            except _DIED as reason:
+                return self._get(shard, getattr(host.actor, method).remote(shard.number, *arguments))
+            except _Lost as reason:
                 self._died(shard, host, reason)
-            except RayTaskError as error:
-                raise TrainingError(
-                    f"clients {_some(shard.clients)} failed on a Ray actor: {_first_line(error)}"
-                ) from error
 
     # ---------------------------------------------------------------------- rest
 
     def described(self) -> dict[str, Any]:
         """How clients are computed, for manifests."""
-        microseconds = (
-            None if self.costs is None else {k: s * 1e6 for k, s in zip(("base", "step"), self.costs, strict=True)}
-        )
+        base, step = (None, None) if self.costs is None else (1e6 * self.costs[0], 1e6 * self.costs[1])
         return {
             "name": "ray",
             "cohort": self.choice.cohort if self.choice else None,
@@ -670,7 +603,8 @@ class RayGrid(ClientGrid):
             "actors": len(self.shards),
             "nodes": sum(node["Alive"] for node in ray.nodes()),
             "clients_per_actor": [len(shard.clients) for shard in self.shards],
-            "microseconds_per_client": microseconds,
+            "microseconds_per_client": base,
+            "microseconds_per_client_step": step,
         }
 
     def __str__(self) -> str:
@@ -681,16 +615,17 @@ class RayGrid(ClientGrid):
         if self._closed:
             return
         super().close()
-        if ray.is_initialized():
-            for host in self._hosts:
-                if host.alive:
-                    ray.kill(host.actor)
-        for module in self._by_value:
-            ray.cloudpickle.unregister_pickle_by_value(module)
-        if self._saved_here is not None:
-            self._saved_here.cleanup()
-        if self._connected_here:
-            ray.shutdown()
+        try:
+            if ray.is_initialized():
+                for host in self._hosts:
+                    if host.alive:
+                        _kill(host.actor)
+        finally:
+            _ship_no_more(self._ships)
+            if self._saved_here is not None:
+                self._saved_here.cleanup()
+            if self._connected_here:
+                ray.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -774,50 +709,38 @@ def _has() -> str:
     return f"{total.get('CPU', 0):g} CPUs{gpus}"
 
 
-def _by_value(folder: Path) -> list[ModuleType]:
+def _kill(actor: Any) -> None:
+    try:
+        ray.kill(actor)
+    except (RayError, ValueError) as error:  # of a Ray that was shut down meanwhile
+        log.debug("an actor is gone already: %s", error)
+
+
+def _ship_by_value(folder: Path) -> list[ModuleType]:
     """Let code from the working folder travel with what uses it, since actors elsewhere cannot import it."""
+    paths = sysconfig.get_paths()
+    installed = {Path(paths[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     found = []
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if not file or name == "__main__" or name.partition(".")[0] == "fedpers" or module.__name__ != name:
+        file, top = getattr(module, "__file__", None), name.partition(".")[0]
+        if not file or module.__name__ != name or top in ("__main__", "fedpers", *sys.stdlib_module_names):
             continue
         path = Path(file)
-        if path.is_relative_to(folder) and "site-packages" not in path.parts:
-            ray.cloudpickle.register_pickle_by_value(module)
+        elsewhere = path.is_relative_to(folder) and not {"site-packages", "dist-packages"} & set(path.parts)
+        if elsewhere and not any(path.is_relative_to(place) for place in installed):
+            _shipped[name] += 1
+            if _shipped[name] == 1:
+                ray.cloudpickle.register_pickle_by_value(module)
             found.append(module)
     return found
 
 
-def _register_tensors() -> None:
-    """Let tensors travel as arrays, which actors of one node read from shared memory without copies."""
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    ray.util.register_serializer(torch.Tensor, serializer=_from_tensor, deserializer=_to_tensor)
-    ray.util.register_serializer(LiveArray, serializer=_from_live, deserializer=_to_live)
-
-
-def _from_tensor(tensor: Tensor) -> tuple[NDArray[Any], str]:
-    plain = tensor.detach().cpu().contiguous()
-    kind = str(plain.dtype).removeprefix("torch.")
-    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy(), kind
-
-
-def _to_tensor(parts: tuple[NDArray[Any], str]) -> Tensor:
-    array, kind = parts
-    tensor = torch.from_numpy(np.asarray(array))
-    return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
-
-
-def _from_live(array: LiveArray) -> Any:
-    tensor = array.__dict__.get("tensor")
-    return tensor if tensor is not None else (array.dtype, tuple(array.shape), array.stype, array.data)
-
-
-def _to_live(parts: Any) -> flower.Array:
-    return LiveArray(parts) if isinstance(parts, Tensor) else flower.Array(*parts)
-
-
-def _failed(shard: _Shard, error: Exception) -> TrainingError:
-    return TrainingError(f"clients {_some(shard.clients)} failed on a Ray actor: {_first_line(error)}")
+def _ship_no_more(modules: Collection[ModuleType]) -> None:
+    """Undo :func:`_ship_by_value`."""
+    for module in modules:
+        _shipped[module.__name__] -= 1
+        if not _shipped[module.__name__]:
+            ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def _some(clients: Sequence[int]) -> str:

@@ -88,7 +88,7 @@ class Intake:
         for part in parts:
             self.failures.update(part.failures)
             if part.usual is not None and usual is not None and part.usual != usual:
-                problem = difference(part.usual, usual)
+                problem = _unlike(part.usual, usual)
                 self.failures.update(dict.fromkeys(part.good, problem))
                 continue
             self.fold.merge(part.fold)
@@ -165,6 +165,15 @@ def difference(form: Form, expected: Form) -> str:
     """Say which entry is in one of two forms only; empty if none is."""
     differing = sorted("/".join(entry) for entry in form.keys() ^ expected.keys())
     return f"'{differing[0]}' is in its reply or in those of the other clients, but not in both" if differing else ""
+
+
+def _unlike(form: Form, expected: Form) -> str:
+    """Say how two forms that are not equal differ."""
+    if told := difference(form, expected):
+        return told
+    (_, name), (shape, dtype) = next(item for item in sorted(form.items()) if expected[item[0]] != item[1])
+    most = expected[next(entry for entry in sorted(form) if expected[entry] != form[entry])]
+    return f"'{name}' is {dtype} {list(shape)}, with most other clients {most[1]} {list(most[0])}"
 
 
 def usual_form(contents: Sequence[flower.RecordDict], arrays: Tree) -> Form:

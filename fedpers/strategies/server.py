@@ -480,6 +480,7 @@ class PersonalizedStrategy(FlowerFedAvg):
             self.clipping_norm = float(self.state[PRIVACY]["norm"]) if PRIVACY in self.state else self.privacy.norm
         config["server-round"] = server_round
         self.report = RoundReport(server_round, sampled)
+        self._intake = None
         clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
         sent = self.send(server_round, self._arrays, clients)
         self._training, size = self._messages(flower.MessageType.TRAIN, sent, config, clients)
@@ -692,6 +693,8 @@ class _Folding:
         self._grid = grid
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also what copying and pickling look for before there is a grid
+            raise AttributeError(name)
         return getattr(self._grid, name)
 
     def send_and_receive(

@@ -11,6 +11,7 @@ from typing import Any
 
 import flwr.app as flower
 import pytest
+import ray
 import torch
 from flwr.serverapp import ServerApp
 from hypothesis import given
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 import fedpers.runtime.ray as ray_runtime
 from fedpers import simulate
 from fedpers.cohort import leaves
-from fedpers.errors import ConfigError, TrainingError
+from fedpers.errors import ConfigError, FedpersError, TrainingError
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
@@ -27,6 +28,7 @@ from fedpers.runtime.ray import RayGrid, deal
 from fedpers.runtime.states import write_states
 from fedpers.strategies.records import from_record
 from tests import flower_app
+from tests.equivalence import halves
 from tests.runtime.faulty import Faulty, Values, app_of, assert_same, rounds, undisturbed
 from tests.runtimes import on_one_machine
 
@@ -163,40 +165,132 @@ def test_a_client_that_fails_is_left_out_and_named(machine: None, fault: str, re
         assert strategy.report.failures == {}
 
 
-# --------------------------------------------------------------------- state
-
-
-def by_client(grid: RayGrid) -> dict[int, Values]:
-    """Personal state of every client that has any."""
+def flat(grid: Any) -> Values:
+    """Personal state of every client that has any, by client and name."""
     found = {}
     for clients, states in grid.blocks():
         for k, client in enumerate(clients.tolist()):
-            found[client] = {name: value[k].clone() for name, value in leaves(states).items()}
+            found.update({f"{client}/{name}": value[k].clone() for name, value in leaves(states).items()})
     return found
 
 
+def killed(grid: RayGrid, place: int = 0) -> None:
+    """Let an actor die as a crash would."""
+    ray.kill(grid.shards[place].host.actor)
+
+
 @pytest.mark.slow
-def test_state_goes_from_one_grid_to_another(machine: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fedper", "pfedpg", "fedjets"])
+def test_messages_are_computed_again_as_they_were(machine: None, method: str) -> None:
+    """Also where each client is sent something else, and where one config serves all rounds, as in Flower's loop."""
+    found = []
+    for on_ray in (False, True):
+        strategy, app = halves(method, torch.float64)
+        grid: Any = RayGrid(app, actors=1, cohort=3) if on_ray else LocalGrid(app, 7, cohort=3, workers=1)
+        folding = strategy.folding(grid)
+        arrays, config = app.initial_arrays(), flower.ConfigRecord()
+        for r in range(1, 5):
+            if r == 4 and on_ray:
+                killed(grid)
+            messages = strategy.configure_train(r, arrays, config, folding)
+            new, _ = strategy.aggregate_train(r, folding.send_and_receive(messages))
+            assert new is not None
+            arrays = new
+        values = {f"server/{n}": v.clone() for n, v in leaves(from_record(arrays)).items()}
+        for role, own in strategy.state.items():
+            values.update({f"{role}/{n}": v.clone() for n, v in leaves(own).items()})
+        values.update(flat(grid))
+        found.append(values)
+        grid.close()
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_an_actor_that_dies_after_states_were_loaded_loses_none(machine: None) -> None:
     app = app_of()
     with RayGrid(app, actors=2, cohort=2) as grid:
         rounds(grid, app)
-        before = {
-            c: leaves(s) for clients, states in grid.blocks() for c, s in zip(clients.tolist(), states, strict=True)
-        }
+        before = flat(grid)
         blocks = [(clients.clone(), states.clone()) for clients, states in grid.blocks()]
+    with RayGrid(app, actors=2, cohort=2) as other:
+        other.load(blocks)
+        killed(other)
+        killed(other, 1)
+        assert_same(flat(other), before)
+
+
+@pytest.mark.slow
+def test_what_was_sent_before_a_save_is_not_computed_twice(machine: None, tmp_path: Path) -> None:
+    app = app_of()
+    strategy, config = Faulty(seed=3), flower.ConfigRecord()
+    found = []
+    for deaths in (0, 1):
+        with RayGrid(app, actors=2, cohort=2) as grid:
+            strategy.configure_train(1, app.initial_arrays(), config, grid)
+            ids = list(grid.push_messages(strategy._training))
+            folder = tmp_path / str(deaths)
+            folder.mkdir()
+            write_states(folder, grid.blocks())
+            grid.saved(folder)
+            strategy.configure_train(2, app.initial_arrays(), config, grid)
+            more = list(grid.push_messages(strategy._training))
+            if deaths:
+                killed(grid)
+            found.append(flat(grid))
+            assert len(list(grid.pull_messages([*ids, *more]))) == 10
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_answers_are_let_go_of(machine: None) -> None:
+    app = app_of()
+    with RayGrid(app, actors=2, cohort=2) as grid:
+        rounds(grid, app)
+        jobs = [job for shard in grid.shards for job in shard.jobs]
+        assert jobs
+        assert all(job.answer is None and job.reference is None for job in jobs)
+        assert not grid._waiting
+        assert not grid._known
+
+
+@pytest.mark.slow
+def test_two_grids_side_by_side(machine: None) -> None:
+    app = app_of()
+    with RayGrid(app, actors=1, cohort=2) as one, RayGrid(app, actors=1, cohort=2) as other:
+        first, _ = rounds(one, app, 2)
+        one.close()
+        second, _ = rounds(other, app, 2)
+    assert_same(first, second)
+
+
+@pytest.mark.slow
+def test_saved_state_that_is_gone_ends_the_run_with_a_sentence(machine: None, tmp_path: Path) -> None:
+    app = app_of()
+    with RayGrid(app, actors=1, cohort=2) as grid:
+        rounds(grid, app, 1)
+        grid.saved(tmp_path / "gone")
+        killed(grid)
+        with pytest.raises(FedpersError, match="gone, which holds personal state, is missing"):
+            rounds(grid, app, 1)
+
+
+# --------------------------------------------------------------------- state
+
+
+@pytest.mark.slow
+def test_state_goes_from_one_grid_to_another(machine: None) -> None:
+    app = app_of()
+    with RayGrid(app, actors=2, cohort=2) as grid:
+        rounds(grid, app)
+        before = flat(grid)
+        blocks = [(clients.clone(), states.clone()) for clients, states in grid.blocks()]
+    assert before
     local = LocalGrid(app, 5)
     local.load(blocks)
+    assert_same(flat(local), before)
     with RayGrid(app, actors=3, cohort=1) as other:
         other.load(blocks)
-        moved = {
-            c: leaves(s) for clients, states in other.blocks() for c, s in zip(clients.tolist(), states, strict=True)
-        }
-    assert before.keys() == moved.keys() != set()
-    for client, values in before.items():
-        here = local.engine.store.gather([client])  # type: ignore[union-attr]
-        for name, value in values.items():
-            assert torch.equal(moved[client][name], value)
-            assert torch.equal(leaves(here)[name][0], value)
+        assert_same(flat(other), before)
 
 
 @pytest.mark.slow

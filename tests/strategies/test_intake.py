@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import flwr.app as flower
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +110,22 @@ def test_parts_that_disagree_on_what_a_reply_holds(first: int) -> None:
     found: Any = merged.fold.result()["arrays"]
     for name, value in leaves(expected).items():
         assert torch.equal(found[name], value)
+
+
+def with_more(outcome: Outcome, size: int) -> Outcome:
+    assert outcome.content is not None
+    content = outcome.content.copy()
+    content["more"] = flower.ArrayRecord({"x": flower.Array(np.zeros(size))})
+    return Outcome(content)
+
+
+def test_parts_whose_arrays_have_other_shapes() -> None:
+    strategy, outcomes = round_of("fedavg")
+    strange = {client: with_more(outcome, 3 if client < 2 else 2) for client, outcome in outcomes.items()}
+    merged = Intake(strategy)
+    merged.merge([part_of(strategy, strange, [0, 1]), part_of(strategy, strange, [2, 3, 4, 5, 6])])
+    assert merged.failures[0] == "'x' is float64 [3], with most other clients float64 [2]"
+    assert sorted(merged.good) == [2, 3, 4, 5, 6]
 
 
 def test_failures_of_all_parts_are_kept() -> None:

@@ -1,0 +1,194 @@
+"""What runs inside a Ray actor, and how things travel to and from it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.cloudpickle.cloudpickle import Pickler
+from torch import Tensor
+
+from fedpers.cohort.state import Block
+from fedpers.runtime.engine import CohortEngine, half_the_memory
+from fedpers.runtime.probe import Choice, costs, probe
+from fedpers.strategies.client import CohortApp, Outcome
+from fedpers.strategies.intake import Intake
+from fedpers.strategies.records import LiveArray
+from fedpers.threads import one_thread
+
+Packed = tuple[bytes, list[NDArray[np.uint8]]]
+"""A pickle, and the arrays in it, which actors of one node read from the object store without a copy."""
+
+
+class _Packer(Pickler):  # type: ignore[misc]
+    """Pickles tensors as arrays; one that is there several times travels once."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is Tensor:
+            return _to_tensor, _from_tensor(value)
+        if type(value) is LiveArray and "tensor" in value.__dict__:
+            return LiveArray, (value.__dict__["tensor"],)
+        return super().reducer_override(value)
+
+
+def pack(value: Any) -> Packed:
+    """Make what travels of `value`."""
+    buffers: list[pickle.PickleBuffer] = []
+    file = io.BytesIO()
+    _Packer(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    return file.getvalue(), [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+
+
+def unpack(packed: Packed) -> Any:
+    """Undo :func:`pack`; tensors may be views of shared memory that must not be written."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return pickle.loads(packed[0], buffers=packed[1])
+
+
+def _from_tensor(tensor: Tensor) -> tuple[NDArray[Any], str]:
+    plain = tensor.detach().cpu().contiguous()
+    kind = str(plain.dtype).removeprefix("torch.")
+    return (plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy(), kind
+
+
+def _to_tensor(array: NDArray[Any], kind: str) -> Tensor:
+    tensor = torch.from_numpy(np.asarray(array))
+    return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
+
+
+@dataclass
+class Answer:
+    """What a shard makes of one message to its clients."""
+
+    outcomes: list[Outcome]
+    intake: Intake | None
+    changed: bool
+
+
+class Worker:
+    """Actor: computes the clients of its shards.
+
+    Parameters
+    ----------
+    folder : str, optional
+        Where files of personal state that is too large for the memory are made.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        torch.set_num_threads(1)
+        self.device = "cuda:0" if ray.get_gpu_ids() else "cpu"
+        if self.device != "cpu":
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True
+        self.folder = None if folder is None else Path(folder)
+        self.shards: dict[int, CohortEngine] = {}
+
+    def node(self) -> str:
+        """Id of the node this runs on."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    def measure(self, app: Packed, sampled: int, cohort: int | str) -> tuple[Choice, tuple[float, float] | None]:
+        """Choose a cohort size; measure costs (:func:`fedpers.runtime.probe.costs`)."""
+        own = self._taken(app)
+        choice = probe(own, sampled, cohort, 1)
+        return choice, costs(own, choice.cohort)
+
+    def host(self, shard: int, app: Packed, clients: list[int], choice: Choice, memory: float | None) -> None:
+        """Take over a shard, with the state its clients begin with."""
+        own = self._taken(app)
+        if memory is None and (whole := half_the_memory(own.device)) is not None:
+            memory = whole * self._share()
+        engine = CohortEngine(own, choice.cohort, 1, clients=clients, memory=memory, folder=self.folder)
+        engine.choose(len(clients))
+        if shard in self.shards:
+            self.shards[shard].close()
+        self.shards[shard] = engine
+
+    def _taken(self, app: Packed) -> CohortApp:
+        """An app of this actor's own, on its device: nothing of it keeps memory of the object store."""
+        own: CohortApp = copy.deepcopy(unpack(app))
+        return own.to(self.device)
+
+    def _share(self) -> float:
+        """Share of the machine, or of its GPU, that this actor has."""
+        has = ray.get_runtime_context().get_assigned_resources()
+        if self.device != "cpu":
+            return min(1.0, float(has.get("GPU", 1.0)))
+        return min(1.0, max(1.0, float(has.get("CPU", 1.0))) / (os.cpu_count() or 1))
+
+    def load(self, shard: int, block: Packed) -> None:
+        """Store personal states."""
+        clients, state = unpack(block)
+        self.shards[shard].store.load(clients.tolist(), state.to(self.device))
+
+    def clear(self, shard: int) -> None:
+        """Let all clients of a shard hold the initial state again."""
+        self.shards[shard].store.clear()
+
+    def written(self, shard: int) -> list[int]:
+        """Clients of a shard that have written state, ascending."""
+        store = self.shards[shard].store
+        return sorted(store.clients[store.written].tolist())
+
+    def states(self, shard: int, clients: list[int]) -> Packed:
+        """Personal states of some clients, a :data:`~fedpers.cohort.state.Block`."""
+        block: Block = (torch.tensor(clients), self.shards[shard].store.gather(clients))
+        return pack(block)
+
+    def run(
+        self,
+        shard: int,
+        kind: str,
+        clients: list[int],
+        which: list[int],
+        sent: Packed,
+        own: Packed,
+        fold: bool,
+        wanted: bool,
+    ) -> Packed | None:
+        """Compute a message for clients of a shard.
+
+        Parameters
+        ----------
+        shard : int
+        kind : str
+            Message type.
+        clients : list of int
+        which : list of int
+            For each of them, which of `sent` it received, or of `own` counted from behind (-1 is the first).
+        sent : (list of RecordDict, strategy or None), packed
+            What clients of several shards receive, and what folds their replies.
+        own : list of RecordDict, packed
+            What clients of this shard alone receive.
+        fold : bool
+            Fold the replies, and return none of them.
+        wanted : bool
+            Whether anybody waits for the answer; if not, only personal state is brought up to date.
+
+        Returns
+        -------
+        Answer, packed
+        """
+        contents, strategy = unpack(sent)
+        more: list[flower.RecordDict] = unpack(own)
+        engine = self.shards[shard]
+        engine.changed = False
+        intake = Intake(strategy) if fold else None
+        with one_thread():
+            received = [contents[i] if i >= 0 else more[-1 - i] for i in which]
+            outcomes = engine.run(kind, clients, received, intake)
+        return pack(Answer(outcomes, intake, engine.changed)) if wanted else None

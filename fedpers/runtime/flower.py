@@ -38,7 +38,7 @@ from fedpers.strategies.records import METRICS, flatten_state, unflatten_state
 from fedpers.strategies.server import PersonalizedStrategy
 
 log = logging.getLogger(__name__)
-PATIENCE = 60.0
+PATIENCE = 180.0
 """Seconds that nodes may take to register, and the engine to start or to end."""
 KEPT = "query.kept"
 """Message by which the server of a simulation reads the personal state a client keeps, or puts other in its place."""
@@ -350,7 +350,8 @@ class FlowerSimulation:
                 self._app,
                 self.num_clients,
                 backend_config={
-                    "init_args": {"logging_level": "ERROR", "log_to_driver": False},
+                    # a Ray of its own: any other that runs on the machine may end at any time
+                    "init_args": {"address": "local", "logging_level": "ERROR", "log_to_driver": False},
                     "client_resources": {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor},
                 },
             )

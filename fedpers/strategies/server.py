@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedpers.cohort import Fold, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check, one_of
 from fedpers.randomness import sample_clients
-from fedpers.strategies.client import EXTRA, IDENTIFY, LocalUpdate
+from fedpers.strategies.client import EXTRA, LocalUpdate
 from fedpers.strategies.intake import (
     NO_REPLY,
     Form,
@@ -31,14 +31,13 @@ from fedpers.strategies.intake import (
     outcome_of,
     usual_form,
 )
-from fedpers.strategies.records import ARRAYS, CONFIG, METRICS, from_record, num_bytes, to_record
+from fedpers.strategies.nodes import Nodes
+from fedpers.strategies.records import ARRAYS, CONFIG, from_record, num_bytes, to_record
 from fedpers.strategies.wrappers import CLIENT_SIDE, CLIPPED, Aggregated, Privacy, flowers_wrapper
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 WEIGHTINGS = ("samples", "uniform")
-IDENTIFY_SECONDS = 60.0
-"""Seconds a node may take to say which client it holds."""
 PRIVACY = "privacy"
 """Role of the clipping norm in a server's state."""
 _NO_MEAN = "whose aggregate is more than a mean of the server's arrays"
@@ -164,8 +163,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         self.report = RoundReport(0)
         self._nodes: dict[int, int] = {}  # client -> node
         self._clients: dict[int, int] = {}  # node -> client
-        self._asked: dict[int, str] = {}  # node without a client -> the question it has not answered, if there is one
-        self._numbered = False  # whether clients are numbered in order of node ids
+        self._directory = Nodes()
         self._arrays: Tree | None = None
         self._intake: Intake | None = None  # replies that were folded where they were made
         self._training: list[flower.Message] = []  # what this round's clients were sent
@@ -326,58 +324,10 @@ class PersonalizedStrategy(FlowerFedAvg):
     # ------------------------------------------------------------------ clients
 
     def nodes(self, grid: Grid) -> dict[int, int]:
-        """Node id of each client, by client number; nodes that came since the last call are asked.
-
-        Nodes whose app does not know the question (any other Flower app) are numbered in order of their ids. A node
-        that does not answer is left out until it does, but waited for only once; a client whose node came back under
-        another id is found there.
-        """
-        ids = set(grid.get_node_ids())
-        if self._numbered and ids != set(self._clients):
-            self._clients, self._asked, self._numbered = {}, {}, False
-        known = {node: client for node, client in self._clients.items() if node in ids}
-        self._asked = {node: question for node, question in self._asked.items() if node in ids}
-        found: dict[int, int] = {}
-        if waiting := [question for question in self._asked.values() if question]:
-            found = self._identified(grid.pull_messages(waiting))
-        if new := sorted(ids - known.keys() - found.keys() - self._asked.keys()):
-            found.update(self._identify(grid, new))
-            if not known and not found and "" in self._asked.values():
-                found, self._asked, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
-        if doubled := [node for node, client in known.items() if client in found.values()]:
-            alive = self._identify(grid, doubled)  # a node that ended without saying so is listed for a while
-            known = {node: client for node, client in known.items() if node not in doubled or node in alive}
-        self._clients = {**known, **found}
-        if len(set(self._clients.values())) < len(self._clients):
-            raise TrainingError("two nodes hold the same partition-id.")
+        """Node id of each client, by client number; see :class:`~fedpers.strategies.nodes.Nodes`."""
+        self._clients = self._directory.clients(grid)
         self._nodes = {client: node for node, client in sorted(self._clients.items(), key=lambda pair: pair[1])}
         return self._nodes
-
-    def _identify(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
-        """Ask nodes which client they hold; those that do not say are kept in mind."""
-        questions = [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in nodes]
-        replies = list(grid.send_and_receive(questions, timeout=IDENTIFY_SECONDS))
-        self._asked.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
-        found = self._identified(replies)
-        if self._clients or found or not replies:
-            for silent in (node for node in nodes if node not in found):
-                log.warning("node %d does not say which client it holds and is left out", silent)
-        return found
-
-    def _identified(self, replies: Iterable[flower.Message]) -> dict[int, int]:
-        """Client of each node that says so; one that answers something else is not asked again."""
-        found: dict[int, int] = {}
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            number = None
-            if reply.has_content() and METRICS in reply.content.metric_records:
-                number = reply.content.metric_records[METRICS].get("partition-id")
-            if isinstance(number, int):
-                found[node] = number
-                self._asked.pop(node, None)
-            elif node in self._asked:
-                self._asked[node] = ""
-        return found
 
     @property
     def seen(self) -> list[int]:
@@ -582,7 +532,8 @@ class PersonalizedStrategy(FlowerFedAvg):
         """
         own = copy.copy(self)
         own.state, own.report = {}, RoundReport(self.report.round)
-        own._nodes, own._clients, own._training, own._addressed, own._intake = {}, {}, [], [], None
+        own._directory, own._nodes, own._clients = Nodes(), {}, {}
+        own._training, own._addressed, own._intake = [], [], None
         return own
 
     # --------------------------------------------------------------- evaluation

@@ -310,6 +310,11 @@ class WandbTracker:
                 resume=None if resumed is None else "allow",
                 settings=wandb.Settings(silent=True, console="off", **known),
             )
+        # wandb's background process logs where the first run of this process is: a folder without links out of it can
+        # be moved, and resumed
+        for link in (root / "wandb").glob("*/logs/debug-core.log"):
+            if link.is_symlink():
+                link.unlink()
 
     @property
     def id(self) -> str:

@@ -1,0 +1,85 @@
+"""Which node holds which client: node ids come and go, clients stay."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import flwr.app as flower
+from flwr.serverapp import Grid
+
+from fedpers.errors import TrainingError
+from fedpers.strategies.client import IDENTIFY
+from fedpers.strategies.records import METRICS
+
+log = logging.getLogger(__name__)
+IDENTIFY_SECONDS = 60.0
+"""Seconds a node may take to say which client it holds."""
+
+
+class Nodes:
+    """Learns from nodes which clients they hold, and keeps it in mind.
+
+    Nodes whose app does not know the question (any other Flower app) are numbered in order of their ids. A node that
+    does not answer is left out until it does, but waited for only once; a client whose node came back under another id
+    is found there.
+    """
+
+    def __init__(self) -> None:
+        self._clients: dict[int, int] = {}
+        self._asked: dict[int, str] = {}  # node without a client -> the question it has not answered, if there is one
+        self._numbered = False  # whether clients are numbered in order of node ids
+
+    def clients(self, grid: Grid) -> dict[int, int]:
+        """Client of each node there is; nodes that came since the last call are asked.
+
+        Raises
+        ------
+        TrainingError
+            If two nodes hold the same client.
+        """
+        ids = set(grid.get_node_ids())
+        if self._numbered and ids != set(self._clients):
+            self._clients, self._asked, self._numbered = {}, {}, False
+        known = {node: client for node, client in self._clients.items() if node in ids}
+        self._asked = {node: question for node, question in self._asked.items() if node in ids}
+        found: dict[int, int] = {}
+        if waiting := [question for question in self._asked.values() if question]:
+            found = self._identified(grid.pull_messages(waiting))
+        if new := sorted(ids - known.keys() - found.keys() - self._asked.keys()):
+            found.update(self._identify(grid, new))
+            if not known and not found and "" in self._asked.values():
+                found, self._asked, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
+        if doubled := [node for node, client in known.items() if client in found.values()]:
+            alive = self._identify(grid, doubled)  # a node that ended without saying so is listed for a while
+            known = {node: client for node, client in known.items() if node not in doubled or node in alive}
+        self._clients = {**known, **found}
+        if len(set(self._clients.values())) < len(self._clients):
+            raise TrainingError("two nodes hold the same partition-id.")
+        return self._clients
+
+    def _identify(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
+        """Ask nodes which client they hold; those that do not say are kept in mind."""
+        questions = [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in nodes]
+        replies = list(grid.send_and_receive(questions, timeout=IDENTIFY_SECONDS))
+        self._asked.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
+        found = self._identified(replies)
+        if self._clients or found or not replies:
+            for silent in (node for node in nodes if node not in found):
+                log.warning("node %d does not say which client it holds and is left out", silent)
+        return found
+
+    def _identified(self, replies: Iterable[flower.Message]) -> dict[int, int]:
+        """Client of each node that says so; one that answers something else is not asked again."""
+        found: dict[int, int] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            number = None
+            if reply.has_content() and METRICS in reply.content.metric_records:
+                number = reply.content.metric_records[METRICS].get("partition-id")
+            if isinstance(number, int) and number >= 0:
+                found[node] = number
+                self._asked.pop(node, None)
+            elif node in self._asked:
+                self._asked[node] = ""
+        return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -30,6 +31,7 @@ Outcomes = Callable[[str, torch.dtype], dict[str, Tensor]]
 @contextlib.contextmanager
 def cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Cluster]:
     """A Ray cluster of several raylets on this machine, to which this process is connected."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus})
     try:
         for _ in range(nodes - 1):
@@ -45,6 +47,7 @@ def cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def on_one_machine(cpus: int = 2) -> Iterator[None]:
     """Ray on this machine alone."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         yield

@@ -27,7 +27,7 @@ from typing import Any, Self
 HERE = Path(__file__).resolve().parent
 PROGRAMS = Path(sys.executable).parent
 HOST = "127.0.0.1"
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 STOP_SECONDS = 10.0
 
 
@@ -60,6 +60,7 @@ class Federation:
             **(environment or {}),
             "FLWR_HOME": str(self.folder / "flwr"),
             "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # seconds; one message follows the other
             "PATH": f"{PROGRAMS}{os.pathsep}{os.environ.get('PATH', '')}",
         }
 
@@ -82,21 +83,24 @@ class Federation:
             make_certificates(self.folder)
             files = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.pem"}
             security = [part for name, file in files.items() for part in (f"--ssl-{name}", str(self.folder / file))]
+            trust = ["--root-certificates", str(self.folder / "ca.pem")]
             connection = f'root-certificates = "{self.folder / "ca.pem"}"'
         else:
-            security, connection = ["--insecure"], "insecure = true"
+            security, trust, connection = ["--insecure"], ["--insecure"], "insecure = true"
         home = self.folder / "flwr"
         home.mkdir()
         text = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{self.address}"\n{connection}\n'
         (home / "config.toml").write_text(text, encoding="utf-8")
         command = ["flower-superlink", *security, "--host", HOST, "--port", port]
-        self._launch("superlink", [*command, "--disable-runtime-dependency-installation"])
+        self._launch("superlink", [*command, "--isolation", "process"])
         deadline = time.monotonic() + START_SECONDS
         while not _listens(int(port)):
             self.check()
             if time.monotonic() > deadline:
                 raise FederationError(f"the SuperLink does not listen on {self.address} after {START_SECONDS:g} s.")
             time.sleep(0.1)
+        # starts the server's side of runs; the SuperLink would start it too, but detached, out of reach of stop()
+        self._launch("superexec", ["flower-superexec", *trust, "--runtime-api-address", self.address])
         for number in range(self.nodes):
             self.start_node(number)
 

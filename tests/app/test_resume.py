@@ -154,11 +154,12 @@ def test_trackers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("WANDB_MODE", "offline")
+    run(tmp_path / "before", "rounds=1", "tracker=wandb")  # wandb's background process is one for all runs of a process
     found = run(tmp_path / "run", "rounds=2", "tracker=[wandb,tensorboard]")
-    (first,) = (found / "wandb").glob("offline-run-*")
+    (first,) = (found / "wandb").glob("offline-run-*/run-*.wandb")
     assert _main(["resume", str(found), "rounds=4"]) == 0
-    runs = {path.name.rpartition("-")[2] for path in (found / "wandb").glob("offline-run-*")}
-    assert runs == {first.name.rpartition("-")[2]}  # one id
+    runs = [path.name for path in (found / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert runs == [first.name] * 2  # one id
     events = EventAccumulator(str(found / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert _main(["resume", str(found), "rounds=5", "tracker=none"]) == 0

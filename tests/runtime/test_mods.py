@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flwr.app as flower
@@ -225,7 +226,8 @@ def test_under_flowers_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, name, getattr(TaskIdentity, name))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     found: list[dict[str, Tensor]] = []
-    for simulate in (fedpers.simulate, run_simulation):
+    alone = partial(run_simulation, backend_config={"init_args": {"address": "local"}})  # not on some other Ray cluster
+    for simulate in (fedpers.simulate, alone):
         app = app_of([LocalDpMod(0.2, 0.0, 1.0, 1e-5)])
         server = ServerApp()
 

@@ -464,8 +464,12 @@ def test_what_the_server_raises_comes_out_and_nothing_goes_on(
     import ray
 
     before = set(threading.enumerate())
-    with pytest.raises(error):
-        flower_simulation(partial(sleeping_app, 0.0), 7, main)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        with pytest.raises(error):
+            flower_simulation(partial(sleeping_app, 0.0), 7, main)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert not ray.is_initialized()
     left = {t for t in set(threading.enumerate()) - before if not t.daemon}
     for thread in left:

@@ -240,6 +240,7 @@ def test_the_script_stops_everything_when_it_is_told_to(tmp_path: Path) -> None:
     script = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--nodes", "2"],
         env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while len(programs(surroundings[MARK])) < 4 and time.monotonic() < deadline:

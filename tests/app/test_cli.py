@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +23,6 @@ from fedpers.run import TIMES, run
 from fedpers.strategies import STRATEGIES, options_of
 
 SMALL = ["rounds=3", "partition.num_clients=6", "partition.alpha=1.0"]
-
-
-@pytest.fixture(autouse=True)
-def _keep_logging() -> Iterator[None]:
-    """Hydra configures the root logger; give it back."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:], root.level = handlers, level
 
 
 def run_folders(output: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import resource
 import shutil
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +25,6 @@ from fedpers.strategies import FedAvg
 from tests.resume import killed_runs, results
 
 SMALL = ["partition.num_clients=6", "partition.alpha=1.0", "fraction=0.5", "runtime.cohort=3", "runtime.workers=1"]
-
-
-@pytest.fixture(autouse=True)
-def _keep_logging() -> Iterator[None]:
-    """The command configures the root logger; give it back."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    for handler in set(root.handlers) - set(handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.handlers[:], root.level = handlers, level
 
 
 def run(folder: Path, *arguments: str) -> Path:

@@ -176,14 +176,20 @@ def test_mods_that_need_a_protocol_of_their_own_are_refused(mod: Any) -> None:
     assert str(caught.value) == f"mods={name}: expected mods that pass one training message on, such as LocalDpMod."
 
 
-def test_copies_of_an_app_keep_its_mods() -> None:
-    calls = []
+def counted() -> tuple[list[str], Any]:
+    """A mod, and the types of the messages it has seen."""
+    calls: list[str] = []
 
     def counting(message: flower.Message, context: flower.Context, call_next: Any) -> flower.Message:
         calls.append(message.metadata.message_type)
         reply: flower.Message = call_next(message, context)
         return reply
 
+    return calls, counting
+
+
+def test_copies_of_an_app_keep_its_mods() -> None:
+    calls, counting = counted()
     app = app_of([counting])
     own = app.restrict([1, 2])
     assert own.mods == (counting,)
@@ -203,13 +209,7 @@ class TwoTrainings(LocalUpdate):
 
 
 def test_every_kind_of_training_has_the_mods() -> None:
-    calls = []
-
-    def counting(message: flower.Message, context: flower.Context, call_next: Any) -> flower.Message:
-        calls.append(message.metadata.message_type)
-        reply: flower.Message = call_next(message, context)
-        return reply
-
+    calls, counting = counted()
     app = app_of([counting], TwoTrainings())
     grid = LocalGrid(app, 4)
     content = flower.RecordDict({"arrays": app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 1})})

@@ -10,16 +10,10 @@ from __future__ import annotations
 
 import heapq
 import logging
-import os
 import pickle
-import socket
-import sys
-import sysconfig
 import tempfile
 import time
-import warnings
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -42,10 +36,11 @@ from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.cohort.tree import leaves
 from fedpers.errors import ConfigError, TrainingError, check
 from fedpers.runtime.actor import Answer, Packed, Worker, pack, unpack
+from fedpers.runtime.cluster import connect, first_line, kill, ship_by_value, ship_no_more, supply
 from fedpers.runtime.engine import check_counts
 from fedpers.runtime.flower_private import give_id, unavailable
 from fedpers.runtime.grid import ClientGrid, reply_of
-from fedpers.runtime.probe import Choice, cores
+from fedpers.runtime.probe import Choice
 from fedpers.runtime.states import read_states, write_states
 from fedpers.strategies.client import IDENTIFY, CohortApp
 from fedpers.strategies.intake import Intake
@@ -64,8 +59,6 @@ SAVE_AFTER_BYTES = 2**30
 """What these messages may hold."""
 MEASURED = 64
 """Clients, the largest ones, whose data an actor gets to measure cohort sizes and costs."""
-_shipped: Counter[str] = Counter()
-"""Modules that travel with what uses them, and how many grids ask for it."""
 
 
 class _Lost(Exception):
@@ -190,16 +183,16 @@ class RayGrid(ClientGrid):
         self._hosts: list[_Host] = []
         self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
         self._ships: list[ModuleType] = []
-        self._connected_here = _connect(address)
+        self._connected_here = connect(address)
         try:
             self._remote = ray.remote(Worker)
             room = self._room()
-            check(room >= 1, "runtime.cpus_per_actor", cpus_per_actor, f"less than the cluster has ({_has()})")
+            check(room >= 1, "runtime.cpus_per_actor", cpus_per_actor, f"less than the cluster has ({supply()})")
             if actors != "auto" and int(actors) > room:
-                allowed = f"at most {room}, for which the cluster has room ({_has()})"
+                allowed = f"at most {room}, for which the cluster has room ({supply()})"
                 raise ConfigError("runtime.actors", actors, allowed)
             self._wanted = min(room if actors == "auto" else int(actors), self.num_clients)
-            self._ships = _ship_by_value(Path.cwd())
+            self._ships = ship_by_value(Path.cwd())
         except BaseException:
             self.close()
             raise
@@ -339,9 +332,9 @@ class RayGrid(ClientGrid):
         try:
             return ray.put(pack(value))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
-            raise TrainingError(f"something cannot be sent to a Ray actor: {_first_line(error)}") from error
+            raise TrainingError(f"something cannot be sent to a Ray actor: {first_line(error)}") from error
         except RayError as error:
-            raise TrainingError(f"Ray's object store takes no more: {_first_line(error)}") from error
+            raise TrainingError(f"Ray's object store takes no more: {first_line(error)}") from error
 
     def _submit(self, job: _Job) -> None:
         """Send a job to its shard's actor; the answer of one that is done is not wanted again."""
@@ -378,10 +371,10 @@ class RayGrid(ClientGrid):
         try:
             return ray.get(reference)
         except _DIED as reason:
-            raise _Lost(_first_line(reason)) from reason
+            raise _Lost(first_line(reason)) from reason
         except RayError as error:
             whose = "these clients" if shard is None else f"clients {_some(shard.clients)}"
-            raise TrainingError(f"{whose} failed on a Ray actor: {_first_line(error)}") from error
+            raise TrainingError(f"{whose} failed on a Ray actor: {first_line(error)}") from error
 
     def _give_up(self, jobs: Sequence[_Job]) -> None:
         """Replace the actors of jobs whose time is over: they would hold up everything that comes after."""
@@ -442,15 +435,15 @@ class RayGrid(ClientGrid):
         ready, late = ray.wait(asked, num_returns=count, timeout=PATIENCE)
         if late:
             for actor in made:
-                _kill(actor)
+                kill(actor)
             raise TrainingError(
-                f"{len(ready)} of {count} Ray actors started within {PATIENCE:g} s; the cluster has {_has()}, of which "
-                f"others may use a part: set runtime.actors."
+                f"{len(ready)} of {count} Ray actors started within {PATIENCE:g} s; the cluster has {supply()}, of "
+                f"which others may use a part: set runtime.actors."
             )
         try:
             ray.get(asked)
         except RayError as error:
-            raise TrainingError(f"a Ray actor cannot start: {_first_line(error)}") from error
+            raise TrainingError(f"a Ray actor cannot start: {first_line(error)}") from error
         return [_Host(actor) for actor in made]
 
     def _new_actor(self) -> Any:
@@ -472,7 +465,7 @@ class RayGrid(ClientGrid):
     def _lose(self, host: _Host) -> None:
         """Let other actors compute the shards of one that is, or shall be, no more."""
         host.alive = False
-        _kill(host.actor)
+        kill(host.actor)
         for shard in [shard for shard in self.shards if shard.host is host]:
             self._restore(shard)
 
@@ -507,14 +500,16 @@ class RayGrid(ClientGrid):
             except GetTimeoutError:
                 continue  # the node that is gone may still be counted as room
             except RayError as error:
-                log.info("an actor could not be started: %s", _first_line(error))
+                log.info("an actor could not be started: %s", first_line(error))
                 break
             self._hosts.append(_Host(actor))
             return self._hosts[-1]
         if actor is not None:
-            _kill(actor)
+            kill(actor)
         if not alive:
-            raise TrainingError(f"the last Ray actor died, and there is no room for another: the cluster has {_has()}.")
+            raise TrainingError(
+                f"the last Ray actor died, and there is no room for another: the cluster has {supply()}."
+            )
         return min(alive, key=lambda host: sum(shard.cost for shard in self.shards if shard.host is host))
 
     def _room(self) -> int:
@@ -619,9 +614,9 @@ class RayGrid(ClientGrid):
             if ray.is_initialized():
                 for host in self._hosts:
                     if host.alive:
-                        _kill(host.actor)
+                        kill(host.actor)
         finally:
-            _ship_no_more(self._ships)
+            ship_no_more(self._ships)
             if self._saved_here is not None:
                 self._saved_here.cleanup()
             if self._connected_here:
@@ -668,91 +663,7 @@ def _steps(app: CohortApp, client: int) -> int:
     return training.epochs * batches_per_epoch(app.sizes[client], training.batch_size, training.drop_last)
 
 
-def _connect(address: str | None) -> bool:
-    """Connect to a cluster, or start Ray here; whether there was no connection before."""
-    if ray.is_initialized():
-        return False
-    given = address or os.environ.get("RAY_ADDRESS")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    try:
-        if given:
-            _check_address(given)
-            ray.init(address=given, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(
-                address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
-        if given is None:
-            raise TrainingError(f"Ray cannot be started on this machine: {_first_line(error)}") from error
-        raise ConfigError(
-            "runtime.address", given, f"the address of a running Ray cluster ({_first_line(error)})"
-        ) from error
-    return True
-
-
-def _check_address(address: str) -> None:
-    """Find out within seconds whether somebody is there: Ray itself tries for minutes."""
-    host, _, port = address.rpartition(":")
-    if address == "auto":
-        return
-    if not host or "/" in host or not port.isdigit():
-        raise ValueError("HOST:PORT, or auto")
-    socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _has() -> str:
-    """What the cluster has, for messages."""
-    total = ray.cluster_resources()
-    gpus = f" and {total['GPU']:g} GPUs" if total.get("GPU") else ""
-    return f"{total.get('CPU', 0):g} CPUs{gpus}"
-
-
-def _kill(actor: Any) -> None:
-    try:
-        ray.kill(actor)
-    except (RayError, ValueError) as error:  # of a Ray that was shut down meanwhile
-        log.debug("an actor is gone already: %s", error)
-
-
-def _ship_by_value(folder: Path) -> list[ModuleType]:
-    """Let code from the working folder travel with what uses it, since actors elsewhere cannot import it."""
-    paths = sysconfig.get_paths()
-    installed = {Path(paths[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    found = []
-    for name, module in list(sys.modules.items()):
-        file, top = getattr(module, "__file__", None), name.partition(".")[0]
-        if not file or module.__name__ != name or top in ("__main__", "fedpers", *sys.stdlib_module_names):
-            continue
-        path = Path(file)
-        elsewhere = path.is_relative_to(folder) and not {"site-packages", "dist-packages"} & set(path.parts)
-        if elsewhere and not any(path.is_relative_to(place) for place in installed):
-            _shipped[name] += 1
-            if _shipped[name] == 1:
-                ray.cloudpickle.register_pickle_by_value(module)
-            found.append(module)
-    return found
-
-
-def _ship_no_more(modules: Collection[ModuleType]) -> None:
-    """Undo :func:`_ship_by_value`."""
-    for module in modules:
-        _shipped[module.__name__] -= 1
-        if not _shipped[module.__name__]:
-            ray.cloudpickle.unregister_pickle_by_value(module)
-
-
 def _some(clients: Sequence[int]) -> str:
     """A few of many numbers."""
     shown = ", ".join(str(client) for client in clients[:3])
     return shown if len(clients) <= 3 else f"{shown} and {len(clients) - 3} more"
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, in one line; of an error in an actor what was raised there."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return f"{type(cause).__name__}: {cause}".splitlines()[0]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

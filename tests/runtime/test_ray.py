@@ -327,7 +327,7 @@ def test_a_node_that_does_not_exist(machine: None) -> None:
 
 
 def test_an_address_that_nobody_listens_on() -> None:
-    code = "from fedpers.runtime.ray import _connect; _connect('127.0.0.1:9')"
+    code = "from fedpers.runtime.cluster import connect; connect('127.0.0.1:9')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert "runtime.address=127.0.0.1:9: expected the address of a running Ray cluster" in done.stderr
 

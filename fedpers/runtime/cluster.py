@@ -1,0 +1,110 @@
+"""A Ray cluster, as the driver meets it: connecting, what it has, and whose code travels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Collection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from fedpers.errors import ConfigError, TrainingError
+from fedpers.runtime.probe import cores
+
+log = logging.getLogger(__name__)
+_shipped: Counter[str] = Counter()
+"""Modules that travel with what uses them, and how many grids ask for it."""
+
+
+def connect(address: str | None) -> bool:
+    """Connect to a cluster, or start Ray here; whether there was no connection before."""
+    if ray.is_initialized():
+        return False
+    given = address or os.environ.get("RAY_ADDRESS")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    try:
+        if given:
+            _check_address(given)
+            ray.init(address=given, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR,
+            )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        if given is None:
+            raise TrainingError(f"Ray cannot be started on this machine: {first_line(error)}") from error
+        raise ConfigError(
+            "runtime.address", given, f"the address of a running Ray cluster ({first_line(error)})"
+        ) from error
+    return True
+
+
+def _check_address(address: str) -> None:
+    """Find out within seconds whether somebody is there: Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or "/" in host or not port.isdigit():
+        raise ValueError("HOST:PORT, or auto")
+    socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def supply() -> str:
+    """What the cluster has, for messages."""
+    total = ray.cluster_resources()
+    gpus = f" and {total['GPU']:g} GPUs" if total.get("GPU") else ""
+    return f"{total.get('CPU', 0):g} CPUs{gpus}"
+
+
+def kill(actor: Any) -> None:
+    """End an actor, if it is still there."""
+    try:
+        ray.kill(actor)
+    except (RayError, ValueError) as error:  # of a Ray that was shut down meanwhile
+        log.debug("an actor is gone already: %s", error)
+
+
+def ship_by_value(folder: Path) -> list[ModuleType]:
+    """Let code from the working folder travel with what uses it, since actors elsewhere cannot import it."""
+    paths = sysconfig.get_paths()
+    installed = {Path(paths[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+    found = []
+    for name, module in list(sys.modules.items()):
+        file, top = getattr(module, "__file__", None), name.partition(".")[0]
+        if not file or module.__name__ != name or top in ("__main__", "fedpers", *sys.stdlib_module_names):
+            continue
+        path = Path(file)
+        elsewhere = path.is_relative_to(folder) and not {"site-packages", "dist-packages"} & set(path.parts)
+        if elsewhere and not any(path.is_relative_to(place) for place in installed):
+            _shipped[name] += 1
+            if _shipped[name] == 1:
+                ray.cloudpickle.register_pickle_by_value(module)
+            found.append(module)
+    return found
+
+
+def ship_no_more(modules: Collection[ModuleType]) -> None:
+    """Undo :func:`ship_by_value`."""
+    for module in modules:
+        _shipped[module.__name__] -= 1
+        if not _shipped[module.__name__]:
+            ray.cloudpickle.unregister_pickle_by_value(module)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; of an error in an actor what was raised there."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -43,8 +43,9 @@ Settings people change (choose = one of the files of conf/KEY):
   model       {model}
   training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
+  compression {compression}      compression.share=0.01  compression.bits=8
+  privacy     {privacy}      privacy.noise=1  privacy.norm=1  privacy.delta=1e-5
   aggregation {aggregation}
-  privacy     {privacy}      privacy.noise=1  privacy.norm=1
   runtime     {runtime}
               runtime.cohort=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
               runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5
@@ -104,8 +105,9 @@ def _usage() -> str:
         "heterogeneity",
         "split",
         "model",
-        "aggregation",
+        "compression",
         "privacy",
+        "aggregation",
         "runtime",
         "experiment",
     )

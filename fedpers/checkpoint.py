@@ -27,14 +27,16 @@ from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from fedpers.client.app import CohortApp
 from fedpers.cohort import Tree, entries, leaves, tree
 from fedpers.cohort.state import Block
+from fedpers.errors import FedpersError
 from fedpers.progress import exactly, restored, whole
 from fedpers.runtime.states import DamagedError, check_states, write_states, write_tensors
-from fedpers.strategies.client import CohortApp
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
+"""2: trainings are counted by the core; conditional inputs of GPFL and slots of FedJETs are no entries of networks."""
 INDEX = "checkpoint.json"
 SERVER = "server.safetensors"
 _NAME = re.compile(r"round_(\d{6,9})")
@@ -275,8 +277,17 @@ def _read_index(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: it is no index of a checkpoint.") from error
-    if not isinstance(read, dict) or read.get("format") != FORMAT:
-        raise DamagedError(f"{path} is of another format than {FORMAT}, which this version of fedpers reads.")
+    if not isinstance(read, dict):
+        raise DamagedError(f"{path} is damaged: it is no index of a checkpoint.")
+    written = read.get("format")
+    if written != FORMAT and isinstance(written, int):
+        age = "an earlier" if written < FORMAT else "a later"
+        raise FedpersError(
+            f"{path} was written by {age} version of fedpers (format {written}, this one reads format {FORMAT}): "
+            "resume the run with that version, or start it anew."
+        )
+    if written != FORMAT:
+        raise DamagedError(f"{path} is damaged: it is no index of a checkpoint.")
     return read
 
 

@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -16,7 +16,7 @@ from fedpers.cohort import Training
 from fedpers.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
 from fedpers.errors import ConfigError, check, one_of
 from fedpers.models import ModelConfig
-from fedpers.strategies.wrappers import Aggregation, Privacy
+from fedpers.server.postprocessors import Aggregation, CompressionConfig, Postprocessor, Privacy
 from fedpers.tracking import TrackerConfig
 
 T = TypeVar("T")
@@ -120,7 +120,9 @@ class Config:
     ----------
     strategy : mapping
         ``name`` and the method's own settings (:func:`fedpers.strategies.options_of`).
-    dataset, partition, split, heterogeneity, model, training, aggregation, privacy, runtime, tracker, checkpoint
+    dataset, partition, split, heterogeneity, model, training, compression, privacy, aggregation
+        See their classes.
+    runtime, tracker, checkpoint
         See their classes.
     rounds : int
         >= 1.
@@ -145,8 +147,9 @@ class Config:
     heterogeneity: HeterogeneityConfig = field(default_factory=HeterogeneityConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: Training = field(default_factory=Training)
-    aggregation: Aggregation = field(default_factory=Aggregation)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     privacy: Privacy = field(default_factory=lambda: Privacy(name="none"))
+    aggregation: Aggregation = field(default_factory=Aggregation)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -168,6 +171,13 @@ class Config:
         check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "a whole number >= 1")
         check(self.min_replies >= 1, "min_replies", self.min_replies, "a whole number >= 1")
         check("name" in self.strategy, "strategy", dict(self.strategy), "a mapping with a name")
+
+
+def postprocessors(config: Config) -> tuple[Postprocessor, ...]:
+    """What a run does around the mean, in its order; made anew, for they have state."""
+    privacy = None if config.privacy.name == "none" else replace(config.privacy)
+    chosen = (config.compression.postprocessor(), privacy, config.aggregation.postprocessor())
+    return tuple(postprocessor for postprocessor in chosen if postprocessor is not None)
 
 
 def conf_folder() -> Path:

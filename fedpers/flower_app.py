@@ -26,10 +26,11 @@ from fedpers.app import composed
 from fedpers.cohort import Tree, leaves
 from fedpers.config import Config
 from fedpers.errors import FedpersError
-from fedpers.run import metrics_of, prepare_run, run_rounds
+from fedpers.identity import identity_of
+from fedpers.records import from_record
+from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
 from fedpers.runtime.flower import FlowerGrid, RemoteApp, await_clients
 from fedpers.strategies import CohortApp, RoundReport
-from fedpers.strategies.records import from_record
 
 
 def server_app() -> ServerApp:
@@ -51,7 +52,7 @@ def server_app() -> ServerApp:
         def keep(report: RoundReport, arrays: flower.ArrayRecord) -> None:
             last[:] = [arrays]
 
-        headline = setup.data.headline
+        headline = setup.data.task.headline
         for report in run_rounds(
             setup.strategy,
             watched,
@@ -76,11 +77,16 @@ def server_app() -> ServerApp:
 
 def client_app() -> ClientApp:
     """Make a ``ClientApp`` that answers as the client of ``settings`` its node's ``partition-id`` names."""
-    return RemoteApp(_client_half)
+    return RemoteApp(_client_half, identify=_identity)
 
 
 def _client_half(run_config: Mapping[str, Any]) -> CohortApp:
     return prepare_run(_config(run_config)).app
+
+
+def _identity(run_config: Mapping[str, Any]) -> flower.ConfigRecord:
+    strategy, update = make_halves(_config(run_config))
+    return identity_of(update, [p for p in strategy.postprocessors if p.encodes])
 
 
 def _config(run_config: Mapping[str, Any]) -> Config:

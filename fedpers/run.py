@@ -27,22 +27,22 @@ from omegaconf import OmegaConf
 
 from fedpers import __version__
 from fedpers.checkpoint import Checkpoint, Checkpoints, network_checksum
+from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Tree
-from fedpers.config import Config, build, convert
+from fedpers.config import Config, build, convert, postprocessors
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
-from fedpers.data.ratings import RankingData
 from fedpers.errors import ConfigError, FedpersError
 from fedpers.evaluation.metrics import distribution
 from fedpers.models import build_model
 from fedpers.progress import Evaluation, Progress, report_from_json, report_to_json
 from fedpers.randomness import sample_clients
+from fedpers.records import from_record, to_record
 from fedpers.resume import FinishedError, clear_leftovers, locked, reopen
 from fedpers.runtime.launch import launch
 from fedpers.runtime.states import DamagedError, read_states
 from fedpers.signals import Interrupted, StopSignals
 from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, make_strategy, option_types
-from fedpers.strategies.records import from_record, to_record
 from fedpers.tracking import Resumed, Trackers, make_trackers
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,40 @@ def prepare_run(config: Config) -> Setup:
     if device.type == "cuda":  # the same digits for every cohort size and in every run are worth some speed
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
+    strategy, update = make_halves(config)
+    data = load_federated(config.dataset, config.partition, config.split, config.seed)
+    shift_seed = config.seed if config.partition.seed is None else config.partition.seed
+    data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
+    strategy.unseen = data.unseen
+    sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
+    strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
+    try:
+        public = None if data.public is None else (data.x[data.public], data.y[data.public])
+        model = build_model(
+            config.model,
+            tuple(data.x.shape[1:]),
+            data.num_classes,
+            config.seed,
+            num_items=data.num_items or None,
+            public=public,
+            device=device,
+        )
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
+    app = update.client_app(model, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
+    strategy.check_arrays(from_record(app.initial_arrays()), sampled)
+    return Setup(data, strategy, app, network_checksum(model), model.pretrained_accuracy)
+
+
+def make_halves(config: Config) -> tuple[PersonalizedStrategy, LocalUpdate]:
+    """Make both halves of a run's method, without data.
+
+    Raises
+    ------
+    ConfigError
+        If a setting of the method cannot be used.
+    """
     name = str(config.strategy["name"])
     kinds = option_types(name)
     options = {
@@ -89,34 +123,9 @@ def prepare_run(config: Config) -> Setup:
         "seed": config.seed,
         "evaluate_every": config.evaluate_every,
         "min_replies": config.min_replies,
-        "aggregator": config.aggregation.strategy(),
-        "privacy": None if config.privacy.name == "none" else config.privacy,
+        "postprocessors": postprocessors(config),
     }
-    strategy, update = make_strategy(name, options, server=server, training=config.training)
-    data = load_federated(config.dataset, config.partition, config.split, config.seed)
-    shift_seed = config.seed if config.partition.seed is None else config.partition.seed
-    data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
-    strategy.unseen = data.unseen
-    sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
-    strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
-    try:
-        public = None if data.public is None else (data.x[data.public], data.y[data.public])
-        items = data.num_items if isinstance(data, RankingData) else None
-        model = build_model(
-            config.model,
-            tuple(data.x.shape[1:]),
-            data.num_classes,
-            config.seed,
-            num_items=items,
-            public=public,
-            device=device,
-        )
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
-    app = update.client_app(model, data, seed=config.seed, device=device)
-    strategy.check_arrays(from_record(app.initial_arrays()), sampled)
-    return Setup(data, strategy, app, network_checksum(model), model.pretrained_accuracy)
+    return make_strategy(name, options, server=server, training=config.training)
 
 
 def client_half(settings: Mapping[str, Any]) -> CohortApp:
@@ -161,10 +170,11 @@ def run_rounds(
         After each round, that of `done` first.
     """
     evaluation = flower.ConfigRecord({"auc": auc})
-    strategy.timeout = timeout
+    if done is None:
+        strategy.begin(timeout)
+    else:
+        strategy.restore(done, strategy.state, timeout)
     grid = strategy.folding(grid)
-    if done is not None:
-        strategy.restore(done, strategy.state)
     for round in range(0 if done is None else done.round, rounds + 1):
         if done is None or round > done.round:
             if round:
@@ -191,7 +201,7 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
     ----------
     report : RoundReport
     headline : str
-        The metric whose distribution over clients is described too (``FederatedData.headline``).
+        The metric whose distribution over clients is described too (``data.task.headline``).
     """
     found: dict[str, float] = {}
     if report.round:
@@ -394,7 +404,7 @@ class _Run:
             arrays, setup.strategy.state = to_record(start.arrays), start.state
             resumed = Resumed(start.report.round, start.tracker_ids)
         name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
-        headline = setup.data.headline
+        headline = setup.data.task.headline
         with (
             make_trackers(
                 config.tracker, self.folder, name, self.plain, config.rounds, f"validation/{headline}", resumed
@@ -482,7 +492,7 @@ class _Run:
     def _write_manifest(self, grid: Grid) -> None:
         """Write what ran where; a resumed run adds what goes on where."""
         path = self.folder / "manifest.json"
-        manifest = make_manifest(self.setup)
+        manifest = make_manifest(self.setup) | _stated(self.config, self.setup, self.config.rounds)
         manifest["runtime"] = getattr(grid, "described", dict)()
         if self.start is not None:
             before = _read_json(path)
@@ -493,7 +503,8 @@ class _Run:
 
 
 def _progress(data: FederatedData) -> Progress:
-    return Progress(f"{data.selected_on}/{data.headline}", data.latest_wins, data.unseen)
+    task = data.task
+    return Progress(f"{task.selected_on}/{task.headline}", task.latest_wins, data.unseen)
 
 
 def _is_finished(folder: Path, rounds: int) -> bool:
@@ -525,23 +536,28 @@ def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -
         metrics = {} if found is None else found[1]
         return {k: v if math.isfinite(v) else None for k, v in metrics.items() if k.startswith(_GROUPS)}
 
-    totals = progress.totals
+    totals, task = progress.totals, setup.data.task
     return {
         "strategy": config.strategy["name"],
         "dataset": setup.data.name,
         "partition": partition.name + detail,
         "model": config.model.name,
-        "aggregation": config.aggregation.name,
+        "compression": config.compression.name,
         "privacy": config.privacy.name,
+        "aggregation": config.aggregation.name,
+        **_stated(config, setup, progress.rounds_done),
         "num_clients": setup.data.num_clients,
         "seed": config.seed,
         "rounds": config.rounds,
         "rounds_done": progress.rounds_done,
         "interrupted": progress.rounds_done < config.rounds,
         "error": progress.error,
-        "protocol": setup.data.protocol,
-        "headline": setup.data.headline,
-        "also": list(setup.data.also),
+        "task": task.name,
+        "protocol": task.protocol,
+        "headline": task.headline,
+        "also": list(task.also),
+        "spread": task.spread,
+        "baselines": list(task.baselines),
         "selected_round": None if progress.best is None else progress.best[0],
         "last_round": None if progress.last is None else progress.last[0],
         "selected": measured(progress.best),
@@ -550,6 +566,16 @@ def _summary(config: Config, setup: Setup, progress: Progress, seconds: float) -
         "seconds": seconds,
         "train_seconds": totals.get("train_seconds", 0.0),
     }
+
+
+def _stated(config: Config, setup: Setup, rounds: int) -> dict[str, Any]:
+    """What the postprocessors say of so many rounds, e.g. the privacy that is spent."""
+    trainable = setup.data.num_clients - len(setup.data.unseen)
+    sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
+    stated: dict[str, Any] = {}
+    for postprocessor in setup.strategy.postprocessors:
+        stated.update(postprocessor.summary(rounds, sampled, trainable))
+    return stated
 
 
 def _write_clients(path: Path, data: FederatedData, progress: Progress) -> None:

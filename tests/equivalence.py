@@ -24,7 +24,7 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy
-from fedpers.strategies.records import from_record
+from fedpers.records import from_record
 from fedpers.threads import one_thread
 from tests.problems import problems
 
@@ -93,6 +93,7 @@ def played(strategy: PersonalizedStrategy, app: CohortApp, made: Grid) -> dict[s
     Server arrays, server state, personal states, the metrics of clients (of those that never train also after they
     adapted), the method's own metrics and counts.
     """
+    strategy.begin()
     grid = strategy.folding(made)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     found: dict[str, Tensor] = {}

@@ -38,7 +38,7 @@ from fedpers.config import Config
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, PersonalizedStrategy, make_strategy, option_types
-from fedpers.strategies.records import from_record
+from fedpers.records import from_record
 from fedpers.threads import one_thread
 from tests.problems import problem
 
@@ -241,7 +241,7 @@ class Prepared:
     def evaluate(self, replies: list[flower.Message]) -> tuple[dict[str, Tensor], PersonalizedStrategy]:
         """Metrics of an evaluation for some replies."""
         strategy = copy.deepcopy(self.strategy)
-        strategy._addressed = sorted(strategy._nodes)
+        strategy._addressed = sorted(strategy.exchange.node_of)
         strategy.aggregate_evaluate(2, replies)
         rows = {**strategy.report.clients, **strategy.report.unseen}
         return {f"{c}/{name}": torch.tensor(v) for c, own in rows.items() for name, v in own.items()}, strategy
@@ -256,12 +256,13 @@ def prepared(method: str) -> Prepared:
     app = update.client_app(given.network, given.data, seed=1)
     grid = LocalGrid(app, given.data.num_clients, cohort=100, workers=1)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    strategy.begin()
     new, _ = strategy.aggregate_train(1, grid.send_and_receive(strategy.configure_train(1, arrays, config, grid)))
     assert new is not None
     evaluations = list(grid.send_and_receive(strategy.configure_evaluate(2, new, config, grid)))
     replies = list(grid.send_and_receive(strategy.configure_train(2, new, config, grid)))
     grid.close()
-    by_client = [{strategy._clients[r.metadata.src_node_id]: r for r in own} for own in (replies, evaluations)]
+    by_client = [{strategy.exchange.client_of[r.metadata.src_node_id]: r for r in own} for own in (replies, evaluations)]
     return Prepared(strategy, *by_client)
 
 

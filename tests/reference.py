@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.traces import HERE, fedrap, fedselect, gpfl, pfllib
+from tests.traces import HERE, fedrap, fedselect, gpfl, pfedrec, pfllib
 
-SOURCES = (pfllib, fedrap, fedselect, gpfl)
+SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec)
 
 
 def main(arguments: list[str] | None = None) -> int:

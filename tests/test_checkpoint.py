@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from fedpers.checkpoint import Checkpoint, Checkpoints, network_checksum
 from fedpers.cohort import Training, Tree, leaves, tree
+from fedpers.errors import FedpersError
 from fedpers.progress import Progress, exactly, report_from_json, report_to_json, restored
+from fedpers.records import from_record, to_record
 from fedpers.run import run_rounds
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.states import DamagedError, read_states, write_states
 from fedpers.strategies import STRATEGIES, CohortApp, FedPerUpdate, PersonalizedStrategy, RoundReport, make_strategy
-from fedpers.strategies.records import from_record, to_record
 from tests.problems import SmallNetwork, gaussian_data, problem
 
 ROUNDS, HALF = 4, 2
@@ -286,7 +287,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     ],
     "file from above": entry("../config.yaml"),
     "absolute file": entry("/etc/passwd"),
-    "other format": lambda folder: rewritten(folder, lambda body: body.update(format=2)),
+    "no format": lambda folder: rewritten(folder, lambda body: body.update(format="2")),
     "other round": lambda folder: rewritten(folder, lambda body: body.update(round=5)),
     "no number": lambda folder: rewritten(folder, lambda body: body.update(round="4")),
     "no files": lambda folder: rewritten(folder, lambda body: body.update(files=None)),
@@ -304,6 +305,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     (record,) = caplog.records
     assert record.getMessage().endswith(" This checkpoint is not used.")
     assert "round_000004" in record.getMessage()
+
+
+@pytest.mark.parametrize(("written", "age"), [(1, "an earlier"), (3, "a later")])
+def test_a_checkpoint_of_another_version_is_refused_in_one_sentence(written: int, age: str, tmp_path: Path) -> None:
+    """It is whole, so that to go on from an older one, or to say that there is none, would be wrong."""
+    checkpoints = saved(tmp_path, 2, 4)
+    rewritten(tmp_path / "round_000004", lambda body: body.update(format=written))
+    with pytest.raises(FedpersError) as caught:
+        list(checkpoints.whole())
+    assert str(caught.value) == (
+        f"{tmp_path}/round_000004/checkpoint.json was written by {age} version of fedpers (format {written}, this one "
+        "reads format 2): resume the run with that version, or start it anew."
+    )
 
 
 def remade(folder: Path, tensors: dict[str, Tensor], name: str) -> None:

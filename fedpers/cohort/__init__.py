@@ -1,31 +1,34 @@
 """The numerical core: K clients as one stacked computation. Knows torch, not Flower."""
 
 from fedpers.cohort.cohort import Cohort, Reply, View, mixed
-from fedpers.cohort.evaluation import measure
-from fedpers.cohort.fold import Fold, WeightedMean
+from fedpers.cohort.fold import Collect, Fold, Records, WeightedMean
 from fedpers.cohort.modules import prepare
 from fedpers.cohort.state import StateStore
 from fedpers.cohort.step import (
     Adjust,
     Batch,
+    Given,
     Loss,
     Network,
     Step,
     proximal,
     sample_losses,
     shifted,
-    small_change,
 )
 from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree
+from fedpers.cohort.walk import Walk
 
 __all__ = [
     "Adjust",
     "Batch",
     "Cohort",
+    "Collect",
     "Fold",
+    "Given",
     "Loss",
     "Network",
+    "Records",
     "Reply",
     "Selection",
     "StateStore",
@@ -33,10 +36,10 @@ __all__ = [
     "Training",
     "Tree",
     "View",
+    "Walk",
     "WeightedMean",
     "entries",
     "leaves",
-    "measure",
     "mixed",
     "model_tree",
     "prepare",
@@ -44,6 +47,5 @@ __all__ = [
     "sample_losses",
     "select",
     "shifted",
-    "small_change",
     "tree",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,18 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedpers.cohort.modules import has_dropout
-from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
-from fedpers.cohort.step import Adjust, Batch, Loss, Network, Step, Stop
+from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
 from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, select, tree
+from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
 from fedpers.randomness import derive, generator
 
 EVALUATION_SAMPLES = 2048
 """Samples that go through the network at once in an evaluation, over all clients of a cohort."""
+TRAINED = "trained"
+"""Role in personal state that counts a client's trainings, int64; kept by whoever runs cohorts, not by methods."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,19 @@ class View:
     """Tensors to predict with: some stacked ``[K, ...]``, the others shared by the whole cohort.
 
     What all clients received alike stays one copy, so that a common network sees all their samples at once.
+
+    Attributes
+    ----------
+    tensors : dict of name to Tensor
+    stacked : frozenset of str
+        Names of those that hold a row per client.
+    given : mapping
+        What predictions may see beside the network, stacked ``[K, ...]``; see ``Network.given``.
     """
 
     tensors: dict[str, Tensor]
     stacked: frozenset[str]
+    given: Given = field(default_factory=dict)
 
 
 @dataclass
@@ -76,6 +88,8 @@ class Cohort:
     training : Training
     needs_pairs : bool
         Whether the network cannot train on a batch of one sample.
+    shared, personal : selection
+        The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
 
     Raises
     ------
@@ -95,8 +109,12 @@ class Cohort:
         round: int,
         training: Training,
         needs_pairs: bool = False,
+        shared: Selection = "all",
+        personal: Selection = "none",
     ) -> None:
         self.module = module
+        self.shared = shared
+        self.personal = personal
         self.data = data
         self.clients = list(clients)
         self.state = state
@@ -121,6 +139,25 @@ class Cohort:
         """Learning rate of this round."""
         return self.training.lr * self.training.lr_decay ** max(0, self.round - 1)
 
+    @property
+    def trainings(self) -> Tensor:
+        """How often each client has trained before, int64 ``[K]``.
+
+        Raises
+        ------
+        RuntimeError
+            If the method keeps no personal state: then nobody remembers.
+        """
+        if TRAINED not in self.state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+            raise RuntimeError("whether clients have trained is kept for methods with personal state only")
+        trainings: Tensor = self.state[TRAINED].to(self.device)
+        return trainings
+
+    @property
+    def trained(self) -> Tensor:
+        """Which clients have trained before, bool ``[K]``; see :attr:`trainings`."""
+        return self.trainings > 0
+
     # ---------------------------------------------------------------- trees
 
     def names(self, what: Selection) -> tuple[str, ...]:
@@ -133,8 +170,12 @@ class Cohort:
 
     def trainable(self, only: Selection = "parameters") -> tuple[str, ...]:
         """Names of the selected parameters that training may move: those that require a gradient in the network."""
-        free = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        return tuple(name for name in self.names(only) if name in free)
+        known: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_trainable", {})
+        key = only if isinstance(only, str) else tuple(only)
+        if key not in known:
+            free = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+            known[key] = tuple(name for name in self.names(only) if name in free)
+        return known[key]
 
     def sizes(self, part: Part = "train") -> Tensor:
         """Samples of each client, int64 ``[K]`` on the CPU."""
@@ -154,13 +195,16 @@ class Cohort:
     def assemble(self, received: Tree, personal: Tree | None = None) -> Tree:
         """Full networks ``[K]``: personal entries from the clients' state, the others as received.
 
+        A client that has never trained has nothing of its own yet: entries the server sends come from it, all others
+        from the initial network.
+
         Parameters
         ----------
         received : Tree
             From the server, one for all (batch size []) or one per client ([K]). What it lacks comes from the
             initial network.
         personal : Tree ``[K]``, optional
-            Takes precedence; default ``state["model"]`` if there is one.
+            Takes precedence for clients that have trained; default ``state["model"]`` if there is one.
         """
         view = self.view(received, personal)
         return tree(
@@ -171,23 +215,36 @@ class Cohort:
             self.size,
         )
 
+    def as_received(self, received: Tree) -> Tree:
+        """Full networks ``[K]`` without what clients keep: what the server does not send is the initial network's."""
+        return self.assemble(received, personal=tree({}, self.size))
+
     def view(self, received: Tree, personal: Tree | None = None) -> View:
         """As :meth:`assemble`, but without copies: to predict with, not to train."""
         if personal is None:
             personal = self.state.get("model", None)
         per_client = received.batch_size == torch.Size([self.size])
-        own = {} if personal is None else entries(personal)
-        given = entries(received)
-        tensors = {**entries(self.template), **given, **own}
-        stacked = {*own, *given} if per_client else set(own)
-        return View({n: tensors[n].to(self.device) for n in self.names("all")}, frozenset(stacked))
+        kept = {} if personal is None else entries(personal)
+        sent = entries(received)
+        stacked = set(sent) if per_client else set()
+        tensors = {name: value.to(self.device) for name, value in {**entries(self.template), **sent}.items()}
+        trained = self.trained if kept.keys() & sent.keys() else None
+        for name, value in kept.items():
+            mine = value.to(self.device)
+            if name in sent and trained is not None and not bool(trained.all()):
+                if not bool(trained.any()):
+                    continue
+                mine = torch.where(expand_rows(trained, mine), mine, tensors[name])
+            tensors[name] = mine
+            stacked.add(name)
+        return View({name: tensors[name] for name in self.names("all")}, frozenset(stacked))
 
     def reply(
         self,
         params: Tree,
         *,
-        share: Selection = "all",
-        keep: Selection = "none",
+        share: Selection | None = None,
+        keep: Selection | None = None,
         state: Mapping[str, Tensor | Tree] | None = None,
         metrics: Mapping[str, Tensor] | None = None,
         **records: Tree,
@@ -197,10 +254,10 @@ class Cohort:
         Parameters
         ----------
         params : Tree ``[K]``
-        share : selection
-            Sent to the server as the record ``arrays``.
-        keep : selection
-            Kept as personal state ``model``.
+        share : selection, optional
+            Sent to the server as the record ``arrays``; default what the method shares.
+        keep : selection, optional
+            Kept as personal state ``model``, unless `state` has that; default what the method says is personal.
         state : mapping, optional
             Further personal state by role.
         metrics : mapping of name to Tensor ``[K]``, optional
@@ -209,10 +266,11 @@ class Cohort:
             Further records for the server.
         """
         kept: dict[str, Any] = dict(state or {})
-        if names := self.names(keep):
+        names = self.names(self.personal if keep is None else keep)
+        if names and "model" not in kept:
             kept["model"] = params.select(*names)
         return Reply(
-            records={"arrays": params.select(*self.names(share)), **records},
+            records={"arrays": params.select(*self.names(self.shared if share is None else share)), **records},
             state=TensorDict(kept, batch_size=[self.size]) if kept else None,
             metrics=dict(metrics or {}),
         )
@@ -257,20 +315,21 @@ class Cohort:
             raise lonely_sample(training.batch_size if batch_size is None else batch_size, self.clients[int(rows[0])])
         return plan
 
-    def steps(self, plan: BatchPlan, start: int = 0) -> Iterator[Step]:
-        """Walk through a plan's steps from `start`."""
+    def steps(self, plan: BatchPlan) -> Iterator[Step]:
+        """Batches of a plan, step by step."""
         counts = plan.count.to(self.device, torch.float32)
         places = torch.arange(plan.index.shape[2], device=self.device)
         rows = None if plan.order is None else plan.order
         keys = self._keys(plan)
         dtype = self.data.x.dtype if self.data.x.is_floating_point() else torch.float32
-        for t in range(start, plan.steps):
+        for t in range(plan.steps):
             a, width = plan.active[t], plan.width[t]
             index = plan.index[t, :a, :width]
             count = counts[t, :a]
             flat = index.reshape(-1)
             yield Step(
                 active=a,
+                index=index,
                 x=self.data.x.index_select(0, flat).view(a, width, *self.data.x.shape[1:]),
                 y=self.data.y.index_select(0, flat).view(a, width, *self.data.y.shape[1:]),
                 weight=(places[:width] < count[:, None]).to(dtype) if plan.ragged[t] else None,
@@ -286,8 +345,43 @@ class Cohort:
         keys = torch.tensor(own) + self.steps_taken
         return (keys if plan.order is None else keys[plan.order]).to(self.device)
 
+    def walk(
+        self,
+        *trees: Mapping[str, Tensor] | Tree,
+        epochs: int | None = None,
+        steps: int | Sequence[int] | None = None,
+        training: Training | None = None,
+        batch_size: int | None = None,
+        drop_last: bool | None = None,
+        purpose: str = "batches",
+    ) -> Walk:
+        """Go through the clients' batches with a step of one's own.
+
+        ``for step, rows in cohort.walk(params): ...`` yields each step with the rows ``[a, ...]`` of the clients that
+        train in it, as a dict that is changed in place; ``for step, (w, v) in cohort.walk(w, v)`` those of two trees.
+        ``walk.optimizer(names)`` makes an optimizer for them.
+
+        Parameters
+        ----------
+        *trees : Tree ``[K]`` or mapping of name to Tensor ``[K, ...]``
+            Changed in place.
+        epochs, steps, training, batch_size, drop_last, purpose
+            See :meth:`plan`.
+        """
+        plan = self.plan(
+            epochs=epochs, steps=steps, training=training, batch_size=batch_size, drop_last=drop_last, purpose=purpose
+        )
+        return Walk(self, [entries(t) if isinstance(t, TensorDict) else t for t in trees], plan)
+
     def gradients(
-        self, step: Step, params: Mapping[str, Tensor], loss: Loss, names: Sequence[str], *, frozen: bool = False
+        self,
+        step: Step,
+        params: Mapping[str, Tensor],
+        loss: Loss,
+        names: Sequence[str],
+        *,
+        frozen: bool = False,
+        given: Given | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each client and its gradient.
 
@@ -303,6 +397,8 @@ class Cohort:
             Parameters to differentiate by.
         frozen : bool
             Whether layers work as in an evaluation: no dropout, and batch normalization by its statistics as they are.
+        given : mapping of name to Tensor ``[K, ...]`` or mapping of such, optional
+            What the loss may see beside network and batch, a row for each client of the cohort; see ``Batch.given``.
 
         Returns
         -------
@@ -313,58 +409,47 @@ class Cohort:
         rows = slice(0, step.active) if step.rows is None else step.rows
         self.gradients_taken[rows] += 1
         free = set(names)
+        extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
+        extra["given"] = _rows(given, step.take)
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
             tensors = {n: leaves[n] if n in free else params[n][0] for n in params}
-            total = self._loss(
-                loss,
-                tensors,
-                step.x[0],
-                step.y[0],
-                None if step.weight is None else step.weight[0],
-                None if step.key is None else step.key[0],
-            )
+            total = self._loss(loss, tensors, step.x[0], step.y[0], _rows(extra, lambda value: value[0]))
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
             grads = {n: g.unsqueeze(0) for n, g in zip(names, found, strict=True) if g is not None}
             return total.detach().unsqueeze(0), grads
 
         leaves = {n: params[n].detach().requires_grad_() for n in names}
         rest = {n: params[n] for n in params if n not in free}
-        extra = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
 
         def one(
-            leaves: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor, extra: dict[str, Tensor]
+            leaves: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor, extra: dict[str, Any]
         ) -> Tensor:
-            return self._loss(loss, {**leaves, **rest}, x, y, extra.get("weight"), extra.get("key"))
+            return self._loss(loss, {**leaves, **rest}, x, y, extra)
 
         losses = vmap(one)(leaves, rest, step.x, step.y, extra)
         found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         return losses.detach(), {n: g for n, g in zip(names, found, strict=True) if g is not None}
 
     def _loss(
-        self, loss: Loss, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, weight: Tensor | None, key: Tensor | None
+        self, loss: Loss, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, extra: Mapping[str, Any]
     ) -> Tensor:
-        return loss(Network(self.module, tensors, weight, key), Batch(x, y, weight))
+        weight, given = extra.get("weight"), extra["given"]
+        network = Network(self.module, tensors, weight, extra.get("key"), given)
+        return loss(network, Batch(x, y, weight, given, self.data.task))
 
     def _mode(self, training: bool) -> None:
         if self.module.training != training:
             self.module.train(training)
 
-    def optimizer(self, names: Sequence[str], plan: BatchPlan, training: Training | None = None) -> Optimizer:
-        """Fresh optimizer for `names`, with the rate of this round."""
-        training = training or self.training
-        return Optimizer(training, self.module, names, plan.client_steps, training.lr_decay ** max(0, self.round - 1))
-
-    def count(self, step: Step, losses: Tensor) -> None:
-        """Book a step: its loss and samples (steps are booked by :meth:`finish`)."""
+    def count_loss(self, step: Step, losses: Tensor) -> None:
+        """Book the losses ``[a]`` of a step, weighted by samples, for the mean training loss of the round."""
         rows = slice(0, step.active) if step.rows is None else step.rows.to(self.device)
         self.loss_sum[rows] += losses * step.count
 
-    def finish(self, plan: BatchPlan, upto: Tensor | None = None) -> None:
-        """Book the steps and samples of a plan, of each client up to its step number `upto` ``[K]``."""
-        count = plan.count
-        if upto is not None:
-            count = torch.where(torch.arange(plan.steps)[:, None] < upto, count, 0)
+    def book(self, plan: BatchPlan, taken: int) -> None:
+        """Book the first `taken` steps of a plan and their samples."""
+        count = plan.count[:taken]
         rows = slice(None) if plan.order is None else plan.order
         self.steps_taken[rows] += (count > 0).sum(0)
         self.samples_seen[rows] += count.sum(0)
@@ -380,9 +465,10 @@ class Cohort:
         training: Training | None = None,
         batch_size: int | None = None,
         drop_last: bool | None = None,
-        adjust: Adjust | Sequence[Adjust] = (),
+        adjust: Adjust | Iterable[Adjust] = (),
         mask: Mapping[str, Tensor] | None = None,
-        stop: Stop | None = None,
+        given: Given | None = None,
+        rates: Tensor | None = None,
         frozen: bool = False,
         purpose: str = "batches",
     ) -> None:
@@ -402,107 +488,38 @@ class Cohort:
             Other settings than the cohort's.
         batch_size, drop_last
             Other values than in the settings.
-        adjust : callable or sequence
+        adjust : callable or iterable
             Change the gradients before clipping and the step (:func:`proximal`, :func:`shifted`).
         mask : mapping of name to Tensor ``[K, ...]``, optional
             1 where an entry may move, 0 where not even weight decay moves it; names it lacks are free.
-        stop : callable, optional
-            Ends a client's training after a pass, see :data:`Stop`.
+        given : mapping of name to Tensor ``[K, ...]`` or Tree ``[K]``, optional
+            What the loss may see beside network and batch: it is mapped over clients beside them, and the loss finds
+            its client's row in ``batch.given[name]`` (of a tree, a mapping of name to tensor).
+        rates : Tensor ``[K]``, optional
+            Factor on the learning rates of each client, >= 0.
         frozen : bool
             Train with layers as in an evaluation, see :meth:`gradients`: buffers do not change.
         purpose : str
             Name of the draw of the batch order.
         """
-        plan = self.plan(
-            epochs=epochs, steps=steps, training=training, batch_size=batch_size, drop_last=drop_last, purpose=purpose
+        walk = self.walk(
+            {name: params[name] for name in self.names("all")},
+            epochs=epochs,
+            steps=steps,
+            training=training,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            purpose=purpose,
         )
         names = self.trainable(only)
-        optimizer = self.optimizer(names, plan, training)
+        optimizer = walk.optimizer(names, training, rates)
         hooks = [adjust] if callable(adjust) else list(adjust)
-        work = {n: params[n] for n in self.names("all")}
-        if plan.order is not None:
-            work = {n: value[plan.order.to(value.device)] for n, value in work.items()}
-        if stop is None:
-            for step in self.steps(plan):
-                self._fit_step(step, work, loss, names, hooks, optimizer, mask, frozen)
-            self._write_back(params, work, plan.order)
-            self.finish(plan)
-        else:
-            self._fit_until(plan, params, work, loss, names, hooks, optimizer, mask, frozen, stop)
-
-    def _fit_step(
-        self,
-        step: Step,
-        work: Mapping[str, Tensor],
-        loss: Loss,
-        names: Sequence[str],
-        hooks: Sequence[Adjust],
-        optimizer: Optimizer,
-        mask: Mapping[str, Tensor] | None,
-        frozen: bool,
-    ) -> Tensor:
-        rows = {n: value[: step.active] for n, value in work.items()}
-        losses, grads = self.gradients(step, rows, loss, names, frozen=frozen)
-        for hook in hooks:
-            hook(step, rows, grads)
-        optimizer.update(work, grads, None if mask is None else {n: step.take(m) for n, m in mask.items()})
-        self.count(step, losses)
-        return losses
-
-    def _write_back(self, params: Tree, work: Mapping[str, Tensor], rows: Tensor | None) -> None:
-        if rows is not None:
-            for name, value in work.items():
-                params[name].index_copy_(0, rows.to(value.device), value)
-
-    def _fit_until(
-        self,
-        plan: BatchPlan,
-        params: Tree,
-        work: dict[str, Tensor],
-        loss: Loss,
-        names: Sequence[str],
-        hooks: Sequence[Adjust],
-        optimizer: Optimizer,
-        mask: Mapping[str, Tensor] | None,
-        frozen: bool,
-        stop: Stop,
-    ) -> None:
-        """Train until each client's plan or patience ends; those that stop leave the stack."""
-        whole = plan
-        rows = torch.arange(self.size) if plan.order is None else plan.order
-        ended_at = torch.zeros(self.size, dtype=torch.int64)
-        history: list[list[float]] = [[] for _ in range(self.size)]
-        running = torch.zeros(self.size, 2, device=self.device)  # loss and samples of the current pass
-        t = 0
-        while t < plan.steps:
-            leaving = torch.zeros(len(rows), dtype=torch.bool)
-            for step in self.steps(plan, t):
-                losses = self._fit_step(step, work, loss, names, hooks, optimizer, mask, frozen)
-                own = rows[: step.active].to(self.device)
-                running[own] += torch.stack([losses * step.count, step.count], dim=1)
-                ended_at[rows[: step.active]] = t + 1
-                ends = plan.epoch_end[t, : step.active]
-                t += 1
-                for k in ends.nonzero().flatten().tolist():
-                    client = int(rows[k])
-                    total, samples = running[client].tolist()
-                    history[client].append(total / samples)
-                    running[client] = 0
-                    leaving[k] = bool(stop(torch.tensor(history[client])[:, None])[0])
-                if leaving.any():
-                    break
-            if t >= plan.steps:
-                break
-            self._write_back(params, {n: v[leaving.to(v.device)] for n, v in work.items()}, rows[leaving])
-            stay = (~leaving).nonzero().flatten()
-            plan, rows = plan.keep(stay), rows[stay]
-            work = {n: v[stay.to(v.device)] for n, v in work.items()}
-            optimizer.keep(stay)
-            if not len(rows):
-                break
-        if plan is not whole or plan.order is not None:
-            self._write_back(params, work, rows)
-        self.finish(whole, ended_at if whole.order is None else ended_at[whole.order])
+        for step, rows in walk:
+            losses, grads = self.gradients(step, rows, loss, names, frozen=frozen, given=given)
+            for hook in hooks:
+                hook(step, rows, grads)
+            optimizer.update(rows, grads, None if mask is None else {n: step.take(m) for n, m in mask.items()})
+            self.count_loss(step, losses)
 
     # ----------------------------------------------------------- evaluation
 
@@ -517,34 +534,42 @@ class Cohort:
         """
         self._mode(training=False)
         view = params if isinstance(params, View) else View(entries(params), frozenset(entries(params)))
+        given = _rows(view.given, lambda value: value.to(self.device))
         lists = [self.data.part(part)[c] for c in self.clients]
         sizes = [len(own) for own in lists]
         with torch.no_grad():
-            if not view.stacked:  # one network for all: their samples in one row
-                out = self._predict_many(view.tensors, torch.cat(lists), predict)
+            if not view.stacked and not given:  # one network for all: their samples in one row
+                out = self._predict_many(view.tensors, {}, torch.cat(lists), predict)
                 return list(torch.split(out, sizes))
             if self.size == 1:
                 tensors = {n: v[0] if n in view.stacked else v for n, v in view.tensors.items()}
-                return [self._predict_many(tensors, lists[0], predict)]
-            return self._predict_stacked(view, lists, predict)
+                return [self._predict_many(tensors, _rows(given, lambda value: value[0]), lists[0], predict)]
+            return self._predict_stacked(view, given, lists, predict)
 
     def _predict_many(
-        self, tensors: Mapping[str, Tensor], index: Tensor, predict: Callable[[Network, Tensor], Tensor]
+        self,
+        tensors: Mapping[str, Tensor],
+        given: Given,
+        index: Tensor,
+        predict: Callable[[Network, Tensor], Tensor],
     ) -> Tensor:
         if not len(index):  # not every network takes an empty batch
             return torch.zeros(0, self.data.num_classes, device=self.device)
-        network = Network(self.module, tensors)
+        network = Network(self.module, tensors, given=given)
         chunks = torch.split(index.to(self.device), EVALUATION_SAMPLES)
         return torch.cat([predict(network, self.data.x[chunk]) for chunk in chunks])
 
     def _predict_stacked(
-        self, view: View, lists: Sequence[Tensor], predict: Callable[[Network, Tensor], Tensor]
+        self, view: View, given: Given, lists: Sequence[Tensor], predict: Callable[[Network, Tensor], Tensor]
     ) -> list[Tensor]:
-        own = {n: v for n, v in view.tensors.items() if n in view.stacked}
+        per_client: dict[str, Any] = {
+            "tensors": {n: v for n, v in view.tensors.items() if n in view.stacked},
+            "given": given,
+        }
         common = {n: v for n, v in view.tensors.items() if n not in view.stacked}
 
-        def one(own: dict[str, Tensor], x: Tensor) -> Tensor:
-            return predict(Network(self.module, {**common, **own}), x)
+        def one(mine: dict[str, Any], x: Tensor) -> Tensor:
+            return predict(Network(self.module, {**common, **mine["tensors"]}, given=mine["given"]), x)
 
         sizes = [len(positions) for positions in lists]
         index = torch.zeros(self.size, max(sizes), dtype=torch.int64)
@@ -560,12 +585,13 @@ class Cohort:
             if len(places) < len(rows):
                 prefix = places[-1] < len(places)
                 stay = slice(len(places)) if prefix else torch.tensor(places, device=self.device)
-                own, index, rows = {n: v[stay] for n, v in own.items()}, index[stay], [rows[p] for p in places]
+                per_client = _rows(per_client, itemgetter(stay))
+                index, rows = index[stay], [rows[p] for p in places]
             ahead = min(sizes[k] - start for k in rows if sizes[k] > start)  # until the next of them is through
             end = start + max(width, min(ahead, EVALUATION_SAMPLES // len(rows)))
             here = index[:, start:end]
             x = self.data.x[here.reshape(-1)].view(*here.shape, *self.data.x.shape[1:])
-            out = vmap(one)(own, x)
+            out = vmap(one)(per_client, x)
             for k, scores in zip(rows, out, strict=True):
                 if sizes[k] > start:
                     pieces[k].append(scores[: sizes[k] - start])
@@ -577,6 +603,16 @@ class Cohort:
         """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
         index = torch.cat([self.data.part(part)[c] for c in self.clients]).to(self.device)
         return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
+
+
+def _rows(values: Mapping[str, Any] | None, take: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Apply `take` to each tensor of a nested mapping; trees become plain mappings."""
+    return {
+        name: take(value)
+        if isinstance(value, Tensor)
+        else _rows(entries(value) if isinstance(value, TensorDict) else value, take)
+        for name, value in (values or {}).items()
+    }
 
 
 def mixed(share: Tensor, first: Tree, second: Tree, names: Sequence[str]) -> Tree:

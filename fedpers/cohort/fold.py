@@ -1,33 +1,62 @@
-"""Aggregation as a fold: ``add`` replies one by one, ``merge`` partial folds, take the ``result``.
+"""Aggregation as a fold: add replies one by one or a cohort at a time, merge partial folds, take the result.
 
 Memory does not grow with the number of clients, and partial folds from other machines can be merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol, Self
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from fedpers.cohort.tree import Tree, entries, tree
 
+Records = Mapping[str, Tree]
+"""What a message carries: trees by record."""
 
-class Fold(Protocol):
-    """Something that takes replies and yields an aggregate."""
 
-    def add(self, records: Mapping[str, Tree], weight: float, client: int) -> None:
-        """Take in the records of one client."""
+class Fold:
+    """Something that takes replies and yields an aggregate; a subclass has :meth:`add`, :meth:`merge`, :meth:`result`.
+
+    It travels to where replies are made, empty, and :meth:`partial` of it travels back.
+    """
+
+    def decode(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
+        """Undo ``LocalUpdate.encode`` for one client's `records` (batch size []).
+
+        Raises
+        ------
+        ValueError
+            That says why the reply cannot be used.
+        """
+        return records
+
+    def add(self, records: Records, weight: float, client: int) -> None:
+        """Take in the records of one client, batch size []."""
+        raise NotImplementedError(f"{type(self).__name__}.add")
+
+    def add_stack(self, records: Records, weights: Tensor, clients: Sequence[int]) -> None:
+        """Take in the records of K clients, batch size [K], with their `weights` ``[K]``."""
+        for k, client in enumerate(clients):
+            rows = {r: tree({n: v[k] for n, v in entries(values).items()}) for r, values in records.items()}
+            self.add(rows, float(weights[k]), client)
 
     def merge(self, other: Self) -> None:
         """Take in what another fold of the same kind took in."""
+        raise NotImplementedError(f"{type(self).__name__}.merge")
+
+    def partial(self) -> Self:
+        """What another fold of the same kind needs to :meth:`merge` this one, without what both know."""
+        return self
 
     def result(self) -> dict[str, Tree]:
         """Return the aggregate of all that was added."""
+        raise NotImplementedError(f"{type(self).__name__}.result")
 
 
-class WeightedMean:
+class WeightedMean(Fold):
     """Weighted mean of each tensor of each record, summed in float64; integer tensors are rounded.
 
     A tensor that only some clients send is averaged over those.
@@ -38,19 +67,31 @@ class WeightedMean:
         self.weights: dict[str, dict[str, float]] = {}
         self.dtypes: dict[str, dict[str, torch.dtype]] = {}
 
-    def add(self, records: Mapping[str, Tree], weight: float, client: int = -1) -> None:
+    def add(self, records: Records, weight: float, client: int = -1) -> None:
         """Take in one client's `records` (batch size []) with its `weight` >= 0; whose they are does not matter."""
         for record, values in records.items():
-            sums = self.sums.setdefault(record, {})
-            weights = self.weights.setdefault(record, {})
-            dtypes = self.dtypes.setdefault(record, {})
             for name, value in entries(values).items():
-                if name not in sums:
-                    sums[name] = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
-                    weights[name] = 0.0
-                    dtypes[name] = value.dtype
-                sums[name].add_(value.to(sums[name].device), alpha=weight)
-                weights[name] += weight
+                total = self._sum(record, name, value.shape, value)
+                total.add_(value.to(total.device), alpha=weight)
+                self.weights[record][name] += weight
+
+    def add_stack(self, records: Records, weights: Tensor, clients: Sequence[int] = ()) -> None:
+        """Take in the `records` of K clients, batch size [K], with their `weights` ``[K]`` >= 0."""
+        weights = weights.double()
+        for record, values in records.items():
+            for name, value in entries(values).items():
+                total = self._sum(record, name, value.shape[1:], value)
+                flat = value.reshape(len(value), -1).to(total.device, torch.float64)
+                total.view(-1).add_(weights.to(total.device) @ flat)
+                self.weights[record][name] += float(weights.sum())
+
+    def _sum(self, record: str, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+        sums = self.sums.setdefault(record, {})
+        if name not in sums:
+            sums[name] = torch.zeros(shape, dtype=torch.float64, device=like.device)
+            self.weights.setdefault(record, {})[name] = 0.0
+            self.dtypes.setdefault(record, {})[name] = like.dtype
+        return sums[name]
 
     def merge(self, other: Self) -> None:
         """Take in what `other` took in."""
@@ -77,3 +118,54 @@ class WeightedMean:
                 means[name] = mean.to(dtype) if dtype.is_floating_point else mean.round().to(dtype)
             out[record] = tree(means)
         return out
+
+
+class Collect(Fold):
+    """Keeps every reply: for aggregates that need all of them at once, and for work on the server.
+
+    Memory grows with the number of replies.
+
+    Attributes
+    ----------
+    kept : dict of int to (records, weight)
+        By client, batch size [].
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[dict[str, Tree], float]] = {}
+
+    def add(self, records: Records, weight: float, client: int) -> None:
+        """Keep one client's records and weight."""
+        self.kept[client] = (dict(records), weight)
+
+    def merge(self, other: Self) -> None:
+        """Keep what another kept."""
+        self.kept.update(other.kept)
+
+    @property
+    def clients(self) -> list[int]:
+        """Whose replies are kept, ascending."""
+        return sorted(self.kept)
+
+    def weights(self) -> Tensor:
+        """Weights ``[n]`` of :attr:`clients`, float64."""
+        return torch.tensor([self.kept[client][1] for client in self.clients], dtype=torch.float64)
+
+    def stacked(self) -> dict[str, Tree]:
+        """All replies by record, batch size [n], in the order of :attr:`clients`; they hold the same entries."""
+        rows = [self.kept[client][0] for client in self.clients]
+        return {
+            record: tree({n: torch.stack([row[record][n] for row in rows]) for n in entries(values)}, len(rows))
+            for record, values in (rows[0] if rows else {}).items()
+        }
+
+    def result(self) -> dict[str, Tree]:
+        """Return :meth:`stacked`, and ``client`` ``[n]`` and ``weight`` ``[n]`` as the record ``replies``."""
+        if not self.kept:
+            return {}
+        about = {"client": torch.tensor(self.clients), "weight": self.weights()}
+        return {**self.stacked(), REPLIES: tree(about)}
+
+
+REPLIES = "replies"
+"""Record in which :class:`Collect` says whose replies it kept."""

@@ -3,6 +3,10 @@
 In a cohort a short batch is padded to the width of its neighbours'. Batch normalization must not see the padding,
 and dropout must draw from the client's own numbers, not from a global generator. :func:`prepare` gives a network
 layers that do so; parameters, buffers and their names stay as they are.
+
+A parameter or buffer may have several names, because one module does (``self.head = self.classifier``) or because
+frozen parameters are tied. The first in the network's order is its canonical name, by which trees know it; the others
+are aliases.
 """
 
 from __future__ import annotations
@@ -125,17 +129,21 @@ _BATCH_LAYERS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 def prepare(module: nn.Module) -> nn.Module:
     """Copy of `module` whose batch normalization and dropout layers work in a cohort.
 
+    One module may stand under several names, and frozen parameters may be tied, as a language model's embedding and
+    output are. Frozen parameters are shared with `module`, see :func:`copy_network`.
+
     Raises
     ------
     ConfigError
-        If parameters are tied; a layer draws from a global generator or spans processes (``AlphaDropout``,
-        ``SyncBatchNorm``, ``RReLU``, attention and recurrent layers with dropout of their own); a layer is a subclass
-        of a batch normalization or dropout whose code is not known, or normalizes by the batch in evaluation too.
+        If trainable parameters or buffers of different modules are tied; a layer draws from a global generator or
+        spans processes (``AlphaDropout``, ``SyncBatchNorm``, ``RReLU``, attention and recurrent layers with dropout of
+        their own); a layer is a subclass of a batch normalization or dropout whose code is not known, or normalizes by
+        the batch in evaluation too.
     """
-    names = list(module.state_dict())
-    if len({id(value) for value in module.state_dict(keep_vars=True).values()}) < len(names):
-        raise ConfigError("model", type(module).__name__, "a network without tied parameters")
-    prepared = copy.deepcopy(module)
+    if tied := _tied(module):
+        allowed = f"a network in which only frozen parameters are tied, not '{tied[0]}' and '{tied[1]}'"
+        raise ConfigError("model", type(module).__name__, allowed)
+    prepared = copy_network(module)
     for place, (name, layer) in enumerate(prepared.named_modules()):
         if allowed := _objection(layer):
             raise ConfigError("model", f"{type(layer).__name__} at '{name}'", allowed)
@@ -143,6 +151,52 @@ def prepare(module: nn.Module) -> nn.Module:
             layer.__class__ = _REPLACED[type(layer)]
             layer.__dict__["place"] = place
     return prepared
+
+
+def _tied(module: nn.Module) -> tuple[str, str] | None:
+    """Names of a trainable parameter or a persistent buffer that two different modules, or two names of one, hold."""
+    names: dict[int, str] = {}
+    for prefix, layer in module.named_modules():  # each module once, whatever number of names it has
+        saved = [(n, b) for n, b in layer._buffers.items() if n not in layer._non_persistent_buffers_set]
+        for name, value in [*layer._parameters.items(), *saved]:
+            if value is None or (isinstance(value, nn.Parameter) and not value.requires_grad):
+                continue
+            dotted = f"{prefix}.{name}" if prefix else name
+            if id(value) in names:
+                return names[id(value)], dotted
+            names[id(value)] = dotted
+    return None
+
+
+def copy_network(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """Copy of a network that shares its frozen parameters: however many copies a process has, they lie there once.
+
+    All other parameters and all buffers are the copy's own. Parameters that require no gradient must not be changed in
+    place, which ``copy.to(...)`` would do: the copy is made on its device at once.
+
+    Parameters
+    ----------
+    module : nn.Module
+    device : torch.device or str, optional
+        Where the copy lies, by default where each part of `module` does. Frozen parameters that lie elsewhere are
+        copied there.
+    """
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    memo: dict[int, Any] = {id(parameter): parameter for parameter in frozen}
+    if device is not None:
+        memo = {id(p): nn.Parameter(p.detach().to(device), requires_grad=False) for p in frozen}
+    copied = copy.deepcopy(module, memo)
+    return copied if device is None else copied.to(device)
+
+
+def canonical_names(module: nn.Module) -> dict[str, str]:
+    """Canonical name of each parameter and buffer, by every name it has: the first in the network's order."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    for name, value in named:
+        names[name] = first.setdefault(id(value), name)
+    return names
 
 
 def _objection(layer: nn.Module) -> str:
@@ -172,19 +226,45 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     ----------
     module : nn.Module
     tensors : mapping of name to Tensor
-        What it lacks keeps its value in `module`.
+        By any name of each; what it lacks keeps its value in `module`.
     x : Tensor ``[B, ...]``
     """
     slots = _facts(module).slots
     before = [(*slots[name], slots[name][0][slots[name][1]]) for name in tensors]
     try:
-        for (own, name, _), tensor in zip(before, tensors.values(), strict=True):
-            own[name] = tensor
+        for (holder, name, _), tensor in zip(before, tensors.values(), strict=True):
+            holder[name] = tensor
         out: Tensor = module(x)
     finally:
-        for own, name, value in before:
-            own[name] = value
+        for holder, name, value in before:
+            holder[name] = value
     return out
+
+
+def part_tensors(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of one part of a network, by their names in it, for :func:`call` on that part.
+
+    Parameters
+    ----------
+    module : nn.Module
+    name : str
+        Dotted name of a submodule, any of those it has.
+    tensors : mapping of name to Tensor
+        Of the whole network, by any name of each. What stands outside the part is left out.
+
+    Raises
+    ------
+    AttributeError
+        If there is no such submodule.
+    """
+    facts = _facts(module)
+    inside = facts.parts.get(name)
+    if inside is None:
+        within = canonical_names(module.get_submodule(name))
+        places = {facts.names[f"{name}.{n}"]: first for n, first in within.items()}
+        inside = {n: places[canonical] for n, canonical in facts.names.items() if canonical in places}
+        facts.parts[name] = inside
+    return {inside[n]: tensor for n, tensor in tensors.items() if n in inside}
 
 
 def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> None:
@@ -210,8 +290,10 @@ class _Facts:
     """What is looked up once per module: it is called at every step."""
 
     owner: int
-    slots: dict[str, tuple[dict[str, Any], str]]  # where each parameter and buffer is kept, by dotted name
+    slots: dict[str, tuple[dict[str, Any], str]]  # where each parameter and buffer is kept, by any dotted name
     layers: list[_BatchNorm | _Dropout]
+    names: dict[str, str]  # canonical names, see canonical_names
+    parts: dict[str, dict[str, str]]  # by part: the names of the network's tensors -> their names in the part
 
 
 def _facts(module: nn.Module) -> _Facts:
@@ -219,13 +301,13 @@ def _facts(module: nn.Module) -> _Facts:
     if isinstance(known, _Facts) and known.owner == id(module):  # a copy of a module looks again
         return known
     slots = {
-        f"{prefix}.{name}" if prefix else name: (own, name)
-        for prefix, layer in module.named_modules()
-        for own in (layer._parameters, layer._buffers)
-        for name in own
+        f"{prefix}.{name}" if prefix else name: (holder, name)
+        for prefix, layer in module.named_modules(remove_duplicate=False)
+        for holder in (layer._parameters, layer._buffers)
+        for name in holder
     }
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
-    facts = module.__dict__["_cohort_facts"] = _Facts(id(module), slots, layers)
+    facts = module.__dict__["_cohort_facts"] = _Facts(id(module), slots, layers, canonical_names(module), {})
     return facts
 
 

@@ -54,15 +54,6 @@ class Optimizer:
         self.taken = 0  # all clients start together, so this is also the step count of each that still trains
         self.moments: dict[str, list[Tensor]] = {}
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the clients only (`rows` of the current stack)."""
-        self.client_steps = self.client_steps[rows]
-        if isinstance(self.scale, Tensor):
-            self.scale = self.scale[rows.to(self.scale.device)]
-        self.moments = {
-            name: [value[rows.to(value.device)] for value in values] for name, values in self.moments.items()
-        }
-
     def _factor(self, active: int, device: torch.device) -> float | Tensor:
         """Factor on the rates at this step: a number, or ``[active]`` when clients differ."""
         scale = self.scale if isinstance(self.scale, float | int) else self.scale[:active].to(device)

@@ -31,8 +31,6 @@ class BatchPlan:
         Largest batch of each step, length S.
     ragged : list of bool
         Whether the batches of a step differ in size, length S.
-    epoch_end : Tensor ``[S, K]``
-        Whether a client ends a pass over its data with this step, bool on the CPU.
     order : Tensor ``[K]`` or None
         Position in the cohort of each row of the plan; None when they are the same.
     """
@@ -42,7 +40,6 @@ class BatchPlan:
     active: list[int]
     width: list[int]
     ragged: list[bool]
-    epoch_end: Tensor
     order: Tensor | None
 
     @property
@@ -54,13 +51,6 @@ class BatchPlan:
     def client_steps(self) -> Tensor:
         """Steps of each client, int64 ``[K]`` on the CPU."""
         return (self.count > 0).sum(0)
-
-    def keep(self, rows: Tensor) -> BatchPlan:
-        """Plan of some of the clients only (`rows` of this plan, ascending); it ends with the last step of these."""
-        steps = int((self.count[:, rows] > 0).any(1).sum())
-        index, count, ends = self.index[:steps], self.count[:steps, rows], self.epoch_end[:steps, rows]
-        order = rows if self.order is None else self.order[rows]
-        return _finish(index[:, rows.to(index.device)], count, ends, order)
 
 
 def batches_per_epoch(size: int, batch_size: int, drop_last: bool) -> int:
@@ -132,7 +122,6 @@ def plan_batches(
     width = max(min(batch_size, len(s)) if batch_size else len(s) for s in samples)
     index = np.zeros((total, clients, width), dtype=np.int64)
     count = np.zeros((total, clients), dtype=np.int64)
-    ends = np.zeros((total, clients), dtype=bool)
     for k, own in enumerate(samples):
         size = min(batch_size, len(own)) if batch_size else len(own)
         cut = np.arange(per_epoch[k] * size).reshape(per_epoch[k], size)
@@ -146,22 +135,17 @@ def plan_batches(
             index[done : done + take, k, :size] = order[inside[:take]]
             index[done : done + take, k, size:] = order[inside[:take, :1]]
             count[done : done + take, k] = sizes[:take]
-            if take == per_epoch[k]:
-                ends[done + take - 1, k] = True
             done += take
             epoch += 1
 
     order_rows: Tensor | None = None
     if any(a < b for a, b in pairwise(wanted)):
         by_steps = np.argsort([-n for n in wanted], kind="stable")
-        index, count, ends = index[:, by_steps], count[:, by_steps], ends[:, by_steps]
+        index, count = index[:, by_steps], count[:, by_steps]
         order_rows = torch.from_numpy(by_steps)
-    return _finish(torch.from_numpy(index).to(device), torch.from_numpy(count), torch.from_numpy(ends), order_rows)
-
-
-def _finish(index: Tensor, count: Tensor, ends: Tensor, order: Tensor | None) -> BatchPlan:
-    numbers = count.numpy()
-    active = (numbers > 0).sum(1)
-    largest = numbers.max(1, initial=0)
-    smallest = np.where(numbers > 0, numbers, largest[:, None]).min(1, initial=np.iinfo(np.int64).max)
-    return BatchPlan(index, count, active.tolist(), largest.tolist(), (smallest < largest).tolist(), ends, order)
+    active = (count > 0).sum(1)
+    largest = count.max(1, initial=0)
+    smallest = np.where(count > 0, count, largest[:, None]).min(1, initial=np.iinfo(np.int64).max)
+    ragged = (smallest < largest).tolist()
+    placed = torch.from_numpy(index).to(device)
+    return BatchPlan(placed, torch.from_numpy(count), active.tolist(), largest.tolist(), ragged, order_rows)

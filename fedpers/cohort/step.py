@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort.modules import announce, call
+from fedpers.cohort.modules import announce, call, part_tensors
+from fedpers.tasks import CLASSIFICATION, Task
+
+Given = Mapping[str, Any]
+"""What a loss may see beside network and batch: tensors, or mappings of name to tensor, by name."""
 
 
 class Network:
@@ -25,15 +29,23 @@ class Network:
         0 where the batch it will see is padded, for batch normalization.
     key : Tensor, optional
         Number of this client and step, for dropout.
+    given : mapping, optional
+        This client's part of what the method passed along (``Cohort.fit(given=...)``, :class:`View`).
     """
 
     def __init__(
-        self, module: nn.Module, tensors: Mapping[str, Tensor], weight: Tensor | None = None, key: Tensor | None = None
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        weight: Tensor | None = None,
+        key: Tensor | None = None,
+        given: Given | None = None,
     ) -> None:
         self.module = module
         self.tensors = tensors
         self.weight = weight
         self.key = key
+        self.given: Given = {} if given is None else given
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the whole network to ``[B, ...]``."""
@@ -42,17 +54,16 @@ class Network:
 
     def part(self, name: str) -> Network:
         """One submodule by its dotted name, e.g. ``network.part("body")(x)`` for features."""
-        prefix = name + "."
-        inside = {n[len(prefix) :]: t for n, t in self.tensors.items() if n.startswith(prefix)}
-        return Network(self.module.get_submodule(name), inside, self.weight, self.key)
+        inside = part_tensors(self.module, name, self.tensors)
+        return Network(self.module.get_submodule(name), inside, self.weight, self.key, self.given)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> Network:
         """Return the same network with some tensors exchanged."""
-        return Network(self.module, {**self.tensors, **tensors}, self.weight, self.key)
+        return Network(self.module, {**self.tensors, **tensors}, self.weight, self.key, self.given)
 
     def seeing(self, batch: Batch) -> Network:
         """Return the same network for another batch than the one the loss was given, e.g. a part of it."""
-        return Network(self.module, self.tensors, batch.weight, self.key)
+        return Network(self.module, self.tensors, batch.weight, self.key, self.given)
 
 
 @dataclass(frozen=True)
@@ -62,14 +73,24 @@ class Batch:
     Attributes
     ----------
     x : Tensor ``[B, ...]``
-    y : Tensor ``[B]``
+    y : Tensor ``[B, ...]``
     weight : Tensor ``[B]`` or None
         1 for a sample, 0 for padding; None when nothing is padded.
+    given : mapping
+        What the method passed to ``Cohort.fit(given=...)``, of this client: its row of each tensor.
+    task : Task
+        What is learned, see :mod:`fedpers.tasks`.
     """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+    given: Given = field(default_factory=dict)
+    task: Task = CLASSIFICATION
+
+    def losses(self, outputs: Tensor) -> Tensor:
+        """Loss ``[B]`` of each sample by the data's task, for the network's `outputs` ``[B, ...]``."""
+        return self.task.losses(outputs, self.y)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of per-sample `values` (``[B]``) over the samples, padding left out."""
@@ -79,7 +100,7 @@ class Batch:
 
 
 def sample_losses(outputs: Tensor, y: Tensor) -> Tensor:
-    """Loss of each sample ``[B]``.
+    """Loss of each sample ``[B]`` of a classification.
 
     Parameters
     ----------
@@ -105,7 +126,9 @@ class Step:
     ----------
     active : int
         Number of clients that train, a.
-    x, y : Tensor ``[a, B, ...]``, ``[a, B]``
+    index : Tensor ``[a, B]``
+        Positions of the samples in the data, int64; padded places repeat a batch's first sample.
+    x, y : Tensor ``[a, B, ...]``, ``[a, B, ...]``
     weight : Tensor ``[a, B]`` or None
         0 where a batch is padded.
     count : Tensor ``[a]``
@@ -117,24 +140,13 @@ class Step:
     """
 
     active: int
+    index: Tensor
     x: Tensor
     y: Tensor
     weight: Tensor | None
     count: Tensor
     key: Tensor | None
     rows: Tensor | None
-
-    def view(self, stacked: Tensor) -> Tensor:
-        """As :meth:`take`, to be changed in place.
-
-        Raises
-        ------
-        RuntimeError
-            If clients have numbers of steps that do not fall with their position: then there is no view.
-        """
-        if self.rows is not None:
-            raise RuntimeError("rows of a reordered plan cannot be changed in place; use Cohort.fit")
-        return stacked[: self.active]
 
     def take(self, stacked: Tensor) -> Tensor:
         """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view of them if `rows` is None."""
@@ -143,9 +155,6 @@ class Step:
 
 Adjust = Callable[[Step, Mapping[str, Tensor], dict[str, Tensor]], None]
 """Changes gradients ``[a, ...]`` in place, given the step and the current rows of the parameters."""
-
-Stop = Callable[[Tensor], Tensor]
-"""Given mean losses of all passes so far ``[passes, k]``, which of the k clients are done: bool ``[k]``."""
 
 
 def proximal(mu: float, reference: Mapping[str, Tensor]) -> Adjust:
@@ -168,14 +177,3 @@ def shifted(shift: Mapping[str, Tensor]) -> Adjust:
                 grad.add_(step.take(shift[name]))
 
     return adjust
-
-
-def small_change(tolerance: float) -> Stop:
-    """Stop a client when the mean loss of a pass differs from that of the pass before by less than `tolerance`."""
-
-    def stop(losses: Tensor) -> Tensor:
-        if len(losses) < 2:
-            return torch.zeros(losses.shape[1], dtype=torch.bool)
-        return (losses[-1] - losses[-2]).abs() < tolerance
-
-    return stop

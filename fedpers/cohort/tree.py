@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from fedpers.cohort.modules import canonical_names
 from fedpers.errors import ConfigError, one_of
 
 Tree = TensorDict
@@ -41,10 +42,17 @@ def state_names(module: nn.Module) -> list[str]:
     """Names of what a client may own: the entries of ``module.state_dict()`` without frozen parameters.
 
     Parameters that require no gradient are nobody's state: they stay in the module, one copy for all clients, and are
-    neither stacked, sent nor stored.
+    neither stacked, sent nor stored. An entry that has several names is listed once, under the first.
     """
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return [name for name in module.state_dict() if name not in frozen]
+    return list(dict.fromkeys(_state_aliases(module).values()))
+
+
+def _state_aliases(module: nn.Module) -> dict[str, str]:
+    """Every name of a client's entry -> its canonical one, in the network's order."""
+    named = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    names = canonical_names(module)
+    return {name: names[name] for name in module.state_dict() if name not in frozen}
 
 
 def model_tree(module: nn.Module) -> Tree:
@@ -62,7 +70,7 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
     what : str or sequence of str
         ``all``, ``none``, ``parameters``, ``buffers``, ``head`` (what lies under ``module.head``), ``body`` (all the
         rest), ``norm`` (parameters and buffers of normalization layers), a dotted prefix (``body.0``) or a pattern
-        with ``*``. A leading ``-`` takes away: ``("all", "-norm")``.
+        with ``*``. A leading ``-`` takes away: ``("all", "-norm")``. A part that has several names goes by any of them.
     key : str
         The setting that holds `what`, for messages.
 
@@ -71,13 +79,13 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
     ConfigError
         If a term matches nothing although it names something.
     """
-    names = state_names(module)
+    aliases = _state_aliases(module)
+    names = list(dict.fromkeys(aliases.values()))
     parameters = {name for name, _ in module.named_parameters()}
     norm_layers = [name for name, layer in module.named_modules() if isinstance(layer, _NORMS)]
-    head = {name for name in names if name.startswith("head.")}
 
     def under(prefix: str) -> set[str]:
-        return {name for name in names if name == prefix or name.startswith(prefix + ".")}
+        return {name for alias, name in aliases.items() if alias == prefix or alias.startswith(prefix + ".")}
 
     def term(word: str) -> set[str]:
         if word in ("body", "head") and not hasattr(module, "head"):
@@ -92,15 +100,15 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
             case "buffers":
                 return set(names) - parameters
             case "head":
-                return head
+                return under("head")
             case "body":
-                return set(names) - head
+                return set(names) - under("head")
             case "norm":
                 return set().union(*(under(layer) for layer in norm_layers))
-        found = under(word) or {name for name in names if fnmatchcase(name, word)}
-        if not found:
-            raise ConfigError(key, word, one_of([*_TERMS, *names], word))
-        return found
+        matches = under(word) or {name for alias, name in aliases.items() if fnmatchcase(alias, word)}
+        if not matches:
+            raise ConfigError(key, word, one_of([*_TERMS, *aliases], word))
+        return matches
 
     chosen: set[str] = set()
     for word in [what] if isinstance(what, str) else what:

@@ -24,12 +24,13 @@ from torch import Tensor
 from fedpers.data.cache import cache_root
 from fedpers.data.torchvision_shim import import_torchvision
 from fedpers.errors import ConfigError, DataError, check, one_of
+from fedpers.tasks import CLASSIFICATION, Regression, Task
+from fedpers.tasks.ranking import PROTOCOLS
 
 MAX_CHANNELS = 4
 MAX_CLASSES = 100_000  # labels beyond are ids or values, not classes
 RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings", "synthetic_ratings")
 """Data sets of users and items; they are read by `fedpers.data.rating_files`."""
-PROTOCOLS = ("clean", "official")  # of ratings
 LEAVE_ONE_OUT = 3  # interactions a user needs: one each to train, validate and test on
 _MIN_INTERACTIONS = {"amazon_video": 5}  # as published; 10 for the others
 _LOWEST = {
@@ -59,7 +60,8 @@ class DatasetConfig:
     download : bool
         Whether torchvision may download what is not in `root`.
     x, y : str
-        ``npz`` only: names of the arrays with inputs and labels.
+        ``npz`` only: names of the arrays with inputs, and with labels: whole numbers ``[N]`` are class ids, floats
+        ``[N]`` with fractions or ``[N, D]`` are the targets of a regression.
     client : str or None
         ``npz`` only: name of the array ``[N]`` that says which client a sample belongs to (whole numbers or text).
     n_train : str or None
@@ -137,15 +139,18 @@ class Dataset:
     ----------
     x : Tensor ``[N, ...]``
         Inputs, float32, normalized; pictures are ``[N, C, H, W]``.
-    y : Tensor ``[N]``
-        Class ids, int64, ``0 <= y < num_classes``.
+    y : Tensor ``[N]`` or ``[N, D]``
+        Class ids, int64, ``0 <= y < num_classes``; for a regression float32.
     num_classes : int
+        Of a regression: its targets, D.
     name : str
     train_size : int or None
         The first `train_size` samples are the official training part, the others the official test part;
         None if there is no official split.
     owner : Tensor ``[N]`` or None
         Natural client of each sample, int64; None if the data have none.
+    task : Task
+        What is learned.
 
     Raises
     ------
@@ -159,13 +164,14 @@ class Dataset:
     name: str
     train_size: int | None = None
     owner: Tensor | None = None
+    task: Task = CLASSIFICATION
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise DataError(f"{self.name}: x has {len(self.x)} samples but y has {len(self.y)}.")
         if len(self.y) == 0:
             raise DataError(f"{self.name}: there are no samples.")
-        if int(self.y.min()) < 0 or int(self.y.max()) >= self.num_classes:
+        if self.task.classes and (int(self.y.min()) < 0 or int(self.y.max()) >= self.num_classes):
             low, high = int(self.y.min()), int(self.y.max())
             raise DataError(f"{self.name}: labels run from {low} to {high}, expected 0 to {self.num_classes - 1}.")
         if self.owner is not None and len(self.owner) != len(self.y):
@@ -354,15 +360,17 @@ def _npz(config: DatasetConfig) -> Dataset:
     wanted = [name for name in (config.x, config.y, config.client, config.n_train) if name is not None]
     arrays = read_npz(path, wanted)
     x, y = arrays[config.x], arrays[config.y]
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise DataError(f"{path}: {config.y} must be whole numbers [N], not {y.dtype} {list(y.shape)}.")
+    classes = y.ndim == 1 and y.dtype.kind in "iu"
+    if not classes and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
+        raise DataError(
+            f"{path}: {config.y} must be whole numbers [N], class ids, or floats [N] or [N, D], targets of a "
+            f"regression, not {y.dtype} {list(y.shape)}."
+        )
     if x.ndim == 0 or len(x) != len(y):
         raise DataError(f"{path}: {config.x} has {x.shape[0] if x.ndim else 0} samples but {config.y} has {len(y)}.")
     if len(y) == 0:
         raise DataError(f"{path}: there are no samples.")
-    if int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES:
-        bad = y.min() if int(y.min()) < 0 else y.max()
-        raise DataError(f"{path}: {config.y} has the label {bad}, expected class ids from 0 to {MAX_CLASSES - 1}.")
+    labels = _class_ids(path, config.y, y) if classes else _targets(path, config.y, y)
     train_size = None if config.n_train is None else _train_size(path, config.n_train, arrays[config.n_train], len(y))
     if x.dtype == np.uint8:
         if x.ndim == 3:
@@ -374,16 +382,42 @@ def _npz(config: DatasetConfig) -> Dataset:
             )
         inputs = _normalized(x, train_size or len(x))
     elif x.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what overflows float32 is refused just below
-            inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
-        if not bool(inputs.isfinite().all()):
-            count = int((~inputs.isfinite()).reshape(len(inputs), -1).any(1).sum())
-            raise DataError(f"{path}: {config.x} is not finite (nan or infinite) in {count} of {len(inputs)} samples.")
+        inputs = _finite(path, config.x, x)
     else:
         raise DataError(f"{path}: {config.x} is {x.dtype}, expected uint8 pictures or floats.")
     owner = None if config.client is None else _owner(path, config.client, arrays[config.client])
-    labels = torch.from_numpy(y.astype(np.int64))
-    return Dataset(inputs, labels, int(labels.max()) + 1, path.stem, train_size=train_size, owner=owner)
+    count = int(labels.max()) + 1 if classes else labels[0].numel()
+    task = CLASSIFICATION if classes else Regression()
+    return Dataset(inputs, labels, count, path.stem, train_size=train_size, owner=owner, task=task)
+
+
+def _class_ids(path: Path, name: str, y: NDArray[Any]) -> Tensor:
+    if int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES:
+        bad = y.min() if int(y.min()) < 0 else y.max()
+        raise DataError(f"{path}: {name} has the label {bad}, expected class ids from 0 to {MAX_CLASSES - 1}.")
+    return torch.from_numpy(y.astype(np.int64))
+
+
+def _targets(path: Path, name: str, y: NDArray[Any]) -> Tensor:
+    """Float32 ``[N]`` or ``[N, D]``; floats ``[N]`` without a fraction may be meant as class ids."""
+    targets = _finite(path, name, y)
+    if y.ndim == 1 and (y == np.floor(y)).all():
+        raise DataError(
+            f"{path}: {name} holds whole numbers as {y.dtype}; store class ids as whole numbers, or the targets of a "
+            f"regression as floats [N, 1]."
+        )
+    return targets
+
+
+def _finite(path: Path, name: str, values: NDArray[Any]) -> Tensor:
+    """Float32 copy, refused if it is not finite."""
+    with np.errstate(over="ignore"):  # what overflows float32 is refused just below
+        copy = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    finite = copy.isfinite().reshape(len(copy), -1).all(1)
+    if not bool(finite.all()):
+        count = int((~finite).sum())
+        raise DataError(f"{path}: {name} is not finite (nan or infinite) in {count} of {len(copy)} samples.")
+    return copy
 
 
 def _train_size(path: Path, name: str, value: NDArray[Any], num_samples: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, Self, get_args
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.errors import DataError
+from fedpers.tasks import CLASSIFICATION, Task
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -29,11 +30,12 @@ class FederatedData:
     ----------
     x : Tensor ``[N, ...]``
         Inputs, ready for the model (float32, normalized).
-    y : Tensor ``[N]``
-        Class ids, int64, ``0 <= y < num_classes``.
+    y : Tensor ``[N]`` or ``[N, D]``
+        What `task` learns: class ids, int64, ``0 <= y < num_classes``; or targets, float32.
     train, validation, test : sequence of Tensor ``[n_k]``
         For each client the positions in `x` it owns, int64; the three parts of a client do not overlap.
     num_classes : int
+        Outputs of a network: classes, or targets D of a regression.
     name : str
         For tables and manifests.
     public : Tensor ``[p]`` or None
@@ -45,6 +47,8 @@ class FederatedData:
         knows no anchors.
     elsewhere : tuple of int
         Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
+    task : Task
+        What is learned and how it is measured; named by keyword.
 
     Raises
     ------
@@ -64,6 +68,7 @@ class FederatedData:
     unseen: tuple[int, ...] = ()
     anchors: tuple[int, ...] = ()
     elsewhere: tuple[int, ...] = ()
+    task: Task = field(default=CLASSIFICATION, kw_only=True)
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -117,31 +122,6 @@ class FederatedData:
         return positions
 
     @property
-    def headline(self) -> str:
-        """Name of the metric by which rounds and runs are ranked; more is better."""
-        return "accuracy"
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        """Further metrics that a table shows."""
-        return ()
-
-    @property
-    def selected_on(self) -> Part:
-        """Part on which the best round is chosen."""
-        return "validation"
-
-    @property
-    def latest_wins(self) -> bool:
-        """Whether the latest of equally good rounds is the best one, not the earliest."""
-        return False
-
-    @property
-    def protocol(self) -> str:
-        """How the reported round is chosen, for tables."""
-        return "validation-selected"
-
-    @property
     def num_clients(self) -> int:
         """Number of clients."""
         return len(self.train)
@@ -151,12 +131,22 @@ class FederatedData:
         """Where the arrays live."""
         return self.x.device
 
+    @property
+    def num_items(self) -> int:
+        """Items to recommend; 0 for data that are no ratings."""
+        return 0
+
     def sizes(self, part: Part = "train") -> Tensor:
         """Count samples per client, int64 ``[num_clients]`` on the CPU."""
         return torch.tensor([len(indices) for indices in self.part(part)])
 
     def label_counts(self, part: Part = "train") -> Tensor:
-        """Count samples per client and class, int64 ``[num_clients, num_classes]`` on the CPU."""
+        """Count samples per client and class, int64 ``[num_clients, num_classes]`` on the CPU.
+
+        Samples whose labels are numbers are counted per client, ``[num_clients, 1]``.
+        """
+        if not self.task.classes:
+            return self.sizes(part).unsqueeze(1)
         y = self.y.cpu()
         rows = [torch.bincount(y[i.cpu()], minlength=self.num_classes) for i in self.part(part)]
         return torch.stack(rows)

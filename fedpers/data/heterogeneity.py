@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fedpers.data.federated import PARTS, FederatedData
-from fedpers.data.ratings import RankingData
 from fedpers.errors import DataError, check, one_of
 from fedpers.randomness import generator
 
@@ -54,12 +53,14 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
     DataError
         If a sample that would change belongs to two clients.
     ConfigError
-        If the data are ratings.
+        If the data are ratings, or have no labels that could be noisy.
     """
     if config.name == "none" or config.strength == 0:
         return data
     allowed = f"none, because {data.name} holds ratings"
-    check(not isinstance(data, RankingData), "heterogeneity", config.name, allowed)
+    check(data.num_items == 0, "heterogeneity", config.name, allowed)
+    allowed = f"none or feature_shift, because {data.name} has no class labels"
+    check(config.name != "label_noise" or data.task.classes, "heterogeneity", config.name, allowed)
     if config.name == "label_noise" and data.num_classes < 2:
         raise DataError("heterogeneity=label_noise needs at least two classes.")
     parts = PARTS if config.name == "feature_shift" else PARTS[:1]

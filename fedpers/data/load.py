@@ -10,7 +10,7 @@ from fedpers.data.datasets import DatasetConfig, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.index import OWNED, read_index
 from fedpers.data.label_sets import deal_label_sets
-from fedpers.data.partition import PartitionConfig, partition_samples
+from fedpers.data.partition import BY_LABEL, PartitionConfig, partition_samples
 from fedpers.data.rating_files import read_ratings
 from fedpers.data.ratings import leave_one_out
 from fedpers.data.split import SplitConfig, draw_unseen, hold_out, split_clients, take_public
@@ -50,6 +50,10 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     if dataset.holds_ratings:
         return leave_one_out(read_ratings(dataset), dataset, split, seed)
     data = load_dataset(dataset)
+    if not data.task.classes:
+        why = f"because {data.name} has no class labels"
+        check(partition.name not in BY_LABEL, "partition", partition.name, f"iid, quantity, natural or index, {why}")
+        check(split.name != "official", "split", split.name, f"fractions, {why}")
     if partition.name == "label_sets":
         lists, unseen = deal_label_sets(data, partition, split, seed)
     else:
@@ -71,6 +75,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         public=None if public is None else torch.from_numpy(public),
         unseen=unseen,
         anchors=tuple(range(partition.anchors)) if partition.name == "label_sets" else (),
+        task=data.task,
     )
 
 

@@ -24,6 +24,7 @@ from fedpers.randomness import derive, generator
 logger = logging.getLogger(__name__)
 
 PARTITIONS = ("iid", "dirichlet", "pathological", "quantity", "natural", "index", "label_sets", "user")
+BY_LABEL = ("dirichlet", "pathological", "label_sets")  # they divide classes, which a regression does not have
 OWN = ("natural", "index", "user")  # the number of clients comes with the data
 SKEWS = ("linear", "square", "exponential")
 DEFAULT_CLIENTS = 20
@@ -210,7 +211,7 @@ def _natural(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArr
 
 def _drawn(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArray[np.int64]]:
     """Divide at random, again and again until every client has enough; from the cache if it was done before."""
-    labels = dataset.y.numpy()
+    labels = dataset.y.numpy() if dataset.task.classes else np.zeros(len(dataset), np.int64)
     clients = config.num_clients or DEFAULT_CLIENTS
     classes = len(np.unique(labels))
     if config.name == "pathological" and config.classes_per_client > classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.datasets import PROTOCOLS, DatasetConfig
+from fedpers.data.datasets import DatasetConfig
 from fedpers.data.federated import FederatedData, Part
 from fedpers.data.rating_files import Ratings
 from fedpers.data.split import SplitConfig, draw_unseen
-from fedpers.errors import DataError, check, one_of
+from fedpers.errors import DataError
 from fedpers.randomness import generator
+from fedpers.tasks import Ranking
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,11 @@ class RankingData(FederatedData):
         m.
     negatives : int
         Drawn for each training positive in each round, >= 0.
-    protocol_name : {"clean", "official"}
-        What training negatives are drawn from. ``clean``: all items but the user's training positives. ``official``,
-        as in the codes of FedRAP, PFedRec and NCF: all items the user never touched. The held-out items are then the
-        only candidates that are never trained as negatives, so that ranking items by how seldom they were drawn scores
-        higher with every round, without any learning.
-    top_k : int
-        Length of the recommended list, >= 1.
+    task : Ranking
+        Its ``protocol_name`` also says what training negatives are drawn from. ``clean``: all items but the user's
+        training positives. ``official``, as in the codes of FedRAP, PFedRec and NCF: all items the user never touched.
+        The held-out items are then the only candidates that are never trained as negatives, so that ranking items by
+        how seldom they were drawn scores higher with every round, without any learning.
 
     Raises
     ------
@@ -56,17 +55,10 @@ class RankingData(FederatedData):
 
     num_items: int = 0
     negatives: int = 4
-    protocol_name: str = "clean"
-    top_k: int = 10
+    task: Ranking = field(default=Ranking(), kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.protocol_name in PROTOCOLS,
-            "dataset.protocol",
-            self.protocol_name,
-            one_of(PROTOCOLS, self.protocol_name),
-        )
         if len(self.x) != 2 * self.num_items:
             raise DataError(f"{self.name}: x has {len(self.x)} entries, expected 2 for each of {self.num_items} items.")
         for user in range(self.num_clients):
@@ -100,8 +92,10 @@ class RankingData(FederatedData):
             Items each user liked, oldest first.
         validation, test : sequence of int64 arrays ``[1 + c]``
             The held-out item of each user, then the c items it is ranked among.
-        name, unseen, negatives, protocol, top_k
+        name, unseen, negatives
             See the class.
+        protocol, top_k
+            See :class:`fedpers.tasks.Ranking`.
         """
         items = torch.arange(num_items)
         held = [
@@ -118,14 +112,13 @@ class RankingData(FederatedData):
             unseen=unseen,
             num_items=num_items,
             negatives=negatives,
-            protocol_name=protocol,
-            top_k=top_k,
+            task=Ranking(top_k, protocol),
         )
 
     def excluded(self, user: int) -> NDArray[np.int64]:
         """Items that are no training negatives of a user, int64 ``[e]``; the held-out ones among them if official."""
         lists = [self.train[user]]
-        if self.protocol_name == "official":
+        if self.task.protocol_name == "official":
             lists += [self.validation[user][:1], self.test[user][:1]]
         return torch.cat(lists).numpy() - self.num_items
 
@@ -152,31 +145,6 @@ class RankingData(FederatedData):
         out[:, 1:] = items[drawn]
         return out.reshape(-1)
 
-    @property
-    def headline(self) -> str:
-        """``hr@K``: share of users whose held-out item is among the first K."""
-        return f"hr@{self.top_k}"
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        """``ndcg@K``."""
-        return (f"ndcg@{self.top_k}",)
-
-    @property
-    def selected_on(self) -> Part:
-        """``validation``; ``test`` in the official protocol, which is what its authors do."""
-        return "test" if self.protocol_name == "official" else "validation"
-
-    @property
-    def latest_wins(self) -> bool:
-        """True in the official protocol, which is what its authors do."""
-        return self.protocol_name == "official"
-
-    @property
-    def protocol(self) -> str:
-        """``validation-selected`` or ``official: test-selected``."""
-        return "official: test-selected" if self.protocol_name == "official" else "validation-selected"
-
     def label_counts(self, part: Part = "train") -> Tensor:
         """Count positives per user, int64 ``[num_clients, 1]``."""
         y = self.y.cpu()
@@ -187,7 +155,7 @@ class RankingData(FederatedData):
         return {str(part): own for part, own in lists.items()}
 
     def _rules(self) -> str:
-        return f"{self.num_items}/{self.negatives}/{self.protocol_name}"
+        return f"{self.num_items}/{self.negatives}/{self.task.protocol_name}"
 
 
 def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, seed: int) -> RankingData:

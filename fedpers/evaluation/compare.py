@@ -25,15 +25,15 @@ from rich.text import Text
 logger = logging.getLogger(__name__)
 
 BASELINES = ("local", "fedavg")
-"""Strategies a personalized method has to beat."""
+"""Strategies a personalized method has to beat, unless its runs name others (``baselines`` of ``summary.json``)."""
 
 NO_LEARNING = "no_learning"
-"""The strategy that belongs in every ranking table: it scores without learning, from a leak of the protocol alone."""
+"""A baseline of every ranking table: it scores without learning, from a leak of the protocol alone."""
 
 IGNORED = frozenset({"strategy", "training", "seed", "runtime", "tracker", "output", "hydra"})
 """Top-level config keys in which comparable runs may differ, besides where a data set is found."""
 
-_USUAL = {"aggregation": "mean", "privacy": "none"}
+_USUAL = {"aggregation": "mean", "privacy": "none", "compression": "none"}
 """What a run without these settings has; any other stands in a table of its own."""
 
 _LEVEL = 0.05
@@ -127,6 +127,8 @@ class Row:
         Gradients computed in training, of one client on one batch each.
     seconds : float
         Wall-clock time of the run.
+    epsilon : float
+        Privacy spent in the rounds done, the most of all seeds; NaN without privacy, or where it is not bounded.
     selected, at_end : dict
         Every metric at the selected and at the last round.
     baseline, best : bool
@@ -153,6 +155,7 @@ class Row:
     megabytes: float
     gradients: float
     seconds: float
+    epsilon: float
     selected: dict[str, float]
     at_end: dict[str, float]
     baseline: bool
@@ -175,6 +178,8 @@ class Group:
         Metric the rows are ranked by.
     also : tuple of str
         Further metrics at the selected round, keys of :attr:`Row.selected`, and what the table calls them.
+    spread : bool
+        Whether the table shows the spread over clients.
     notes : list of str
     """
 
@@ -182,6 +187,7 @@ class Group:
     rows: list[Row]
     headline: str = "accuracy"
     also: tuple[tuple[str, str], ...] = ()
+    spread: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -258,7 +264,8 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
         table.add_column("method", overflow="fold", min_width=16)
         table.add_column("")
         further = [label for _, label in group.also]
-        for name in (f"{group.headline} %", *further, "std", "worst", "last", "MB", "kgrad", "s", "n"):
+        spread = ("std", "worst") if group.spread else ()
+        for name in (f"{group.headline} %", *further, *spread, "last", "MB", "kgrad", "s", "n"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in group.rows:
             interval = "" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}"
@@ -267,8 +274,7 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
                 _marks(row, _single(group.rows)),
                 f"{_percent(row.score)}{interval}",
                 *(_percent(_shown(row, key)) for key, _ in group.also),
-                _percent(row.std),
-                _percent(row.worst_decile),
+                *(_percent(value) for value in (row.std, row.worst_decile) if group.spread),
                 _percent(row.last),
                 _short(row.megabytes),
                 _short(row.gradients / 1000),
@@ -312,7 +318,7 @@ def _read(folder: Path) -> RunRecord:
         int(summary["seed"])
         for value in (*summary["selected"].values(), *summary["last"].values()):
             _number(value)
-        for key in ("bytes_up", "bytes_down", "gradients", "seconds", "failures"):
+        for key in ("bytes_up", "bytes_down", "gradients", "seconds", "failures", "privacy_epsilon", "privacy_delta"):
             _number(summary.get(key))
     except (TypeError, ValueError) as error:
         raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
@@ -357,7 +363,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         settings = _differing(run.options, [other.options for other in alike])
         budget = _differing(run.training, [other.training for other in alike])
         labels.append(" ".join([run.strategy, *settings, *budget]))
-    first = runs[0].summary
+    first = next((run.summary for run in runs if "task" in run.summary), runs[0].summary)  # older runs name none
     headline = str(first.get("headline", "accuracy"))
     measured = f"test/{headline}"
     scores = [{seed: run.metric(measured) for seed, run in s.items()} for s in per_method]
@@ -384,6 +390,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
                 / 1e6,
                 gradients=_mean(_number(run.summary.get("gradients")) for run in kept),
                 seconds=_mean(_number(run.summary.get("seconds")) for run in kept),
+                epsilon=float(np.max([_number(run.summary.get("privacy_epsilon")) for run in kept])),
                 selected={name: _mean(run.metric(name) for run in kept) for name in kept[0].summary["selected"]},
                 at_end={name: _mean(run.metric(name, "last") for run in kept) for name in kept[0].summary["last"]},
                 baseline=kept[0].strategy in (*BASELINES, NO_LEARNING),
@@ -399,23 +406,19 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         also.append((f"unseen/{headline}", "unseen"))
     if any(f"adapted/{headline}" in row.at_end for row in rows):
         also.append((f"adapted/{headline}", "adapted"))
-    notes = _notes(rows, [run for s in per_method for run in s.values()], older, headline, dict(also))
-    return Group(title, rows, headline, tuple(also), notes)
+    group = Group(title, rows, headline, tuple(also), bool(first.get("spread", True)))
+    runs_used = [run for s in per_method for run in s.values()]
+    group.notes.extend(_notes(group, runs_used, older, first.get("baselines", BASELINES)))
+    return group
 
 
-def _notes(
-    rows: Sequence[Row],
-    runs: Sequence[RunRecord],
-    older: Sequence[RunRecord],
-    headline: str,
-    also: Mapping[str, str],
-) -> list[str]:
+def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], baselines: Sequence[str]) -> list[str]:
     """Say what a reader of the table must know, in whole sentences."""
-    what = "Test accuracy" if headline == "accuracy" else f"Test {headline}"
+    rows = group.rows
+    spread = "std: over clients; worst: mean of the worst tenth of the clients; " if group.spread else ""
     notes = [
-        f"{what}: mean over clients at the selected round, ± 95 % interval over seeds; "
-        "std: over clients; worst: mean of the worst tenth of the clients; MB: up and down; "
-        "kgrad: thousand gradients computed in training; s: seconds; n: seeds."
+        f"Test {group.headline}: mean over clients at the selected round, ± 95 % interval over seeds; "
+        f"{spread}MB: up and down; kgrad: thousand gradients computed in training; s: seconds; n: seeds."
     ]
     others = [row for row in rows if not row.best]
     if others and _single(rows):
@@ -425,18 +428,19 @@ def _notes(
             notes.append(f"~ Not significantly different from the best (paired t-test, common seeds, p > {_LEVEL}).")
         if any(row.significant is None for row in others):
             notes.append("? Fewer than two seeds in common with the best: the difference cannot be tested.")
-    if "unseen" in also.values():
+    if any(label == "unseen" for _, label in group.also):
         notes.append(
             "unseen: clients that never train, as they come, at the selected round; "
             "adapted: at the end of the run, after training locally for one round "
             "(strategy=pfedpg: for strategy.adapt_rounds)."
         )
-    needed = BASELINES if headline == "accuracy" else (*BASELINES, NO_LEARNING)
-    absent = [name for name in needed if not any(row.strategy == name for row in rows)]
+    absent = [name for name in baselines if not any(row.strategy == name for row in rows)]
     if absent:
         notes.append(f"There is no {' and no '.join(absent)} run to compare with.")
     if different := _own_training(runs):
         notes.append(f"Rows differ in training settings (training.*): {'; '.join(different)}.")
+    if private := [run for run in runs if run.summary.get("privacy_delta") is not None]:
+        notes.append(_privacy_note(rows, private[0]))
     stopped = [run for run in runs if run.summary.get("interrupted")]
     if stopped:
         ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
@@ -449,6 +453,20 @@ def _notes(
         folders = ", ".join(str(run.folder) for run in older)
         notes.append(f"Left out because a newer or finished run has the same config and seed: {folders}.")
     return notes
+
+
+def _privacy_note(rows: Sequence[Row], run: RunRecord) -> str:
+    """Say what is guaranteed in the runs of a group, of which `run` is one."""
+    privacy = run.config.get("privacy")
+    if isinstance(privacy, Mapping) and privacy.get("noise") == 0:
+        return "Privacy: changes are clipped and get no noise, which guarantees nothing."
+    spent = {row.method: "unknown" if math.isnan(row.epsilon) else f"{row.epsilon:.3g}" for row in rows}
+    if set(spent.values()) == {"unknown"}:
+        return "Privacy: epsilon is not known; it takes a library for it (pip install 'fedpers[privacy]')."
+    alike = len(set(spent.values())) == 1
+    values = next(iter(spent.values())) if alike else ", ".join(f"{value} ({name})" for name, value in spent.items())
+    delta = f"{_number(run.summary['privacy_delta']):g}"
+    return f"Privacy: epsilon {values} at delta {delta}, of a client's data in the arrays; metrics travel as they are."
 
 
 def _own_training(runs: Sequence[RunRecord]) -> list[str]:

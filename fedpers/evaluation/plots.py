@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ SHARE = "train/personal_share"
 """Metric of methods with masks: share of personal entries; ``.../LAYER`` is that of one layer."""
 LINES = 8
 """Layers that are drawn as lines; more are drawn as a map."""
+_DESCRIBED = re.compile("test/(.+)_worst_decile")
 _HEIGHT = 3.4
 _BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9822b", "#777777"
 
@@ -42,9 +44,9 @@ class Rounds:
 
     @property
     def headline(self) -> str:
-        """Metric by which the run was ranked."""
-        known = [name.removeprefix("test/") for row in self.rows for name in row if name.startswith("test/hr@")]
-        return str(self.summary.get("headline") or (known[0] if known else "accuracy"))
+        """Metric by which the run is ranked; without a summary, the one whose distribution over clients is there."""
+        names = [match[1] for row in self.rows for name in row if (match := _DESCRIBED.fullmatch(name))]
+        return str(self.summary.get("headline") or (names[0] if names else "accuracy"))
 
     @property
     def layers(self) -> list[str]:
@@ -150,7 +152,7 @@ def _height(run: Rounds) -> float:
 
 def _draw_headline(axes: Axes, run: Rounds) -> None:
     name = run.headline
-    drawn = 0
+    drawn: list[float] = []
     curves: Sequence[tuple[str, str, Mapping[str, Any]]] = (
         (f"test/{name}", "test", {"color": _BLUE}),
         (f"validation/{name}", "validation", {"color": _ORANGE, "linewidth": 1.0}),
@@ -159,7 +161,7 @@ def _draw_headline(axes: Axes, run: Rounds) -> None:
     for key, label, style in curves:
         rounds, values = run.curve(key)
         if rounds:
-            drawn += 1
+            drawn += values
             axes.plot(rounds, values, label=label, marker="." if len(rounds) == 1 else None, **style)
     if not drawn:
         raise FedpersError(f"{run.folder} was not evaluated in any round: test/{name} is missing.")
@@ -168,6 +170,7 @@ def _draw_headline(axes: Axes, run: Rounds) -> None:
     axes.set_title(f"{name}, mean over clients", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     _as_shares(axes, run)
+    axes.set_ylim(bottom=min(0.0, 1.02 * min(drawn)))  # not every metric is a share
 
 
 def _draw_masks(figure: Figure, axes: Axes, run: Rounds) -> None:

@@ -2,6 +2,7 @@
 
 from fedpers.models.build import MODELS, ModelConfig, build_model
 from fedpers.models.factorization import Factorization, ItemTable
+from fedpers.models.head import with_head
 from fedpers.models.initial import fresh
 from fedpers.models.networks import CNN, MLP, Network, ResNet18
 from fedpers.models.vit import VisionBody, ViT, ViTB16, check_promptable
@@ -21,4 +22,5 @@ __all__ = [
     "build_model",
     "check_promptable",
     "fresh",
+    "with_head",
 ]

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fedpers.errors import check, one_of
 from fedpers.models.factorization import Factorization
+from fedpers.models.head import with_head
 from fedpers.models.initial import drawing
 from fedpers.models.networks import CNN, MLP, Network, ResNet18
 from fedpers.models.pretrain import Pretraining, pretrain
 from fedpers.models.vit import ViT, ViTB16
 from fedpers.models.weights import load_weights
+from fedpers.randomness import generator
 
 MODELS: dict[str, tuple[Callable[..., Network], dict[str, Any]]] = {
     "mlp": (MLP, {"hidden": (64,)}),
@@ -68,6 +70,9 @@ class ModelConfig:
     weights : str, optional
         Initial values of the body (``vit_b16``, default ``imagenet``): ``imagenet``, ``random``, ``timm:NAME`` or the
         path of a file, see :func:`fedpers.models.weights.load_weights`.
+    head : str, optional
+        Dotted name of the layer that is the head, where it is not the one called ``head``; see
+        :func:`fedpers.models.head.with_head`.
     pretrained : str, optional
         ``"public"`` trains the whole network on the public share of the data first (all but ``factorization``), see
         :func:`fedpers.models.pretrain.pretrain`. The settings that follow need it.
@@ -98,6 +103,7 @@ class ModelConfig:
     mlp_ratio: float | None = None
     bias: bool | None = None
     weights: str | None = None
+    head: str | None = None
     pretrained: str | None = None
     pretrain_epochs: int = _DEFAULTS.epochs
     pretrain_lr: float = _DEFAULTS.lr
@@ -119,6 +125,7 @@ class ModelConfig:
         for option in ("width", "groups", "patch", "dim", "depth", "heads"):
             value = getattr(self, option)
             check(value is None or _is_size(value), f"model.{option}", value, "an integer >= 1")
+        check(self.head is None or bool(self.head), "model.head", self.head, "the dotted name of a layer, or null")
         check(self.mlp_ratio is None or _is_positive(self.mlp_ratio), "model.mlp_ratio", self.mlp_ratio, "a number > 0")
         check(self.bias is None or isinstance(self.bias, bool), "model.bias", self.bias, "true or false")
         allowed = "imagenet, random, timm:NAME or the path of a file"
@@ -146,9 +153,11 @@ class ModelConfig:
         check(good, "model.pretrain_accuracy", target, "a number > 0 and <= 1, or null")
 
     def options(self) -> dict[str, Any]:
-        """Options of the network that were given, by name; those of pretraining are not among them."""
+        """Options of the network that were given, by name; its head and those of pretraining are not among them."""
         given = {f.name: getattr(self, f.name) for f in fields(self) if not f.name.startswith("pretrain")}
-        return {option: value for option, value in given.items() if option != "name" and value is not None}
+        return {
+            option: value for option, value in given.items() if option not in ("name", "head") and value is not None
+        }
 
     def pretraining(self) -> Pretraining:
         """Return the settings of pretraining."""
@@ -176,7 +185,7 @@ def build_model(
     input_shape : tuple of int
         Shape of one sample, without the batch axis, e.g. ``(3, 32, 32)``; ``()`` for item ids.
     num_classes : int
-        Outputs of the head, >= 1; ``factorization`` has one whatever it is.
+        Outputs of the head, >= 1: classes, or targets of a regression; ``factorization`` has one whatever it is.
     seed : int
         The run's seed.
     num_items : int, optional
@@ -190,7 +199,7 @@ def build_model(
     ------
     ConfigError
         If the model cannot take samples of this shape, `groups` does not divide `width` or `heads` not `dim`, weights
-        cannot be used, or there is no public share to pretrain on.
+        cannot be used, `head` is not its last layer, or there is no public share with class labels to pretrain on.
     DataError
         If weights can neither be found nor downloaded.
     """
@@ -206,13 +215,22 @@ def build_model(
     if config.pretrained is not None:
         allowed = "null, or data with a public share (set split.public)"
         check(public is not None, "model.pretrained", config.pretrained, allowed)
+        classes = public is None or not public[1].is_floating_point()
+        check(classes, "model.pretrained", config.pretrained, "null, because pretraining needs class labels")
     with drawing(seed, "model"):
         model = build(num_items, **options) if num_items is not None else build(input_shape, num_classes, **options)
     if weights != "random":
         load_weights(model, weights)
     if config.pretrained is not None and public is not None:
         pretrain(model, *public, config.pretraining(), seed, device)
-    return model
+    return model if config.head is None else with_head(model, config.head, _samples(input_shape, num_items, seed))
+
+
+def _samples(shape: tuple[int, ...], num_items: int | None, seed: int) -> Tensor:
+    """Two samples such as the data may hold: of normal numbers, or ids of items."""
+    if num_items is not None:
+        return torch.arange(min(2, num_items))
+    return torch.from_numpy(generator(seed, "model.head").standard_normal((2, *shape))).float()
 
 
 def _is_size(value: object) -> bool:

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.data.federated import FederatedData
-from fedpers.data.ratings import RankingData
-from fedpers.errors import ConfigError
+from fedpers.errors import ConfigError, check
 from fedpers.models.networks import Network
 
 
@@ -33,7 +32,7 @@ class Factorization(Network):
         return super().forward(x)
 
 
-def factorized(model: nn.Module, data: FederatedData) -> tuple[Factorization, RankingData]:
+def factorized(model: nn.Module, data: FederatedData) -> tuple[Factorization, FederatedData]:
     """Return network and data as what a method for ratings needs them to be.
 
     Raises
@@ -47,16 +46,15 @@ def factorized(model: nn.Module, data: FederatedData) -> tuple[Factorization, Ra
     return model, ratings
 
 
-def rated(data: FederatedData) -> RankingData:
-    """Return data as ratings.
+def rated(data: FederatedData) -> FederatedData:
+    """Return data that are ratings.
 
     Raises
     ------
     ConfigError
         If they are something else.
     """
-    if not isinstance(data, RankingData):
-        raise ConfigError("dataset", data.name, "ratings, e.g. dataset=synthetic_ratings, for this method")
+    check(data.num_items > 0, "dataset", data.name, "ratings, e.g. dataset=synthetic_ratings, for this method")
     return data
 
 

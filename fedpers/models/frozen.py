@@ -140,7 +140,7 @@ def _parts(model: nn.Module, data: FederatedData) -> tuple[nn.Module, nn.Linear]
     body, head = getattr(model, "body", None), getattr(model, "head", None)
     if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
         raise ConfigError("model", type(model).__name__, "a network with a 'body' and a linear 'head'")
-    classes = data.y.dtype == torch.int64 and data.x.is_floating_point()
+    classes = data.task.classes and data.x.is_floating_point()
     check(classes, "dataset", data.name, "samples of numbers with class labels, for a frozen network")
     return copy.deepcopy(body).eval(), copy.deepcopy(head)
 

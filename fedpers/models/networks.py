@@ -14,14 +14,14 @@ from fedpers.errors import check
 
 
 class Network(nn.Module):
-    """A classifier in two named parts; parameter names start with ``body.`` or ``head.``.
+    """A network in two named parts; parameter names start with ``body.`` or ``head.``.
 
     Parameters
     ----------
     body : nn.Module
-        Maps samples ``[B, ...]`` to features ``[B, F]``.
-    head : nn.Linear
-        Maps features ``[B, F]`` to scores ``[B, num_classes]``.
+        Maps samples ``[B, ...]`` to features, ``[B, F]`` in the networks of this module.
+    head : nn.Module
+        Maps features to outputs; here a linear layer, to scores ``[B, num_classes]``.
 
     Attributes
     ----------
@@ -32,13 +32,13 @@ class Network(nn.Module):
 
     pretrained_accuracy: float | None = None
 
-    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.body = body
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
-        """Unnormalized class scores ``[B, num_classes]`` of samples `x` ``[B, ...]``."""
+        """Outputs of the head, such as unnormalized class scores ``[B, num_classes]``, for samples `x` ``[B, ...]``."""
         scores: Tensor = self.head(self.body(x))
         return scores
 

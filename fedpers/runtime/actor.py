@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from ray.cloudpickle.cloudpickle import Pickler
 from torch import Tensor
 
+from fedpers.client.app import CohortApp
+from fedpers.client.results import ClientResult
 from fedpers.cohort.state import Block
+from fedpers.data.federated import FederatedData
+from fedpers.records import LiveArray
 from fedpers.runtime.engine import CohortEngine, half_the_memory
 from fedpers.runtime.probe import Choice, costs, probe
-from fedpers.strategies.client import CohortApp, Outcome
-from fedpers.strategies.intake import Intake
-from fedpers.strategies.records import LiveArray
+from fedpers.server.collect import Collected, ReplyCollector, ReplyRules
 from fedpers.threads import one_thread
 
 Packed = tuple[bytes, list[NDArray[np.uint8]]]
@@ -73,8 +75,8 @@ def _to_tensor(array: NDArray[Any], kind: str) -> Tensor:
 class Answer:
     """What a shard makes of one message to its clients."""
 
-    outcomes: list[Outcome]
-    intake: Intake | None
+    results: list[ClientResult]
+    collected: Collected | None
     changed: bool
 
 
@@ -96,32 +98,55 @@ class Worker:
             torch.backends.cudnn.deterministic = True
         self.folder = None if folder is None else Path(folder)
         self.shards: dict[int, CohortEngine] = {}
+        self._app: CohortApp | None = None  # without data
 
     def node(self) -> str:
         """Id of the node this runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def measure(self, app: Packed, sampled: int, cohort: int | str) -> tuple[Choice, tuple[float, float] | None]:
+    def measure(
+        self, app: Packed, data: Packed, sampled: int, cohort: int | str
+    ) -> tuple[Choice, tuple[float, float] | None]:
         """Choose a cohort size; measure costs (:func:`fedpers.runtime.probe.costs`)."""
-        own = self._taken(app)
-        choice = probe(own, sampled, cohort, 1)
-        return choice, costs(own, choice.cohort)
+        part = self._taken(app, data)
+        choice = probe(part, sampled, cohort, 1, part=self._share())
+        return choice, costs(part, choice.cohort)
 
-    def host(self, shard: int, app: Packed, clients: list[int], choice: Choice, memory: float | None) -> None:
-        """Take over a shard, with the state its clients begin with."""
-        own = self._taken(app)
-        if memory is None and (whole := half_the_memory(own.device)) is not None:
+    def host(
+        self, shard: int, app: Packed, data: Packed, clients: list[int], choice: Choice, memory: float | None
+    ) -> None:
+        """Take over a shard, with the state its clients begin with.
+
+        Parameters
+        ----------
+        shard : int
+        app : CohortApp without data, packed
+            The same for all shards: it is unpacked once.
+        data : FederatedData, packed
+            Of the shard's clients.
+        clients : list of int
+        choice : Choice
+        memory : float, optional
+            Bytes for personal state in memory; this actor's share of half of the machine's if not given.
+        """
+        part = self._taken(app, data)
+        if memory is None and (whole := half_the_memory(part.device)) is not None:
             memory = whole * self._share()
-        engine = CohortEngine(own, choice.cohort, 1, clients=clients, memory=memory, folder=self.folder)
+        engine = CohortEngine(part, choice.cohort, 1, clients=clients, memory=memory, folder=self.folder)
         engine.choose(len(clients))
         if shard in self.shards:
             self.shards[shard].close()
         self.shards[shard] = engine
 
-    def _taken(self, app: Packed) -> CohortApp:
-        """An app of this actor's own, on its device: nothing of it keeps memory of the object store."""
-        own: CohortApp = copy.deepcopy(unpack(app))
-        return own.to(self.device)
+    def _taken(self, app: Packed, data: Packed) -> CohortApp:
+        """An app with some data on this actor's device, sharing frozen parameters with those of other shards.
+
+        Nothing of it keeps memory of the object store.
+        """
+        if self._app is None:
+            self._app = copy.deepcopy(unpack(app)).to(self.device)
+        part: FederatedData = copy.deepcopy(unpack(data))
+        return self._app.with_data(part.to(self.device))
 
     def _share(self) -> float:
         """Share of the machine, or of its GPU, that this actor has."""
@@ -157,7 +182,6 @@ class Worker:
         which: list[int],
         sent: Packed,
         own: Packed,
-        fold: bool,
         wanted: bool,
     ) -> Packed | None:
         """Compute a message for clients of a shard.
@@ -170,12 +194,10 @@ class Worker:
         clients : list of int
         which : list of int
             For each of them, which of `sent` it received, or of `own` counted from behind (-1 is the first).
-        sent : (list of RecordDict, strategy or None), packed
-            What clients of several shards receive, and what folds their replies.
+        sent : (list of RecordDict, ReplyRules or None), packed
+            What clients of several shards receive, and how their replies are folded; None returns them.
         own : list of RecordDict, packed
             What clients of this shard alone receive.
-        fold : bool
-            Fold the replies, and return none of them.
         wanted : bool
             Whether anybody waits for the answer; if not, only personal state is brought up to date.
 
@@ -183,12 +205,14 @@ class Worker:
         -------
         Answer, packed
         """
-        contents, strategy = unpack(sent)
+        rules: ReplyRules | None
+        contents, rules = unpack(sent)
         more: list[flower.RecordDict] = unpack(own)
         engine = self.shards[shard]
         engine.changed = False
-        intake = Intake(strategy) if fold else None
+        collector = None if rules is None else ReplyCollector(rules)
         with one_thread():
             received = [contents[i] if i >= 0 else more[-1 - i] for i in which]
-            outcomes = engine.run(kind, clients, received, intake)
-        return pack(Answer(outcomes, intake, engine.changed)) if wanted else None
+            results = engine.run(kind, clients, received, collector)
+        collected = None if collector is None else collector.partial()
+        return pack(Answer(results, collected, engine.changed)) if wanted else None

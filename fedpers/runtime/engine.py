@@ -7,8 +7,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -17,15 +16,20 @@ import flwr.app as flower
 import torch
 from torch import nn
 
+from fedpers.client.app import CohortApp, config_of
+from fedpers.client.results import ClientResult, CohortResult
+from fedpers.client.update import Received
 from fedpers.cohort import StateStore
+from fedpers.cohort.modules import copy_network
 from fedpers.errors import check
+from fedpers.records import stack, trees
 from fedpers.runtime.probe import Choice, probe
-from fedpers.strategies.client import CohortApp, Outcome, Received, config_of
-from fedpers.strategies.intake import Intake
-from fedpers.strategies.records import stack, trees
+from fedpers.server.collect import ReplyCollector
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
+AHEAD = 2
+"""Cohorts per worker that are computed or wait to be folded at once: what is not folded yet takes memory."""
 
 
 def check_counts(cohort: int | str, workers: int | str) -> None:
@@ -42,14 +46,6 @@ def half_the_memory(device: torch.device) -> float | None:
     if not hasattr(os, "sysconf"):
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-
-
-@dataclass
-class _Chunk:
-    """Clients that are computed together, and where they stand in the caller's list."""
-
-    clients: list[int]
-    places: list[int]
 
 
 class CohortEngine:
@@ -106,7 +102,7 @@ class CohortEngine:
         if self.choice is None:
             self.choice = probe(self.app, num_clients, self.cohort, self.workers)
             for _ in range(self.choice.workers):  # a module is changed while it computes, so none is shared
-                self._modules.put(deepcopy(self.app.module))
+                self._modules.put(copy_network(self.app.module))
             if self.choice.workers > 1:
                 self._pool = ThreadPoolExecutor(
                     self.choice.workers, thread_name_prefix="cohort", initializer=torch.set_num_threads, initargs=(1,)
@@ -114,8 +110,12 @@ class CohortEngine:
         return self.choice
 
     def run(
-        self, kind: str, clients: Sequence[int], contents: Sequence[flower.RecordDict], intake: Intake | None = None
-    ) -> list[Outcome]:
+        self,
+        kind: str,
+        clients: Sequence[int],
+        contents: Sequence[flower.RecordDict],
+        collector: ReplyCollector | None = None,
+    ) -> list[ClientResult]:
         """Handle one message per client.
 
         Parameters
@@ -125,77 +125,91 @@ class CohortEngine:
         clients : sequence of int
         contents : sequence of RecordDict
             Theirs, in the same order.
-        intake : Intake, optional
+        collector : ReplyCollector, optional
             Takes the answers in, cohort by cohort.
 
         Returns
         -------
-        list of Outcome
-            In the order of `clients`; empty with an intake.
+        list of ClientResult
+            In the order of `clients`; empty with a collector.
+
+        Raises
+        ------
+        ConfigError
+            If a message's configuration has a key that no client reads.
         """
         if not clients:
             return []
         choice = self.choose(len(clients) if kind.startswith("train") else len(self.clients))
-        outcomes: list[Outcome | None] = [None] * len(clients)
-        tasks: list[tuple[_Chunk, Callable[[], Received], Mapping[str, Any]]] = []
+        results: dict[int, ClientResult] = {}
+        tasks: list[tuple[list[int], Callable[[], Received], Mapping[str, Any]]] = []
         for places, received, config in _groups(contents, self.app.device):
+            self.app.check_config(config)
             by_size = sorted(places, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
             for start in range(0, len(by_size), choice.cohort):
-                own = by_size[start : start + choice.cohort]
-                tasks.append((_Chunk([clients[p] for p in own], own), received(own), config))
+                chunk = by_size[start : start + choice.cohort]
+                tasks.append(([clients[p] for p in chunk], received(chunk), config))
         with one_thread():
-            for (chunk, _, _), answer in zip(tasks, self._answers(kind, tasks), strict=True):
-                if intake is not None:
-                    intake.take(dict(zip(chunk.clients, answer, strict=True)))
-                    continue
-                for place, outcome in zip(chunk.places, answer, strict=True):
-                    outcomes[place] = outcome
-        return [outcome for outcome in outcomes if outcome is not None]
+            for answers in self._answers(kind, tasks):
+                for answer in answers:
+                    if collector is not None:
+                        collector.take_cohort(answer)
+                    else:
+                        results.update(zip(answer.clients, answer.rows(), strict=True))
+        return [] if collector is not None else [results[client] for client in clients]
 
     def _answers(
-        self, kind: str, tasks: Sequence[tuple[_Chunk, Callable[[], Received], Mapping[str, Any]]]
-    ) -> Iterator[list[Outcome]]:
-        """Answers to tasks in their order, each as soon as it is there."""
+        self, kind: str, tasks: Sequence[tuple[list[int], Callable[[], Received], Mapping[str, Any]]]
+    ) -> Iterator[list[CohortResult]]:
+        """Answers to tasks in their order, each as soon as it is there; a few tasks are ahead of them."""
         if self._pool is None:
             yield from (self._run_chunk(kind, *task) for task in tasks)
             return
-        futures = deque(self._pool.submit(self._run_chunk, kind, *task) for task in tasks)
+        assert self.choice is not None
+        waiting = iter(tasks)
+        futures = deque(
+            self._pool.submit(self._run_chunk, kind, *task) for task in islice(waiting, AHEAD * self.choice.workers)
+        )
         try:
             while futures:  # taken out of the queue, so that an answer's memory is free after its use
                 yield futures.popleft().result()
+                futures.extend(self._pool.submit(self._run_chunk, kind, *task) for task in islice(waiting, 1))
         finally:
             for future in futures:
                 future.cancel()
 
     def _run_chunk(
-        self, kind: str, chunk: _Chunk, received: Callable[[], Received], config: Mapping[str, Any]
-    ) -> list[Outcome]:
+        self, kind: str, clients: list[int], received: Callable[[], Received], config: Mapping[str, Any]
+    ) -> list[CohortResult]:
         module = self._modules.get()
         try:
-            return self._run_clients(kind, chunk.clients, received(), config, module)
+            return self._run_clients(kind, clients, received(), config, module)
         finally:
             self._modules.put(module)
 
     def _run_clients(
         self, kind: str, clients: list[int], received: Received, config: Mapping[str, Any], module: nn.Module
-    ) -> list[Outcome]:
+    ) -> list[CohortResult]:
+        """Answers of a cohort; of one that raised, those of each of its clients."""
         try:
             state = self.store.gather(clients)
-            outcomes, new, keep = self.app.run(kind, clients, state, received, config, module)
+            result, new, keep = self.app.run(kind, clients, state, received, config, module)
         except Exception as error:  # whatever a method raises becomes the answer of the client that caused it
             log.debug("clients %s raised", clients, exc_info=True)
             if len(clients) == 1:
-                return [Outcome(None, f"{type(error).__name__}: {error}")]
+                return [CohortResult(clients, [{}], errors={clients[0]: f"{type(error).__name__}: {error}"})]
             log.warning(
                 "a cohort of %d clients raised %s: %s; its clients are computed one by one",
                 len(clients), type(error).__name__, error,
             )  # fmt: skip
-            rows = [_own_row(received, k, len(clients)) for k in range(len(clients))]
-            return [self._run_clients(kind, [c], row, config, module)[0] for c, row in zip(clients, rows, strict=True)]
+            alone = []
+            for k, client in enumerate(clients):
+                alone += self._run_clients(kind, [client], _row_of(received, k, len(clients)), config, module)
+            return alone
         if new is not None:
             self.store.scatter(clients, new, keep)
             self.changed = True
-        return outcomes
+        return [result]
 
     def close(self) -> None:
         """End the worker threads and let go of files."""
@@ -204,7 +218,7 @@ class CohortEngine:
         self.store.close()
 
 
-def _own_row(received: Received, k: int, size: int) -> Received:
+def _row_of(received: Received, k: int, size: int) -> Received:
     """What one client of a cohort received: the common trees, or its row of stacked ones."""
     return {n: t[k : k + 1] if t.batch_size == torch.Size([size]) else t for n, t in received.items()}
 

@@ -27,15 +27,16 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 
+from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.cohort import Tree, leaves
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.errors import ConfigError, FedpersError, TrainingError
+from fedpers.records import CONFIG, METRICS, flatten_state, unflatten_state
 from fedpers.runtime.flower_private import kill_simulated_clients, server_identity
 from fedpers.runtime.grid import RUN_ID, error_reply
-from fedpers.strategies.client import CONFIG, IDENTIFY, STATE, CohortApp
-from fedpers.strategies.intake import outcome_of
-from fedpers.strategies.records import METRICS, flatten_state, unflatten_state
-from fedpers.strategies.server import PersonalizedStrategy
+from fedpers.server.collect import result_of
+from fedpers.server.exchange import Exchange
+from fedpers.server.strategy import PersonalizedStrategy
 
 log = logging.getLogger(__name__)
 PATIENCE = 180.0
@@ -62,18 +63,27 @@ class RemoteApp(ClientApp):
         Tells apps with equal run configurations apart.
     simulated : bool
         Whether the server may read and replace the personal state that clients keep, for its checkpoints.
+    identify : callable, optional
+        Takes the run configuration and returns what the app says of itself (:mod:`fedpers.identity`), without data;
+        can be pickled. Without it clients give their number only.
     """
 
     def __init__(
-        self, make: Callable[[Mapping[str, Any]], CohortApp], key: str = "", *, simulated: bool = False
+        self,
+        make: Callable[[Mapping[str, Any]], CohortApp],
+        key: str = "",
+        *,
+        simulated: bool = False,
+        identify: Callable[[Mapping[str, Any]], flower.ConfigRecord] | None = None,
     ) -> None:
         super().__init__()
         self.make = make
         self.key = key
         self.simulated = simulated
+        self.identify = identify
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(RemoteApp, simulated=self.simulated), (self.make, self.key)
+        return partial(RemoteApp, simulated=self.simulated, identify=self.identify), (self.make, self.key)
 
     def __call__(self, message: flower.Message, context: flower.Context) -> flower.Message:
         """Answer a message; see Flower's ``ClientApp``."""
@@ -83,6 +93,8 @@ class RemoteApp(ClientApp):
                 if not isinstance(number, int):
                     raise ConfigError("partition-id", number, "the number of a client")
                 content = flower.RecordDict({METRICS: flower.MetricRecord({"partition-id": number})})
+                if self.identify is not None:
+                    content[CONFIG] = self.identify(context.run_config)
                 return flower.Message(content, reply_to=message)
             key = f"{self.key} {sorted(context.run_config.items())!r}"
             mark = flower.ConfigRecord({"run": f"{context.run_id} {self.key}"})
@@ -224,7 +236,7 @@ class SimulationGrid(FlowerGrid):
 
     def load(self, blocks: Iterable[Block]) -> None:
         """Put personal state that :meth:`blocks` gave back in place of all there is."""
-        nodes = PersonalizedStrategy().nodes(self)
+        nodes = Exchange().connect(self)
         change = flower.ConfigRecord()
         self._exchange({c: (node, flower.RecordDict({CONFIG: change})) for c, node in nodes.items()})
         for clients, states in blocks:
@@ -236,7 +248,7 @@ class SimulationGrid(FlowerGrid):
 
     def _chunks(self, size: int) -> Iterator[dict[int, int]]:
         """Nodes by client, `size` at a time."""
-        nodes = list(PersonalizedStrategy().nodes(self).items())
+        nodes = list(Exchange().connect(self).items())
         for start in range(0, len(nodes), size):
             yield dict(nodes[start : start + size])
 
@@ -246,10 +258,10 @@ class SimulationGrid(FlowerGrid):
         answered = {reply.metadata.src_node_id: reply for reply in self.send_and_receive(messages)}
         found = {}
         for client, (node, _) in contents.items():
-            outcome = outcome_of(answered.get(node))
-            if outcome.content is None:
-                raise TrainingError(f"client {client} does not give its personal state: {outcome.error}.")
-            found[client] = outcome.content
+            result = result_of(answered.get(node))
+            if result.content is None:
+                raise TrainingError(f"client {client} does not give its personal state: {result.error}.")
+            found[client] = result.content
         return found
 
 

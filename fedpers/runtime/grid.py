@@ -10,9 +10,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedpers.client.results import ClientResult
 from fedpers.errors import check
 from fedpers.runtime.flower_private import SERVER_NODE, empty_run, ended, give_id
-from fedpers.strategies.client import Outcome
 
 FIRST_NODE = SERVER_NODE + 1
 RUN_ID = 1
@@ -92,11 +92,11 @@ def context_of(client: int, num_clients: int, run_config: Mapping[str, Any]) -> 
     )
 
 
-def reply_of(message: flower.Message, outcome: Outcome) -> flower.Message:
+def reply_of(message: flower.Message, result: ClientResult) -> flower.Message:
     """A client's answer as a message."""
-    if outcome.content is None:
-        return error_reply(message, outcome.error)
-    return flower.Message(outcome.content, reply_to=message)
+    if result.content is None:
+        return error_reply(message, result.error)
+    return flower.Message(result.content, reply_to=message)
 
 
 def error_reply(message: flower.Message, reason: str) -> flower.Message:

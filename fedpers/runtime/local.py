@@ -15,14 +15,14 @@ import flwr.app as flower
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from fedpers.client.app import IDENTIFY, CohortApp
 from fedpers.cohort.state import Block
 from fedpers.errors import TrainingError, check
+from fedpers.records import own_copy
 from fedpers.runtime.engine import CohortEngine, check_counts
 from fedpers.runtime.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID, ClientGrid, context_of, error_reply, reply_of
-from fedpers.strategies.client import IDENTIFY, CohortApp
-from fedpers.strategies.intake import Intake, outcome_of
-from fedpers.strategies.records import own_copy
+from fedpers.server.collect import ReplyCollector, result_of
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -102,19 +102,20 @@ class LocalGrid(ClientGrid):
         return self.pull_messages(self.push_messages(messages))
 
     def send_and_fold(
-        self, messages: Iterable[flower.Message], intake: Intake, *, timeout: float | None = None
+        self, messages: Iterable[flower.Message], collector: ReplyCollector, *, timeout: float | None = None
     ) -> None:
-        """Run messages; replies go into `intake` cohort by cohort, so that they are never all there at once."""
+        """Run messages; replies are collected cohort by cohort, so that they are never all there at once."""
         accepted = self._accept(messages)
         with self._turn:
             self._check_open()
             if self.engine is None:
                 replies = self._handle(accepted)
-                intake.take({self.client_of(m): outcome_of(r) for m, r in zip(accepted, replies, strict=True)})
+                pairs = zip(accepted, replies, strict=True)
+                collector.take({self.client_of(message): result_of(reply) for message, reply in pairs})
             elif accepted:
                 clients = [self.client_of(message) for message in accepted]
                 kind = accepted[0].metadata.message_type
-                self.engine.run(kind, clients, [message.content for message in accepted], intake)
+                self.engine.run(kind, clients, [message.content for message in accepted], collector)
 
     def choose(self, sampled: int) -> None:
         """Settle cohort size and workers for rounds of `sampled` clients, which else happens at the first message."""
@@ -180,8 +181,8 @@ class LocalGrid(ClientGrid):
         kinds = dict.fromkeys(m.metadata.message_type for m in messages if m.metadata.message_type != IDENTIFY)
         for kind in kinds:
             group = [m for m in messages if m.metadata.message_type == kind]
-            outcomes = self.engine.run(kind, [self.client_of(m) for m in group], [m.content for m in group])
-            replies.extend(reply_of(message, outcome) for message, outcome in zip(group, outcomes, strict=True))
+            results = self.engine.run(kind, [self.client_of(m) for m in group], [m.content for m in group])
+            replies.extend(reply_of(message, result) for message, result in zip(group, results, strict=True))
         return replies
 
     def _call(self, message: flower.Message) -> flower.Message:

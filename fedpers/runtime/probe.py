@@ -3,6 +3,12 @@
 Small networks gain most from large cohorts, convolutions on a CPU from one client per core, a GPU from as many
 clients as fit. The cohort size for a network and machine is kept in the cache folder, so that a run repeated on the
 same machine computes in the same cohorts and gives the same digits; the number of workers never changes a digit.
+
+No size is tried, and none is chosen, for which the estimate is over :data:`MEMORY_SHARE` of the memory available at
+that time: of the GPU's for one cohort; on a CPU for as many cohorts as there are cores. What a client takes is
+estimated from a step of one client and, where there is room, of two (:func:`bytes_per_client`). A single client is
+computed whatever it takes, and sizes that a user or a method sets are not looked at. A size that was left out is tried
+as soon as it fits, so the digits may then change.
 """
 
 from __future__ import annotations
@@ -12,27 +18,36 @@ import json
 import logging
 import os
 import platform
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedpers.cohort import entries
+from fedpers.cohort import Batch, Cohort, Loss, Network, Step, Tree, entries, leaves
+from fedpers.cohort.modules import copy_network
+from fedpers.cohort.optim import Optimizer
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
 from fedpers.threads import one_thread
 
 if TYPE_CHECKING:
-    from fedpers.strategies.client import CohortApp
+    from fedpers.client.app import CohortApp
 
 log = logging.getLogger(__name__)
 SECONDS_PER_SIZE = 0.1
 SIZES = (1, 4, 16, 64, 256, 1024)
+MEMORY_SHARE = 0.25
+"""Part of the available memory that cohorts may take together by the estimate. They take up to half as much again, for
+what is not kept until the backward pass, and received networks and replies need room beside them."""
+_TWO = 4  # what two clients take at most, in multiples of one alone: layers mapped over clients may keep twice as much
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class Choice:
     ----------
     cohort, workers : int
     how : str
-        How the cohort size was found: ``given``, ``measured``, ``cached`` or ``as the method says``.
+        How the cohort size was chosen: ``given``, ``measured``, ``cached`` or ``as the method says``.
     microseconds : dict
         Time per client and step by cohort size, as measured.
     """
@@ -60,7 +75,33 @@ class Choice:
         return f"cohorts of {clients}, {self.workers} worker{'s' * (self.workers > 1)}, {self.how}{measured}"
 
 
-def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | str) -> Choice:
+@dataclass(frozen=True)
+class _Sweep:
+    """What was measured of a network on this machine, as it is kept in the cache.
+
+    Attributes
+    ----------
+    bytes : int
+        :func:`bytes_per_client`.
+    microseconds : dict of str to float
+        Time per client and step by cohort size, ascending.
+    beyond : int or None
+        The first size that was left out because of the memory.
+    """
+
+    bytes: int
+    microseconds: dict[str, float]
+    beyond: int | None
+
+    def within(self, memory: float) -> dict[str, float]:
+        """Times of the sizes that fit into `memory`, at least of the smallest one."""
+        first = next(iter(self.microseconds))
+        return {s: us for s, us in self.microseconds.items() if s == first or int(s) * self.bytes <= memory}
+
+
+def probe(
+    app: CohortApp, num_clients: int, cohort: int | str, workers: int | str, *, part: float | None = None
+) -> Choice:
     """Choose what is ``auto`` and keep what is given.
 
     The cohort size is measured on one worker, whatever `workers` is, so that their number never changes a result.
@@ -71,56 +112,148 @@ def probe(app: CohortApp, num_clients: int, cohort: int | str, workers: int | st
     num_clients : int
         Clients that train in a round.
     cohort, workers : int or "auto"
+    part : float, optional
+        Part of this machine, or of its GPU, that one cohort may count on, in (0, 1]; if not given, that of one core on
+        a CPU and all of a GPU.
     """
-    own = app.update.cohort_size
+    size_of_method = app.update.cohort_size
+    on_cpu = app.device.type == "cpu"
+    memory = MEMORY_SHARE * available_memory(app.device)
     with one_thread():
         times: dict[str, float] = {}
-        if cohort == "auto" and own is not None:
-            size, how = min(own, app.data.num_clients), "as the method says"
+        if cohort == "auto" and size_of_method is not None:
+            size, how = min(size_of_method, app.data.num_clients), "as the method says"
         elif cohort == "auto":
-            size, how, times = _cohort_size(app, num_clients)
+            if part is None:
+                part = 1 / cores() if on_cpu else 1.0
+            size, how, times = _cohort_size(app, num_clients, part * memory)
         else:
             size, how = min(int(cohort), app.data.num_clients), "given"
-        most = -(-len(_here(app)) // size)  # more workers than cohorts would have nothing to do
+        most = -(-len(_clients(app)) // size)  # more workers than cohorts would have nothing to do
         if workers != "auto":
             return Choice(size, min(int(workers), most), how, times)
-        if own is not None:
-            return Choice(size, min(cores(), most) if app.device.type == "cpu" else 1, how, times)
-        return Choice(size, _useful_workers(app, size, most), how, times)
+        most = min(cores(), most) if on_cpu else 1
+        if size_of_method is None:
+            most = _useful_workers(app, size, most, memory)
+        return Choice(size, most, how, times)
 
 
-def _cohort_size(app: CohortApp, num_clients: int) -> tuple[int, str, dict[str, float]]:
-    """Best cohort size, how it was found, and microseconds per client and step by size."""
+def _cohort_size(app: CohortApp, num_clients: int, memory: float) -> tuple[int, str, dict[str, float]]:
+    """Best cohort size of those that fit, how it was found, and microseconds per client and step by size."""
     key = _key(app, num_clients)
-    match _read_cache().get(key):
-        case {"cohort": int(size), "microseconds": dict(times)} if size >= 1:
-            return size, "cached", times
-    per_client: dict[int, float] = {}
-    for size in [*(s for s in SIZES if s < num_clients), num_clients]:
-        try:
-            per_client[size] = _time_steps(_stepper(app, size), app.device) / size
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            if not per_client:
-                raise TrainingError("one client alone does not fit into the memory of the GPU.") from error
-            break
-        if per_client[size] > 1.5 * min(per_client.values()):
-            break
-    best = min(per_client.values())
-    size = next(s for s, seconds in per_client.items() if seconds <= 1.05 * best)
-    times = {str(s): seconds * 1e6 for s, seconds in per_client.items()}
-    _write_cache(key, {"cohort": size, "microseconds": times})
-    return size, "measured", times
+    sweep, how = _read_sweep(key), "cached"
+    if sweep is None or (sweep.beyond is not None and sweep.beyond * sweep.bytes <= memory):
+        sizes = [*(s for s in SIZES if s < num_clients), num_clients]
+        sweep, how = _measure(app, sizes, memory), "measured"
+        _write_cache(key, asdict(sweep))
+    times = sweep.within(memory)
+    best = min(times.values())
+    return next(int(size) for size, us in times.items() if us <= 1.05 * best), how, times
 
 
-def _useful_workers(app: CohortApp, size: int, most: int) -> int:
-    """All cores if cohorts side by side are clearly faster than one after another, else 1."""
-    workers = min(cores(), most)
-    if app.device.type != "cpu" or workers == 1:
+def _measure(app: CohortApp, sizes: Sequence[int], memory: float) -> _Sweep:
+    """Time ascending cohort sizes until they get clearly slower or do not fit into `memory`."""
+    times: dict[str, float] = {}
+    try:
+        one = bytes_per_client(app)
+        several = _TWO * one <= memory
+        if several:
+            one = bytes_per_client(app, 2)
+        for size in sizes:
+            if times and not (several and size * one <= memory):
+                log.info("cohorts of %d clients are not tried: a client takes %.3g MB", size, one / 1e6)
+                return _Sweep(one, times, size if several else max(size, _TWO))
+            times[str(size)] = 1e6 * _time_steps(_stepper(app, size), app.device) / size
+            if times[str(size)] > 1.5 * min(times.values()):
+                break
+    except torch.cuda.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        if not times:
+            raise TrainingError("one client alone does not fit into the memory of the GPU.") from error
+    return _Sweep(one, times, None)
+
+
+def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
+    """`most` workers if cohorts side by side are clearly faster than one after another, fewer if they fit, else 1."""
+    if most > 1:
+        fit = memory / (size * bytes_per_client(app, min(size, 2)))
+        most = most if fit >= most else int(fit)
+    if most <= 1:
         return 1
     alone = _time_steps(_stepper(app, size), app.device)
-    together = _time_together([_stepper(app, size) for _ in range(workers)])
-    return workers if alone * workers > 1.2 * together else 1
+    together = _time_together([_stepper(app, size) for _ in range(most)])
+    return most if alone * most > 1.2 * together else 1
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that this process can still take from the machine or the GPU; infinite where that is not known."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return float("inf")
+    limits = [_read(Path(file)).strip() for file in _LIMITS]
+    sizes = [_free_memory(), *(float(limit) for limit in limits if limit.isdigit())]
+    return min(sizes)
+
+
+def _free_memory() -> float:
+    """Bytes that programs can take before the machine has to swap."""
+    if line := re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE):
+        return 1024.0 * int(line[1])
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        if pages in getattr(os, "sysconf_names", {}):
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages))
+    return float("inf")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # no such file on this kind of machine
+        return ""
+
+
+def bytes_per_client(app: CohortApp, size: int = 1) -> int:
+    """Estimate what a client takes while it trains, from one step of a cohort of `size`.
+
+    Parameters, buffers and personal state, what the loss is given, gradients, the optimizer's moments, the batch, and
+    what automatic differentiation keeps between the forward and the backward pass: the storages of its saved tensors,
+    each once.
+    """
+    trial = _begin(app, size)
+    common = [*trial.cohort.module.parameters(), *trial.cohort.module.buffers()]
+    stacked = [*trial.rows.values(), *leaves(trial.cohort.state).values(), *leaves(trial.given).values()]
+
+    def plain(network: Network, batch: Batch) -> Tensor:
+        return app.update.predict(network, batch.x).sum()
+
+    try:
+        kept = _kept_bytes(partial(trial.gradients, app.update.loss), [*common, *stacked], [trial.step.x, trial.step.y])
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError:  # transforms of torch.func, such as a gradient inside the loss, allow no hooks: two passes
+        kept = 2 * _kept_bytes(partial(trial.gradients, plain), [*common, *stacked], [trial.step.x, trial.step.y])
+    grads = {name: torch.zeros_like(trial.rows[name]) for name in trial.cohort.trainable()}
+    trial.optimizer.update(trial.rows, grads)
+    moments = [moment for pair in trial.optimizer.moments.values() for moment in pair]
+    return -(-(kept + sum(value.nbytes for value in [*stacked, *grads.values(), *moments])) // size)
+
+
+def _kept_bytes(compute: Callable[[], object], held: Iterable[Tensor], batch: Iterable[Tensor]) -> int:
+    """Bytes of `batch` and of all that is saved for a backward pass in `compute`, without what lies in `held`."""
+    known = {value.untyped_storage().data_ptr() for value in held}
+    kept = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in batch}
+
+    def note(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held on to, so that no other takes its place
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+        compute()
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def cores() -> int:
@@ -139,7 +272,7 @@ def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
     match _read_cache().get(key):
         case [float(base), float(step)] if base >= 0 and step > 0:
             return base, step
-    module = deepcopy(app.module)
+    module = copy_network(app.module)
     with one_thread():
 
         def begin() -> None:
@@ -151,28 +284,46 @@ def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
     return base, step
 
 
-def _here(app: CohortApp) -> list[int]:
-    """Clients whose samples are here, the largest first."""
+def _clients(app: CohortApp) -> list[int]:
+    """Clients with samples, the largest first."""
     return sorted((c for c, size in enumerate(app.sizes) if size), key=lambda c: (-app.sizes[c], c))
 
 
-def _stepper(app: CohortApp, size: int, module: nn.Module | None = None) -> Callable[[], None]:
-    """One training step of a cohort of `size`, on a network of its own unless there is one."""
-    by_size = _here(app)
+@dataclass
+class _Trial:
+    """A cohort's first step, to be measured."""
+
+    cohort: Cohort
+    step: Step
+    rows: dict[str, Tensor]
+    given: Tree
+    optimizer: Optimizer
+
+    def gradients(self, loss: Loss) -> dict[str, Tensor]:
+        """Gradients of all trainable parameters."""
+        given: dict[str, Any] = dict(self.given.items())
+        return self.cohort.gradients(self.step, self.rows, loss, self.cohort.trainable(), given=given)[1]
+
+
+def _begin(app: CohortApp, size: int, module: nn.Module | None = None) -> _Trial:
+    """Prepare the first step of a cohort of `size`, on a network of its own unless there is one."""
+    by_size = _clients(app)
     clients = [by_size[k % len(by_size)] for k in range(size)]
     clients.sort(key=lambda c: (-app.sizes[c], c))
     state = app.initial_state.expand(size).clone()
-    cohort = app.cohort(clients, state, {}, deepcopy(app.module) if module is None else module)
-    params = cohort.spread(app.template)
-    names = cohort.trainable()
-    plan = cohort.plan(steps=1)
-    step = next(iter(cohort.steps(plan)))
-    optimizer = cohort.optimizer(names, plan)
-    rows = entries(params)
+    cohort = app.cohort(clients, state, {}, copy_network(app.module) if module is None else module)
+    rows = entries(cohort.spread(app.template))
+    given = Tree(dict(app.update.example_given(app.template, app.data)), batch_size=[]).expand(size).clone()
+    walk = cohort.walk(rows, steps=1)
+    return _Trial(cohort, next(cohort.steps(walk.plan)), rows, given, walk.optimizer(cohort.trainable()))
+
+
+def _stepper(app: CohortApp, size: int, module: nn.Module | None = None) -> Callable[[], None]:
+    """One training step of a cohort of `size`."""
+    trial = _begin(app, size, module)
 
     def run() -> None:
-        _, grads = cohort.gradients(step, rows, app.update.loss, names)
-        optimizer.update(rows, grads)
+        trial.optimizer.update(trial.rows, trial.gradients(app.update.loss))
 
     return run
 
@@ -213,18 +364,30 @@ def _key(app: CohortApp, num_clients: int) -> str:
         type(app.module).__name__,
         shapes,
         list(app.data.x.shape[1:]),
+        sum(p.numel() for p in app.module.parameters() if not p.requires_grad),
         app.update.training.batch_size,
+        app.update.training.optimizer,
+        app.update.training.momentum,
         num_clients,
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 
 
+def _read_sweep(key: str) -> _Sweep | None:
+    """What the cache holds for a key; None if that is nothing, or damaged."""
+    match _read_cache().get(key):
+        case {"bytes": int(one), "microseconds": dict(times), "beyond": None | int() as beyond} if one > 0 and times:
+            if all(size.isdigit() and isinstance(us, float) and us > 0 for size, us in times.items()):
+                return _Sweep(one, times, beyond)
+    return None
+
+
 def _read_cache() -> dict[str, Any]:
     try:
-        found = json.loads((cache_root() / "probe.json").read_text())
+        kept = json.loads((cache_root() / "probe.json").read_text())
     except (OSError, ValueError):  # nothing kept yet, or damaged: measure again
         return {}
-    return found if isinstance(found, dict) else {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _write_cache(key: str, value: Any) -> None:

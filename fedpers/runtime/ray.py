@@ -1,9 +1,10 @@
 """Clients on a Ray cluster: a Flower ``Grid`` over actors.
 
-Each actor owns shards of clients: their data come once, their personal state stays. A round is one message per shard,
-what all clients receive is put into the object store once, and replies are folded where they are made. Shards are dealt
-by measured costs and keep their members, so that an actor or a node that dies changes no result: a shard is taken over
-by another actor, gets its state as last saved, and computes the messages since then once more.
+Each actor owns shards of clients: the network comes once for all of them, their data once, and their personal state
+stays. A round is one message per shard, what all clients receive is put into the object store once, and replies are
+folded where they are made. Shards are dealt by measured costs and keep their members, so that an actor or a node that
+dies changes no result: a shard is taken over by another actor, gets its state as last saved, and computes the messages
+since then once more.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from fedpers.client.app import IDENTIFY, CohortApp, config_of
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.cohort.tree import leaves
 from fedpers.errors import ConfigError, TrainingError, check
+from fedpers.records import num_bytes
 from fedpers.runtime.actor import Answer, Packed, Worker, pack, unpack
 from fedpers.runtime.cluster import connect, first_line, kill, ship_by_value, ship_no_more, supply
 from fedpers.runtime.engine import check_counts
@@ -42,10 +45,7 @@ from fedpers.runtime.flower_private import give_id, unavailable
 from fedpers.runtime.grid import ClientGrid, reply_of
 from fedpers.runtime.probe import Choice
 from fedpers.runtime.states import read_states, write_states
-from fedpers.strategies.client import IDENTIFY, CohortApp
-from fedpers.strategies.intake import Intake
-from fedpers.strategies.records import METRICS, num_bytes
-from fedpers.strategies.server import PersonalizedStrategy
+from fedpers.server.collect import ReplyCollector, ReplyRules
 
 log = logging.getLogger(__name__)
 _DIED = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
@@ -180,6 +180,7 @@ class RayGrid(ClientGrid):
         self._saved_here: tempfile.TemporaryDirectory[str] | None = None
         self._waiting: dict[str, tuple[_Job, int, flower.Message]] = {}  # by message id: its place in which job
         self._known: dict[str, flower.Message] = {}  # replies that needed no actor
+        self._app: Any = None  # the app without data, in the object store once
         self._hosts: list[_Host] = []
         self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
         self._ships: list[ModuleType] = []
@@ -235,19 +236,19 @@ class RayGrid(ClientGrid):
         return [reply for reply in replies if reply is not None]
 
     def send_and_fold(
-        self, messages: Iterable[flower.Message], intake: Intake, *, timeout: float | None = None
+        self, messages: Iterable[flower.Message], collector: ReplyCollector, *, timeout: float | None = None
     ) -> None:
-        """Run messages; replies are folded in the actors, and `intake` takes in the folds, in the order of shards.
+        """Run messages; replies are folded in the actors, and their folds merged in the order of shards.
 
         For `timeout` see :meth:`send_and_receive`.
         """
         accepted = self._accept(messages)
-        jobs = self._start(accepted, intake.strategy)
+        jobs = self._start(accepted, collector.rules)
         self._collect(jobs, timeout)
         for message in accepted:
             self._waiting.pop(message.metadata.message_id, None)
-        parts = [job.answer.intake for job in jobs if job.answer is not None]
-        intake.merge([part for part in parts if part is not None])
+        parts = [job.answer.collected for job in jobs if job.answer is not None]
+        collector.collected.merge(part for part in parts if part is not None)
         for job in jobs:
             job.answer = None
         self._give_up(jobs)
@@ -262,20 +263,19 @@ class RayGrid(ClientGrid):
         if not job.done:
             return None
         del self._waiting[message_id]
-        reply = reply_of(message, job.read().outcomes[place])
+        reply = reply_of(message, job.read().results[place])
         give_id(reply)
         return reply
 
     # ---------------------------------------------------------------------- jobs
 
-    def _start(self, messages: list[flower.Message], strategy: PersonalizedStrategy | None = None) -> list[_Job]:
+    def _start(self, messages: list[flower.Message], rules: ReplyRules | None = None) -> list[_Job]:
         """Send messages to the actors, one job for each shard and type of message."""
         self._check_open()
         by_kind: dict[str, list[flower.Message]] = {}
         for message in messages:
             if message.metadata.message_type == IDENTIFY:
-                content = flower.RecordDict({METRICS: flower.MetricRecord({"partition-id": self.client_of(message)})})
-                reply = flower.Message(content, reply_to=message)
+                reply = flower.Message(self.client_app.introduction(self.client_of(message)), reply_to=message)
                 give_id(reply)
                 self._known[message.metadata.message_id] = reply
             else:
@@ -283,7 +283,7 @@ class RayGrid(ClientGrid):
         jobs = []
         for kind, group in by_kind.items():
             self.choose(len(group))
-            jobs.extend(self._jobs(kind, group, strategy))
+            jobs.extend(self._jobs(kind, group, rules))
         if self._keeps_state and any(self._is_long(shard.jobs) for shard in self.shards):
             self._save_here()
         for job in jobs:
@@ -294,8 +294,10 @@ class RayGrid(ClientGrid):
     def _is_long(self, jobs: Sequence[_Job]) -> bool:
         return len(jobs) >= SAVE_AFTER or sum(job.size for job in jobs) > SAVE_AFTER_BYTES
 
-    def _jobs(self, kind: str, messages: list[flower.Message], strategy: PersonalizedStrategy | None) -> list[_Job]:
+    def _jobs(self, kind: str, messages: list[flower.Message], rules: ReplyRules | None) -> list[_Job]:
         """Jobs of one type of message; what several shards receive is put into the object store once."""
+        for content in {id(message.content): message.content for message in messages}.values():
+            self.client_app.check_config(config_of(content))
         owner = {client: shard.number for shard in self.shards for client in shard.clients}
         by_shard: dict[int, list[flower.Message]] = {}
         shards_of: dict[int, set[int]] = {}
@@ -306,7 +308,7 @@ class RayGrid(ClientGrid):
         common = {id(m.content): m.content for m in messages if len(shards_of[id(m.content)]) > 1}
         places = {key: place for place, key in enumerate(common)}
         size = sum(num_bytes(content) for content in common.values())
-        sent = self._put((list(common.values()), None if strategy is None else strategy.to_fold_elsewhere()))
+        sent = self._put((list(common.values()), rules))
         jobs = []
         for number, group in sorted(by_shard.items()):
             own = {id(m.content): m.content for m in group if id(m.content) not in common}
@@ -314,7 +316,7 @@ class RayGrid(ClientGrid):
             which = [places[key] if key in common else behind[key] for key in (id(m.content) for m in group)]
             clients = [self.client_of(message) for message in group]
             # as they are now: whoever sent them may change them before they have to be computed again
-            arguments = (kind, clients, which, sent, self._put(list(own.values())), strategy is not None)
+            arguments = (kind, clients, which, sent, self._put(list(own.values())))
             job = _Job(self.shards[number], arguments, size + sum(map(num_bytes, own.values())), len(group))
             for place, message in enumerate(group):
                 self._waiting[message.metadata.message_id] = (job, place, message)
@@ -394,6 +396,7 @@ class RayGrid(ClientGrid):
         self._check_open()
         app = self.client_app
         self._hosts = self._new_hosts(self._wanted)
+        self._app = self._put(app.restrict(()).to("cpu"))
         self.choice, self.costs = self._measured(max(1, -(-sampled // self._wanted)))
         base, step = self.costs or (0.0, 1.0)  # else in proportion to steps
         expected = [base + step * _steps(app, client) for client in range(self.num_clients)]
@@ -412,10 +415,10 @@ class RayGrid(ClientGrid):
         """Cohort size and costs, as the first actor finds them."""
         app = self.client_app
         largest = sorted(range(self.num_clients), key=lambda c: (-app.sizes[c], c))[:MEASURED]
-        part = self._put(app.restrict(largest).to("cpu"))
+        part = self._put(app.data.restrict(largest).to("cpu"))
         for _ in range(DEATHS):
             try:
-                reference = self._hosts[0].actor.measure.remote(part, sampled, self._cohort)
+                reference = self._hosts[0].actor.measure.remote(self._app, part, sampled, self._cohort)
                 found: tuple[Choice, tuple[float, float] | None] = self._get(None, reference)
                 return found
             except _Lost as reason:
@@ -424,9 +427,9 @@ class RayGrid(ClientGrid):
         raise TrainingError(f"{DEATHS} Ray actors in a row died while they measured how long clients take.")
 
     def _hosting(self, shard: _Shard) -> Any:
-        """Send a shard's app to its actor."""
-        part = self._put(self.client_app.restrict(shard.clients).to("cpu"))
-        return shard.host.actor.host.remote(shard.number, part, shard.clients, self.choice, self.memory)
+        """Send a shard's data to its actor, and what all shards share."""
+        part = self._put(self.client_app.data.restrict(shard.clients).to("cpu"))
+        return shard.host.actor.host.remote(shard.number, self._app, part, shard.clients, self.choice, self.memory)
 
     def _new_hosts(self, count: int) -> list[_Host]:
         """Start actors, spread over the nodes."""

@@ -14,12 +14,15 @@ from fedpers.strategies.apfl import APFL, APFLUpdate
 from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy, Received, RoundReport
 from fedpers.strategies.ditto import Ditto, DittoUpdate
 from fedpers.strategies.ensemble import Ensemble, EnsembleUpdate
+from fedpers.strategies.fedala import FedALA, FedALAUpdate
+from fedpers.strategies.fedamp import FedAMP, FedAMPUpdate
 from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
 from fedpers.strategies.fedavg_ft import FedAvgFT, FedAvgFTUpdate
 from fedpers.strategies.fedbn import FedBN, FedBNUpdate
 from fedpers.strategies.fedjets import FedJETs, FedJETsUpdate
 from fedpers.strategies.fedmf import FedMF, FedMFUpdate
 from fedpers.strategies.fedper import FedPer, FedPerUpdate
+from fedpers.strategies.fedproto import FedProto, FedProtoUpdate
 from fedpers.strategies.fedprox import FedProx, FedProxUpdate
 from fedpers.strategies.fedrap import FedRAP, FedRAPUpdate
 from fedpers.strategies.fedrep import FedRep, FedRepUpdate
@@ -28,6 +31,7 @@ from fedpers.strategies.fedvpt import FedVPT, FedVPTUpdate
 from fedpers.strategies.gpfl import GPFL, GPFLUpdate
 from fedpers.strategies.head_only import HeadOnly, HeadOnlyUpdate
 from fedpers.strategies.local import Local, LocalOnlyUpdate
+from fedpers.strategies.moon import MOON, MOONUpdate
 from fedpers.strategies.no_learning import NoLearning, NoLearningUpdate
 from fedpers.strategies.perfedavg import PerFedAvg, PerFedAvgUpdate
 from fedpers.strategies.pfedme import PFedMe, PFedMeUpdate
@@ -49,6 +53,10 @@ STRATEGIES: dict[str, type[PersonalizedStrategy]] = {
     "pfedme": PFedMe,
     "perfedavg": PerFedAvg,
     "apfl": APFL,
+    "moon": MOON,
+    "fedala": FedALA,
+    "fedproto": FedProto,
+    "fedamp": FedAMP,
     "fedrap": FedRAP,
     "fedmf": FedMF,
     "pfedrec": PFedRec,
@@ -71,8 +79,7 @@ _NOT_A_METHODS_OWN = {
     "evaluate_every",
     "min_replies",
     "unseen",
-    "aggregator",
-    "privacy",
+    "postprocessors",
 }
 
 
@@ -172,6 +179,7 @@ def make_strategy(
 __all__ = [
     "APFL",
     "GPFL",
+    "MOON",
     "STRATEGIES",
     "APFLUpdate",
     "CohortApp",
@@ -179,6 +187,10 @@ __all__ = [
     "DittoUpdate",
     "Ensemble",
     "EnsembleUpdate",
+    "FedALA",
+    "FedALAUpdate",
+    "FedAMP",
+    "FedAMPUpdate",
     "FedAvg",
     "FedAvgFT",
     "FedAvgFTUpdate",
@@ -191,6 +203,8 @@ __all__ = [
     "FedMFUpdate",
     "FedPer",
     "FedPerUpdate",
+    "FedProto",
+    "FedProtoUpdate",
     "FedProx",
     "FedProxUpdate",
     "FedRAP",
@@ -207,6 +221,7 @@ __all__ = [
     "Local",
     "LocalOnlyUpdate",
     "LocalUpdate",
+    "MOONUpdate",
     "NoLearning",
     "NoLearningUpdate",
     "PFedMe",

@@ -16,7 +16,8 @@ w_k and v_k move by the optimizer of ``training`` (above: plain SGD), alpha_k by
 
 ``variant: pfllib`` repeats a common implementation: v_k follows the gradient at v_k itself; alpha_k moves after both
 steps along alpha_k * g_v + (1 - alpha_k) * g_w plus 0.02 * alpha_k; after training v_k is overwritten by the mixture
-and predicts alone; replies are weighted by samples (``weighting: samples``).
+and predicts alone; v_k is the initial network until the client trains, where else it is the w that the client is
+sent; replies are weighted by samples (``weighting: samples``).
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Reply, Step, Tree, entries, mixed
+from fedpers.cohort import Cohort, Reply, Step, Tree, mixed
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 
 VARIANTS = ("paper", "pfllib")
-Move = Callable[[dict[str, Tensor], dict[str, Tensor]], None]
+Values = dict[str, Tensor]
+Move = Callable[[Values, Values], None]
 """Takes one step of w and of v along their gradients."""
 
 
@@ -52,6 +53,7 @@ class APFLUpdate(LocalUpdate):
     variant : {"paper", "pfllib"}
     """
 
+    personal = "all"
     alpha: float = 0.5
     adaptive: bool = True
     variant: str = "paper"
@@ -63,30 +65,30 @@ class APFLUpdate(LocalUpdate):
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """v_k is the initial network."""
         alpha = next(module.parameters()).detach().new_tensor(self.alpha)
-        return TensorDict({"model": model.clone(), "alpha": alpha}, batch_size=[])
+        return super().initial_state(model, module).set("alpha", alpha)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""
-        w = cohort.spread(received["arrays"])
-        v = cohort.state["model"]
+        w, v = cohort.as_received(received["arrays"]), self._personal(cohort, received)
         alpha = cohort.state["alpha"].to(cohort.device)
-        all_w, all_v = entries(w), entries(v)
         one_step = self._step if self.variant == "paper" else self._pfllib_step
-        plan = cohort.plan()
-        of_w, of_v = (cohort.optimizer(cohort.trainable(), plan) for _ in range(2))
+        walk = cohort.walk(w, v, {"alpha": alpha})
+        of_w, of_v = (walk.optimizer(cohort.trainable()) for _ in range(2))
+        for step, (at_w, at_v, share) in walk:
 
-        def move(at_w: dict[str, Tensor], at_v: dict[str, Tensor]) -> None:
-            of_w.update(all_w, at_w)
-            of_v.update(all_v, at_v)
+            def move(slope_w: Values, slope_v: Values, w: Values = at_w, v: Values = at_v) -> None:
+                of_w.update(w, slope_w)
+                of_v.update(v, slope_v)
 
-        for step in cohort.steps(plan):
-            rows_w = {name: step.view(value) for name, value in all_w.items()}
-            rows_v = {name: step.view(value) for name, value in all_v.items()}
-            cohort.count(step, one_step(cohort, step, rows_w, rows_v, step.view(alpha), move))
-        cohort.finish(plan)
+            cohort.count_loss(step, one_step(cohort, step, at_w, at_v, share["alpha"], move))
         if self.variant == "pfllib":
             v = mixed(alpha, v, w, cohort.names("parameters"))
-        return cohort.reply(w, state={"model": v, "alpha": alpha})
+        kept = v.select(*cohort.names(self.personal))
+        return cohort.reply(w, state={"model": kept, "alpha": alpha})
+
+    def _personal(self, cohort: Cohort, received: Received) -> Tree:
+        """v_k before a training."""
+        return cohort.state["model"] if self.variant == "pfllib" else cohort.assemble(received["arrays"])
 
     def _step(
         self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor, move: Move
@@ -117,12 +119,12 @@ class APFLUpdate(LocalUpdate):
         return losses
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """Mixture of the own and the received network."""
-        own: Tree = cohort.state["model"]
+        """The mixture with the received network; in ``pfllib`` v_k alone."""
+        personal = self._personal(cohort, received)
         if self.variant == "pfllib":
-            return own
+            return personal
         alpha = cohort.state["alpha"].to(cohort.device)
-        return mixed(alpha, own, cohort.spread(received["arrays"]), cohort.names("parameters"))
+        return mixed(alpha, personal, cohort.as_received(received["arrays"]), cohort.names("parameters"))
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fedpers.strategies.client import CohortApp, LocalUpdate, Received
-from fedpers.strategies.server import PersonalizedStrategy, RoundReport
+from fedpers.client.app import CohortApp
+from fedpers.client.update import LocalUpdate, Received
+from fedpers.server.report import RoundReport
+from fedpers.server.strategy import PersonalizedStrategy
 
 __all__ = ["CohortApp", "LocalUpdate", "PersonalizedStrategy", "Received", "RoundReport"]

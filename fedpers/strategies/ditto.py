@@ -10,7 +10,9 @@ ICML 2021, arXiv:2012.04221 (Algorithm 1).
 Shared: the whole network w. Personal: a second whole network v_k, buffers included.
 
 The paper averages uniformly (``weighting: uniform``); common implementations weight by samples. The two trainings do
-not touch each other, so their order does not matter.
+not touch each other, so their order does not matter. A client's v_k starts from the w it first receives, and until
+then it predicts with the w it is sent; ``variant: pfllib`` repeats a common implementation, in which v_k is the
+initial network until the client trains.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedpers.cohort import Cohort, Reply, proximal
-from fedpers.errors import check
+from fedpers.cohort import Cohort, Reply, Tree, proximal
+from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+
+VARIANTS = ("paper", "pfllib")
 
 
 @dataclass(kw_only=True)
@@ -34,25 +38,37 @@ class DittoUpdate(LocalUpdate):
         Strength of the tie (lambda in the paper), >= 0; 0 is local training.
     personal_epochs : int, optional
         Passes for the own network, >= 0; default ``training.epochs``.
+    variant : {"paper", "pfllib"}
+        What the own network starts from, see the head of this file.
     """
 
     personal = "all"
     mu: float = 0.1
     personal_epochs: int | None = None
+    variant: str = "paper"
 
     def __post_init__(self) -> None:
         check(self.mu >= 0, "strategy.mu", self.mu, "a number >= 0")
         epochs = self.personal_epochs
         check(epochs is None or epochs >= 0, "strategy.personal_epochs", epochs, "a whole number >= 0, or null")
+        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train both networks from the same received one."""
-        anchor = cohort.spread(received["arrays"])
+        anchor = cohort.as_received(received["arrays"])
         common = anchor.clone()
         cohort.fit(common, self.loss)
-        own = cohort.state["model"]
-        cohort.fit(own, self.loss, epochs=self.personal_epochs, adjust=proximal(self.mu, anchor))
-        return cohort.reply(common, state={"model": own})
+        personal = self._personal(cohort, received)
+        cohort.fit(personal, self.loss, epochs=self.personal_epochs, adjust=proximal(self.mu, anchor))
+        return cohort.reply(common, state={"model": personal.select(*cohort.names(self.personal))})
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
+        """The own network v_k."""
+        return self._personal(cohort, received)
+
+    def _personal(self, cohort: Cohort, received: Received) -> Tree:
+        """v_k as the client holds it before a training."""
+        return cohort.state["model"] if self.variant == "pfllib" else cohort.assemble(received["arrays"])
 
 
 @dataclass(kw_only=True)

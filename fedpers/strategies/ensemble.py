@@ -25,16 +25,14 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Cohort, Loss, Network, Reply, Tree, entries, sample_losses, tree
+from fedpers.cohort import Batch, Cohort, Loss, Network, Records, Reply, Tree, entries, tree
 from fedpers.data.federated import FederatedData
-from fedpers.data.ratings import RankingData
 from fedpers.errors import check, one_of
 from fedpers.models.initial import fresh
 from fedpers.randomness import derive, sample_clients
+from fedpers.records import ARRAYS
+from fedpers.server.collect import Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.intake import Form, form_of
-from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Records
 
 INITS = ("common", "random")
 
@@ -79,7 +77,7 @@ class EnsembleUpdate(LocalUpdate):
         ConfigError
             If there are no classes to average probabilities of.
         """
-        classes = not isinstance(data, RankingData) and not data.y.is_floating_point()
+        classes = data.task.classes and not data.y.is_floating_point()
         check(classes, "dataset", data.name, "samples with class labels for strategy=ensemble")
         others = [fresh(model, seed, i) if self.init == "random" else model for i in range(1, self.members)]
         return Members([copy.deepcopy(member) for member in (model, *others)]), data
@@ -141,9 +139,11 @@ class Ensemble(PersonalizedStrategy):
         prefixes = tuple(_under(i) for i in self._trained[client])
         return {name: value for name, value in entries(arrays).items() if name.startswith(prefixes)}
 
-    def reply_form(self, client: int) -> Form:
-        """The members it was sent."""
-        return form_of(ARRAYS, self._part(self.sent_arrays, client))
+    def reply_schema(self, clients: list[int]) -> Sequence[Schema]:
+        """The members each was sent."""
+        lists = {tuple(self._trained[client]): client for client in clients}
+        made = {members: schema_of(ARRAYS, self._part(self.sent_arrays, c)) for members, c in lists.items()}
+        return [made[tuple(self._trained[client])] for client in clients]
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Each member is the mean over its own clients; one whose clients all failed stays as it is."""
@@ -156,6 +156,6 @@ def _under(member: int) -> str:
 
 def _loss_of(member: int) -> Loss:
     def loss(network: Network, batch: Batch) -> Tensor:
-        return batch.mean(sample_losses(network.part(f"members.{member}")(batch.x), batch.y))
+        return batch.mean(batch.losses(network.part(f"members.{member}")(batch.x)))
 
     return loss

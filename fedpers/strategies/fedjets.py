@@ -26,7 +26,8 @@ No code of the authors is known. What their text leaves open, and the reading ta
 - The loss of other clients (its formula is lost in the available text): ``mixture: probabilities`` as above;
   ``unnormalized`` has g in place of gt, ``logits`` is the cross-entropy of sum_j gt_j f_j(x).
 - The mean: replies weigh by samples; ``weighting: uniform`` is there. Anchors and others count alike for the gate.
-- The gate: one hidden layer of ``gate_hidden`` units, ReLU. It has a rate of its own (``gate_lr``), as in the paper.
+- The gate: one hidden layer of ``gate_hidden`` units, ReLU. It has a rate of its own (``gate_lr``), as in the paper,
+  unless ``training.groups`` names another for it.
 - The two losses of an anchor are trained as their sum: they have no parameter in common, so each follows its own, but
   ``training.clip`` looks at the gradient of both. ``train/loss`` averages that sum and the loss of the other clients.
 - Of the clients of a round a share of ``anchor_share`` are anchors (at most M), as in the paper half. So this method
@@ -51,17 +52,30 @@ from flwr.serverapp import Grid
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View, WeightedMean, entries, model_tree, tree
+from fedpers.client.update import EXTRA
+from fedpers.cohort import (
+    Batch,
+    Cohort,
+    Given,
+    Network,
+    Records,
+    Reply,
+    Training,
+    Tree,
+    View,
+    WeightedMean,
+    entries,
+    model_tree,
+    tree,
+)
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.errors import ConfigError, check, one_of
 from fedpers.models.frozen import featured
 from fedpers.models.initial import drawing, fresh
 from fedpers.randomness import generator, sample_clients
+from fedpers.records import ARRAYS
+from fedpers.server.collect import Entry, Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.client import EXTRA
-from fedpers.strategies.intake import Form, form_of
-from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Records
 
 log = logging.getLogger(__name__)
 MIXTURES = ("probabilities", "unnormalized", "logits")
@@ -69,6 +83,7 @@ INITS = ("random", "common")
 HELD = "held"
 """Record that names the experts a client is sent, int64 ``[K]``, under SLOTS, or the one of an anchor under ANCHOR."""
 SLOTS = "slots"
+"""Numbers of the experts in a client's slots, int64: what losses and predictions are given."""
 ANCHOR = "anchor"
 SELECTED = "selected"
 
@@ -88,15 +103,12 @@ class HeldExperts(nn.Module):
         Yields gate and all M experts as the server starts with them.
     """
 
-    slots: Tensor
-
     def __init__(
         self, gate: nn.Module, experts: Sequence[nn.Module], shape: Sequence[int], start: Callable[[], Tree]
     ) -> None:
         super().__init__()
         self.gate = gate
         self.experts = nn.ModuleList(experts)
-        self.register_buffer(SLOTS, torch.arange(len(experts)))  # which experts are in the slots
         self.shape = tuple(shape)
         self.start = start
 
@@ -123,7 +135,7 @@ class FedJETsUpdate(LocalUpdate):
     gate_hidden : int
         Width of the gate's hidden layer, >= 1.
     gate_lr : float, optional
-        Rate of the gate, > 0; None is ``training.lr``.
+        Rate of the gate where ``training.groups`` has no other, > 0; None is ``training.lr``.
     evaluate_mixture : bool
         Also evaluate the mixture of the held experts, as metrics ``mixture-...``.
     """
@@ -142,10 +154,6 @@ class FedJETsUpdate(LocalUpdate):
         check(self.init in INITS, "strategy.init", self.init, one_of(INITS, self.init))
         check(self.gate_hidden >= 1, "strategy.gate_hidden", self.gate_hidden, "a whole number >= 1")
         check(self.gate_lr is None or self.gate_lr > 0, "strategy.gate_lr", self.gate_lr, "a number > 0, or null")
-        if self.gate_lr is not None:  # before the user's own groups, which win
-            groups = self.training.groups or {}
-            gate = {"lr": self.gate_lr, **groups.get("gate", {})}
-            self.training = replace(self.training, groups={**groups, "gate": gate})
 
     # ------------------------------------------------------------- before training
 
@@ -158,6 +166,8 @@ class FedJETsUpdate(LocalUpdate):
             If the network has no body and head, the data are not numbers with classes, or an expert has no anchor.
         """
         _check_anchors(self.experts, data)
+        allowed = "samples with class labels for strategy=fedjets"
+        check(not data.y.is_floating_point(), "dataset", data.name, allowed)
         if getattr(model, "pretrained_accuracy", 0.0) is None:
             log.warning("The common expert of fedjets has random values; model.pretrained=public trains it first.")
         embedding = featured(model, data, budget=sys.maxsize)[1].x.flatten(1)
@@ -184,6 +194,10 @@ class FedJETsUpdate(LocalUpdate):
         device = next(iter(entries(template).values())).device
         return tree({n: v.to(device) for n, v in entries(_held(module).start()).items()})
 
+    def example_given(self, template: Tree, data: FederatedData) -> Given:
+        """The first experts in the slots."""
+        return {SLOTS: torch.arange(self.top_k, device=data.device)}
+
     # -------------------------------------------------------------------- a round
 
     def query_select(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
@@ -192,8 +206,8 @@ class FedJETsUpdate(LocalUpdate):
         A client that never trains goes by the samples it is tested on, any other by its training samples.
         """
         view = cohort.view(received[ARRAYS])
-        tested = [c in cohort.data.unseen and len(cohort.data.test[c]) > 0 for c in cohort.clients]
-        parts: list[Part] = ["test" if own else "train" for own in tested]
+        zero_shot = [c in cohort.data.unseen and len(cohort.data.test[c]) > 0 for c in cohort.clients]
+        parts: list[Part] = ["test" if untrained else "train" for untrained in zero_shot]
         scores = {part: cohort.logits(view, part, gate_scores) for part in PARTS if part in parts}
         gates = [torch.softmax(scores[part][k].double(), 1) for k, part in enumerate(parts)]
         chosen = torch.stack([gate.mean(0).topk(self.top_k).indices.sort().values for gate in gates])
@@ -204,15 +218,22 @@ class FedJETsUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train gate and held experts together; an anchor trains the gate and its expert, each for itself."""
         params = cohort.assemble(received[ARRAYS])
-        held = cohort.spread(received[HELD])
+        held, training = cohort.spread(received[HELD]), self._training(cohort.training)
         if ANCHOR in held:
-            params[SLOTS][:, :1] = held[ANCHOR]
-            own = ("gate", "experts.0")
-            cohort.fit(params, self.anchor_loss, only=own)
-            return cohort.reply(params, share=own)
-        params[SLOTS].copy_(held[SLOTS])
-        cohort.fit(params, self.loss)
-        return cohort.reply(params, share=("gate", "experts"))
+            trained = ("gate", "experts.0")
+            cohort.fit(params, self.anchor_loss, only=trained, training=training, given={SLOTS: held[ANCHOR]})
+            return cohort.reply(params, share=trained)
+        cohort.fit(params, self.loss, training=training, given={SLOTS: held[SLOTS]})
+        return cohort.reply(params)
+
+    def _training(self, training: Training) -> Training:
+        """Settings with the rate of the gate; as the first group it gives way to the user's."""
+        if self.gate_lr is None:
+            return training
+        groups, pattern = training.groups or {}, "gate.*"
+        while pattern in groups:  # a group of the user stays in its place
+            pattern += "*"
+        return replace(training, groups={pattern: {"lr": self.gate_lr}, **groups})
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Cross-entropy of the mixture of the held experts."""
@@ -221,18 +242,18 @@ class FedJETsUpdate(LocalUpdate):
     def anchor_loss(self, network: Network, batch: Batch) -> Tensor:
         """Cross-entropy of the expert in the first slot, and of the gate with that expert's number as its label."""
         picture, embedding = _held(network.module).split(batch.x)
-        own = F.cross_entropy(network.part("experts.0")(picture), batch.y, reduction="none")
-        number = network.tensors[SLOTS][:1].expand(len(batch.x))
-        gate = F.cross_entropy(network.part("gate")(embedding), number, reduction="none")
-        return batch.mean(own + gate)
+        of_expert = batch.losses(network.part("experts.0")(picture))
+        number = _slots(batch.given).expand(len(batch.x))
+        of_gate = F.cross_entropy(network.part("gate")(embedding), number, reduction="none")
+        return batch.mean(of_expert + of_gate)
 
     def mixed(self, network: Network, x: Tensor) -> Tensor:
         """Logarithm of the mixture's class probabilities ``[B, C]`` (with ``unnormalized`` they sum to less than 1)."""
-        scores, outputs = self._slots(network, x)
+        scores, outputs = self._scores(network, x)
         if self.mixture == "unnormalized":
             _, embedding = _held(network.module).split(x)
             every = F.log_softmax(network.part("gate")(embedding), 1)
-            shares = every.gather(1, network.tensors[SLOTS].expand(len(x), -1))
+            shares = every.gather(1, _slots(network.given).expand(len(x), -1))
         else:
             shares = F.log_softmax(scores, 1)
         if self.mixture == "logits":
@@ -241,25 +262,22 @@ class FedJETsUpdate(LocalUpdate):
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Class scores ``[B, C]`` of the one held expert with the highest gate score, for each sample."""
-        scores, outputs = self._slots(network, x)
+        scores, outputs = self._scores(network, x)
         place = scores.argmax(1).view(-1, 1, 1).expand(-1, 1, outputs.shape[2])
         return outputs.gather(1, place).squeeze(1)
 
-    def _slots(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _scores(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate scores before softmax ``[B, K]`` and class scores ``[B, K, C]`` of the held experts."""
         picture, embedding = _held(network.module).split(x)
-        scores = network.part("gate")(embedding).gather(1, network.tensors[SLOTS].expand(len(x), -1))
+        scores = network.part("gate")(embedding).gather(1, _slots(network.given).expand(len(x), -1))
         outputs = [network.part(f"experts.{slot}")(picture) for slot in range(self.top_k)]
         return scores, torch.stack(outputs, 1)
 
     # ----------------------------------------------------------------- evaluation
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
-        """Gate and experts as received."""
-        view = cohort.view(received[ARRAYS])
-        own = received[HELD].batch_size == torch.Size([cohort.size])
-        slots = received[HELD][SLOTS].to(cohort.device)
-        return View({**view.tensors, SLOTS: slots}, view.stacked | ({SLOTS} if own else set()))
+        """Gate and experts as received, and which experts they are."""
+        return replace(cohort.view(received[ARRAYS]), given={SLOTS: cohort.spread(received[HELD])[SLOTS]})
 
     def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
         """As inherited; with `evaluate_mixture` also the mixture instead of one expert for each sample."""
@@ -269,8 +287,8 @@ class FedJETsUpdate(LocalUpdate):
             for part in PARTS[1:]:
                 columns = self.measure(cohort, cohort.logits(network, part, self.mixed), part, config)
                 for name in columns.keys() - {"examples"}:
-                    for own, value in zip(rows, columns[name].tolist(), strict=True):
-                        own[f"{part}-mixture-{name}"] = value
+                    for row, value in zip(rows, columns[name].tolist(), strict=True):
+                        row[f"{part}-mixture-{name}"] = value
         return rows
 
 
@@ -301,16 +319,16 @@ class FedJETs(PersonalizedStrategy):
     def sample(self, round: int) -> list[int]:
         """Draw anchors and others, each without replacement."""
         anchors = anchor_clients(self.experts, self.unseen)
-        there = [client for client in self.seen if client in anchors]
+        able = [client for client in self.seen if client in anchors]
         others = [client for client in self.seen if client not in anchors]
         size = len(sample_clients(self.seed, round, len(self.seen), self.fraction))
-        tied = min(len(there), int(self.anchor_share * size + 0.5))
+        tied = min(len(able), int(self.anchor_share * size + 0.5))
         if self.anchor_share:  # where there are too few others, anchors take their places
-            tied = min(len(there), max(tied, size - len(others)))
+            tied = min(len(able), max(tied, size - len(others)))
         elif not others:
             allowed = "a number > 0 where every client is the anchor of an expert"
             raise ConfigError("strategy.anchor_share", self.anchor_share, allowed)
-        drawn = _draw(there, tied, self.seed, "sampling_anchors", round)
+        drawn = _draw(able, tied, self.seed, "sampling_anchors", round)
         return sorted(drawn + _draw(others, min(len(others), size - tied), self.seed, "sampling", round))
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
@@ -320,9 +338,10 @@ class FedJETs(PersonalizedStrategy):
         self._held = {client: (known[client],) for client in self._anchors}
         asked = [client for client in clients if client not in self._anchors]
         gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
-        form: Form = {(SELECTED, SLOTS): ((self.top_k,), "int64")}
+        schema: Schema = {(SELECTED, SLOTS): Entry((self.top_k,), "int64")}
+        answers = self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind, schema)
         entropies = []
-        for client, (records, metrics) in self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind, form).items():
+        for client, (records, metrics) in answers.items():
             try:
                 self._held[client] = self._selected(records)
             except ValueError as problem:
@@ -331,7 +350,7 @@ class FedJETs(PersonalizedStrategy):
                 if math.isfinite(entropy := metrics.get(f"{EXTRA}gate_entropy", math.nan)):
                     entropies.append(entropy)
         if kind == "train":
-            self._book(round, arrays, entropies)
+            self._note_holders(round, arrays, entropies)
         return [client for client in clients if client in self._held]
 
     def _selected(self, records: Mapping[str, Tree]) -> tuple[int, ...]:
@@ -341,7 +360,7 @@ class FedJETs(PersonalizedStrategy):
             raise ValueError(f"{chosen} are not {self.top_k} ascending numbers from 0 to {self.experts - 1}")
         return tuple(chosen)
 
-    def _book(self, round: int, arrays: Tree, entropies: list[float]) -> None:
+    def _note_holders(self, round: int, arrays: Tree, entropies: list[float]) -> None:
         """Note who holds what; in round 1 the common expert, as large as the body of any expert, went to everybody."""
         if round == 1:
             parts = [v for n, v in entries(arrays).items() if n.startswith("experts.0.")]
@@ -367,10 +386,13 @@ class FedJETs(PersonalizedStrategy):
         sent = {n: arrays[source] for n, source in _slot_names(arrays, held).items()}
         return {ARRAYS: tree(sent), HELD: tree({name: torch.tensor(held, device=device)})}
 
-    def reply_form(self, client: int) -> Form:
-        """Gate and the experts it was sent."""
-        names = _slot_names(self.sent_arrays, self._held[client])
-        return form_of(ARRAYS, {name: self.sent_arrays[source] for name, source in names.items()})
+    def reply_schema(self, clients: list[int]) -> Sequence[Schema]:
+        """Gate and the experts each was sent; clients that were sent the same share a schema."""
+        made: dict[tuple[int, ...], Schema] = {}
+        for held in {self._held[client] for client in clients}:
+            names = _slot_names(self.sent_arrays, held)
+            made[held] = schema_of(ARRAYS, {name: self.sent_arrays[source] for name, source in names.items()})
+        return [made[self._held[client]] for client in clients]
 
     def fold(self) -> ExpertMean:
         """Mean of the gate over all, of each expert over its holders."""
@@ -393,11 +415,19 @@ class ExpertMean(WeightedMean):
         super().__init__()
         self.held = dict(held)
 
-    def add(self, records: Mapping[str, Tree], weight: float, client: int = -1) -> None:
+    def add(self, records: Records, weight: float, client: int = -1) -> None:
         """Take in one client's gate and experts."""
-        values = records[ARRAYS]
-        named = {_global_name(name, self.held[client]): value for name, value in entries(values).items()}
-        super().add({ARRAYS: tree(named)}, weight, client)
+        super().add({ARRAYS: tree(_at_server(records, self.held[client]))}, weight, client)
+
+    def add_stack(self, records: Records, weights: Tensor, clients: Sequence[int] = ()) -> None:
+        """Take in the gates and experts of K clients, those with the same experts together."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for k, client in enumerate(clients):
+            rows.setdefault(self.held[client], []).append(k)
+        for held, places in rows.items():
+            index = torch.tensor(places)
+            named = {name: value[index.to(value.device)] for name, value in _at_server(records, held).items()}
+            super().add_stack({ARRAYS: tree(named, len(places))}, weights[index])
 
 
 def gate_scores(network: Network, x: Tensor) -> Tensor:
@@ -416,23 +446,28 @@ def _held(module: nn.Module) -> HeldExperts:
     return cast(HeldExperts, module)
 
 
-def _global_name(name: str, held: Sequence[int]) -> str:
-    """Name at the server of what a client calls `name`: ``experts.SLOT.…`` is ``experts.I.…`` there."""
-    kind, _, rest = name.partition(".")
-    if kind != "experts":
-        return name
-    slot, _, rest = rest.partition(".")
-    return f"experts.{held[int(slot)]}.{rest}"
+def _slots(given: Given) -> Tensor:
+    return cast(Tensor, given[SLOTS])
+
+
+def _at_server(records: Records, held: Sequence[int]) -> dict[str, Tensor]:
+    """Arrays of clients with the experts `held` by their names at the server, where ``experts.SLOT.`` has a number."""
+    named = {}
+    for name, value in entries(records[ARRAYS]).items():
+        kind, _, rest = name.partition(".")
+        slot, _, inner = rest.partition(".")
+        named[f"experts.{held[int(slot)]}.{inner}" if kind == "experts" else name] = value
+    return named
 
 
 def _slot_names(arrays: Tree, held: Sequence[int]) -> dict[str, str]:
     """Names at a client, and those at the server, of the gate and of the experts `held`."""
     names = list(entries(arrays))
-    found = {name: name for name in names if name.startswith("gate.")}
+    sources = {name: name for name in names if name.startswith("gate.")}
     for slot, expert in enumerate(held):
         before = f"experts.{expert}."
-        found.update({f"experts.{slot}.{n.removeprefix(before)}": n for n in names if n.startswith(before)})
-    return found
+        sources.update({f"experts.{slot}.{n.removeprefix(before)}": n for n in names if n.startswith(before)})
+    return sources
 
 
 def _draw(clients: Sequence[int], size: int, seed: int, purpose: str, round: int) -> list[int]:

@@ -2,41 +2,277 @@
 
 D. Chai et al., Secure Federated Matrix Factorization, IEEE Intelligent Systems 2021, arXiv:1906.05108.
 
-User k has a vector w_k (and a bias), all have the item table C; item j scores ``sigmoid(w_k . C_j + b_k)``.
+User k has a vector w_k (and a bias b_k), all have the item table C; item j scores ``sigmoid(w_k . C_j + b_k)``.
 
-    w_k, C <- passes of SGD on the binary cross-entropy of the user's positives and drawn negatives
-    C      <- mean_k C_k
+    w_k, b_k, C <- passes of SGD on the binary cross-entropy of the user's positives and drawn negatives, all at once
+    C           <- mean_k C_k                                                  not weighted
 
-Shared: C. Personal: w_k, b_k.
+Shared: C. Personal: w_k, b_k. Rates: ``training.lr`` is that of the user vector, ``training.groups.body.lr`` that of
+the table.
 
 The paper factorizes explicit ratings and encrypts what is sent; here, as in the comparisons of papers on implicit
-feedback, the loss is theirs and nothing is encrypted. It is FedRAP's visit without a table of one's own, without
-penalties, without the decay of rates from step to step and without early stopping.
+feedback, the loss is theirs and nothing is encrypted. Cross-entropy is taken on the float32 probability, logarithms not
+below -100, as FedRAP's authors do: a saturated score has no gradient.
+
+A user computes with the rows of C it samples, and sends those and one factor for what weight decay did to the others
+(:mod:`fedpers.cohort.sparse_rows`), from which the server makes the exact mean. (The whole table would tell as much:
+all other rows changed by the same factor.) Entries with ``|value| <= threshold`` may be left out of the rows and of the
+table sent back; they then count as 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from fedpers.strategies.fedrap import FedRAP, FedRAPUpdate
+import torch
+from flwr.serverapp import Grid
+from torch import Tensor, nn
+
+from fedpers.cohort import Cohort, Fold, Records, Reply, Tree, View, entries, tree
+from fedpers.cohort.sparse_rows import (
+    RowMean,
+    VisitedRows,
+    dense,
+    drawn_once,
+    packed,
+    sgd_step,
+    sparse,
+    with_rows,
+)
+from fedpers.data.federated import FederatedData
+from fedpers.errors import check
+from fedpers.models import fresh
+from fedpers.models.factorization import factorized
+from fedpers.records import ARRAYS
+from fedpers.server.collect import Entry, Schema, dtype_name
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+
+_PLAIN = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
+Values = Mapping[str, Tensor]
 
 
 @dataclass(kw_only=True)
-class FedMFUpdate(FedRAPUpdate):
-    """Move user vector and item table at once, on the visited rows; what else FedRAP can do is switched off."""
+class FedMFUpdate(LocalUpdate):
+    """Move user vector and item table at once, on the visited rows.
 
-    lam: float = field(default=0.0, init=False)
-    mu: float = field(default=0.0, init=False)
-    regularizer: str = field(default="none", init=False)
-    curriculum: str = field(default="constant", init=False)
-    variant: str = field(default="official", init=False)
-    tables: str = field(default="common", init=False)
-    step_decay: float = field(default=1.0, init=False)
-    tolerance: float = field(default=0.0, init=False)
+    Parameters
+    ----------
+    threshold : float
+        Entries of the table that are not larger are not sent, >= 0; 0 sends all.
+
+    Attributes
+    ----------
+    shared_table : str
+        Name of the table that all have.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range, or data, network or training settings do not fit.
+    """
+
+    shared = "body"
+    personal = "head"
+    cohort_size = 16
+    shared_table: ClassVar[str] = "body.weight"
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.threshold >= 0, "strategy.threshold", self.threshold, "a number >= 0")
+        for name, plain in _PLAIN.items():
+            value = getattr(self.training, name)
+            allowed = f"{'null' if plain is None else plain} for this method, which has an update of its own"
+            check(value == plain, f"training.{name}", value, allowed)
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """Draw the common table for itself."""
+        network, data = factorized(model, data)
+        network = deepcopy(network)
+        network.body = self.common_table(network, seed)
+        return network, data
+
+    def common_table(self, model: nn.Module, seed: int) -> nn.Module:
+        """The first common table; what is not sent is 0 from the start."""
+        table = fresh(model, seed).get_submodule("body")
+        if self.threshold:
+            with torch.no_grad():
+                weight = table.get_parameter("weight")
+                weight.mul_(weight.abs() > self.threshold)
+        return table
+
+    # -------------------------------------------------------------------- training
+
+    def visited(self, cohort: Cohort) -> VisitedRows:
+        """Rows of a round."""
+        return VisitedRows(cohort)
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Move the visited rows; decay the others by one factor."""
+        cohort.data = drawn_once(cohort.data)
+        visited = self.visited(cohort)
+        kept, sent = entries(cohort.state["model"]), self.common(received)
+        tables = set(cohort.names("body"))
+        moved = {n: visited.gather(v) if n in tables else v.clone() for n, v in {**kept, **sent}.items()}
+        one = moved["head.weight"].new_ones(cohort.size)
+        factors = {name: one.clone() for name in tables}
+        metrics = self.descend(cohort, visited, moved, factors)
+        cohort.gradients_taken += cohort.steps_taken
+        # the state was gathered for this cohort
+        new = {n: visited.put(v, moved[n], factors[n]) if n in tables else moved[n] for n, v in kept.items()}
+        records = {ARRAYS: visited.message(moved[self.shared_table], factors[self.shared_table])} if sent else {}
+        return Reply(records, Tree({"model": tree(new, cohort.size)}, batch_size=[cohort.size]), metrics)
+
+    def descend(
+        self, cohort: Cohort, visited: VisitedRows, moved: dict[str, Tensor], factors: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Take all steps of a round in place.
+
+        Parameters
+        ----------
+        cohort : Cohort
+        visited : VisitedRows
+        moved : dict of name to Tensor ``[K, ...]``
+            The network: of tables the visited rows ``[K, R, dim]``.
+        factors : dict of name to Tensor ``[K]``
+            By table, what weight decay leaves of the other rows.
+
+        Returns
+        -------
+        dict of name to Tensor ``[K]``
+            Metrics.
+        """
+        walk = cohort.walk(moved, factors, training=visited.training)
+        optimizer = walk.optimizer(list(moved))
+        pace = torch.ones(cohort.size, dtype=torch.float64, device=cohort.device)
+        for step, (rows, left) in walk:
+            losses, grads = self.slopes(cohort, rows, *visited.counts(step))
+            sgd_step(optimizer, rows, grads, left, pace[: step.active])
+            cohort.count_loss(step, losses)
+        return {}
+
+    def slopes(
+        self, cohort: Cohort, rows: Values, positives: Tensor, samples: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Losses ``[a]`` of a step and their gradients, written out: autograd takes thrice as long.
+
+        Parameters
+        ----------
+        cohort : Cohort
+        rows : mapping of name to Tensor
+            Tables ``[a, R, dim]``, ``head.weight`` ``[a, 1, dim]``, and perhaps ``head.bias`` ``[a, 1]``.
+        positives, samples : Tensor ``[a, R]``
+            How many of an item's samples in the step are positives, and how many there are.
+        """
+        losses, grads, slope = logistic(rows[self.shared_table], rows, positives, samples)
+        return losses, {**grads, self.shared_table: slope}
+
+    # ------------------------------------------------------------------ on the way
+
+    def common(self, received: Received) -> dict[str, Tensor]:
+        """The received table ``[m, dim]`` by its name; nothing if there is none."""
+        values = entries(received[ARRAYS]) if ARRAYS in received else {}
+        return {self.shared_table: dense(values)} if "places" in values else values
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
+        """What the user keeps, and the received table."""
+        return cohort.view(tree(self.common(received)))
+
+    def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
+        """Leave out the places that are no rows and, with a threshold, the small values."""
+        return {name: packed(entries(values), self.threshold) for name, values in records.items()}
+
+
+def logistic(
+    vectors: Tensor, head: Values, positives: Tensor, samples: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Mean binary cross-entropy of affine scores, and its gradients.
+
+    Taken on the probability, logarithms not below -100.
+
+    Parameters
+    ----------
+    vectors : Tensor ``[a, R, dim]``
+        Of the items.
+    head : mapping of name to Tensor
+        ``head.weight`` ``[a, 1, dim]``, and perhaps ``head.bias`` ``[a, 1]``.
+    positives, samples : Tensor ``[a, R]``
+        How many samples of each item are positives, and how many there are.
+
+    Returns
+    -------
+    Tensor ``[a]``, dict of name to Tensor, Tensor ``[a, R, dim]``
+        Losses; gradients by the head and by the vectors.
+    """
+    weight, bias = head["head.weight"], head.get("head.bias")
+    size = samples.sum(1)
+    logit = (vectors @ weight.transpose(1, 2)).squeeze(2)
+    chance = torch.sigmoid(logit if bias is None else logit + bias)
+    logs = positives * chance.log().clamp(min=-100) + (samples - positives) * (1 - chance).log().clamp(min=-100)
+    slope = chance * (1 - chance)
+    slope = (samples * chance - positives) * (slope / slope.clamp(min=1e-12)) / size[:, None]
+    grads = {"head.weight": slope.unsqueeze(1) @ vectors}
+    if bias is not None:
+        grads["head.bias"] = slope.sum(1, keepdim=True)
+    return logs.sum(1) / -size, grads, slope.unsqueeze(2) * weight
 
 
 @dataclass(kw_only=True)
-class FedMF(FedRAP):
-    """Server: unweighted mean of the item tables."""
+class FedMF(PersonalizedStrategy):
+    """Server: unweighted mean of the item tables.
 
-    update = FedMFUpdate
+    Parameters
+    ----------
+    threshold : float
+        See :class:`FedMFUpdate`.
+    """
+
+    update: ClassVar[type[LocalUpdate]] = FedMFUpdate
+    weighting: str = "uniform"
+    threshold: float = 0.0
+
+    @property
+    def shared_table(self) -> tuple[str, Tensor] | None:
+        """Name and values ``[m, dim]`` of the table that all have, before the round."""
+        return next(iter(entries(self.sent_arrays).items()), None)
+
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Records:
+        """Send the table, without its small entries if there is a threshold."""
+        tables = list(entries(arrays).values())
+        return {ARRAYS: tree(sparse(tables[0], self.threshold)) if self.threshold and tables else arrays}
+
+    def reply_schema(self, clients: list[int]) -> Schema:
+        """Rows, values and the factor; nothing where there is no common table."""
+        if self.shared_table is None:
+            return {}
+        _, table = self.shared_table
+        kind = dtype_name(table)
+        schema = {"rows": Entry((-1,), "int32"), "values": Entry((-1, table.shape[1]), kind), "factor": Entry((), kind)}
+        if self.threshold:
+            schema |= {"values": Entry((-1,), kind), "places": Entry((-1,), "int32"), "shape": Entry((2,), "int64")}
+        return {(ARRAYS, name): entry for name, entry in schema.items()}
+
+    def fold(self) -> Fold:
+        """Mean of the rows that were visited."""
+        return super().fold() if self.shared_table is None else RowMean(*self.shared_table)
+
+    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:
+        """As inherited; the rows an unseen user sends are put into the table it received."""
+        adapted, replies = super().adapt(round, arrays, grid, clients)
+        tables = entries(arrays)
+        return adapted, [
+            {**reply, ARRAYS: tree({name: with_rows(table, entries(reply[ARRAYS])) for name, table in tables.items()})}
+            for reply in replies
+        ]
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Take the mean; with a threshold its small entries are 0, and the share of the others is recorded."""
+        new = means.get(ARRAYS, arrays)
+        if not self.threshold or ARRAYS not in means:
+            return new
+        kept = {name: torch.where(table.abs() > self.threshold, table, 0.0) for name, table in entries(new).items()}
+        (table,) = kept.values()
+        self.report.extra["sent_share"] = float((table != 0).double().mean())
+        return tree(kept)

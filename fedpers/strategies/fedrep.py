@@ -49,9 +49,9 @@ class FedRepUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the head on the received body, then the body under that head."""
         params = cohort.assemble(received["arrays"])
-        cohort.fit(params, self.loss, only="head", epochs=self.head_epochs)
-        cohort.fit(params, self.loss, only="body", epochs=self.body_epochs)
-        return cohort.reply(params, share="body", keep="head")
+        cohort.fit(params, self.loss, only=self.personal, epochs=self.head_epochs)
+        cohort.fit(params, self.loss, only=self.shared, epochs=self.body_epochs)
+        return cohort.reply(params)
 
 
 @dataclass(kw_only=True)

@@ -68,14 +68,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Reply, Tree, entries, select, tree
+from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, tree
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.data.federated import Part
-from fedpers.data.ratings import RankingData
 from fedpers.errors import check, one_of
+from fedpers.records import ARRAYS
+from fedpers.server.collect import Entry, Schema, dtype_name
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.intake import Form, dtype_name
-from fedpers.strategies.records import ARRAYS
 
 VARIANTS = ("official", "paper")
 BATCHNORMS = ("official", "fixed")
@@ -130,11 +129,10 @@ class FedSelectUpdate(LocalUpdate):
         check(schedule == "constant", "training.schedule", schedule, whole)
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Whole network, mask of zeros, no trainings; for the official update also what it looks back on."""
+        """Whole network, mask of zeros; for the official update also what it looks back on."""
         names = select(module, "parameters")
         mask = tree({name: torch.zeros_like(model[name], dtype=torch.uint8) for name in names})
-        count = torch.zeros((), dtype=torch.int64, device=next(module.parameters()).device)
-        state: dict[str, Any] = {"model": model.clone(), MASK: mask, "trained": count}
+        state: dict[str, Any] = {"model": model.clone(), MASK: mask}
         if self.variant == "official":
             previous = {name: model[name].clone() for name in self._selectable(names)}
             state.update(used=mask.clone(), previous=tree(previous))
@@ -148,8 +146,8 @@ class FedSelectUpdate(LocalUpdate):
         mask = {name: value.to(cohort.device) for name, value in entries(cohort.state[MASK]).items()}
         self._alternate(cohort, params, mask)
 
-        trained = cohort.state["trained"].to(cohort.device)
-        state: dict[str, Tensor | Tree] = {"trained": trained + 1}
+        trained = cohort.trainings
+        state: dict[str, Tensor | Tree] = {}
         if self.variant == "official":
             due = (trained > 0) & (trained % self.interval == 0)
             before = {name: value.to(cohort.device) for name, value in entries(cohort.state["previous"]).items()}
@@ -165,16 +163,13 @@ class FedSelectUpdate(LocalUpdate):
             change = {name: (params[name] - value).abs() for name, value in start.items()}
             held = grown = _only(due, grow_together(mask, change, self.rate, self.limit), mask)
         state[MASK] = tree(grown, cohort.size)
-        return cohort.reply(
-            params, share=self.shared, keep=self.personal, state=state, metrics=self._shares(grown),
-            **{MASK: tree(held, cohort.size)},
-        )  # fmt: skip
+        return cohort.reply(params, state=state, metrics=self._shares(grown), **{MASK: tree(held, cohort.size)})
 
     def _alternate(self, cohort: Cohort, params: Tree, mask: Masks) -> None:
         """Passes that move what is personal and what is not, in turns."""
         own = {name: value.to(params[name].dtype) for name, value in mask.items()}
         rest = {name: 1 - value for name, value in own.items()}
-        later = cohort.state["trained"].cpu() > 0
+        later = cohort.trained.cpu()
         frozen = later & (self.batchnorm == "official" or (self.batchnorm is None and self.variant == "official"))
         for _ in range(cohort.training.epochs):
             for free in (own, rest):
@@ -216,21 +211,19 @@ class FedSelectUpdate(LocalUpdate):
         Of a client that has not trained yet it is the one it predicts with.
         """
         now = entries(self.personalize(cohort, received, config))
-        own = _only(
-            (cohort.state["trained"] > 0).to(cohort.device), entries(cohort.state["model"].to(cohort.device)), now
-        )
-        return {"trained": tree(own, cohort.size)}
+        last = _only(cohort.trained, entries(cohort.state["model"].to(cohort.device)), now)
+        return {"trained": tree(last, cohort.size)}
 
     def measure(
         self, cohort: Cohort, outputs: Sequence[Tensor], part: Part, config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Add the mean accuracy of batches."""
-        found = super().measure(cohort, outputs, part, config)
-        if not isinstance(cohort.data, RankingData):
-            found["batch-accuracy"] = batch_accuracy(outputs, cohort.labels(part), self.training.batch_size)
-        return found
+        columns = super().measure(cohort, outputs, part, config)
+        if cohort.data.task.classes:
+            columns["batch-accuracy"] = batch_accuracy(outputs, cohort.labels(part), self.training.batch_size)
+        return columns
 
-    def pack(self, records: dict[str, Tree]) -> dict[str, Tree]:
+    def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
         """Global entries in a row, and the mask as bits."""
         mask = entries(records[MASK])
         kept = {name: value[mask[name] == 0] for name, value in entries(records[ARRAYS]).items()}
@@ -244,35 +237,17 @@ class FedSelect(PersonalizedStrategy):
     update = FedSelectUpdate
     weighting: str = "uniform"
 
-    def reply_form(self, client: int) -> Form:
+    def reply_schema(self, clients: list[int]) -> Schema:
         """Any number of values and a bit for each entry."""
-        form: Form = {}
+        schema: Schema = {}
         for name, value in entries(self.sent_arrays).items():
-            form[ARRAYS, name] = ((-1,), dtype_name(value))
-            form[MASK, name] = ((-(-value.numel() // 8),), "uint8")
-        return form
+            schema[ARRAYS, name] = Entry((-1,), dtype_name(value))
+            schema[MASK, name] = Entry((-(-value.numel() // 8),), "uint8")
+        return schema
 
-    def unpack(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
-        """Arrays with 0 where an entry is personal, and as ``count`` 1 where it is global.
-
-        Raises
-        ------
-        ValueError
-            If values and bits do not fit together.
-        """
-        arrays, count = {}, {}
-        for name, like in entries(self.sent_arrays).items():
-            values, bits = records[ARRAYS][name], records[MASK][name]
-            if len(bits) != -(-like.numel() // 8):
-                raise ValueError(f"the mask of '{name}' has {len(bits)} bytes, expected {-(-like.numel() // 8)}")
-            free = from_bits(bits, like.numel()) == 0
-            if int(free.sum()) != len(values):
-                raise ValueError(f"'{name}' has {len(values)} values for {int(free.sum())} global entries")
-            whole = values.new_zeros(like.numel())
-            whole[free] = values
-            arrays[name] = whole.view(like.shape)
-            count[name] = free.to(values.dtype).view(like.shape)
-        return {ARRAYS: tree(arrays), COUNT: tree(count)}
+    def fold(self) -> MaskedMean:
+        """Sums of what clients sent, and of how many sent it."""
+        return MaskedMean({name: value.shape for name, value in entries(self.sent_arrays).items()})
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Divide by the share of clients for which an entry is global; where there are none it stays as it was."""
@@ -283,6 +258,40 @@ class FedSelect(PersonalizedStrategy):
                 for name, mean in entries(means[ARRAYS]).items()
             }
         )
+
+
+class MaskedMean(WeightedMean):
+    """Weighted mean over all clients of arrays with 0 where an entry is personal, and of ``count``, 1 where it is not.
+
+    Parameters
+    ----------
+    shapes : mapping of name to Size
+        Of the server's arrays.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.shapes = dict(shapes)
+
+    def decode(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
+        """Undo :meth:`FedSelectUpdate.encode`.
+
+        Raises
+        ------
+        ValueError
+            If values and bits do not fit together.
+        """
+        arrays, count = {}, {}
+        for name, shape in self.shapes.items():
+            values, size = records[ARRAYS][name], shape.numel()
+            free = from_bits(records[MASK][name], size) == 0
+            if int(free.sum()) != len(values):
+                raise ValueError(f"'{name}' has {len(values)} values for {int(free.sum())} global entries")
+            whole = values.new_zeros(size)
+            whole[free] = values
+            arrays[name] = whole.view(shape)
+            count[name] = free.to(values.dtype).view(shape)
+        return {ARRAYS: tree(arrays), COUNT: tree(count)}
 
 
 # ---------------------------------------------------------------------- masks

@@ -4,7 +4,7 @@ J. Zhang et al., GPFL: Simultaneously Learning Global and Personalized Feature I
 Learning, ICCV 2023, arXiv:2308.10279.
 
 With features f = phi(x) (``[F]``), a conditional valve V, a table C of one embedding per category (``[U, F]``), its
-frozen copy C^ as received in this round, the own head psi_k and the own shares alpha_k of the categories:
+frozen copy C^ as received in this round, the client's head psi_k and its shares alpha_k of the categories:
 
     (gamma, beta) = V(c)                        two branches, each LayerNorm(ReLU(Linear(c)))
     f^G = ReLU((gamma + 1) * f + beta)          for the generic input c = g
@@ -15,25 +15,26 @@ frozen copy C^ as received in this round, the own head psi_k and the own shares 
     L_mlg = ||f^G - C^_y||                                              magnitude level
     phi, V, C, psi_k <- SGD on  L_P + L_alg + lam * L_mlg + mu * (regularization of V and C)
     phi, V, C        <- mean of the clients', by training samples
-    prediction: psi_k(f^P) with the received phi and V and the own p_k, before any local training
+    prediction: psi_k(f^P) with the received phi and V and the client's p_k, before any local training
 
 Shared: the parameters of body, valve (``cov``) and table (``gce``). Personal: the head and all buffers, so BatchNorm
 statistics of the body stay with their client in both variants (the authors' code averages and sends parameters only;
-the published descriptions do not say). No gradient reaches g, p_k and C^.
+the published descriptions do not say). No gradient reaches g, p_k and C^: they are given to the loss.
 
 ``variant: official`` is the authors' code (PFLlib's too, which has the same update):
 
 - g and p_k come from the table the client held *before* the average replaced it, ``g = 1/U sum_u C_u`` and
   ``p_k = sum_u alpha_k^u C_u`` (no 1/U). They lag and differ between clients: a client that trained in the last round
   uses the table it trained, any other the server's table of the round before. Until the first average both are 0.
-  There clients keep the old table; here the server sends it once more as the record ``previous`` (``U * F`` numbers).
+  There clients keep the old table; here they keep g and p_k of the table they trained last (``conditions``) and the
+  round of that (``last_round``), and the server sends its old table too, as ``previous`` (``U * F`` numbers).
 - L_mlg is one Frobenius norm over the whole batch, neither squared nor averaged.
 - mu is the weight decay of all parameters of table and valve, biases and LayerNorm among them.
 
 ``variant: paper`` follows equations 1 to 5 and the text as far as they were at hand (the sum of losses, g and p_k from
 a summary of the paper):
 
-- g and p_k come from the received table in every round, ``p_k = 1/U sum_u alpha_k^u C^_u``.
+- g and p_k come from the received table in every round, ``p_k = 1/U sum_u alpha_k^u C^_u``, so nothing of them is kept.
 - L_mlg is the mean over the samples of each one's norm.
 - mu weighs the norms ``||V|| + ||C||``, not squared, over all parameters of each.
 
@@ -51,25 +52,28 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Cohort, Network, Reply, Training, Tree, View, sample_losses, tree
+from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Training, Tree, View, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, DataError, check, one_of
 from fedpers.models.initial import drawing
+from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.records import ARRAYS
 
 VARIANTS = ("official", "paper")
 PREVIOUS = "previous"
 """Record of the server's table before its last average."""
-TABLE, TARGET = "gce.weight", "context.target"
-GENERIC, PERSONAL = "context.generic", "context.personal"
+TABLE = "gce.weight"
+GENERIC, PERSONAL, TARGET = "generic", "personal", "target"
+"""What loss and prediction are given: the conditional inputs ``[F]``, and the frozen table ``[U, F]``."""
+CONDITIONS, LAST_ROUND = "conditions", "last_round"
+"""Roles in the personal state of ``official``: conditional inputs of the table trained last, and the round of that."""
 
 
 class Valve(nn.Module):
@@ -91,27 +95,8 @@ class Valve(nn.Module):
         return torch.stack([self.gamma(condition), self.beta(condition)], dim=-2)
 
 
-class Conditions(nn.Module):
-    """What a client's features are conditioned on and drawn towards: buffers, in which nothing is trained.
-
-    Parameters
-    ----------
-    table : Tensor ``[U, F]``
-        Initial embeddings.
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        super().__init__()
-        self.generic: Tensor
-        self.personal: Tensor
-        self.target: Tensor
-        self.register_buffer("generic", table.new_zeros(table.shape[1]))
-        self.register_buffer("personal", table.new_zeros(table.shape[1]))
-        self.register_buffer("target", table.clone())
-
-
 class ConditionalNetwork(nn.Module):
-    """A network with embeddings of the categories and a valve between body and head.
+    """Body and head of a network, embeddings of the categories and a valve; :class:`GPFLUpdate` applies them.
 
     Parameters
     ----------
@@ -129,17 +114,15 @@ class ConditionalNetwork(nn.Module):
         self.head = head
         self.gce = nn.Embedding(categories, head.in_features).to(head.weight)
         self.cov = Valve(head.in_features).to(head.weight)
-        self.context = Conditions(self.gce.weight.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores ``[B, C]`` from the personal features."""
-        scores: Tensor = self.head(conditioned(self.body(x), self.cov(self.context.personal)))
-        return scores
 
 
 def conditioned(features: Tensor, valve: Tensor) -> Tensor:
     """``ReLU((gamma + 1) * f + beta)`` (equations 1 and 2) of features ``[B, F]``; `valve` is ``[2, F]``."""
     return torch.relu((valve[0] + 1) * features + valve[1])
+
+
+def _tensors(given: Given) -> Mapping[str, Tensor]:
+    return cast(Mapping[str, Tensor], given)  # trees could be given too
 
 
 @dataclass(kw_only=True)
@@ -158,7 +141,7 @@ class GPFLUpdate(LocalUpdate):
     """
 
     shared = ("parameters", "-head")
-    personal = ("head", "buffers", f"-{TARGET}")
+    personal = ("head", "buffers")
     lam: float = 0.01
     mu: float = 0.1
     variant: str = "official"
@@ -183,7 +166,7 @@ class GPFLUpdate(LocalUpdate):
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
             raise ConfigError("model", kind, "a network with a 'body' and a linear 'head' for strategy=gpfl")
         allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.y.dtype == torch.int64, "strategy", "gpfl", allowed)
+        check(data.task.classes and data.y.dtype == torch.int64, "strategy", "gpfl", allowed)
         outside = data.y[(data.y < 0) | (data.y >= data.num_classes)]
         if len(outside):
             raise DataError(
@@ -194,44 +177,51 @@ class GPFLUpdate(LocalUpdate):
             return ConditionalNetwork(copy.deepcopy(body), copy.deepcopy(head), data.num_classes), data
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Add ``trained``, the round in which the client last trained: 0."""
+        """Head and buffers; for the official conditional inputs also what they look back on."""
         state = super().initial_state(model, module)
-        state["trained"] = next(module.parameters()).detach().new_zeros((), dtype=torch.int64)
+        if self.variant == "official":
+            none = model[TABLE].new_zeros(model[TABLE].shape[1])
+            state[CONDITIONS] = tree({GENERIC: none, PERSONAL: none.clone()})
+            state[LAST_ROUND] = none.new_zeros((), dtype=torch.int64)
         return state
+
+    def example_given(self, template: Tree, data: FederatedData) -> Given:
+        """Conditional inputs as before the first average, and the initial table."""
+        none = template[TABLE].new_zeros(template[TABLE].shape[1])
+        return {GENERIC: none, PERSONAL: none, TARGET: template[TABLE]}
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train everything at once; the table trained here gives the next conditional inputs."""
         params = cohort.assemble(received[ARRAYS])
-        for name, value in self._conditions(cohort, received, cohort.round - 1).items():
-            params[name] = value
-        params[TARGET] = params[TABLE].clone()
-        cohort.fit(params, self.loss, training=self._training(cohort.training))
+        given = {**self._conditions(cohort, received, cohort.round - 1), TARGET: params[TABLE].clone()}
+        cohort.fit(params, self.loss, training=self._training(cohort.training), given=given)
+        state: dict[str, Tensor | Tree] = {}
         if self.variant == "official":
-            for name, value in self._inputs(cohort, params[TABLE]).items():
-                params[name] = value
-        trained = torch.full_like(cohort.state["trained"], cohort.round)
-        return cohort.reply(params, share=self.shared, keep=self.personal, state={"trained": trained})
+            state[CONDITIONS] = tree(self._inputs(cohort, params[TABLE]), cohort.size)
+            state[LAST_ROUND] = torch.full_like(cohort.state[LAST_ROUND], cohort.round)
+        return cohort.reply(params, state=state)
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
-        """Received body and valve, own head, own conditional input."""
-        view = cohort.view(received[ARRAYS])
-        own = self._conditions(cohort, received, cohort.round)
-        return View({**view.tensors, **own}, view.stacked | own.keys())
+        """Received body and valve, the client's head and conditional inputs."""
+        return replace(cohort.view(received[ARRAYS]), given=self._conditions(cohort, received, cohort.round))
+
+    def predict(self, network: Network, x: Tensor) -> Tensor:
+        """Scores ``[B, C]`` of the head for the personal features."""
+        valve = network.part("cov")(_tensors(network.given)[PERSONAL])
+        return network.part("head")(conditioned(network.part("body")(x), valve))
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss of the personal features under the head plus those of the generic features (equations 3 to 5)."""
-        tensors = network.tensors
+        table, given = network.tensors[TABLE], _tensors(batch.given)
         features = network.part("body")(batch.x)
-        generic, personal = (
-            conditioned(features, valve)
-            for valve in network.part("cov")(torch.stack([tensors[GENERIC], tensors[PERSONAL]]))
-        )
-        cosines = F.normalize(generic, dim=1) @ F.normalize(tensors[TABLE], dim=1).T
+        valves = network.part("cov")(torch.stack([given[GENERIC], given[PERSONAL]]))
+        generic, personal = (conditioned(features, valve) for valve in valves)
+        cosines = F.normalize(generic, dim=1) @ F.normalize(table, dim=1).T
         return (
-            batch.mean(sample_losses(network.part("head")(personal), batch.y))
-            + batch.mean(sample_losses(cosines, batch.y))
-            + self.lam * self._distance(generic - tensors[TARGET][batch.y], batch)
-            + self._penalty(tensors)
+            batch.mean(batch.losses(network.part("head")(personal)))
+            + batch.mean(F.cross_entropy(cosines, batch.y, reduction="none"))
+            + self.lam * self._distance(generic - given[TARGET][batch.y], batch)
+            + self._penalty(network.tensors)
         )
 
     def _distance(self, difference: Tensor, batch: Batch) -> Tensor:
@@ -254,22 +244,23 @@ class GPFLUpdate(LocalUpdate):
         """Settings with mu as the weight decay of table and valve; as the last groups they win over the user's."""
         if self.variant == "paper":
             return training
-        groups, decay = training.groups or {}, {"weight_decay": self.mu}
-        own = {name: {**groups.get(name, {}), **decay} for name in ("gce.*", "cov.*")}
-        rest = {name: options for name, options in groups.items() if name not in own}
-        return replace(training, groups={**rest, **own})
+        groups = dict(training.groups or {})
+        for pattern in ("gce.*", "cov.*"):
+            while pattern in groups:  # a group of the user stays in its place
+                pattern += "*"
+            groups[pattern] = {"weight_decay": self.mu}
+        return replace(training, groups=groups)
 
     def _conditions(self, cohort: Cohort, received: Received, last: int) -> dict[str, Tensor]:
         """Conditional inputs ``[K, F]`` by name, after round `last`."""
         if self.variant == "paper":
             return self._inputs(cohort, cohort.spread(received[ARRAYS], [TABLE])[TABLE])
-        kept = cohort.state["model"]
-        own = {name: kept[name].to(cohort.device) for name in (GENERIC, PERSONAL)}
+        kept = {name: value.to(cohort.device) for name, value in entries(cohort.state[CONDITIONS]).items()}
         if PREVIOUS not in received:  # nothing has been averaged yet
-            return own
-        just_trained = (cohort.state["trained"] == last).to(cohort.device)
-        other = self._inputs(cohort, cohort.spread(received[PREVIOUS])[TABLE])
-        return {name: torch.where(expand_rows(just_trained, v), v, other[name]) for name, v in own.items()}
+            return kept
+        just_trained = (cohort.state[LAST_ROUND] == last).to(cohort.device)
+        before = self._inputs(cohort, cohort.spread(received[PREVIOUS])[TABLE])
+        return {n: torch.where(expand_rows(just_trained, v), v, before[n]) for n, v in kept.items()}
 
     def _inputs(self, cohort: Cohort, tables: Tensor) -> dict[str, Tensor]:
         """Conditional inputs ``[K, F]`` of tables ``[K, U, F]``."""
@@ -282,16 +273,16 @@ class GPFLUpdate(LocalUpdate):
     def _shares(self, cohort: Cohort) -> Tensor:
         """Share of each category in the samples a client trains on, float64 ``[K, U]``."""
         data, training = cohort.data, cohort.training
-        used = []
+        trained_on = []
         for client in cohort.clients:
             positions = torch.from_numpy(data.samples(client, cohort.seed, cohort.round))
             size = len(positions)
             if training.drop_last and not training.shuffle and 0 < training.batch_size <= size:
                 size -= size % training.batch_size
-            used.append(positions[:size])
-        sizes = torch.tensor([len(positions) for positions in used])
+            trained_on.append(positions[:size])
+        sizes = torch.tensor([len(positions) for positions in trained_on])
         owner = torch.repeat_interleave(torch.arange(cohort.size), sizes).to(cohort.device)
-        cell = owner * data.num_classes + data.y[torch.cat(used).to(cohort.device)]
+        cell = owner * data.num_classes + data.y[torch.cat(trained_on).to(cohort.device)]
         counts = torch.bincount(cell, minlength=cohort.size * data.num_classes).view(cohort.size, -1)
         return counts / sizes.to(cohort.device, torch.float64)[:, None]
 

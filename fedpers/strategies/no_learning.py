@@ -63,7 +63,7 @@ class NoLearningUpdate(LocalUpdate):
             negatives = torch.bincount(drawn[drawn < items], minlength=items)
             counts[k] += negatives.to(counts.device, counts.dtype)
             cohort.samples_seen[k] += len(drawn)
-        return cohort.reply(tree({DRAWN: counts}, cohort.size), share="none", keep="all")
+        return cohort.reply(tree({DRAWN: counts}, cohort.size))
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
         """The user's own counts."""

@@ -26,14 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import nn
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
+from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.records import ARRAYS
 
 VARIANTS = ("paper", "pfllib")
 
@@ -66,46 +65,39 @@ class PFedMeUpdate(LocalUpdate):
         check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Theta is the initial network; ``trained`` tells whether it has been trained."""
-        trained = next(module.parameters()).detach().new_zeros((), dtype=torch.int64)
-        return TensorDict({"theta": model.clone(), "trained": trained}, batch_size=[])
+        """Theta is the initial network."""
+        return super().initial_state(model, module).set("theta", model.clone())
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves theta several times and w once."""
-        w = cohort.spread(received["arrays"])
-        theta = self._predictor(cohort, w) if self.variant == "pfllib" else w.clone()
+        w = cohort.assemble(received["arrays"])
+        theta = self._pfllib_theta(cohort, received) if self.variant == "pfllib" else w.clone()
         decay = 0.001 if self.variant == "pfllib" else 0.0
         inner_rate = cohort.rate if self.personal_lr is None else self.personal_lr * cohort.rate / cohort.training.lr
         names = cohort.trainable()
-        plan = cohort.plan()
-        optimizer = cohort.optimizer(names, plan)
-        all_theta, all_w = entries(theta), entries(w)
-        for step in cohort.steps(plan):
-            rows = {name: step.view(value) for name, value in all_theta.items()}
-            anchor = {name: step.view(all_w[name]) for name in names}
+        walk = cohort.walk(theta, w)
+        optimizer = walk.optimizer(names)
+        for step, (at, anchor) in walk:
             for _ in range(self.inner_steps):
-                losses, grads = cohort.gradients(step, rows, self.loss, names)
+                losses, grads = cohort.gradients(step, at, self.loss, names)
                 for name, grad in grads.items():
-                    grad.add_(rows[name] - anchor[name], alpha=self.lam).add_(rows[name], alpha=decay)
-                    rows[name].sub_(grad, alpha=inner_rate)
-            optimizer.update(all_w, {name: self.lam * (anchor[name] - rows[name]) for name in names})
-            cohort.count(step, losses)
-        cohort.finish(plan)
+                    grad.add_(at[name] - anchor[name], alpha=self.lam).add_(at[name], alpha=decay)
+                    at[name].sub_(grad, alpha=inner_rate)
+            optimizer.update(anchor, {name: self.lam * (anchor[name] - at[name]) for name in names})
+            cohort.count_loss(step, losses)
         w.update(theta.select(*cohort.names("buffers")))
-        trained = torch.ones(cohort.size, dtype=torch.int64, device=cohort.device)
-        return cohort.reply(w, state={"theta": theta, "trained": trained})
+        return cohort.reply(w, state={"theta": theta})
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
         """Theta; a client that has not trained yet predicts with the received network."""
-        return self._predictor(cohort, cohort.spread(received["arrays"]))
+        if self.variant == "pfllib":
+            return self._pfllib_theta(cohort, received)
+        return cohort.assemble(received["arrays"], personal=cohort.state["theta"])
 
-    def _predictor(self, cohort: Cohort, received: Tree) -> Tree:
-        """Which network a client holds before a round; see ``variant`` in the head of this file."""
-        trained, theta = cohort.state["trained"].bool(), cohort.state["theta"]
-        own = trained if self.variant == "paper" else ~trained
-        return tree(
-            {n: torch.where(expand_rows(own, v), v, received[n]) for n, v in entries(theta).items()}, cohort.size
-        )
+    def _pfllib_theta(self, cohort: Cohort, received: Received) -> Tree:
+        """The received network of a client that has trained, else the initial one."""
+        theta, sent = entries(cohort.state["theta"]), cohort.assemble(received["arrays"])
+        return tree({n: torch.where(expand_rows(cohort.trained, v), sent[n], v) for n, v in theta.items()}, cohort.size)
 
 
 @dataclass(kw_only=True)

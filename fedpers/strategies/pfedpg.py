@@ -45,11 +45,10 @@ No code of the authors was found, and the displayed equations could not be read 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import flwr.app as flower
 import torch
@@ -57,25 +56,23 @@ from flwr.serverapp import Grid
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Fold, Reply, Tree, View, entries, tree
+from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, View, entries, leaves, tree
+from fedpers.cohort.fold import REPLIES
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
 from fedpers.models.frozen import PROMPTS
 from fedpers.randomness import generator as numbers
+from fedpers.records import ARRAYS
+from fedpers.server.collect import checked, schema_of
+from fedpers.server.tools import ClientTable, ServerOptimizer
 from fedpers.strategies.base import PersonalizedStrategy, Received
 from fedpers.strategies.fedvpt import FedVPTUpdate
-from fedpers.strategies.intake import checked, form_of, outcome_of
-from fedpers.strategies.records import ARRAYS
-from fedpers.strategies.server import Records
 
-log = logging.getLogger(__name__)
 GENERATORS = ("attention", "none")
-OPTIMIZERS = ("adam", "sgd")
 REDUCTIONS = ("mean", "sum")
 GENERATOR, DESCRIPTORS, MOMENTS = "generator", "descriptors", "moments"
-"""Roles in the server's state, and records of a round's directions."""
+"""Roles in the server's state."""
 MATRICES = ("query", "key", "value", "out")
-_BETAS, _EPS = (0.9, 0.999), 1e-8
 _AT_ONCE = 64  # clients whose changes are differentiated together
 
 Rows = dict[str, Tensor]
@@ -106,10 +103,9 @@ class PFedPGUpdate(FedVPTUpdate):
     """Train the received prompts and the own head; answer with how the prompts changed."""
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Head; prompts as adapted last, and ``trained``, whether there are any."""
+        """Head; prompts as adapted last."""
         state = super().initial_state(model, module)
         state["adapted"] = model.select(PROMPTS)
-        state["trained"] = model[PROMPTS].new_zeros((), dtype=torch.int64)
         return state
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
@@ -121,7 +117,6 @@ class PFedPGUpdate(FedVPTUpdate):
         kept = {
             "model": params.select(*cohort.names(self.personal)),
             "adapted": params.select(PROMPTS),
-            "trained": torch.ones(cohort.size, dtype=torch.int64, device=cohort.device),
         }
         return Reply(
             {ARRAYS: tree({PROMPTS: change}, cohort.size)},
@@ -131,87 +126,12 @@ class PFedPGUpdate(FedVPTUpdate):
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
         """Own head with the prompts as adapted last, or as received before the first training."""
-        view = cohort.view(received[ARRAYS])
-        own = cohort.state["adapted"][PROMPTS].to(cohort.device)
-        trained = cohort.state["trained"].to(cohort.device).bool()
-        prompts = torch.where(expand_rows(trained, own), own, view.tensors[PROMPTS])
-        return View({**view.tensors, PROMPTS: prompts}, view.stacked | {PROMPTS})
+        kept = {**entries(cohort.state["model"]), **entries(cohort.state["adapted"])}
+        return cohort.view(received[ARRAYS], personal=tree(kept, cohort.size))
 
     def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
         """``generated``: own head with the prompts as received."""
         return {"generated": cohort.view(received[ARRAYS])}
-
-
-class Directions:
-    """Fold of changes D_n: the chain rule through the generator, summed over clients in float64.
-
-    Grows with the number of clients only by the directions of their descriptors, and by at most 64 changes that wait
-    to be differentiated together.
-
-    Parameters
-    ----------
-    base : Tensor ``[K, D]``
-        As the prompts of the round were made of it.
-    matrices : mapping of str to Tensor
-        Of the generator; none if all clients got the base.
-    descriptors : mapping of int to Tensor ``[T, D]``
-        Of the round's clients.
-    """
-
-    def __init__(self, base: Tensor, matrices: Mapping[str, Tensor], descriptors: Mapping[int, Tensor]) -> None:
-        self.base = base
-        self.matrices = dict(matrices)
-        self.descriptors = descriptors
-        self.weight = 0.0
-        self.sums: dict[str, Tensor] = {}
-        self.own: dict[int, Tensor] = {}
-        self._waiting: list[tuple[Tensor, float, int]] = []
-
-    def add(self, records: Mapping[str, Tree], weight: float, client: int) -> None:
-        """Take in one client's change."""
-        self._waiting.append((records[ARRAYS][PROMPTS].to(self.base), weight, client))
-        if len(self._waiting) == _AT_ONCE:
-            self._differentiate()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._differentiate()
-        return {**self.__dict__, "base": None, "matrices": {}, "descriptors": {}}  # whoever merges it has them
-
-    def merge(self, other: Self) -> None:
-        """Take in what another fold took in."""
-        other._differentiate()
-        self.weight += other.weight
-        for name, value in other.sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.own.update(other.own)
-
-    def result(self) -> dict[str, Tree]:
-        """Means over clients for base and generator; ``value`` ``[n, T, D]`` of each ``client`` ``[n]``."""
-        self._differentiate()
-        means = {name: (value / self.weight).to(self.base) for name, value in self.sums.items()}
-        found = {ARRAYS: tree({PROMPTS: means.pop(PROMPTS)})}
-        if self.matrices:
-            clients = sorted(self.own)
-            rows = {"client": torch.tensor(clients), "value": torch.stack([self.own[c] for c in clients])}
-            found.update({GENERATOR: tree(means), DESCRIPTORS: tree(rows)})
-        return found
-
-    def _differentiate(self) -> None:
-        """Turn waiting changes into directions."""
-        if not self._waiting:
-            return
-        changes = torch.stack([change for change, _, _ in self._waiting])
-        weights = changes.new_tensor([weight for _, weight, _ in self._waiting])
-        clients = [client for _, _, client in self._waiting]
-        self._waiting = []
-        self.weight += float(weights.double().sum())
-        found = {PROMPTS: (expand_rows(weights, changes) * changes).sum(0)}
-        if self.matrices:
-            rows = torch.stack([self.descriptors[client] for client in clients])
-            found, own = follow(self.base, self.matrices, rows, changes, weights)
-            self.own.update(zip(clients, own, strict=True))
-        for name, value in found.items():
-            self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
 
 
 def follow(
@@ -257,9 +177,9 @@ class PFedPG(PersonalizedStrategy):
         Width of queries, keys and values, >= 1; default ``min(512, 8 * D)``.
     descriptor_tokens : int, optional
         Rows of a descriptor: 1, or as many as prompts (null).
-    server_optimizer : {"adam", "sgd"}
-        How base, generator and descriptors move along their directions; Adam with betas 0.9 and 0.999, and a count of
-        steps for each client's descriptor.
+    server_optimizer : {"adam", "sgd", "momentum", "yogi"}
+        How base, generator and descriptors move along their directions
+        (:class:`~fedpers.server.tools.ServerOptimizer`), with a count of steps for each client's descriptor.
     server_lr : float
         Rate, > 0.
     reduction : {"mean", "sum"}
@@ -280,15 +200,14 @@ class PFedPG(PersonalizedStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("generator", GENERATORS), ("server_optimizer", OPTIMIZERS), ("reduction", REDUCTIONS)):
+        for name, known in (("generator", GENERATORS), ("reduction", REDUCTIONS)):
             value = getattr(self, name)
             check(value in known, f"strategy.{name}", value, one_of(known, str(value)))
         check(self.inner is None or self.inner >= 1, "strategy.inner", self.inner, "a whole number >= 1, or null")
         tokens = self.descriptor_tokens
         check(tokens in (None, 1), "strategy.descriptor_tokens", tokens, "1, or null for one per prompt")
-        rate = self.server_lr
-        check(0 < rate < math.inf, "strategy.server_lr", rate, "a number > 0")
         check(self.adapt_rounds >= 1, "strategy.adapt_rounds", self.adapt_rounds, "a whole number >= 1")
+        self._optimizer = ServerOptimizer(name=self.server_optimizer, lr=self.server_lr)
 
     # ------------------------------------------------------------------- a round
 
@@ -298,117 +217,107 @@ class PFedPG(PersonalizedStrategy):
             return {ARRAYS: arrays}
         return self._prompts(arrays, self._rows(arrays, clients)["value"])
 
-    def fold(self) -> Fold:
-        """Directions of base, generator and descriptors."""
-        if self.generator == "none":
-            return Directions(self.sent_arrays[PROMPTS], {}, {})
-        known = entries(self.state[DESCRIPTORS])
-        rows = dict(zip(known["client"].tolist(), known["value"], strict=True))
-        return Directions(self.sent_arrays[PROMPTS], entries(self.state[GENERATOR]), rows)
-
-    def to_fold_elsewhere(self) -> Self:
-        """Take generator and descriptors along, which directions follow from."""
-        own = super().to_fold_elsewhere()
-        own.state = {role: values for role, values in self.state.items() if role != MOMENTS}
-        return own
+    def fold(self) -> Collect:
+        """Keep all changes: what they say of the generator is worked out here, where generator and descriptors are."""
+        return Collect()
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move base, generator and the descriptors of `clients`."""
-        common = {**entries(means[ARRAYS]), **entries(means.get(GENERATOR, tree({})))}
-        if self.reduction == "sum":
-            common = {name: value * len(clients) for name, value in common.items()}
-        steps = self._common_steps(common)
+        changes, weights = means[ARRAYS][PROMPTS], means[REPLIES]["weight"].to(arrays[PROMPTS])
         if self.generator == "none":
-            return tree({PROMPTS: arrays[PROMPTS] + steps[PROMPTS]})
-        matrices = entries(self.state[GENERATOR])
-        self.state[GENERATOR] = tree({name: value + steps[name] for name, value in matrices.items()})
-        known, given = entries(self.state[DESCRIPTORS]), entries(means[DESCRIPTORS])
-        place = self._places()
-        rows = torch.tensor([place[c] for c in given["client"].tolist()], device=known["value"].device)
-        moved = self._moved({n: v[rows] for n, v in known.items() if n != "client"}, given["value"])
-        self.state[DESCRIPTORS] = tree(
-            {n: v.index_copy(0, rows, moved[n]) if n in moved else v for n, v in known.items()}
-        )
+            common = {PROMPTS: (expand_rows(weights, changes) * changes).double().sum(0)}
+            table, toward = None, changes
+        else:
+            table = self._descriptors(arrays, clients)
+            rows = table.rows(clients)
+            common, toward = self._directions(arrays, rows["value"], changes, weights)
+        scale = len(clients) if self.reduction == "sum" else 1
+        mean = {n: (v / weights.double().sum()).to(changes) * scale for n, v in common.items()}
+        steps, moments = self._optimizer.step_tree(tree(mean), self.state.get(MOMENTS))
+        if leaves(moments):
+            self.state[MOMENTS] = moments
         new = tree({PROMPTS: arrays[PROMPTS] + steps[PROMPTS]})
-        prompts = generate(new[PROMPTS], entries(self.state[GENERATOR]), moved["value"])
+        if table is None:
+            return new
+        matrices = {n: v + steps[n] for n, v in entries(self.state[GENERATOR]).items()}
+        self.state[GENERATOR] = tree(matrices)
+        moved = self._moved(rows, toward)
+        table.put(clients, moved)
+        self.state[DESCRIPTORS] = table.values
+        prompts = generate(new[PROMPTS], matrices, moved["value"])
         self.report.extra["prompt_spread"] = float((prompts - prompts.mean(0)).square().mean().sqrt())
         return new
 
-    def _common_steps(self, directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Steps of base and generator."""
-        if self.server_optimizer == "sgd":
-            return {name: self.server_lr * value for name, value in directions.items()}
-        known = entries(self.state.get(MOMENTS, tree({})))
-        steps = known.get("steps", torch.zeros((), dtype=torch.int64)) + 1
-        taken, kept = {}, {"steps": steps}
-        for name, value in directions.items():
-            first, second = (known.get(f"{name}.{m}", torch.zeros_like(value)) for m in ("first", "second"))
-            taken[name], kept[f"{name}.first"], kept[f"{name}.second"] = self._adam(value, first, second, steps)
-        self.state[MOMENTS] = tree(kept)
-        return taken
+    def _directions(
+        self, arrays: Tree, descriptors: Tensor, changes: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted sums over clients, in float64, of what :func:`follow` returns; a few clients at a time."""
+        sums: dict[str, Tensor] = {}
+        rows = []
+        parts = (torch.split(values, _AT_ONCE) for values in (descriptors, changes, weights))
+        for some, their_changes, their_weights in zip(*parts, strict=True):
+            found, of_descriptors = follow(
+                arrays[PROMPTS], entries(self.state[GENERATOR]), some, their_changes, their_weights
+            )
+            rows.append(of_descriptors)
+            for name, value in found.items():
+                sums[name] = sums[name] + value.double() if name in sums else value.double()
+        return sums, torch.cat(rows)
 
     def _moved(self, rows: Rows, directions: Tensor) -> Rows:
         """Descriptors (and their moments) after a step."""
-        if self.server_optimizer == "sgd":
-            return {"value": rows["value"] + self.server_lr * directions}
-        steps = rows["steps"] + 1
-        taken, first, second = self._adam(directions, rows["first"], rows["second"], expand_rows(steps, directions))
-        return {"value": rows["value"] + taken, "first": first, "second": second, "steps": steps}
-
-    def _adam(self, value: Tensor, first: Tensor, second: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step along a direction, and the new moments."""
-        first = torch.lerp(first, value, 1 - _BETAS[0])
-        second = torch.lerp(second, value.square(), 1 - _BETAS[1])
-        mean, square = (m / (1 - b ** steps.double()).to(m) for m, b in zip((first, second), _BETAS, strict=True))
-        return self.server_lr * mean / (square.sqrt() + _EPS), first, second
+        step, moments = self._optimizer.step(directions, rows)
+        return {"value": rows["value"] + step, **moments}
 
     # --------------------------------------------------- generator and descriptors
 
     def _prompts(self, arrays: Tree, descriptors: Tensor) -> list[dict[str, Tree]]:
         """Records for clients with these descriptors ``[n, T, D]``."""
-        self._know(arrays, [])
-        prompts = generate(arrays[PROMPTS], entries(self.state[GENERATOR]), descriptors)
-        return [{ARRAYS: tree({PROMPTS: own})} for own in prompts]
+        prompts = generate(arrays[PROMPTS], self._matrices(arrays), descriptors)
+        return [{ARRAYS: tree({PROMPTS: row})} for row in prompts]
 
     def _rows(self, arrays: Tree, clients: list[int]) -> Rows:
         """What is known of `clients`; clients that never train have the mean of all that do, and no moments."""
-        self._know(arrays, clients)
-        known = {n: v for n, v in entries(self.state[DESCRIPTORS]).items() if n != "client"}
-        mean = {n: torch.zeros_like(v[0]) if n != "value" else v.mean(0) for n, v in known.items()}
-        place = self._places()
+        table = self._descriptors(arrays, clients)
+        known = table.rows([client for client in clients if client not in self.unseen])
+        mean = table.mean()["value"]
+        new = {"value": mean, **self._optimizer.moments(mean)}
+        place = iter(range(len(clients)))
+        order = [None if client in self.unseen else next(place) for client in clients]
         return {
-            n: torch.stack([mean[n] if c in self.unseen else v[place[c]] for c in clients]) for n, v in known.items()
+            n: torch.stack([new[n].to(v.device) if at is None else v[at] for at in order]) for n, v in known.items()
         }
 
-    def _places(self) -> dict[int, int]:
-        """Where clients stand among the descriptors."""
-        return {client: at for at, client in enumerate(self.state[DESCRIPTORS]["client"].tolist())}
-
-    def _know(self, arrays: Tree, clients: Sequence[int]) -> None:
-        """Draw generator and descriptors that are not there yet: those of `clients`, and of all that may train."""
-        base = arrays[PROMPTS]
-        count, width = base.shape
+    def _matrices(self, arrays: Tree) -> dict[str, Tensor]:
+        """The generator, drawn when it is first needed."""
         if GENERATOR not in self.state:
+            base = arrays[PROMPTS]
+            width = base.shape[1]
             inner = min(512, 8 * width) if self.inner is None else self.inner
-            shapes = {name: (inner, width) if name == "out" else (width, inner) for name in MATRICES}
             drawn = {}
-            for place, (name, shape) in enumerate(shapes.items()):
+            for place, name in enumerate(MATRICES):
+                shape = (inner, width) if name == "out" else (width, inner)
                 bound = 1 / math.sqrt(shape[0])
                 values = numbers(self.seed, "generator", place).uniform(-bound, bound, shape)
                 drawn[name] = torch.from_numpy(values).to(base)
             self.state[GENERATOR] = tree(drawn)
-        known = entries(self.state.get(DESCRIPTORS, tree({})))
-        listed = set(known["client"].tolist()) if known else set()
-        new = sorted(({*self.seen, *clients} - set(self.unseen)) - listed)
-        if not new:
-            return
+        return entries(self.state[GENERATOR])
+
+    def _descriptors(self, arrays: Tree, clients: Sequence[int]) -> ClientTable:
+        """Descriptors of `clients` and of all that may train, drawn when they are first needed."""
+        self._matrices(arrays)
+        base = arrays[PROMPTS]
+        count, width = base.shape
         shape = (count if self.descriptor_tokens is None else self.descriptor_tokens, width)
-        drawn_rows = [torch.from_numpy(numbers(self.seed, "descriptor", c).uniform(-1, 1, shape)) for c in new]
-        rows = {"client": torch.tensor(new, device=base.device), "value": torch.stack(drawn_rows).to(base)}
-        if self.server_optimizer == "adam":
-            rows.update(first=torch.zeros_like(rows["value"]), second=torch.zeros_like(rows["value"]))
-            rows["steps"] = torch.zeros(len(new), dtype=torch.int64, device=base.device)
-        self.state[DESCRIPTORS] = tree({n: torch.cat([known[n], v]) if known else v for n, v in rows.items()})
+
+        def first(client: int) -> Rows:
+            value = torch.from_numpy(numbers(self.seed, "descriptor", client).uniform(-1, 1, shape)).to(base)
+            return {"value": value, **self._optimizer.moments(value)}
+
+        table = ClientTable(first, self.state.get(DESCRIPTORS))
+        table.add(sorted({*self.seen, *clients} - set(self.unseen)))
+        self.state[DESCRIPTORS] = table.values
+        return table
 
     # ------------------------------------------------------------- unseen clients
 
@@ -417,19 +326,17 @@ class PFedPG(PersonalizedStrategy):
         able = self.prepare(round, arrays, clients, grid, "evaluate")
         rows = {} if self.generator == "none" else self._rows(arrays, able)
         base = arrays[PROMPTS]
-        form = form_of(ARRAYS, {PROMPTS: base})
+        schema = schema_of(ARRAYS, {PROMPTS: base})
         for r in range(self.adapt_rounds if able else 0):
             config = flower.ConfigRecord({"server-round": round + r})
             sent = self._prompts(arrays, rows["value"]) if rows else {ARRAYS: arrays}
-            messages, _ = self._messages(flower.MessageType.TRAIN, sent, config, able)
-            answered = self._by_client(grid.send_and_receive(messages, timeout=self.timeout))
+            results, _ = self.exchange.call(grid, flower.MessageType.TRAIN, sent, config, able)
             changes = {}
             for client in able:
                 try:
-                    changes[client] = checked(outcome_of(answered.get(client)), form)[0][ARRAYS][PROMPTS].to(base)
+                    changes[client] = checked(results[client], schema)[0][ARRAYS][PROMPTS].to(base)
                 except ValueError as problem:
-                    self.report.evaluation_failures[client] = str(problem)
-                    log.info("client %d did not adapt: %s", client, problem)
+                    self.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             stay = [place for place, client in enumerate(able) if client in changes]
             able = [able[place] for place in stay]
             if not able:
@@ -437,7 +344,7 @@ class PFedPG(PersonalizedStrategy):
             if rows:
                 rows = {name: value[stay] for name, value in rows.items()}
                 stacked = torch.stack(list(changes.values()))
-                own = follow(base, entries(self.state[GENERATOR]), rows["value"], stacked, base.new_ones(len(able)))[1]
-                rows = self._moved(rows, own)
+                toward = follow(base, self._matrices(arrays), rows["value"], stacked, base.new_ones(len(able)))[1]
+                rows = self._moved(rows, toward)
         records: list[Records] = [{ARRAYS: arrays}] * len(able)
         return able, list(self._prompts(arrays, rows["value"])) if rows else records

@@ -8,14 +8,20 @@ per batch of the user's positives and drawn negatives:
 
     (w_k, b_k) <- (w_k, b_k) - lr * grad BCE         items fixed
     C_k        <- C_k - item_lr * grad BCE           the new score function fixed; item_lr = lr * item_rate * m items
-    C          <- mean_k C_k
+    C          <- mean_k C_k                         not weighted
 
-Shared: the item table. Personal: the score function, and the fine-tuned table C_k, with which the user predicts.
+Shared: the item table. Personal: the score function, and the fine-tuned table C_k, with which the user predicts as it
+was before it was averaged. Weight decay reaches all rows. The authors' settings: lr 0.1, item_rate 80, one pass,
+batches of 256, 4 negatives, 32 dimensions, best round chosen on validation.
 
-The authors predict with C_k as it is before it is averaged, and average without weights; so does this file. A user
-that has not trained yet predicts with the received table. The authors' settings: lr 0.1, item_rate 80, one pass,
-batches of 256, 4 negatives, 32 dimensions, best round chosen on validation. There is no trace of their code; this is
-written from what is published of it.
+A user that has not trained yet predicts with the received table and the initial score function. ``variant=official``
+does what else the authors' code does, and is checked number for number:
+
+- A user that has not trained yet predicts with the initial table.
+- Cross-entropy is taken on the float32 probability, logarithms not below -100: a saturated score has no gradient.
+- The training loss is that before the second step of each batch, here that before the first.
+
+The code also sends b_k and averages it; nobody reads that, and nothing of it is sent here.
 """
 
 from __future__ import annotations
@@ -25,15 +31,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fedpers.cohort import Cohort, Reply, Tree, entries
-from fedpers.cohort.tree import expand_rows
+from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View
 from fedpers.data.federated import FederatedData
-from fedpers.data.ratings import RankingData
-from fedpers.errors import check
+from fedpers.errors import check, one_of
 from fedpers.models.factorization import factorized
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+
+VARIANTS = ("default", "official")
 
 
 @dataclass(kw_only=True)
@@ -44,14 +51,22 @@ class PFedRecUpdate(LocalUpdate):
     ----------
     item_rate : float
         The item table's rate is `item_rate` times the number of items times ``training.lr``, > 0.
+    variant : {"default", "official"}
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of range, or data, network or training settings do not fit.
     """
 
     shared = "body"
     personal = "all"
     item_rate: float = 80.0
+    variant: str = "default"
 
     def __post_init__(self) -> None:
         check(self.item_rate > 0, "strategy.item_rate", self.item_rate, "a number > 0")
+        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
         groups = self.training.groups
         allowed = "null for strategy=pfedrec; strategy.item_rate sets the rate of the items"
         check(not any("lr" in options for options in (groups or {}).values()), "training.groups", groups, allowed)
@@ -60,47 +75,34 @@ class PFedRecUpdate(LocalUpdate):
         """Check that there are items to be rated."""
         return factorized(model, data)
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Add whether the user has trained: not yet."""
-        state = super().initial_state(model, module)
-        state["trained"] = torch.zeros((), dtype=torch.bool, device=model["body.weight"].device)
-        return state
-
-    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """Own score function and fine-tuned table; the received table of who has none yet."""
-        own = cohort.state["model"]
-        params = cohort.assemble(received["arrays"], personal=own.select(*cohort.names("head")))
-        for name in cohort.names("body"):
-            trained = expand_rows(cohort.state["trained"], own[name])
-            params[name] = torch.where(trained, own[name], params[name])
-        return params
-
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
-        """Fine-tune the received table under the own score function."""
-        assert isinstance(cohort.data, RankingData)
-        own = cohort.state["model"].select(*cohort.names("head"))
-        params = cohort.assemble(received["arrays"], personal=own)
-        plan = cohort.plan()
+        """Fine-tune the received table under the user's score function."""
+        params = cohort.assemble(received["arrays"], personal=cohort.state["model"].select(*cohort.names("head")))
         items = replace(cohort.training, lr=cohort.training.lr * self.item_rate * cohort.data.num_items)
-        phases = [
-            (cohort.trainable(part), cohort.optimizer(cohort.trainable(part), plan, training))
-            for part, training in (("head", None), ("body", items))
-        ]
-        work = entries(params)
-        if plan.order is not None:
-            work = {name: value[plan.order.to(value.device)] for name, value in work.items()}
-        for step in cohort.steps(plan):
-            for place, (names, optimizer) in enumerate(phases):
-                losses, grads = cohort.gradients(step, {n: v[: step.active] for n, v in work.items()}, self.loss, names)
-                optimizer.update(work, grads)
-                if place == 0:
-                    cohort.count(step, losses)
-        if plan.order is not None:
-            for name, value in work.items():
-                params[name].index_copy_(0, plan.order.to(value.device), value)
-        cohort.finish(plan)
-        trained = torch.ones_like(cohort.state["trained"])
-        return cohort.reply(params, share=self.shared, keep=self.personal, state={"trained": trained})
+        head, body = cohort.trainable("head"), cohort.trainable("body")
+        walk = cohort.walk(params)
+        of_head, of_body = walk.optimizer(head), walk.optimizer(body, items)
+        for step, rows in walk:
+            before, grads = cohort.gradients(step, rows, self.loss, head)
+            of_head.update(rows, grads)
+            between, grads = cohort.gradients(step, rows, self.loss, body)
+            of_body.update(rows, grads)
+            cohort.count_loss(step, between if self.variant == "official" else before)
+        return cohort.reply(params)
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        """Mean binary cross-entropy; in ``official`` of probabilities."""
+        if self.variant == "default":
+            return super().loss(network, batch)
+        chance = torch.sigmoid(self.predict(network, batch.x)).squeeze(1)
+        return batch.mean(F.binary_cross_entropy(chance, batch.y.to(chance.dtype), reduction="none"))
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
+        """What the user trained last; the received table of a user that has not trained yet, unless ``official``."""
+        if self.variant == "default":
+            return super().personalize(cohort, received, config)
+        trained: Tree = cohort.state["model"]
+        return trained
 
 
 @dataclass(kw_only=True)

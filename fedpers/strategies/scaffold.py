@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import nn
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, select, shifted, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check
+from fedpers.records import ARRAYS
+from fedpers.server.collect import Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.records import ARRAYS
 
 CONTROL = "control"
 _PLAIN = {
@@ -57,14 +57,16 @@ class ScaffoldUpdate(LocalUpdate):
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """All control variates start at 0."""
-        return TensorDict({CONTROL: _zeros(model, select(module, "parameters"))}, batch_size=[])
+        shared = set(select(module, self.shared))
+        names = tuple(name for name in select(module, "parameters") if name in shared)
+        return super().initial_state(model, module).set(CONTROL, _zeros(model, names))
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train with ``grad - c_k + c``; send the network and the change of c_k."""
         params = cohort.assemble(received["arrays"])
         start = params.clone()
-        names = cohort.names("parameters")
-        own = cohort.state[CONTROL]
+        own = entries(cohort.state[CONTROL])
+        names = tuple(own)
         common = cohort.spread(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
         cohort.fit(params, self.loss, adjust=shifted({n: common[n] - own[n] for n in names}))
         steps = cohort.steps_taken.clamp(min=1).to(cohort.device)
@@ -84,7 +86,6 @@ class Scaffold(PersonalizedStrategy):
     """
 
     update = ScaffoldUpdate
-    more_than_arrays = True
     weighting: str = "uniform"
     server_lr: float = 1.0
 
@@ -96,6 +97,15 @@ class Scaffold(PersonalizedStrategy):
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Mapping[str, Tree]:
         """Send c too, once there is one; until then it is 0."""
         return {ARRAYS: arrays, **({CONTROL: self.state[CONTROL]} if CONTROL in self.state else {})}
+
+    def reply_schema(self, clients: list[int]) -> Schema:
+        """The network, and the change of c_k: an entry for each parameter."""
+        arrays = entries(self.sent_arrays)
+        known = self.state.get(CONTROL)
+        control = schema_of(CONTROL, arrays if known is None else entries(known))
+        if known is None:  # the first round tells parameters from buffers, which have no control variate
+            control = {key: entry._replace(optional=True) for key, entry in control.items()}
+        return {**schema_of(ARRAYS, arrays), **control}
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move the network by ``server_lr`` and c by the share of clients that took part."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Training, Tree, mixed, proximal, shifted, small_change
+from fedpers.cohort import Batch, Cohort, Network, Training, Tree, View, mixed, proximal, shifted, tree
 from fedpers.errors import ConfigError
 from tests.cohort.helpers import assert_same, batches, by_size, cross_entropy, make_cohort, train_alone
 from tests.problems import SmallNetwork, gaussian_data
@@ -74,14 +74,13 @@ def test_a_mask_holds_entries_against_gradient_momentum_and_decay() -> None:
             assert torch.equal(moved, free.bool()), name
 
 
-@pytest.mark.parametrize("stop", [None, small_change(0.0)], ids=["plain", "stop"])
-def test_frozen_layers_work_as_in_an_evaluation(stop: Any) -> None:
+def test_frozen_layers_work_as_in_an_evaluation() -> None:
     network = copy.deepcopy(NETWORK)
     network.body[3].p = 0.5  # no dropout either
     network.body[1].running_mean += 0.4
     cohort = make_cohort(network, DATA, training=Training(lr=0.1, batch_size=8, epochs=2))
     params = start(cohort)
-    cohort.fit(params, cross_entropy, frozen=True, stop=stop)
+    cohort.fit(params, cross_entropy, frozen=True)
     for row, client in enumerate(by_size(DATA)):
         module = copy.deepcopy(network).eval()
         optimizer = plain_sgd(module)
@@ -171,100 +170,152 @@ def test_shifted_and_proximal_follow_their_clients_into_another_order() -> None:
         assert_same(params, alone, row)
 
 
-PASSES = {27: 2, 11: 5, 46: 1, 22: 3, 38: 5, 6: 4, 31: 2}
-"""After how many of at most 5 passes the client of this size stops."""
+ORDERS = [None, [1, 5, 0, 3, 2, 4, 6]]
+"""Steps of each client: those of the settings, or such that rows of the plan are not rows of the cohort."""
+
+
+@pytest.mark.parametrize("steps", ORDERS, ids=["by size", "reordered"])
+@pytest.mark.parametrize("clients", [None, [4]], ids=["K=7", "K=1"])
+def test_what_is_given_is_mapped_over_clients(steps: list[int] | None, clients: list[int] | None) -> None:
+    chosen = by_size(DATA) if clients is None else clients
+    count = None if steps is None else steps[: len(chosen)]
+    first, second = (make_cohort(NETWORK, DATA, clients, training=SMALL) for _ in range(2))
+    torch.manual_seed(0)
+    anchor = first.spread({n: v.detach() + 0.3 for n, v in NETWORK.named_parameters()})
+    anchor = tree({n: v + torch.randn_like(v) for n, v in anchor.items()}, first.size)
+    strength = torch.linspace(0.1, 0.9, first.size, dtype=torch.float64)
+
+    def pulled(network: Network, batch: Batch) -> Tensor:
+        assert network.given is batch.given
+        pull = sum(((network.tensors[n] - v) ** 2).sum() for n, v in batch.given["anchor"].items())  # type: ignore[union-attr]
+        return cross_entropy(network, batch) + batch.given["strength"] / 2 * pull  # type: ignore[operator]
+
+    def pull(step: Any, rows: Any, grads: Any) -> None:
+        for name, grad in grads.items():
+            size = step.take(strength).view(-1, *[1] * (grad.dim() - 1))
+            grad.add_(size * (rows[name] - step.take(anchor[name])))
+
+    a, b = start(first), start(second)
+    first.fit(a, pulled, steps=count, given={"anchor": anchor, "strength": strength})
+    second.fit(b, cross_entropy, steps=count, adjust=pull)
+    assert_same(a, {n: b[n] for n in first.names("all")})
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adam"}, {"momentum": 0.9, "schedule": "cosine"}])
+@pytest.mark.parametrize("steps", ORDERS, ids=["by size", "reordered"])
+def test_each_client_may_have_a_rate_of_its_own(settings: dict[str, Any], steps: list[int] | None) -> None:
+    training = Training(lr=0.1, batch_size=8, epochs=2, **settings)
+    cohort = make_cohort(NETWORK, DATA, training=training)
+    rates = torch.tensor([1.0, 0.5, 0.25, 2.0, 0.0, 1.5, 0.1], dtype=torch.float64)
+    params = start(cohort)
+    cohort.fit(params, cross_entropy, steps=steps, rates=rates)
+    for row, client in enumerate(by_size(DATA)):
+        rate = max(0.1 * float(rates[row]), 1e-300)
+        alone = make_cohort(NETWORK, DATA, [client], training=Training(**{**vars(training), "lr": rate}))
+        expected = start(alone)
+        alone.fit(expected, cross_entropy, steps=None if steps is None else steps[row])
+        assert_same(params, {n: expected[n][0] for n in cohort.names("all")}, row)
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"optimizer": "adam"}])
-@pytest.mark.parametrize("order", ["by size", "own steps"])
-def test_stop_ends_each_client_after_its_own_passes(settings: dict[str, object], order: str) -> None:
-    clients = by_size(DATA)
-    per_pass = [-(-len(DATA.train[c]) // 8) for c in clients]
-    patience = [PASSES[len(DATA.train[c])] for c in clients]
-    # A rule sees one client's losses at a time; the first loss tells which client it is.
-    training = Training(lr=0.05, batch_size=8, **settings)  # type: ignore[arg-type]
-    first: list[float] = []
-    for client in clients:
-        probe = make_cohort(NETWORK, DATA, [client], training=training)
-        probe.fit(start(probe), cross_entropy, epochs=1)
-        first.append(float(probe.loss_sum[0] / probe.samples_seen[0]))
-    assert len({round(loss, 4) for loss in first}) == len(first)
-    calls: list[int] = []
-
-    def rule(losses: Tensor) -> Tensor:
-        done = []
-        for own in losses.T:
-            client = min(range(len(first)), key=lambda k: abs(first[k] - float(own[0])))
-            assert float(own[0]) == pytest.approx(first[client], rel=1e-4)
-            calls.append(client)
-            done.append(len(own) >= patience[client])
-        return torch.tensor(done)
-
-    steps = [5 * n for n in per_pass]
-    if order == "own steps":
-        steps[3], steps[5] = 1, 50  # one ends in the middle of its first pass, one could train longest
-    cohort = make_cohort(NETWORK, DATA, training=training)
-    params = start(cohort)
-    cohort.fit(params, cross_entropy, steps=steps, stop=rule)
-    wanted = [min(s, n * p) for s, n, p in zip(steps, per_pass, patience, strict=True)]
-    assert cohort.steps_taken.tolist() == wanted
-    assert set(calls) == set(range(7)) - ({3} if order == "own steps" else set())
-    for row, client in enumerate(clients):
-        alone = make_cohort(NETWORK, DATA, [client], training=training)
-        own = start(alone)
-        alone.fit(own, cross_entropy, steps=wanted[row])
-        assert_same({n: params[n][row] for n in cohort.names("all")}, {n: own[n][0] for n in cohort.names("all")})
-        assert cohort.samples_seen[row] == alone.samples_seen[0]
-        assert float(cohort.loss_sum[row]) == pytest.approx(float(alone.loss_sum[0]), rel=1e-5)
-
-
-@pytest.mark.parametrize("settings", [{"schedule": "cosine", "momentum": 0.9}, {"schedule": "linear"}])
-def test_a_schedule_goes_on_over_the_planned_steps_when_others_stop(settings: dict[str, object]) -> None:
-    training = Training(lr=0.05, batch_size=8, epochs=6, **settings)  # type: ignore[arg-type]
-    rule = small_change(0.03)
+@pytest.mark.parametrize("steps", ORDERS, ids=["by size", "reordered"])
+def test_a_loop_over_a_walk_is_a_fit(settings: dict[str, Any], steps: list[int] | None) -> None:
     network = SmallNetwork(dropout=0.4).double()
-    cohort = make_cohort(network, DATA, training=training)
-    params = start(cohort)
-    cohort.fit(params, cross_entropy, stop=rule)
-    planned = [6 * -(-len(DATA.train[c]) // 8) for c in by_size(DATA)]
-    stopped = [taken < steps for taken, steps in zip(cohort.steps_taken.tolist(), planned, strict=True)]
-    assert any(stopped)
-    assert not all(stopped)
-    for row, client in enumerate(by_size(DATA)):
-        alone = make_cohort(network, DATA, [client], training=training)
-        own = start(alone)
-        alone.fit(own, cross_entropy, stop=rule)
-        assert alone.steps_taken[0] == cohort.steps_taken[row]
-        assert_same(params, {n: own[n][0] for n in cohort.names("all")}, row)
+    training = Training(lr=0.05, batch_size=8, epochs=2, **settings)
+    fitted, walked = (make_cohort(network, DATA, training=training) for _ in range(2))
+    a, b = start(fitted), start(walked)
+    fitted.fit(a, cross_entropy, steps=steps)
+    names = walked.trainable()
+    walk = walked.walk(b, steps=steps)
+    optimizer = walk.optimizer(names)
+    for step, rows in walk:
+        losses, grads = walked.gradients(step, rows, cross_entropy, names)
+        optimizer.update(rows, grads)
+        walked.count_loss(step, losses)
+    assert_same(a, {n: b[n] for n in fitted.names("all")})
+    for counted in ("steps_taken", "samples_seen", "gradients_taken", "loss_sum"):
+        assert torch.equal(getattr(fitted, counted), getattr(walked, counted)), counted
 
 
-def test_a_rule_sees_the_mean_loss_of_each_pass() -> None:
-    seen: list[list[float]] = []
+@pytest.mark.parametrize("steps", ORDERS, ids=["by size", "reordered"])
+def test_a_walk_over_two_trees_changes_the_rows_of_who_trains(steps: list[int] | None) -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    count = cohort.spread({"n": torch.zeros(2, dtype=torch.int64)})
+    seen = {"samples": torch.zeros(cohort.size)}
+    sizes = set()
+    for step, (steps_of, samples_of) in cohort.walk(count, seen, steps=steps):
+        assert step.index.shape == step.y.shape
+        assert torch.equal(cohort.data.x[step.index], step.x)
+        steps_of["n"] += 1
+        samples_of["samples"] += step.count
+        sizes.add(step.active)
+    wanted = steps or [-(-len(DATA.train[c]) // 8) for c in by_size(DATA)]
+    assert count["n"].tolist() == [[n, n] for n in wanted]
+    assert cohort.steps_taken.tolist() == wanted
+    assert seen["samples"].tolist() == cohort.samples_seen.tolist()
+    assert len(sizes) > 3  # clients leave one after the other
 
-    def rule(losses: Tensor) -> Tensor:
-        seen.append(losses[:, 0].tolist())
-        return torch.tensor([False])
 
-    whole = make_cohort(NETWORK, DATA, [2], training=SMALL)
-    whole.fit(start(whole), cross_entropy, epochs=3, stop=rule)
-    parts = make_cohort(NETWORK, DATA, [2], training=SMALL)
-    params = start(parts)
-    expected, before = [], 0.0
-    for _ in range(3):
-        parts.fit(params, cross_entropy, epochs=1)
-        expected.append((float(parts.loss_sum[0]) - before) / len(DATA.train[2]))
-        before = float(parts.loss_sum[0])
-    assert [len(losses) for losses in seen] == [1, 2, 3]
-    assert seen[-1] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("steps", ORDERS, ids=["by size", "reordered"])
+def test_a_walk_that_is_left_early_books_what_was_done(steps: list[int] | None) -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    mark = {"mark": torch.zeros(cohort.size)}
+    for number, (_, rows) in enumerate(cohort.walk(mark, steps=steps)):
+        rows["mark"] += 1
+        if number == 1:
+            break
+    wanted = [min(n, 2) for n in steps or [-(-len(DATA.train[c]) // 8) for c in by_size(DATA)]]
+    assert mark["mark"].tolist() == cohort.steps_taken.tolist() == wanted
 
 
-def test_small_change_stops_when_the_loss_stands_still() -> None:
-    rule = small_change(0.1)
-    assert rule(torch.tensor([[1.0, 5.0]])).tolist() == [False, False]
-    assert rule(torch.tensor([[9.0, 5.0], [1.0, 5.0], [0.95, 4.0]])).tolist() == [True, False]
-    cohort = make_cohort(NETWORK, DATA, training=Training(lr=1e-9, batch_size=8, epochs=50, shuffle=False))
-    cohort.fit(start(cohort), cross_entropy, stop=small_change(1e-3))
-    assert cohort.samples_seen.tolist() == [2 * len(DATA.train[c]) for c in by_size(DATA)]
+def test_a_prediction_sees_what_its_client_is_given() -> None:
+    cohort = make_cohort(NETWORK, DATA)
+    shift = torch.arange(float(cohort.size), dtype=torch.float64)
+
+    def predict(network: Network, x: Tensor) -> Tensor:
+        return network(x) + network.given["shift"]  # type: ignore[operator,no-any-return]
+
+    plain = cohort.logits(View(dict(cohort.template.items()), frozenset()), "test", lambda network, x: network(x))
+    view = View(dict(cohort.template.items()), frozenset(), {"shift": shift})
+    for k, scores in enumerate(cohort.logits(view, "test", predict)):
+        assert torch.allclose(scores, plain[k] + k)
+    alone = make_cohort(NETWORK, DATA, [3])
+    view = View(dict(alone.template.items()), frozenset(), {"shift": shift[5:6]})
+    expected = alone.logits(View(dict(alone.template.items()), frozenset()), "test", lambda network, x: network(x))
+    assert torch.allclose(alone.logits(view, "test", predict)[0], expected[0] + 5)
+
+
+def remembering(trainings: list[int]) -> Cohort:
+    """Two clients that keep a whole network of nines."""
+    cohort = make_cohort(NETWORK, DATA, [2, 0])
+    kept = {n: torch.full_like(v, 9) for n, v in cohort.template.items()}
+    cohort.state = Tree({"model": cohort.spread(kept), "trained": torch.tensor(trainings)}, batch_size=[2])
+    return cohort
+
+
+@pytest.mark.parametrize("per_client", [False, True])
+def test_who_never_trained_takes_what_the_server_sends(per_client: bool) -> None:
+    cohort = remembering([0, 3])
+    assert cohort.trained.tolist() == [False, True]
+    received = tree({"head.bias": torch.arange(4.0, dtype=torch.float64)})
+    full = cohort.assemble(cohort.spread(received) if per_client else received)
+    assert full["head.bias"].tolist() == [[0, 1, 2, 3], [9, 9, 9, 9]]
+    assert (full["head.weight"] == 9).all()  # not sent: what the client keeps, from its initial state on
+    assert cohort.state["model"]["head.bias"].eq(9).all()
+
+
+def test_when_all_or_none_have_trained_nothing_is_mixed() -> None:
+    received = tree({"head.bias": torch.arange(4.0, dtype=torch.float64)})
+    view = remembering([0, 0]).view(received)
+    assert "head.bias" not in view.stacked  # one copy for all
+    assert view.tensors["head.bias"].tolist() == [0, 1, 2, 3]
+    assert (remembering([1, 2]).assemble(received)["head.bias"] == 9).all()
+    assert (remembering([1, 0]).as_received(received)["head.bias"] == torch.arange(4)).all()
+
+
+def test_without_personal_state_nobody_knows_who_has_trained() -> None:
+    with pytest.raises(RuntimeError, match="personal state only"):
+        _ = make_cohort(NETWORK, DATA).trained
 
 
 def test_a_batch_of_one_sample_under_batch_normalization_is_refused() -> None:
@@ -296,7 +347,7 @@ def test_a_loss_over_parts_of_the_network() -> None:
 
 
 def test_assemble_prefers_personal_then_received_then_initial() -> None:
-    cohort = make_cohort(NETWORK, DATA, [2, 0])
+    cohort = remembering([1, 1])
     received = cohort.template.select("head.weight", "head.bias").clone()
     received["head.weight"] = received["head.weight"] + 1
     received["head.bias"] = received["head.bias"] + 2

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from fedpers.cohort import Training, prepare
-from fedpers.cohort.modules import announce
+from fedpers.cohort import Network, Training, model_tree, prepare, select
+from fedpers.cohort.modules import announce, call, copy_network, part_tensors
+from fedpers.cohort.tree import state_names
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError
-from tests.cohort.helpers import assert_same, cross_entropy, make_cohort
+from tests.cohort.helpers import assert_same, cross_entropy, make_cohort, train_alone
 from tests.problems import SmallNetwork, gaussian_data
 
 LAYERS = {
@@ -165,14 +166,10 @@ def test_dropout_of_a_second_training_is_a_new_draw() -> None:
 
 def test_dropout_of_the_next_step_is_a_new_draw() -> None:
     network, data = SmallNetwork(norm=False, dropout=0.5).double(), gaussian_data(dtype=torch.float64)
-    losses = []
-
-    def note(value: Tensor) -> Tensor:
-        losses.append(float(value[-1, 0]))
-        return torch.tensor([False])
-
-    cohort = make_cohort(network, data, [2], training=Training(lr=1e-12, batch_size=0, shuffle=False))
-    cohort.fit(cohort.assemble(cohort.template), cross_entropy, steps=4, stop=note)
+    cohort = make_cohort(network, data, [2], training=Training(batch_size=0, shuffle=False))
+    names = cohort.trainable()
+    walk = cohort.walk(cohort.assemble(cohort.template), steps=4)
+    losses = [float(cohort.gradients(step, rows, cross_entropy, names)[0]) for step, rows in walk]
     assert len({round(loss, 4) for loss in losses}) == 4
 
 
@@ -266,3 +263,177 @@ def test_pictures_under_batch_norm_train_alike_in_any_cohort() -> None:
         own = alone.assemble(alone.template)
         alone.fit(own, cross_entropy)
         assert_same(params, {n: own[n][0] for n in cohort.names("all")}, client)
+
+
+# ------------------------------------------------------------- several names for one thing
+
+
+class Aliased(nn.Module):
+    """A last layer under two names, the first of which is not `head`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU())
+        self.classifier = nn.Linear(5, 4)
+        self.head = self.classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+class Tied(nn.Module):
+    """Input and output share their weight, as in a language model; a trainable layer lies between them."""
+
+    def __init__(self, frozen: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.into = nn.Linear(6, 4, bias=False)
+        self.body = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 4)
+        self.head.weight = self.into.weight
+        self.into.weight.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.into(x)).relu())
+        return out
+
+
+class Nested(nn.Module):
+    """One table in two parts, under the name `table` in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reader, self.writer = nn.ModuleDict(), nn.ModuleDict()
+        self.reader["table"] = nn.Linear(6, 6)
+        self.writer["table"] = self.reader["table"]
+        self.writer["out"] = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.writer["out"](self.writer["table"](self.reader["table"](x).relu()).relu())
+        return out
+
+
+ENTRIES = {
+    Aliased: [*(f"body.0.{n}" for n in ("weight", "bias")),
+              *(f"body.1.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+              "classifier.weight", "classifier.bias"],
+    Tied: ["body.weight", "body.bias", "head.bias"],
+    Nested: ["reader.table.weight", "reader.table.bias", "writer.out.weight", "writer.out.bias"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_what_has_several_names_is_listed_once_and_trains_as_it_does_alone(kind: type[nn.Module]) -> None:
+    network, data = kind().double(), gaussian_data((19, 14), dtype=torch.float64)
+    cohort = make_cohort(network, data, training=Training(lr=0.1, batch_size=8, epochs=2))
+    assert list(cohort.names("all")) == state_names(network) == list(model_tree(network).keys()) == ENTRIES[kind]
+    params = cohort.assemble(cohort.template)
+    cohort.fit(params, cross_entropy)
+    for k, (client, steps) in enumerate([(0, 6), (1, 4)]):
+        alone = train_alone(
+            network, data, client, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), steps=steps, size=8
+        )
+        assert_same(params, {name: alone[name] for name in ENTRIES[kind]}, k)
+
+
+@pytest.mark.parametrize("name", ["classifier", "head"])
+def test_a_part_goes_by_either_name(name: str) -> None:
+    network = Aliased()
+    canonical = ("classifier.weight", "classifier.bias")
+    assert select(network, name) == select(network, f"{name}.*") == canonical
+    assert select(network, f"{name}.bias") == canonical[1:]
+    assert select(network, "body") == select(network, ("all", f"-{name}")) == tuple(ENTRIES[Aliased][:7])
+    cohort = make_cohort(network, gaussian_data((19, 14)))
+    tensors = {n: v.clone() for n, v in model_tree(network).items()}
+    tensors["classifier.bias"] += 1.0
+    x = torch.randn(3, 5)
+    expected = call(cohort.module.get_submodule("classifier"), {"bias": tensors["classifier.bias"]}, x)
+    torch.testing.assert_close(Network(cohort.module, tensors).part(name)(x), expected)
+    assert not torch.equal(network.head(x), expected)
+    # an entry, too
+    whole = call(cohort.module.eval(), {f"{name}.bias": tensors["classifier.bias"]}, torch.ones(2, 6))
+    torch.testing.assert_close(whole, call(cohort.module, tensors, torch.ones(2, 6)))
+
+
+def test_a_part_within_a_part_goes_by_either_name() -> None:
+    network = prepare(Nested())
+    tensors = {n: v for n, v in model_tree(network).items() if isinstance(v, Tensor)}
+    assert select(network, "writer") == tuple(ENTRIES[Nested])
+    assert select(network, "reader") == select(network, "writer.table") == tuple(ENTRIES[Nested][:2])
+    inside = part_tensors(network, "writer", tensors)
+    assert list(inside) == ["table.weight", "table.bias", "out.weight", "out.bias"]
+    assert inside["table.bias"] is tensors["reader.table.bias"]
+    assert list(part_tensors(network, "writer.table", tensors)) == ["weight", "bias"]
+    assert part_tensors(network, "writer.out", {"writer.out.bias": tensors["reader.table.bias"]}).keys() == {"bias"}
+    with pytest.raises(AttributeError):
+        part_tensors(network, "nothing", tensors)
+
+
+def test_trainable_parameters_of_two_layers_may_not_be_tied() -> None:
+    with pytest.raises(ConfigError, match=r"model=Tied: expected .*only frozen.*'into\.weight' and 'head\.weight'\.$"):
+        prepare(Tied(frozen=False))
+    layer = nn.Linear(3, 3)
+    layer.register_parameter("also", layer.weight)
+    with pytest.raises(ConfigError, match=r"'0\.weight' and '0\.also'"):
+        prepare(nn.Sequential(layer))
+    norms = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    norms[1].running_mean = norms[0].running_mean
+    with pytest.raises(ConfigError, match=r"'0\.running_mean' and '1\.running_mean'"):
+        prepare(norms)
+
+
+# ------------------------------------------------------------------- copies
+
+
+def half_frozen() -> SmallNetwork:
+    network = SmallNetwork()
+    network.body.requires_grad_(False)
+    return network
+
+
+def places(module: nn.Module) -> dict[str, int]:
+    return {name: value.data_ptr() for name, value in module.state_dict(keep_vars=True).items()}
+
+
+def test_copies_share_frozen_parameters_and_nothing_else() -> None:
+    network = half_frozen()
+    frozen = {"body.0.weight", "body.1.weight", "body.1.bias"}
+    for copied in (copy_network(network), copy_network(copy_network(network)), copy_network(network, "cpu")):
+        before, after = places(network), places(copied)
+        assert {name for name in before if before[name] == after[name]} == frozen
+        assert_same(dict(copied.state_dict()), dict(network.state_dict()))
+        assert {n for n, p in copied.named_parameters() if not p.requires_grad} == frozen
+    assert {name for name, place in places(prepare(network)).items() if place == places(network)[name]} == frozen
+
+
+def test_tied_parameters_stay_tied_in_a_copy() -> None:
+    for copied in (copy_network(Tied()), copy_network(Tied(), "cpu")):
+        assert copied.head.weight is copied.into.weight
+    aliased = copy_network(Aliased())
+    assert aliased.head is aliased.classifier
+
+
+def test_a_copy_for_another_device_leaves_the_network_where_it_is() -> None:
+    network = half_frozen()
+    copied = copy_network(network, "meta")
+    assert {value.device.type for value in copied.state_dict().values()} == {"meta"}
+    assert {value.device.type for value in network.state_dict().values()} == {"cpu"}
+
+
+def test_a_cohort_on_a_copy_trains_alike() -> None:
+    trained = []
+    for copies in (0, 2):
+        cohort = make_cohort(
+            half_frozen().double(), gaussian_data(dtype=torch.float64), training=Training(lr=0.1, batch_size=8)
+        )
+        for _ in range(copies):
+            cohort.module = copy_network(cohort.module)
+        params = cohort.assemble(cohort.template)
+        cohort.fit(params, cross_entropy)
+        trained.append({name: params[name] for name in cohort.names("all")})
+    assert trained[0].keys() == trained[1].keys() == set(state_names(half_frozen()))
+    assert_same(trained[1], trained[0])
+    assert (trained[0]["head.weight"] - half_frozen().head.weight).abs().amax((1, 2)).min() > 1e-3

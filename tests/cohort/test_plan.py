@@ -36,14 +36,12 @@ def test_epochs_in_the_given_order() -> None:
     assert plan.width == [2, 2, 2, 2, 2, 1]
     assert plan.ragged == [False, True, True, True, False, False]
     assert plan.client_steps.tolist() == [6, 4]
-    assert plan.epoch_end.nonzero().tolist() == [[1, 1], [2, 0], [3, 1], [5, 0]]
     assert plan.order is None
 
 
 def test_steps_go_over_the_end_of_a_pass() -> None:
     plan = plan_batches(samples(3, 2), batch_size=2, steps=3)
     assert rows(plan) == [[[100, 101], [200, 201]], [[102], [200, 201]], [[100, 101], [200, 201]]]
-    assert plan.epoch_end.tolist() == [[False, True], [True, True], [False, True]]
 
 
 def test_drop_last_and_a_client_smaller_than_a_batch() -> None:
@@ -85,16 +83,6 @@ def test_orders_are_drawn_by_position_in_the_cohort_and_pass() -> None:
     assert [step[0] for step in rows(plan)] == expected
 
 
-def test_keep_goes_on_with_some_clients_and_ends_with_their_last_step() -> None:
-    plan = plan_batches(samples(5, 4, 2), batch_size=2, epochs=1)
-    kept = plan.keep(torch.tensor([1, 2]))
-    assert kept.order is not None
-    assert kept.order.tolist() == [1, 2]
-    assert rows(kept) == [[[200, 201], [300, 301]], [[202, 203], []]]
-    assert kept.active == [2, 1]
-    assert kept.keep(torch.tensor([1])).order.tolist() == [2]  # type: ignore[union-attr]
-
-
 def test_no_steps_at_all() -> None:
     plan = plan_batches(samples(3, 2), batch_size=2, epochs=0)
     assert plan.steps == 0
@@ -123,7 +111,7 @@ def test_every_epoch_visits_each_sample_once(sizes: list[int], batch_size: int, 
         passes = 0
         for t in range(plan.steps):
             seen += plan.index[t, row, : plan.count[t, row]].tolist()
-            if plan.epoch_end[t, row]:
+            if len(seen) == len(own[client]):
                 assert sorted(seen) == own[client].tolist()
                 seen, passes = [], passes + 1
         assert not seen

@@ -16,6 +16,7 @@ from fedpers.data import DatasetConfig, load_dataset
 from fedpers.data.datasets import DATASETS
 from fedpers.data.torchvision_shim import import_torchvision
 from fedpers.errors import ConfigError, DataError
+from fedpers.tasks import Regression
 
 
 def sentence(error: pytest.ExceptionInfo[Exception]) -> str:
@@ -121,6 +122,19 @@ def test_npz_grey_constant_and_float(tmp_path: Path) -> None:
     assert data.y.dtype == torch.int64
 
 
+@pytest.mark.parametrize(
+    ("y", "shape", "targets"),
+    [(np.array([0.5, -2.0, 3.0]), (3,), 1), (np.array([[1.0], [2.0], [7.0]]), (3, 1), 1), (np.eye(3, 2), (3, 2), 2)],
+)
+def test_npz_with_floats_is_a_regression(tmp_path: Path, y: Any, shape: tuple[int, ...], targets: int) -> None:
+    data = load_dataset(DatasetConfig(name="npz", root=npz(tmp_path, x=np.zeros((3, 2)), y=y)))
+    assert data.task == Regression()
+    assert data.num_classes == targets
+    assert data.y.dtype == torch.float32
+    assert tuple(data.y.shape) == shape
+    assert data.y.tolist() == y.tolist()
+
+
 @pytest.mark.parametrize("ids", [np.array([7, 7, 3]), np.array(["b", "b", "a"])])
 def test_npz_owners(tmp_path: Path, ids: Any) -> None:
     root = npz(tmp_path, x=np.zeros((3, 2)), y=np.zeros(3, int), who=ids)
@@ -138,8 +152,12 @@ X, Y = np.zeros((3, 2)), np.array([0, 1, 1])
     [
         ({"x": X, "label": Y}, r"has no array 'y'; it has label, x\."),
         ({"x": X[:2], "y": Y}, r"x has 2 samples but y has 3\."),
-        ({"x": X, "y": Y.astype(float)}, r"y must be whole numbers \[N\], not float64 \[3\]\."),
-        ({"x": X, "y": Y[:, None]}, r"y must be whole numbers \[N\], not int64 \[3, 1\]\."),
+        ({"x": X, "y": Y.astype(float)}, r"y holds whole numbers as float64; store class ids as whole numbers, or the"),
+        ({"x": X, "y": Y[:, None]}, r"y must be whole numbers \[N\], class ids, or floats .*, not int64 \[3, 1\]\."),
+        ({"x": X, "y": np.zeros((3, 0))}, r"y must be whole numbers .*, not float64 \[3, 0\]\."),
+        ({"x": X, "y": np.array(["a", "b", "b"])}, r"y must be whole numbers .*, not <U1 \[3\]\."),
+        ({"x": X, "y": np.array([0.5, np.nan, 1])}, r"y is not finite \(nan or infinite\) in 1 of 3 samples\."),
+        ({"x": X, "y": np.array([[0.5, 1e300], [1, 2], [3, 4]])}, r"y is not finite \(nan or infinite\) in 1 of 3"),
         ({"x": X, "y": Y - 1}, r"y has the label -1, expected class ids from 0 to 99999\."),
         ({"x": X, "y": Y * 10**12}, r"y has the label 1000000000000, expected class ids"),
         ({"x": X[:0], "y": Y[:0]}, r"there are no samples\."),

@@ -1,5 +1,6 @@
 """The data of all clients: what is refused, and what a run reads from them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from fedpers.data import FederatedData
 from fedpers.errors import DataError
+from fedpers.tasks import CLASSIFICATION, Regression
 
 
 def made(**values: Any) -> FederatedData:
@@ -20,13 +22,22 @@ def made(**values: Any) -> FederatedData:
 
 def test_what_a_run_reads() -> None:
     data = made()
-    assert (data.headline, data.also, data.selected_on, data.latest_wins) == ("accuracy", (), "validation", False)
-    assert data.protocol == "validation-selected"
+    assert data.task is CLASSIFICATION
+    assert data.num_items == 0
     assert data.public is None
     assert data.unseen == ()
     samples = data.samples(0, seed=1, round=2)
     assert samples.tolist() == [0, 1]
     assert samples.ctypes.data == data.train[0].numpy().ctypes.data  # no copy
+
+
+def test_targets_of_a_regression_are_counted_per_client() -> None:
+    data = replace(made(), y=torch.linspace(-1, 1, 20).view(10, 2), num_classes=2, task=Regression())
+    assert data.label_counts().tolist() == [[2], [1]]
+    assert data.label_counts("test").tolist() == [[1], [1]]
+    part = data.restrict([1]).to("cpu")
+    assert part.task == Regression()
+    assert torch.equal(part.y[part.train[1]], data.y[data.train[1]])
 
 
 def test_checksum_of_present_data_stays() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedpers.data import HeterogeneityConfig, apply_heterogeneity
 from fedpers.data.federated import PARTS
 from fedpers.errors import ConfigError, DataError
+from fedpers.tasks import Regression
 from tests.problems import gaussian_data
 
 
@@ -50,6 +53,9 @@ def test_bad_values_and_shared_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"heterogeneity\.strength=1\.5: expected a number >= 0 and <= 1"):
         HeterogeneityConfig("label_noise", 1.5)
     data = gaussian_data((5, 5))
+    numbers = replace(data, y=data.y.float(), task=Regression())
+    with pytest.raises(ConfigError, match=r"heterogeneity=label_noise: expected none or feature_shift, because"):
+        apply_heterogeneity(numbers, HeterogeneityConfig("label_noise", 0.5), 0)
     shared = type(data)(data.x, data.y, [data.train[0]] * 2, data.validation, data.test, data.num_classes)
     with pytest.raises(DataError, match="belong to one client each"):
         apply_heterogeneity(shared, HeterogeneityConfig("label_noise", 0.5), 0)

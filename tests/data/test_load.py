@@ -17,6 +17,7 @@ from fedpers.data.datasets import DATASETS, RATINGS
 from fedpers.data.partition import PARTITIONS
 from fedpers.data.split import SPLITS, take_public
 from fedpers.errors import ConfigError, DataError
+from fedpers.tasks import Regression
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS: dict[str, tuple[Any, Any]] = {
@@ -225,6 +226,45 @@ def test_unseen_clients() -> None:
         ConfigError, match=r"split\.unseen=8: expected a number below 8, so that a client is left to train"
     ):
         load_federated(DatasetConfig(), PartitionConfig("iid", 8), SplitConfig(unseen=8), 0)
+
+
+# --- targets of a regression ---
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> str:
+    """120 samples of 3 features with two numbers each, of 6 owners; the first 80 are the official training part."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "numbers.npz"
+    np.savez(path, x=rng.normal(size=(120, 3)), y=rng.normal(size=(120, 2)), who=np.arange(120) % 6, n=80)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["iid", "quantity", "natural", "index"])
+def test_numbers_are_divided_without_classes(numbers: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps([list(range(k, 120, 6)) for k in range(6)]))
+    partition = PartitionConfig(name, None if name in ("natural", "index") else 6, file=str(file))
+    data = load_federated(DatasetConfig("npz", numbers, client="who"), partition, SplitConfig(public=0.1), 0)
+    assert (data.num_clients, data.num_classes, data.task) == (6, 2, Regression())
+    assert tuple(data.y.shape) == (120, 2)
+    assert disjoint(data)
+    assert data.public is not None
+    assert sum(len(positions) for part in PARTS for positions in data.part(part)) + len(data.public) == 120
+    assert data.label_counts().tolist() == data.sizes().unsqueeze(1).tolist()
+
+
+@pytest.mark.parametrize("name", ["dirichlet", "pathological", "label_sets"])
+def test_numbers_have_no_classes_to_divide(numbers: str, name: str) -> None:
+    message = rf"partition={name}: expected iid, quantity, natural or index, because numbers has no class labels\."
+    with pytest.raises(ConfigError, match=message):
+        load_federated(DatasetConfig("npz", numbers), PartitionConfig(name, 6), SplitConfig(), 0)
+
+
+def test_numbers_have_no_mix_of_labels_to_deal_by(numbers: str) -> None:
+    dataset = DatasetConfig("npz", numbers, n_train="n")
+    with pytest.raises(ConfigError, match=r"split=official: expected fractions, because numbers has no class labels\."):
+        load_federated(dataset, PartitionConfig("iid", 4), SplitConfig("official"), 0)
 
 
 # --- settings that do not fit the data ---

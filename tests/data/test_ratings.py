@@ -23,6 +23,7 @@ from fedpers.data import (
 from fedpers.data.rating_files import Ratings
 from fedpers.data.ratings import leave_one_out
 from fedpers.errors import ConfigError, DataError
+from fedpers.tasks import Ranking
 
 TRACE = Path(__file__).parents[1] / "reference" / "fedrap" / "i_split.npz"
 
@@ -241,10 +242,9 @@ def test_as_many_negatives_as_items_are_left() -> None:
 
 def test_what_a_run_reads() -> None:
     clean, official = tiny(top_k=5), tiny(protocol="official")
-    assert (clean.headline, clean.also) == ("hr@5", ("ndcg@5",))
-    assert (clean.selected_on, clean.latest_wins, clean.protocol) == ("validation", False, "validation-selected")
-    assert (official.headline, official.selected_on, official.latest_wins) == ("hr@10", "test", True)
-    assert official.protocol == "official: test-selected"
+    assert (clean.task, official.task) == (Ranking(5), Ranking(10, "official"))
+    assert clean.num_items == 20
+    assert clean.restrict([0]).task == clean.task
 
 
 def test_checksum_and_device() -> None:

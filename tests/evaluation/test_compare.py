@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,47 @@ def test_runs_with_privacy_or_another_aggregate_have_tables_of_their_own(write, 
     }
 
 
+def test_compressed_runs_have_tables_of_their_own(write, tmp_path):
+    write("fedrep", 0, 0.8)  # of a time without compression
+    write("fedavg", 0, 0.7, config={"compression": {"name": "none", "share": 0.01, "bits": 8}})
+    for share in (0.1, 0.01):
+        write("fedrep", 0, 0.6, config={"compression": {"name": "topk", "share": share}})
+    usual = "digits · dirichlet(alpha=0.1) · mlp · 20 clients · 50 rounds"
+    assert {group.title: len(group.rows) for group in leaderboard(find_runs([tmp_path]))} == {
+        usual: 2,
+        f"{usual} · compression topk · compression.share=0.1": 1,
+        f"{usual} · compression topk · compression.share=0.01": 1,
+    }
+
+
+def test_privacy_is_stated(write, tmp_path):
+    def note(*epsilons, noise=1.0):
+        for folder in tmp_path.iterdir():
+            shutil.rmtree(folder)
+        for name, spent in zip(("fedavg", "fedrep", "ditto"), epsilons, strict=False):
+            privacy = {"name": "fixed", "noise": noise}
+            write(name, 0, 0.5, config={"privacy": privacy}, privacy_epsilon=spent, privacy_delta=1e-5)
+        (told,) = (line for line in board(tmp_path).notes if line.startswith("Privacy"))
+        return told
+
+    end = "at delta 1e-05, of a client's data in the arrays; metrics travel as they are."
+    assert note(12.3456, 12.3456) == f"Privacy: epsilon 12.3 {end}"
+    assert board(tmp_path).rows[0].epsilon == 12.3456
+    told = note(3.0, 2.5, None)
+    assert told.endswith(end)
+    spent = told.removeprefix("Privacy: epsilon ").removesuffix(f" {end}")
+    assert set(spent.split(", ")) == {"3 (fedavg)", "2.5 (fedrep)", "unknown (ditto)"}
+    assert note(None, None, noise=0) == "Privacy: changes are clipped and get no noise, which guarantees nothing."
+    assert note(None).endswith("it takes a library for it (pip install 'fedpers[privacy]').")
+    assert leaderboard_rows(find_runs([tmp_path]))[0]["epsilon"] is None
+
+
+def test_the_most_of_what_seeds_spend(write, tmp_path):
+    for seed, spent in ((0, 1.0), (1, 3.0), (2, 2.0)):
+        write("fedavg", seed, 0.5, config={"privacy": {"name": "fixed"}}, privacy_epsilon=spent, privacy_delta=1e-5)
+    assert board(tmp_path).rows[0].epsilon == 3.0
+
+
 def test_numbers_of_a_row_by_hand(write, tmp_path):
     for seed, accuracy, last in ((0, 0.8, 0.6), (1, 0.9, 0.7), (2, 0.85, 0.65)):
         write("fedrep", seed, accuracy, last, bytes_up=1_000_000 * seed)
@@ -164,6 +206,27 @@ def test_one_seed_cannot_tell_and_absent_baselines_are_named(write, tmp_path):
     assert "There is no local run to compare with." in text
     assert "±" not in text.splitlines()[4]
     assert not any(mark in text for mark in "~?!")
+
+
+def test_what_a_run_says_about_its_task_shapes_the_table(write, tmp_path):
+    ranked = {"test/hr@10": 0.6, "test/ndcg@10": 0.4, "test/hr@10_std": 0.49, "test/hr@10_worst_decile": 0.0}
+    old = {"headline": "hr@10", "also": ["ndcg@10"]}
+    new = {**old, "task": "ranking", "spread": False, "baselines": ["local", "fedavg", "no_learning"]}
+    write("fedrap", 0, 0, selected=ranked, **old)  # of a time when runs did not name their task
+    assert "std" in printed(tmp_path)
+    assert "There is no local and no fedavg run to compare with." in board(tmp_path).notes
+    write("no_learning", 0, 0, selected={**ranked, "test/hr@10": 0.1}, **new)
+    write("fedavg", 0, 0, selected={**ranked, "test/hr@10": 0.5}, **new)
+    group = board(tmp_path)
+    assert (group.headline, group.spread) == ("hr@10", False)
+    assert [row.baseline for row in group.rows] == [False, True, True]
+    assert "There is no local run to compare with." in group.notes
+    assert group.notes[0].startswith("Test hr@10: mean over clients at the selected round, ± 95 % interval")
+    assert not any(word in group.notes[0] for word in ("std", "worst"))
+    text = printed(tmp_path)
+    assert not any(word in text for word in ("std", "worst"))
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("fedrap")]
+    assert line.split() == ["fedrap", "60.0", "40.0", "-", "2.0", "34.5", "12.0", "1"]
 
 
 def test_mixed_numbers_of_seeds(write, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 
 from fedpers.app import _main
 from fedpers.errors import ConfigError, FedpersError
-from fedpers.evaluation.plots import SHARE, plot_masks, plot_run, read_rounds
+from fedpers.evaluation.plots import SHARE, Rounds, _draw_headline, _figure, plot_masks, plot_run, read_rounds
 
 
 def write(folder: Path, layers: list[str] | None = None, *, rounds: int = 4, headline: str = "accuracy") -> Path:
@@ -45,6 +45,16 @@ def test_a_run_without_summary_is_drawn_as_far_as_it_got(tmp_path: Path) -> None
     assert read_rounds(folder).headline == "hr@10"
     plot_run(folder, tmp_path / "a.svg")
     assert "hr@10" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_metric_below_zero_stays_in_the_picture(tmp_path: Path) -> None:
+    folder = write(tmp_path / "run", headline="r2")
+    rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    rows[0]["test/r2"] = -0.5
+    figure = _figure(2, 2)
+    axes = figure.subplots()
+    _draw_headline(axes, Rounds(folder, rows, {"headline": "r2"}))
+    assert axes.get_ylim() == pytest.approx((-0.51, 1.02))
 
 
 @pytest.mark.parametrize("layers", [None, ["body.0.weight", "head.weight"], [f"body.{i}.weight" for i in range(12)]],

@@ -66,6 +66,12 @@ def test_a_small_vit_learns_digits_in_seconds(digits, caplog):
     )
 
 
+def test_numbers_are_no_labels_to_pretrain_on(digits):
+    x, y = digits
+    with pytest.raises(ConfigError, match=r"model\.pretrained=public: expected null, because pretraining needs class"):
+        build(config(), (x, y.float()))
+
+
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_same_values_from_training_and_from_cache(norm, digits, trainings, cache):
     settings = config("cnn", width=4, hidden=(16,), norm=norm)

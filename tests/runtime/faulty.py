@@ -17,7 +17,7 @@ from fedpers.cohort import Cohort, Reply, Training, leaves
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedPer, FedPerUpdate, PersonalizedStrategy, Received
-from fedpers.strategies.records import from_record
+from fedpers.records import from_record
 from tests.problems import SmallNetwork, gaussian_data
 
 DATA = gaussian_data((20, 9, 13, 7, 28), dtype=torch.float64)
@@ -70,6 +70,7 @@ def rounds(
 ) -> tuple[Values, PersonalizedStrategy]:
     """Train with 60 % of the clients, evaluate all; everything that is there at the end."""
     strategy = Faulty(fraction=0.6, seed=3)
+    strategy.begin()
     folding = strategy.folding(grid)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     for r in range(1, number + 1):

@@ -17,7 +17,7 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, LocalUpdate, make_strategy
-from fedpers.strategies.records import from_record, unflatten_state
+from fedpers.records import from_record, unflatten_state
 from tests import flower_app
 from tests.equivalence import difference
 from tests.problems import SmallNetwork, gaussian_data
@@ -57,6 +57,7 @@ def three_rounds(method: str, engine: str) -> dict[str, Tensor]:
     else:
         grid = LocalGrid(PerClient(app), clients) if engine == "per client" else WireGrid(app, clients)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    strategy.begin()
     with server_identity(RUN_ID):
         for r in (1, 2, 3):
             replies = grid.send_and_receive(strategy.configure_train(r, arrays, config, grid))

@@ -27,7 +27,7 @@ from fedpers.runtime.flower_private import (
     server_identity,
     unavailable,
 )
-from fedpers.strategies.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
+from fedpers.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
 from tests.problems import SmallNetwork
 
 TENSORS = [

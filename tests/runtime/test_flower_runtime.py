@@ -40,9 +40,9 @@ from fedpers.runtime.flower_private import delivered, give_id, server_identity
 from fedpers.runtime.grid import FIRST_NODE, context_of
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import PersonalizedStrategy, RoundReport, make_strategy
-from fedpers.strategies.client import IDENTIFY, STATE, CohortApp
+from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
-from fedpers.strategies.records import METRICS, from_record
+from fedpers.records import METRICS, from_record
 from tests.problems import Problem, gaussian_data, problem
 
 METHODS = ("gpfl", "pfedpg", "fedjets", "scaffold", "fedrap")

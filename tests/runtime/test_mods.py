@@ -25,9 +25,9 @@ from fedpers.run import run_rounds
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
+from fedpers.server.postprocessors import Privacy
 from fedpers.strategies import CohortApp, FedRep, FedRepUpdate, LocalUpdate, RoundReport, make_strategy
-from fedpers.strategies.records import from_record
-from fedpers.strategies.wrappers import Privacy
+from fedpers.records import from_record
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
 from tests.runtime.wire import WireGrid
@@ -113,7 +113,7 @@ def test_sizes_are_told(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_local_privacy_clips_as_ours_and_adds_noise() -> None:
-    expected, _, _ = rounds([], privacy=Privacy(noise=0.0, norm=0.2))
+    expected, _, _ = rounds([], postprocessors=(Privacy(noise=0.0, norm=0.2),))
     clipped, _, _ = rounds([LocalDpMod(0.2, 0.0, 1.0, 1e-5)])
     assert_same(clipped, expected)
     np.random.seed(0)  # noqa: NPY002 - what the mod draws from

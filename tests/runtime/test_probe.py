@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fedpers.runtime.probe as module
-from fedpers.cohort import Training
+from fedpers.cohort import Batch, Given, Network, Training, Tree
 from fedpers.data.cache import cache_root
+from fedpers.data.federated import FederatedData
 from fedpers.runtime.engine import CohortEngine
 from fedpers.runtime.probe import Choice, probe
-from fedpers.strategies import CohortApp, FedAvgUpdate
+from fedpers.strategies import CohortApp, FedAvgUpdate, LocalUpdate
 from tests.problems import SmallNetwork, gaussian_data
 
 
@@ -40,6 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return {1: 9.0, 4: 12.0}.get(size, 4.0 * size) * 1e-6
 
     monkeypatch.setattr(module, "_stepper", lambda app, size: size)
+    monkeypatch.setattr(module, "bytes_per_client", lambda app, size=1: 100)
     monkeypatch.setattr(module, "_time_steps", time_steps)
     monkeypatch.setattr(module, "_time_together", lambda sizes: 1e-6)
     monkeypatch.setattr(module, "cores", lambda: 2)
@@ -141,3 +148,220 @@ def test_choices_read_well() -> None:
     assert str(Choice(1, 1, "given")) == "cohorts of 1 client, 1 worker, given"
     text = str(Choice(4, 2, "measured", {"1": 9.4, "4": 3.0}))
     assert text == "cohorts of 4 clients, 2 workers, measured (per client and step 1: 9 us, 4: 3 us)"
+
+
+# ------------------------------------------------------------------- memory
+
+
+def bytes_free(monkeypatch: pytest.MonkeyPatch, clients: float) -> None:
+    """Let there be room for so many clients of 100 bytes, cohorts on both cores together."""
+    monkeypatch.setattr(module, "available_memory", lambda device: 100 * clients / module.MEMORY_SHARE)
+
+
+@pytest.mark.parametrize(
+    ("clients", "tried", "chosen"), [(2 * 7, [1, 4, 7], 4), (2 * 7 - 1, [1, 4], 4), (7, [1], 1), (0.1, [1], 1)]
+)
+def test_cohorts_beyond_the_memory_are_not_tried(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch, clients: float, tried: list[int], chosen: int
+) -> None:
+    bytes_free(monkeypatch, clients)
+    choice = probe(app, 7, "auto", 1)
+    assert measured == tried
+    assert (choice.cohort, choice.how, [*choice.microseconds]) == (chosen, "measured", [str(size) for size in tried])
+
+
+def test_a_cohort_may_be_entitled_to_another_part(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_free(monkeypatch, 7)
+    probe(app, 7, "auto", 1, part=1.0)
+    assert measured == [1, 4, 7]
+
+
+def test_what_was_kept_obeys_the_memory_of_today(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_free(monkeypatch, 100)
+    assert probe(app, 7, "auto", 1).cohort == 4
+    bytes_free(monkeypatch, 3)
+    assert probe(app, 7, "auto", 1) == Choice(1, 1, "cached", {"1": 9.0})
+    assert measured == [1, 4, 7]
+
+
+def test_what_was_left_out_is_tried_when_it_fits(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for clients, how, sizes in [(3, "measured", 1), (3, "cached", 1), (7, "cached", 1), (8, "measured", 4)]:
+        bytes_free(monkeypatch, clients)
+        choice = probe(app, 7, "auto", 1)
+        assert (choice.how, choice.cohort) == (how, sizes)
+    assert measured == [1, 1, 4]
+
+
+def test_workers_that_do_not_fit_are_not_tried(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_free(monkeypatch, 2 * 3)
+    assert probe(app, 7, 3, "auto").workers == 2
+    bytes_free(monkeypatch, 2 * 3 - 0.1)
+    measured.clear()
+    assert probe(app, 7, 3, "auto").workers == 1
+    assert not measured
+
+
+def test_workers_are_as_many_as_fit(app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    for clients, workers in [(4, 4), (3.9, 3), (2, 2), (1.9, 1)]:
+        bytes_free(monkeypatch, clients)
+        assert probe(app, 7, 1, "auto").workers == workers
+
+
+def test_where_the_memory_is_unknown_everything_is_tried(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_free(monkeypatch, math.inf)
+    assert probe(app, 7, "auto", "auto").workers == 2
+    assert measured[:3] == [1, 4, 7]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+
+
+PARAMETERS = 4 * (6 * 10 + 10 + 10 * 4 + 4)  # bytes
+SAVED = 4 * 8 * (6 + 10 + 4) + 8 * 8  # of a batch of 8: inputs, features, log-probabilities; labels
+
+
+def estimated(model: nn.Module, update: type[LocalUpdate] = FedAvgUpdate, **training: Any) -> int:
+    settings = Training(lr=0.01, **{"batch_size": 8, **training})
+    return module.bytes_per_client(update(training=settings).client_app(model, gaussian_data()))
+
+
+def test_the_bytes_of_a_client_are_counted() -> None:
+    plain = estimated(network())
+    assert 0 <= plain - 2 * PARAMETERS - SAVED <= 100  # a few numbers per batch
+    assert estimated(network(), momentum=0.9) == plain + PARAMETERS
+    assert estimated(network(), optimizer="adamw") == plain + 2 * PARAMETERS
+    assert estimated(network(), batch_size=16) == pytest.approx(2 * PARAMETERS + 2 * SAVED, abs=100)
+    assert estimated(network(), LocalUpdate) == plain
+
+
+def test_frozen_parameters_belong_to_no_client() -> None:
+    half = network()
+    half[0].requires_grad_(False)
+    head = 4 * (10 * 4 + 4)
+    assert estimated(half) == pytest.approx(2 * head + SAVED, abs=100)
+    half[2].requires_grad_(False)
+    half.append(nn.Linear(4, 4, bias=False))
+    assert estimated(half) < 2 * 64 + SAVED + 4 * 8 * 4 + 100
+
+
+@dataclass(kw_only=True)
+class Kept(FedAvgUpdate):
+    """The whole network is personal."""
+
+    personal = "all"
+
+
+def test_personal_state_is_counted() -> None:
+    assert estimated(network(), Kept) == estimated(network()) + PARAMETERS + 8  # and how often it has trained
+
+
+@dataclass(kw_only=True)
+class Near(FedAvgUpdate):
+    """Stays near what its loss is given."""
+
+    def example_given(self, template: Tree, data: FederatedData) -> Given:
+        return {"center": template, "share": torch.tensor(0.5, dtype=torch.float64)}
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        center = cast(Mapping[str, Tensor], batch.given["center"])
+        gap = torch.stack([(network.tensors[name] - value).square().sum() for name, value in center.items()])
+        return super().loss(network, batch) + cast(Tensor, batch.given["share"]).float() * gap.sum()
+
+
+def test_what_the_loss_is_given_is_counted() -> None:
+    extra = estimated(network(), Near) - estimated(network())
+    assert PARAMETERS + 8 <= extra <= 3 * PARAMETERS + 100  # the center, and the gap to it for the gradient
+    choice = probe(Near(training=Training(lr=0.1)).client_app(network(), gaussian_data()), 7, "auto", "auto")
+    assert choice.how == "measured"
+
+
+@dataclass(kw_only=True)
+class Inner(FedAvgUpdate):
+    """Takes a gradient inside the loss."""
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        start = dict(network.tensors)
+        plain = super().loss
+        grads = torch.func.grad(lambda tensors: plain(network.replace(tensors), batch))(start)
+        return plain(network.replace({name: value - 0.1 * grads[name] for name, value in start.items()}), batch)
+
+
+def test_a_gradient_inside_the_loss_counts_as_a_second_pass() -> None:
+    found, plain = estimated(network(), Inner), estimated(network())
+    assert plain < found < 2 * plain
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.MaxPool2d(2)], ids=lambda layer: type(layer).__name__
+)
+def test_a_stack_of_any_size_takes_as_much_per_client_as_one_of_two(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    model(torch.zeros(2, 1, 8, 8))
+    app = FedAvgUpdate(training=Training(lr=0.01, batch_size=8)).client_app(model, gaussian_data(features=(1, 8, 8)))
+    alone, two, six = (module.bytes_per_client(app, size) for size in (1, 2, 6))
+    assert alone <= two <= 2 * alone  # what the sizes that are tried rely on
+    assert six == pytest.approx(two, rel=0.02)
+
+
+def test_room_for_one_client_alone_is_enough(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    counted = module.bytes_per_client
+    monkeypatch.setattr(module, "bytes_per_client", lambda app, size=1: tried.append(size) or counted(app, size))
+    monkeypatch.setattr(module, "available_memory", lambda device: 3 * counted(app) / module.MEMORY_SHARE)
+    assert probe(app, 7, "auto", 1, part=1.0).cohort == 1
+    assert tried == [1]
+    monkeypatch.setattr(module, "available_memory", lambda device: 5 * counted(app) / module.MEMORY_SHARE)
+    assert set(probe(app, 7, "auto", 1, part=1.0).microseconds) <= {"1", "4"}
+    assert tried == [1, 1, 2]
+
+
+def test_an_engine_stays_within_the_memory(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = module.bytes_per_client(app, 2)
+    monkeypatch.setattr(module, "available_memory", lambda device: 4 * one * module.cores() / module.MEMORY_SHARE)
+    engine = CohortEngine(app)
+    assert engine.choose(7).cohort in (1, 4)
+    assert set(engine.choose(7).microseconds) <= {"1", "4"}
+    engine.close()
+
+
+FILES = {
+    "/proc/meminfo": "MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:    300 kB\n",
+    "/sys/fs/cgroup/memory.max": "max\n",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 300 * 1024),
+        ({"/sys/fs/cgroup/memory.max": "5000\n"}, 5000),
+        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "6000\n"}, 6000),
+        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 300 * 1024),
+        ({"/proc/meminfo": ""}, 7 * 4096),
+    ],
+)
+def test_available_memory(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], expected: int) -> None:
+    files = FILES | changed
+    monkeypatch.setattr(module, "_read", lambda file: files[str(file)])
+    monkeypatch.setattr(module.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 7}.__getitem__)
+    assert module.available_memory(torch.device("cpu")) == expected
+
+
+def test_available_memory_of_this_machine() -> None:
+    free = module.available_memory(torch.device("cpu"))
+    assert 2**20 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert module._read(Path("/no/such/file")) == ""

@@ -16,20 +16,24 @@ import torch
 from flwr.serverapp import ServerApp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import fedpers.runtime.ray as ray_runtime
 from fedpers import simulate
-from fedpers.cohort import leaves
+from fedpers.cohort import Training, leaves
 from fedpers.errors import ConfigError, FedpersError, TrainingError
+from fedpers.records import from_record
+from fedpers.runtime.actor import Worker, pack
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
+from fedpers.runtime.probe import Choice
 from fedpers.runtime.ray import RayGrid, deal
 from fedpers.runtime.states import write_states
-from fedpers.strategies.records import from_record
+from fedpers.strategies import CohortApp
 from tests import flower_app
 from tests.equivalence import halves
-from tests.runtime.faulty import Faulty, Values, app_of, assert_same, rounds, undisturbed
+from tests.runtime.faulty import DATA, Faulty, FaultyUpdate, Values, app_of, assert_same, rounds, undisturbed
 from tests.runtimes import on_one_machine
 
 
@@ -65,6 +69,7 @@ def test_actors_give_what_this_process_gives(machine: None) -> None:
 def test_replies_may_also_be_looked_at(machine: None) -> None:
     app = app_of()
     strategy, config = Faulty(seed=3), flower.ConfigRecord()
+    strategy.begin()
     found = []
     for grid in (RayGrid(app, actors=2, cohort=2), LocalGrid(app, 5, cohort=2, workers=1)):
         messages = list(strategy.configure_train(1, app.initial_arrays(), config, grid))
@@ -152,6 +157,7 @@ def test_actors_that_always_die_end_the_run_with_a_sentence(machine: None, tmp_p
 def test_a_client_that_fails_is_left_out_and_named(machine: None, fault: str, reason: str) -> None:
     app = app_of(fault, round=1, client=0)
     strategy = Faulty(seed=3)
+    strategy.begin()
     with RayGrid(app, actors=5, cpus_per_actor=0.5, cohort=1) as grid:
         folding = strategy.folding(grid)
         messages = strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), folding)
@@ -186,6 +192,7 @@ def test_messages_are_computed_again_as_they_were(machine: None, method: str) ->
     found = []
     for on_ray in (False, True):
         strategy, app = halves(method, torch.float64)
+        strategy.begin()
         grid: Any = RayGrid(app, actors=1, cohort=3) if on_ray else LocalGrid(app, 7, cohort=3, workers=1)
         folding = strategy.folding(grid)
         arrays, config = app.initial_arrays(), flower.ConfigRecord()
@@ -223,6 +230,7 @@ def test_an_actor_that_dies_after_states_were_loaded_loses_none(machine: None) -
 def test_what_was_sent_before_a_save_is_not_computed_twice(machine: None, tmp_path: Path) -> None:
     app = app_of()
     strategy, config = Faulty(seed=3), flower.ConfigRecord()
+    strategy.begin()
     found = []
     for deaths in (0, 1):
         with RayGrid(app, actors=2, cohort=2) as grid:
@@ -300,6 +308,85 @@ def test_state_beyond_the_budget_lies_in_files(machine: None, tmp_path: Path) ->
         found, _ = rounds(grid, app)
         assert list(tmp_path.glob("states-*/*.memmap"))
     assert_same(found, undisturbed())
+
+
+# ------------------------------------------------------------------- network
+
+
+class Backbone(nn.Module):
+    """A large frozen body under a small head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(6, 20_000), nn.ReLU(), nn.Linear(20_000, 8)).requires_grad_(False)
+            self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.body(x))
+        return scores
+
+
+BACKBONE_BYTES = 8 * (6 * 20_000 + 20_000 + 20_000 * 8 + 8)
+
+
+def frozen_app() -> CohortApp:
+    return FaultyUpdate(training=Training(lr=0.1, batch_size=5)).client_app(Backbone().double(), DATA, seed=3)
+
+
+def test_moving_an_app_moves_nothing_of_the_one_it_was_made_from() -> None:
+    app = frozen_app()
+    part = app.restrict([0]).to("meta")
+    assert {value.device.type for value in part.module.state_dict().values()} == {"meta"}
+    assert {value.device.type for value in app.module.state_dict().values()} == {"cpu"}
+    assert part.data.x.is_meta
+
+
+@pytest.mark.slow
+def test_frozen_parameters_travel_once(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def put(grid: RayGrid, value: Any) -> Any:
+        packed = pack(value)
+        sizes.append(len(packed[0]) + sum(part.nbytes for part in packed[1]))
+        return ray.put(packed)
+
+    monkeypatch.setattr(RayGrid, "_put", put)
+    app = frozen_app()
+    with RayGrid(app, actors=3, cohort=2) as grid:
+        Faulty(seed=3).start(grid, app.initial_arrays(), num_rounds=1)
+        killed(grid)  # whoever takes its clients over needs no further copy
+        found = flat(grid)
+        assert len(grid.shards) == 3
+    assert len([size for size in sizes if size > BACKBONE_BYTES]) == 1
+    assert len([size for size in sizes if size > BACKBONE_BYTES // 20]) == 1
+    local = LocalGrid(app, 5, cohort=2, workers=1)
+    Faulty(seed=3).start(local, app.initial_arrays(), num_rounds=1)
+    assert "4/model/head.weight" in found
+    assert_same(found, flat(local))
+    local.close()
+
+
+@pytest.mark.slow
+def test_shards_of_an_actor_share_frozen_parameters(machine: None) -> None:
+    app, threads = frozen_app(), torch.get_num_threads()
+    common, worker = pack(app.restrict(())), Worker()
+    try:
+        for shard, clients in enumerate(([0, 2], [1, 3, 4])):
+            worker.host(shard, common, pack(app.data.restrict(clients)), clients, Choice(2, 1, "given"), 1e9)
+        modules = [engine.app.module for engine in worker.shards.values()]
+        first, second = ({n: p.data_ptr() for n, p in module.named_parameters()} for module in modules)
+        assert {name for name in first if first[name] == second[name]} == {n for n in first if n.startswith("body.")}
+        assert [engine.app.sizes for engine in worker.shards.values()] == [[20, 0, 13, 0, 0], [0, 9, 0, 7, 28]]
+        for name, value in app.module.state_dict().items():
+            assert torch.equal(modules[0].state_dict()[name], value)
+        stored = {part.__array_interface__["data"][0] for part in common[1]}
+        assert not stored & set(first.values())
+    finally:
+        for engine in worker.shards.values():
+            engine.close()
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------ settings

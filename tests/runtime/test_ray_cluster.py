@@ -49,6 +49,7 @@ WORKING_FOLDER = """
     app = MineUpdate().client_app(SmallNetwork(), gaussian_data((20, 9, 13)))
     with server_identity(1), RayGrid(app, actors=1, cohort=2) as grid:
         strategy = Mine()
+        strategy.begin()
         import flwr.app as flower
         folding = strategy.folding(grid)
         messages = strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), folding)

@@ -29,7 +29,7 @@ from fedpers.runtime.flower import FlowerGrid
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
-from fedpers.strategies.records import from_record
+from fedpers.records import from_record
 
 APP = Path(__file__).parents[2] / "experiments" / "flower_app"
 SCRIPT = APP / "federation.py"

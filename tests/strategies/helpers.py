@@ -19,7 +19,7 @@ from fedpers.randomness import sample_clients
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
-from fedpers.strategies.records import from_record
+from fedpers.records import from_record
 from tests.cohort.helpers import batches
 from tests.problems import SmallNetwork, gaussian_data
 
@@ -81,6 +81,7 @@ def run(
     app = update.client_app(network, data, seed=SEED, device=device)
     made = LocalGrid(app, data.num_clients, cohort=cohort, workers=1) if grid is None else grid(app, data.num_clients)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    strategy.begin()
     with server_identity(1):
         for r in range(1, rounds + 1):
             new, _ = strategy.aggregate_train(

@@ -60,7 +60,7 @@ def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: 
     assert report.steps > 0 or method in UNTRAINED
     assert not report.evaluation_failures
     assert len(report.clients) + len(report.unseen) == found.app.data.num_clients
-    score = [metrics[f"test-{given.data.headline}"] for metrics in report.clients.values()]
+    score = [metrics[f"test-{given.data.task.headline}"] for metrics in report.clients.values()]
     assert all(0 <= value <= 1 for value in score)
 
 

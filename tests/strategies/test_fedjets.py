@@ -21,19 +21,18 @@ from fedpers.data import DatasetConfig, PartitionConfig, SplitConfig, load_feder
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError
 from fedpers.models import ModelConfig, build_model
+from fedpers.records import ARRAYS, from_record
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import (
     EnsembleUpdate,
     FedJETs,
     FedJETsUpdate,
-    LocalUpdate,
     PretrainedUpdate,
     Received,
     make_strategy,
 )
 from fedpers.strategies.fedjets import SELECTED, SLOTS, ExpertMean
-from fedpers.strategies.records import ARRAYS, from_record
 from tests import equivalence
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
@@ -79,7 +78,7 @@ def chosen(values: Values, x: Tensor, top_k: int) -> list[int]:
     return sorted(scores.argsort(descending=True)[:top_k].tolist())
 
 
-def own_x(client: int, data: FederatedData = DATA) -> Tensor:
+def gate_input(client: int, data: FederatedData = DATA) -> Tensor:
     """What a client chooses experts by."""
     return data.x[data.test[client] if client in data.unseen else data.train[client]]
 
@@ -120,12 +119,12 @@ def train_anchor(values: Values, i: int, client: int, round: int, gate_lr: float
     of_expert = torch.optim.SGD(expert.parameters(), lr=0.1, momentum=0.5)
     for x, y in passes(client, 2, round, data=DATA):
         of_expert.zero_grad()
-        F.cross_entropy(expert(x), y).backward()
+        torch.autograd.backward(F.cross_entropy(expert(x), y))
         of_expert.step()
     of_gate = torch.optim.SGD(gate.parameters(), lr=gate_lr, momentum=0.5)
     for x, _ in passes(client, 2, round, data=DATA):
         of_gate.zero_grad()
-        F.cross_entropy(gate(embedded(x)), torch.full((len(x),), i)).backward()
+        torch.autograd.backward(F.cross_entropy(gate(embedded(x)), torch.full((len(x),), i)))
         of_gate.step()
     out = {f"gate.{n}": v.detach() for n, v in gate.state_dict().items()}
     return {**out, **{f"experts.{i}.{n}": v.detach() for n, v in expert.state_dict().items()}}
@@ -134,9 +133,9 @@ def train_anchor(values: Values, i: int, client: int, round: int, gate_lr: float
 def merged(values: Values, parts: list[Values], weights: list[float]) -> Values:
     out = dict(values)
     for name in values:
-        own = [(part, weight) for part, weight in zip(parts, weights, strict=True) if name in part]
-        if own:
-            out.update(average([{name: part[name]} for part, _ in own], [weight for _, weight in own]))
+        holders = [(part, weight) for part, weight in zip(parts, weights, strict=True) if name in part]
+        if holders:
+            out.update(average([{name: part[name]} for part, _ in holders], [weight for _, weight in holders]))
     return out
 
 
@@ -153,30 +152,30 @@ def merged(values: Values, parts: list[Values], weights: list[float]) -> Values:
     ids=str,
 )
 def test_training_and_prediction_follow_the_paper(options: dict[str, Any]) -> None:
-    found = jets(options, fraction=0.7, momentum=0.5)
-    server = entries(from_record(found.app.initial_arrays()))
+    finished = jets(options, fraction=0.7, momentum=0.5)
+    server = entries(from_record(finished.app.initial_arrays()))
     settings = {**OPTIONS, "mixture": "probabilities", "weighting": "samples", **options}
     rate = settings["gate_lr"] or 0.1
     kinds = set()
     for r in (1, 2, 3):
         parts = []
-        sampled = found.strategy.sample(r)
+        sampled = finished.strategy.sample(r)
         for client in sampled:
             if client < 3:
                 parts.append(train_anchor(server, client, client, r, rate))
             else:
-                held = chosen(server, own_x(client), settings["top_k"])
+                held = chosen(server, gate_input(client), settings["top_k"])
                 parts.append(train_normal(server, held, client, r, settings["mixture"], rate))
             kinds.add(client < 3)
         weights = sizes(sampled, DATA) if settings["weighting"] == "samples" else [1.0] * len(sampled)
         server = merged(server, parts, weights)
     assert kinds == ({False} if options.get("anchor_share") == 0 else {True, False})
-    assert found.arrays.keys() == server.keys()
-    assert_same(found.arrays, server)
-    measured = {**found.strategy.report.clients, **found.strategy.report.unseen}
+    assert finished.arrays.keys() == server.keys()
+    assert_same(finished.arrays, server)
+    measured = {**finished.strategy.report.clients, **finished.strategy.report.unseen}
     assert sorted(measured) == list(range(7))
     for client, metrics in measured.items():
-        held = chosen(server, own_x(client), settings["top_k"])
+        held = chosen(server, gate_input(client), settings["top_k"])
         x, y = DATA.x[DATA.test[client]], DATA.y[DATA.test[client]]
         experts = {i: expert_of(server, i).eval() for i in held}
         with torch.no_grad():
@@ -190,8 +189,8 @@ def test_training_and_prediction_follow_the_paper(options: dict[str, Any]) -> No
 
 def test_experts_start_from_values_of_their_own_or_from_the_common_expert() -> None:
     data = gaussian_data((20, 9, 13, 7), dtype=torch.float64)
-    own = entries(FedJETsUpdate(**OPTIONS).client_app(NETWORK, data, seed=1).update.initial_state(tree({}), NETWORK))
-    assert own == {}  # clients keep nothing
+    app = FedJETsUpdate(**OPTIONS).client_app(NETWORK, data, seed=1)
+    assert entries(app.initial_state) == {}  # clients keep nothing
     for init in ("random", "common"):
         app = FedJETsUpdate(**OPTIONS, init=init).client_app(NETWORK, data, seed=1)
         arrays = entries(from_record(app.initial_arrays()))
@@ -207,18 +206,18 @@ def test_experts_start_from_values_of_their_own_or_from_the_common_expert() -> N
 
 
 def test_experts_nobody_held_stay_bit_identical() -> None:
-    found = jets({"experts": 5, "anchor_share": 0.0}, rounds=1)
-    start = entries(from_record(found.app.initial_arrays()))
-    assert found.strategy.sample(1) == [5]
-    held = chosen(start, own_x(5), 2)
+    finished = jets({"experts": 5, "anchor_share": 0.0}, rounds=1)
+    start = entries(from_record(finished.app.initial_arrays()))
+    assert finished.strategy.sample(1) == [5]
+    held = chosen(start, gate_input(5), 2)
     for name, value in start.items():
         stays = name.startswith("experts.") and int(name.split(".")[1]) not in held
-        assert torch.equal(found.arrays[name], value) == stays, name
+        assert torch.equal(finished.arrays[name], value) == stays, name
 
 
 def test_a_round_has_as_many_anchors_as_asked_for() -> None:
     data = gaussian_data((6,) * 40)
-    grid = LocalGrid(LocalUpdate().client_app(SmallNetwork(), data), 40)
+    grid = LocalGrid(FedJETsUpdate().client_app(SmallNetwork(), data), 40)
     for fraction, share, anchors, others in (
         (0.25, 0.5, 5, 5), (0.25, 0.0, 0, 10), (0.25, 0.3, 3, 7), (0.1, 0.5, 2, 2), (0.5, 0.5, 5, 14), (0.25, 1, 5, 5),
         (1.0, 0.5, 5, 33), (1.0, 0.0, 0, 33), (0.02, 0.5, 1, 0),
@@ -239,8 +238,8 @@ def test_a_round_has_as_many_anchors_as_asked_for() -> None:
     grid.close()
 
 
-def message(found: Finished, client: int, arrays: Values, held: dict[str, list[int]], kind: str = "train") -> Reply:
-    app = found.app
+def message(finished: Finished, client: int, arrays: Values, held: dict[str, list[int]], kind: str = "train") -> Reply:
+    app = finished.app
     cohort = app.cohort([client], app.initial_state.expand(1).clone(), {"server-round": 1})
     received = {
         ARRAYS: tree(arrays),
@@ -252,17 +251,17 @@ def message(found: Finished, client: int, arrays: Values, held: dict[str, list[i
 
 
 def test_anchors_touch_only_their_expert_and_the_gate() -> None:
-    found = jets(rounds=1)
-    assert isinstance(found.strategy, FedJETs)
-    found.strategy._anchors, found.strategy._held = {0}, {0: (2,), 3: (0, 1)}
-    sent = found.strategy.send(1, tree(found.arrays), [0, 3])
+    finished = jets(rounds=1)
+    assert isinstance(finished.strategy, FedJETs)
+    finished.strategy._anchors, finished.strategy._held = {0}, {0: (2,), 3: (0, 1)}
+    sent = finished.strategy.send(1, tree(finished.arrays), [0, 3])
     assert isinstance(sent, list)
     anchor, other = sent
     experts = {n for n in entries(anchor[ARRAYS]) if n.startswith("experts.")}
-    assert all(torch.equal(anchor[ARRAYS][n], found.arrays[n.replace("experts.0", "experts.2")]) for n in experts)
+    assert all(torch.equal(anchor[ARRAYS][n], finished.arrays[n.replace("experts.0", "experts.2")]) for n in experts)
     assert anchor["held"]["anchor"].tolist() == [2]
     assert other["held"]["slots"].tolist() == [0, 1]
-    reply = message(found, 0, entries(anchor[ARRAYS]), {"anchor": [2]})
+    reply = message(finished, 0, entries(anchor[ARRAYS]), {"anchor": [2]})
     answered = entries(reply.records[ARRAYS])
     assert answered.keys() == entries(anchor[ARRAYS]).keys()
     assert not any(n.startswith("experts.1") for n in answered)
@@ -270,27 +269,27 @@ def test_anchors_touch_only_their_expert_and_the_gate() -> None:
 
     # the gate's training does not depend on the expert, nor the expert's on the gate
     changed = {n: v * 1.3 if n.startswith("gate.") else v for n, v in entries(anchor[ARRAYS]).items()}
-    other_gate = entries(message(found, 0, changed, {"anchor": [2]}).records[ARRAYS])
+    other_gate = entries(message(finished, 0, changed, {"anchor": [2]}).records[ARRAYS])
     assert all(torch.equal(other_gate[n], answered[n]) for n in experts)
     changed = {n: v * 1.3 if n.endswith("weight") and n in experts else v for n, v in entries(anchor[ARRAYS]).items()}
-    other_expert = entries(message(found, 0, changed, {"anchor": [2]}).records[ARRAYS])
+    other_expert = entries(message(finished, 0, changed, {"anchor": [2]}).records[ARRAYS])
     assert all(torch.equal(other_expert[n], answered[n]) for n in answered if n.startswith("gate."))
     assert not torch.equal(other_expert["experts.0.head.weight"], answered["experts.0.head.weight"])
 
 
 def test_the_way_to_a_prediction_uses_no_labels_and_one_expert_for_each_sample() -> None:
-    found = jets({"experts": 5})
-    values = found.arrays
+    finished = jets({"experts": 5})
+    values = finished.arrays
     gate = {n: v for n, v in values.items() if n.startswith("gate.")}
     for client in (2, 6):
-        asked = message(found, client, gate, {}, "query_select").records[SELECTED][SLOTS][0].tolist()
-        assert asked == chosen(values, own_x(client), 2)
-        shuffled = copy.copy(found)
-        shuffled.app = copy.copy(found.app)
-        shuffled.app.data = replace(found.app.data, y=(found.app.data.y + 1) % 4)
+        asked = message(finished, client, gate, {}, "query_select").records[SELECTED][SLOTS][0].tolist()
+        assert asked == chosen(values, gate_input(client), 2)
+        shuffled = copy.copy(finished)
+        shuffled.app = copy.copy(finished.app)
+        shuffled.app.data = replace(finished.app.data, y=(finished.app.data.y + 1) % 4)
         assert message(shuffled, client, gate, {}, "query_select").records[SELECTED][SLOTS][0].tolist() == asked
         outputs = []
-        for app in (found.app, shuffled.app):
+        for app in (finished.app, shuffled.app):
             cohort = app.cohort([client], app.initial_state.expand(1).clone(), {})
             slots = {
                 f"experts.{j}.{n}": v for j, i in enumerate(asked) for n, v in expert_of(values, i).state_dict().items()
@@ -331,7 +330,8 @@ def label_blocks() -> FederatedData:
     generator = torch.Generator().manual_seed(1)
     centers = 4 * torch.randn(6, 6, generator=generator)
     sets = [(0, 1), (2, 3), (4, 5), (0, 2, 4), (1, 2, 5), (0, 3, 5), (1, 3, 4), (0, 1, 3), (2, 4, 5)]
-    xs, ys, lists, at = [], [], {"train": [], "validation": [], "test": []}, 0
+    lists: dict[str, list[Tensor]] = {"train": [], "validation": [], "test": []}
+    xs, ys, at = [], [], 0
     for labels in sets:
         for part in lists:
             y = torch.tensor(labels).repeat(8)
@@ -350,42 +350,42 @@ def test_anchors_teach_the_gate_whose_labels_are_whose() -> None:
     routed = {}
     for share in (0.0, 0.5):
         options = {**OPTIONS, "gate_hidden": 32, "anchor_share": share}
-        found = run("fedjets", options, rounds=25, network=network, data=data, batch_size=8, lr=0.05)
-        values = {n: v.double() for n, v in found.arrays.items()}
+        finished = run("fedjets", options, rounds=25, network=network, data=data, batch_size=8, lr=0.05)
+        values = {n: v.double() for n, v in finished.arrays.items()}
         with torch.no_grad():
             scores = [
                 gate_of(values)(network.eval().body(data.x[data.test[q]]).double()).argmax(1) == q for q in range(3)
             ]
         routed[share] = float(torch.cat(scores).double().mean())
-        assert set(found.strategy.report.unseen) == {7, 8}
+        assert set(finished.strategy.report.unseen) == {7, 8}
         if share:
-            assert min(metrics["test-accuracy"] for metrics in found.strategy.report.unseen.values()) > 0.8
+            assert min(metrics["test-accuracy"] for metrics in finished.strategy.report.unseen.values()) > 0.8
     assert routed[0.5] > 0.95
     assert routed[0.0] < 0.6
 
 
 def test_bytes_count_the_question_and_once_the_common_expert() -> None:
-    found = jets(rounds=1)
-    values = found.arrays
+    finished = jets(rounds=1)
+    values = finished.arrays
     gate = sum(v.nbytes for n, v in values.items() if n.startswith("gate."))
     expert = sum(v.nbytes for n, v in values.items() if n.startswith("experts.0."))
     body = expert - sum(v.nbytes for n, v in values.items() if n.startswith("experts.0.head."))
-    report = found.strategy.report
+    report = finished.strategy.report
     assert report.sampled == [0, 1, 2, 3, 4, 5]
     asked = 3 * (gate + 2 * 8)  # clients 3 to 5: the gate there, two numbers back
     down = 6 * body + 3 * gate + 3 * (gate + 2 * expert + 2 * 8) + 3 * (gate + expert + 8)
     assert report.bytes_down == down
     assert report.bytes_up == asked - 3 * gate + 3 * (gate + 2 * expert) + 3 * (gate + expert)
-    held = [chosen(entries(from_record(found.app.initial_arrays())), own_x(c), 2) for c in (3, 4, 5)]
+    held = [chosen(entries(from_record(finished.app.initial_arrays())), gate_input(c), 2) for c in (3, 4, 5)]
     for i in range(3):
-        assert report.extra[f"holders_of_expert_{i}"] == 1 + sum(i in own for own in held)
+        assert report.extra[f"holders_of_expert_{i}"] == 1 + sum(i in experts for experts in held)
     assert 0 < report.extra["gate_entropy"] <= torch.tensor(3.0).log()
 
 
 def test_a_fold_knows_who_had_which_expert() -> None:
     def reply(gate: float, *experts: float) -> dict[str, Any]:
-        own = {f"experts.{j}.w": torch.tensor([value]) for j, value in enumerate(experts)}
-        return {ARRAYS: tree({"gate.w": torch.tensor([gate]), **own})}
+        slots = {f"experts.{j}.w": torch.tensor([value]) for j, value in enumerate(experts)}
+        return {ARRAYS: tree({"gate.w": torch.tensor([gate]), **slots})}
 
     held = {0: (2,), 1: (0, 2), 2: (2, 11)}
     folds = [ExpertMean(held), ExpertMean(held)]
@@ -396,6 +396,84 @@ def test_a_fold_knows_who_had_which_expert() -> None:
     means = {name: float(value) for name, value in entries(folds[0].result()[ARRAYS]).items()}
     expected = {"gate.w": 13 / 6, "experts.2.w": 180 / 6, "experts.0.w": 20.0, "experts.11.w": 50.0}
     assert means == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_stack_is_folded_as_its_rows_are(dtype: torch.dtype) -> None:
+    held = {7: (0, 2), 3: (2, 11), 5: (0, 2), 4: (1, 11)}
+    generator = torch.Generator().manual_seed(0)
+    names = ("gate.w", "experts.0.w", "experts.1.w")
+    stack = {name: torch.randn(4, 3, generator=generator, dtype=dtype) for name in names}
+    count = torch.tensor([[4], [1], [6], [3]])
+    weights = torch.tensor([1.0, 4.0, 2.0, 5.0], dtype=torch.float64)
+    together, one_by_one = ExpertMean(held), ExpertMean(held)
+    together.add_stack({ARRAYS: tree({**stack, "experts.1.n": count}, 4)}, weights, list(held))
+    for k, client in enumerate(held):
+        row = {**{name: value[k] for name, value in stack.items()}, "experts.1.n": count[k]}
+        one_by_one.add({ARRAYS: tree(row)}, float(weights[k]), client)
+    means, expected = (entries(fold.result()[ARRAYS]) for fold in (together, one_by_one))
+    assert {n.split(".")[1] for n in means if n.startswith("experts")} == {"0", "1", "2", "11"}
+    assert means.keys() == expected.keys()
+    assert_same(means, expected)
+    torch.testing.assert_close(means["experts.2.w"], (stack["experts.1.w"][0] + 4 * stack["experts.0.w"][1]
+                                                      + 2 * stack["experts.1.w"][2]) / 7)  # fmt: skip
+    assert int(means["experts.2.n"]) == 5  # (4 + 2 * 6) / 3
+    assert int(means["experts.11.n"]) == 2  # (4 * 1 + 5 * 3) / 9 = 2.1
+
+
+def test_clients_with_the_same_experts_share_records_and_schema() -> None:
+    finished = jets({"anchor_share": 0.0})
+    assert isinstance(finished.strategy, FedJETs)
+    strategy, clients = finished.strategy, [0, 3, 4, 5]
+    strategy._anchors, strategy._held = {0}, {0: (2,), 3: (0, 1), 4: (1, 2), 5: (0, 1)}
+    sent, schemas = strategy.send(2, tree(finished.arrays), clients), strategy.reply_schema(clients)
+    assert isinstance(sent, list)
+    for made in (sent, schemas):
+        assert made[1] is made[3]
+        assert len({id(each) for each in made}) == 3
+    for records, schema in zip(sent, schemas, strict=True):
+        shapes = {(ARRAYS, name): tuple(value.shape) for name, value in entries(records[ARRAYS]).items()}
+        assert {key: entry.shape for key, entry in schema.items()} == shapes
+
+
+@pytest.mark.parametrize(
+    ("gate_lr", "groups", "rates"),
+    [
+        (0.05, None, {"gate": 0.05, "experts": 0.1}),
+        (None, None, {"gate": 0.1, "experts": 0.1}),
+        (0.05, {"gate": {"lr": 0.5}}, {"gate": 0.5, "experts": 0.1}),
+        (0.05, {"gate.*": {"lr": 0.5}}, {"gate": 0.5, "experts": 0.1}),
+        (0.05, {"gate": {"weight_decay": 0.0}}, {"gate": 0.05, "experts": 0.1}),
+        (0.05, {"gate.2": {"lr": 0.5}}, {"gate.0": 0.05, "gate.2": 0.5, "experts": 0.1}),
+        (0.05, {"all": {"lr": 0.3}}, {"gate": 0.3, "experts": 0.3}),
+        (0.05, {"parameters": {"lr": 0.3}}, {"gate": 0.3, "experts": 0.3}),
+        (0.05, {"parameters": {"lr": 0.3}, "gate": {"lr": 0.5}}, {"gate": 0.5, "experts": 0.3}),
+        (0.05, {"gate": {"lr": 0.5}, "parameters": {"lr": 0.3}}, {"gate": 0.3, "experts": 0.3}),
+        (0.05, {"experts": {"lr": 0.2}}, {"gate": 0.05, "experts": 0.2}),
+    ],
+    ids=str,
+)
+def test_the_gate_has_a_rate_of_its_own_unless_a_group_names_another(
+    gate_lr: float | None, groups: dict[str, dict[str, float]] | None, rates: dict[str, float]
+) -> None:
+    """After one step of all clients from the same values, what has moved is the rate times the same slopes."""
+    plain, other = (
+        jets({"gate_lr": rate}, rounds=1, batch_size=0, epochs=1, groups=of)
+        for rate, of in ((None, None), (gate_lr, groups))
+    )
+    start = _start(plain)
+    parameters = {n for n in start if n.endswith(("weight", "bias"))}
+    assert len(parameters) == 4 + 3 * len(list(NETWORK.parameters()))
+    for name in parameters:
+        (rate,) = (rate for part, rate in rates.items() if name.startswith(f"{part}."))
+        slope = (start[name] - plain.arrays[name]) / 0.1
+        torch.testing.assert_close(start[name] - other.arrays[name], rate * slope, rtol=1e-9, atol=1e-12)
+    assert float((start["gate.0.weight"] - plain.arrays["gate.0.weight"]).abs().max()) > 1e-4
+
+
+def test_settings_of_training_are_left_as_the_user_gave_them() -> None:
+    settings = Training(groups={"gate": {"lr": 0.5}})
+    assert FedJETsUpdate(training=settings).training is settings
 
 
 class Greedy(FedJETsUpdate):
@@ -411,6 +489,7 @@ def rounds_of(update: FedJETsUpdate, strategy: FedJETs, grid_of: Any = LocalGrid
     app = update.client_app(NETWORK, DATA, seed=SEED)
     grid = grid_of(app, DATA.num_clients)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    strategy.begin()
     with server_identity(1):
         for r in range(1, rounds + 1):
             replies = grid.send_and_receive(strategy.configure_train(r, arrays, config, grid))
@@ -437,7 +516,7 @@ def test_an_unusable_choice_leaves_the_client_out() -> None:
 
 
 def test_a_wire_changes_nothing_and_unseen_clients_adapt_without_a_trace() -> None:
-    found = []
+    outcomes = []
     for grid_of in (LocalGrid, WireGrid):
         strategy, update = make_strategy("fedjets", OPTIONS, server={"seed": SEED, "unseen": (6,)}, training=TRAINING)
         assert isinstance(strategy, FedJETs)
@@ -446,23 +525,23 @@ def test_a_wire_changes_nothing_and_unseen_clients_adapt_without_a_trace() -> No
         metrics = {
             f"{c}/{n}": torch.tensor(v).double() for c, m in strategy.report.clients.items() for n, v in m.items()
         }
-        found.append({**values, **metrics})
+        outcomes.append({**values, **metrics})
         (adapted,) = strategy.report.adapted.values()
         # it trained as one of the other clients, on what it chose without labels, after round 2
-        own = train_normal(values, chosen(values, own_x(6), 2), 6, 3, "probabilities", OPTIONS["gate_lr"])
-        changed = any(not torch.equal(own[n], values[n]) for n in own)
+        trained = train_normal(values, chosen(values, gate_input(6), 2), 6, 3, "probabilities", OPTIONS["gate_lr"])
+        changed = any(not torch.equal(trained[n], values[n]) for n in trained)
         assert changed
         assert adapted["test-loss"] != strategy.report.unseen[6]["test-loss"]
-    assert equivalence.difference(*found) <= 1e-9
+    assert equivalence.difference(*outcomes) <= 1e-9
 
 
 def test_the_mixture_can_be_evaluated_beside_one_expert() -> None:
     plain, both = jets(), jets({"evaluate_mixture": True})
     values = both.arrays
     for client, metrics in {**both.strategy.report.clients, **both.strategy.report.unseen}.items():
-        own = {**plain.strategy.report.clients, **plain.strategy.report.unseen}[client]
-        assert {name: metrics[name] for name in own} == own
-        held = chosen(values, own_x(client), 2)
+        without = {**plain.strategy.report.clients, **plain.strategy.report.unseen}[client]
+        assert {name: metrics[name] for name in without} == without
+        held = chosen(values, gate_input(client), 2)
         x, y = DATA.x[DATA.test[client]], DATA.y[DATA.test[client]]
         with torch.no_grad():
             experts = [expert_of(values, i).eval() for i in held]
@@ -507,6 +586,8 @@ def test_networks_and_data_that_cannot_work_are_refused() -> None:
         FedJETsUpdate().client_app(SmallNetwork(features=5).double(), DATA)
     with pytest.raises(ConfigError, match=r"dataset=gaussian: expected samples of numbers with class labels"):
         FedJETsUpdate().client_app(NETWORK, replace(DATA, x=DATA.x.long()))
+    with pytest.raises(ConfigError, match=r"dataset=gaussian: expected samples with class labels for strategy=fedjets"):
+        FedJETsUpdate().client_app(NETWORK, replace(DATA, y=DATA.y.double()))
 
 
 def test_a_common_expert_that_nobody_trained_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
@@ -542,16 +623,16 @@ def test_errors_as_a_user_sees_them(
 
 
 def test_pretrained_predicts_with_the_given_network_and_never_trains() -> None:
-    found = run("pretrained", network=NETWORK, data=DATA)
-    report = found.strategy.report
-    assert found.arrays == {}
+    finished = run("pretrained", network=NETWORK, data=DATA)
+    report = finished.strategy.report
+    assert finished.arrays == {}
     assert report.bytes_down == report.bytes_up == report.steps == report.gradients == 0
     for client, metrics in {**report.clients, **report.unseen}.items():
         x, y = DATA.x[DATA.test[client]], DATA.y[DATA.test[client]]
         with torch.no_grad():
             right = copy.deepcopy(NETWORK).eval()(x).argmax(1) == y
         assert metrics["test-accuracy"] == float(right.double().mean())
-    assert isinstance(found.app.update, PretrainedUpdate)
+    assert isinstance(finished.app.update, PretrainedUpdate)
 
 
 @pytest.mark.parametrize("init", ["common", "random"])
@@ -590,8 +671,8 @@ def test_an_ensemble_is_so_many_times_fedavg(init: str) -> None:
         assert metrics["test-loss"] == pytest.approx(float(loss), rel=1e-9)
 
 
-def _start(found: Finished) -> Values:
-    return entries(from_record(found.app.initial_arrays()))
+def _start(finished: Finished) -> Values:
+    return entries(from_record(finished.app.initial_arrays()))
 
 
 @pytest.mark.parametrize(

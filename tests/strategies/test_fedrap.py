@@ -1,4 +1,4 @@
-"""FedRAP against a plain loop over whole tables with autograd, and what belongs to ratings."""
+"""FedRAP, FedMF and PFedRec against plain loops over whole tables with autograd, and what belongs to ratings."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import flwr.app as flower
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpers.cohort import Training, tree
-from fedpers.cohort.evaluation import hit_and_gain
+from fedpers.cohort import Batch, Network, Training, entries, tree
+from fedpers.data import RankingData
 from fedpers.errors import ConfigError
 from fedpers.models import Factorization
 from fedpers.randomness import generator
+from fedpers.records import from_record
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedRAPUpdate, make_strategy
-from fedpers.strategies.fedrap import RowMean
-from fedpers.strategies.records import from_record
+from fedpers.tasks.ranking import hit_and_gain
 from tests import reference
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data, ranking, ranking_data
@@ -157,17 +156,10 @@ def test_without_the_tail_every_pass_has_samples_of_its_own() -> None:
             assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
 
 
-def test_users_with_one_batch_each_leave_out_others_in_every_pass() -> None:
-    data = ranking_data((4, 6, 5))  # one whole batch of 16 and a tail
-    _, update = make_strategy("fedrap", training=Training(**SETTINGS, drop_last=True))
-    app = update.client_app(GIVEN.network, data)
-    assert isinstance(update, FedRAPUpdate)
-    visit = update.visit(app.cohort([1, 2, 0], app.initial_state.expand(3).clone(), {"server-round": 1}))
-    assert visit.steps == [1, 1, 1]
-    assert visit.samples.shape[:3] == (6, 1, 3)
-    assert bool((visit.samples.sum(-1) == 16).all())
-    for user in range(3):
-        assert len({tuple(row.tolist()) for row in visit.samples[:, 0, user]}) > 1
+def test_samples_of_a_round_are_drawn_once_for_all_passes() -> None:
+    with mock.patch.object(RankingData, "samples", autospec=True, side_effect=RankingData.samples) as samples:
+        finished(rounds=2, tolerance=0.0)
+    assert samples.call_count == 2 * GIVEN.data.num_clients
 
 
 @pytest.mark.parametrize(
@@ -178,39 +170,47 @@ def test_users_with_one_batch_each_leave_out_others_in_every_pass() -> None:
         ({"all": {"lr": 0.0}}, set()),
         ({"all": {"lr": 0.0}, "body": {"lr": 2.0}}, {"own", "common"}),
         ({"body": {"lr": 2.0}, "all": {"lr": 0.0}}, set()),  # later entries win
+        ({"own": {"lr": 0.0}}, {"head", "common"}),
+        ({"common.weight": {"lr": 0.0}}, {"head", "own"}),
     ],
     ids=str,
 )
 def test_groups_are_honoured(groups: dict[str, Any], moved: set[str]) -> None:
-    found = finished(rounds=1, groups=groups)
-    start = found.app.template
-    after = {**found.arrays, **{name.removeprefix("model/"): value for name, value in found.state(2).items()}}
-    same = {name for name in after if torch.allclose(after[name], start[name], rtol=1e-12, atol=1e-12)}
+    trained = finished(rounds=1, groups=groups)
+    first = entries(trained.app.template)
+    kept = {name: trained.state(2).get(f"model/{name}") for name in first}
+    after = {**{name: value for name, value in kept.items() if value is not None}, **trained.arrays}
+    assert after.keys() == first.keys()
+    same = {name for name in after if torch.allclose(after[name], first[name], rtol=1e-12, atol=1e-12)}
     assert {name.partition(".")[0] for name in after.keys() - same} == moved
 
 
-@pytest.mark.parametrize("group", ["own", "common", "own.weight", "head.weight", "body.weight", "parameters", "he*"])
-def test_groups_that_would_be_passed_over_are_refused(group: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^training\.groups={re.escape(group)}: expected one of all, body, head"):
-        make_strategy("fedrap", training=Training(**{**SETTINGS, "groups": {group: {"lr": 1.0}}}))
+@pytest.mark.parametrize("group", ["body.weight", "table", "b*"])
+def test_groups_that_name_nothing_are_refused(group: str) -> None:
+    _, update = make_strategy("fedrap", training=Training(**{**SETTINGS, "groups": {group: {"lr": 1.0}}}))
+    with pytest.raises(ConfigError, match=rf"^training\.groups={re.escape(group)}: expected one of"):
+        update.client_app(GIVEN.network, GIVEN.data)
 
 
 def test_rows_nobody_visited_only_decay() -> None:
-    found = finished(rounds=1, lam=0.3, tolerance=0.0)
-    start = found.app.template["own.weight"]
-    for user in range(GIVEN.data.num_clients):
-        drawn = GIVEN.data.samples(user, SEED, 1)
-        steps = 6 * -(-len(drawn) // 16)
-        rest = np.setdiff1d(np.arange(ITEMS), drawn % ITEMS)
-        factor = math.prod(1 - 4.0 * 0.95**t * 1e-3 for t in range(steps))
-        assert len(rest)
-        assert torch.allclose(found.state(user)["model/own.weight"][rest], factor * start[rest], rtol=1e-12)
+    groups = {"body": {"lr": 4.0}, "common": {"weight_decay": 0.01}}
+    trained = finished(rounds=1, groups=groups, lam=0.3, tolerance=0.0, data=ranking_data((9,)))
+    first = trained.app.template
+    drawn = trained.app.data.samples(0, SEED, 1)
+    steps = 6 * -(-len(drawn) // 16)
+    rest = np.setdiff1d(np.arange(ITEMS), drawn % ITEMS)
+    assert len(rest)
+    tables = {"own.weight": (trained.state(0)["model/own.weight"], 1e-3), "common.weight": (None, 0.01)}
+    for name, (table, decay) in tables.items():
+        factor = math.prod(1 - 4.0 * 0.95**t * decay for t in range(steps))
+        after = trained.arrays[name] if table is None else table
+        assert torch.allclose(after[rest], factor * first[name][rest], rtol=1e-12)
 
 
 def test_fedmf_is_fedrap_without_what_it_adds() -> None:
     bare = {"tables": "common", "lam": 0.0, "mu": 0.0, "tolerance": 0.0, "step_decay": 1.0}
     one, other = finished("fedmf"), finished("fedrap", **bare)
-    assert_same(one.arrays, other.arrays)
+    assert_same(one.arrays, {"body.weight": other.arrays["common.weight"]})
     assert_same(one.state(2), other.state(2))
     with pytest.raises(ConfigError, match=r"strategy\.lam=0\.1: expected one of the settings of fedmf"):
         make_strategy("fedmf", {"lam": 0.1})
@@ -224,30 +224,6 @@ def test_a_round_of_the_official_curriculum_is_the_same_in_every_shape() -> None
 
 
 # ------------------------------------------------------------------ on the way
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(0, 4))
-@settings(max_examples=25, deadline=None)
-def test_the_mean_of_rows_is_the_mean_of_tables(seed: int, users: int, cut: int) -> None:
-    rng = np.random.default_rng(seed)
-    table = torch.from_numpy(rng.normal(size=(6, 2)))
-    folds, tables, weights = (RowMean(table), RowMean(table)), [], []
-    for user in range(users):
-        rows = rng.choice(6, rng.integers(0, 7), replace=False)
-        values, factor = torch.from_numpy(rng.normal(size=(len(rows), 2))), rng.uniform(0.5, 1)
-        whole = factor * table
-        whole[rows] = values
-        tables.append(whole)
-        weights.append(float(rng.integers(1, 9)))
-        sent = {
-            "rows": torch.from_numpy(rows).int(),
-            "values": values,
-            "factor": torch.tensor(factor, dtype=torch.float64),
-        }
-        folds[user >= cut].add({"arrays": tree(sent)}, weights[-1], user)
-    folds[0].merge(folds[1])
-    mean = sum(w * t for w, t in zip(weights, tables, strict=True)) / sum(weights)
-    assert torch.allclose(folds[0].result()["arrays"]["common.weight"], mean, rtol=1e-12)
 
 
 def test_small_entries_are_not_sent_and_counted() -> None:
@@ -277,6 +253,7 @@ def test_a_threshold_below_every_entry_changes_nothing() -> None:
     ("record", "sentence"),
     [
         ({"rows": torch.tensor([40], dtype=torch.int32)}, r"'rows' name items outside 0\.\.39"),
+        ({"rows": torch.tensor([3, 3], dtype=torch.int32)}, "'rows' do not ascend"),
         ({"rows": torch.tensor([1, 2], dtype=torch.int32)}, r"'values' has shape \[1, 5\], expected \[2, 5\]"),
         ({"values": torch.zeros(1, 4, dtype=torch.float64)}, r"'values' has shape \[1, 4\], expected \[-1, 5\]"),
         ({"values": torch.full((1, 5), math.nan, dtype=torch.float64)}, "values that are not finite"),
@@ -287,31 +264,20 @@ def test_a_reply_that_is_no_part_of_the_table_is_left_out(record: dict[str, Tens
     strategy, update = make_strategy("fedrap", training=Training(**SETTINGS))
 
     class Wrong(FedRAPUpdate):
-        def pack(self, records: dict[str, Any]) -> dict[str, Any]:
+        def encode(self, records: dict[str, Any]) -> dict[str, Any]:
             sent = {"rows": torch.tensor([3], dtype=torch.int32), "values": torch.zeros(1, 5, dtype=torch.float64),
                     "factor": torch.tensor(1.0, dtype=torch.float64)}  # fmt: skip
             return {"arrays": tree({**sent, **record})}
 
     app = Wrong(training=update.training).client_app(GIVEN.network, GIVEN.data)
     grid = LocalGrid(app, 7, cohort=7, workers=1)
+    strategy.begin()
     with server_identity(1):
         replies = grid.send_and_receive(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid))
         with pytest.raises(Exception, match="0 of 7 sampled clients sent a usable reply"):
             strategy.aggregate_train(1, replies)
     assert len(strategy.report.failures) == 7
     assert re.search(sentence, strategy.report.failures[0])
-
-
-def test_places_that_lie_outside_are_refused() -> None:
-    strategy, _ = make_strategy("fedrap", {"threshold": 0.1})
-    strategy._arrays = tree({"common.weight": torch.zeros(4, 2)})
-    sent = {"rows": torch.tensor([1]).int(), "values": torch.ones(1), "places": torch.tensor([2]).int(),
-            "shape": torch.tensor([1, 2]), "factor": torch.tensor(1.0)}  # fmt: skip
-    for name, value in (("places", torch.tensor([-1]).int()), ("shape", torch.tensor([-1, 2]))):
-        with pytest.raises(ValueError, match="'places'"):
-            strategy.unpack({"arrays": tree({**sent, name: value})}, 0)
-    with pytest.raises(ValueError, match="'places' lie outside of the table"):
-        strategy.unpack({"arrays": tree(sent)}, 0)
 
 
 # ------------------------------------------------------------------ bad input
@@ -433,29 +399,67 @@ def test_an_unseen_user_of_pfedrec_is_measured_with_the_received_table() -> None
     assert report.adapted != report.unseen
 
 
+def test_in_the_official_variant_of_pfedrec_such_a_user_predicts_with_the_initial_table() -> None:
+    options = {"item_rate": 0.5, "variant": "official"}
+    trained = run("pfedrec", options, rounds=2, fraction=0.3, network=GIVEN.network, data=GIVEN.data, lr=0.2)
+    drawn = {user for r in (1, 2) for user in helpers.drawn(r, 0.3, GIVEN.data)}
+    first = dict(entries(trained.app.template))
+    for user, values in enumerate(trained.predictors()):
+        kept = {name: trained.state(user)[f"model/{name}"] for name in first}
+        assert_same(values, kept if user in drawn else first)
+
+
+def test_in_the_official_variant_of_pfedrec_a_saturated_score_has_no_gradient() -> None:
+    network = ranking().network
+    first = {**network.state_dict(), "head.weight": torch.zeros(1, 5)}
+    slopes, losses = {}, {}
+    for variant in ("default", "official"):
+        _, update = make_strategy("pfedrec", {"variant": variant})
+        app = update.client_app(network, GIVEN.data)
+        for bias in (-120.0, 0.3):
+            leaf = torch.tensor([bias], requires_grad=True)
+            batch = Batch(torch.tensor([3]), torch.tensor([1.0]))
+            loss = update.loss(Network(app.module, {**first, "head.bias": leaf}), batch)
+            losses[variant, bias] = float(loss)
+            slopes[variant, bias] = float(torch.autograd.grad(loss, leaf)[0])
+    assert slopes["default", -120.0] == pytest.approx(-1.0)
+    assert slopes["official", -120.0] == 0.0
+    assert losses["default", -120.0] == pytest.approx(120.0)
+    assert losses["official", -120.0] == pytest.approx(100.0)
+    assert slopes["official", 0.3] == pytest.approx(slopes["default", 0.3])
+
+
 # ------------------------------------------------------------------ traces
 
 
 @pytest.mark.parametrize(
-    ("case", "array", "change"),
+    ("method", "case", "array", "change"),
     [
-        ("b_six_users", "r1/u2/after/item_personality.weight", 1e-3),
-        ("c_early_stop", "r0/u0/loss", 1e-2),
-        ("f_evaluation", "eval/hr", 1e-3),
-        ("i_split", "split/test", 1),
+        ("fedrap", "b_six_users", "r1/u2/after/item_personality.weight", 1e-3),
+        ("fedrap", "c_early_stop", "r0/u0/loss", 1e-2),
+        ("fedrap", "f_evaluation", "eval/hr", 1e-3),
+        ("fedrap", "i_split", "split/test", 1),
+        ("pfedrec", "c_batches", "r1/u2/order", 1),
+        ("pfedrec", "d_partial", "r1/u3/after/affine_output.bias", 1e-3),
+        ("pfedrec", "e_weight_decay", "r0/server/embedding_item.weight", 1e-3),
+        ("pfedrec", "f_evaluation", "eval/params/u5/embedding_item.weight", 1e-3),
+        ("pfedrec", "g_split", "split/val", 1),
     ],
 )
-def test_a_changed_trace_is_noticed(case: str, array: str, change: float, tmp_path: Path) -> None:
-    copy = tmp_path / "fedrap" / f"{case}.npz"
+def test_a_changed_trace_is_noticed(method: str, case: str, array: str, change: float, tmp_path: Path) -> None:
+    copy = tmp_path / method / f"{case}.npz"
     copy.parent.mkdir()
-    shutil.copy(reference.HERE / "fedrap" / f"{case}.npz", copy)
-    assert reference.main(["--root", str(tmp_path), "fedrap"]) == 0
+    shutil.copy(reference.HERE / method / f"{case}.npz", copy)
+    assert reference.main(["--root", str(tmp_path), method]) == 0
     with np.load(copy) as file:
         arrays = dict(file)
     value = np.array(arrays[array])
-    value.flat[-2 if case == "i_split" else -1] += np.asarray(change, dtype=value.dtype)
+    if array.endswith("/order"):
+        value[0] = np.roll(value[0], 1)
+    else:
+        value.flat[-2 if "split" in array else -1] += np.asarray(change, dtype=value.dtype)
     np.savez(copy, **{**arrays, array: value})
-    assert reference.main(["--root", str(tmp_path), "fedrap"]) == 1
+    assert reference.main(["--root", str(tmp_path), method]) == 1
 
 
 def test_arrays_are_the_common_table_alone() -> None:

@@ -26,7 +26,7 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedSelect, FedSelectUpdate, make_strategy
 from fedpers.strategies.fedselect import batch_accuracy, from_bits, grow_by_tensor, grow_together, to_bits
-from fedpers.strategies.records import trees
+from fedpers.records import trees
 from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
@@ -350,6 +350,7 @@ def test_the_same_over_a_wire() -> None:
     for wire in (False, True):
         training = Training(lr=0.1, batch_size=5)
         strategy, update = make_strategy("fedselect", server={"seed": SEED}, training=training)
+        strategy.begin()
         app = update.client_app(NETWORK, DATA, seed=SEED)
         grid = WireGrid(app, 4) if wire else LocalGrid(app, 4, cohort=4, workers=1)
         with server_identity(1):
@@ -382,6 +383,7 @@ def test_the_same_over_a_wire() -> None:
 )
 def test_a_reply_that_does_not_fit_is_left_out(spoil: Any, sentence: str) -> None:
     strategy, update = make_strategy("fedselect", training=Training(batch_size=5))
+    strategy.begin()
     app = update.client_app(NETWORK, DATA)
     grid = LocalGrid(app, 4, cohort=4, workers=1)
     with server_identity(1):

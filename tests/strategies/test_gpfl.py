@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Network, Training, View, entries, tree
+from fedpers.cohort import Batch, Given, Network, Training, View, entries, tree
 from fedpers.data.federated import FederatedData
 from fedpers.data.ratings import RankingData
 from fedpers.errors import ConfigError, DataError
 from fedpers.models import ModelConfig, build_model
 from fedpers.strategies import GPFLUpdate
 from fedpers.strategies.gpfl import ConditionalNetwork, conditioned
-from tests import reference
+from tests import reference, traces
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
 from tests.strategies.helpers import DATA, NETWORK, SEED, Finished, Values, average, copied, drawn, passes, run, sizes
@@ -31,24 +31,24 @@ from tests.strategies.helpers import DATA, NETWORK, SEED, Finished, Values, aver
 CLIENTS = range(DATA.num_clients)
 HEAD = ("head.weight", "head.bias")
 STATISTICS = ("body.1.running_mean", "body.1.running_var", "body.1.num_batches_tracked")
-INPUTS = ("context.generic", "context.personal")
+INPUTS = ("generic", "personal")
 
 
 def extended(network: nn.Module = NETWORK, data: FederatedData = DATA) -> ConditionalNetwork:
-    found, _ = GPFLUpdate().extend(network, data, SEED)
-    assert isinstance(found, ConditionalNetwork)
-    return found
+    whole, _ = GPFLUpdate().extend(network, data, SEED)
+    assert isinstance(whole, ConditionalNetwork)
+    return whole
 
 
 def valve(values: Mapping[str, Tensor], condition: Tensor) -> tuple[Tensor, Tensor]:
     """Gamma and beta, from the definition."""
-    found = []
+    branches = []
     for branch in ("gamma", "beta"):
         w = {n.removeprefix(f"cov.{branch}."): v for n, v in values.items() if n.startswith(f"cov.{branch}.")}
         hidden = torch.relu(w["0.weight"] @ condition + w["0.bias"])
         spread = (hidden - hidden.mean()) / torch.sqrt(((hidden - hidden.mean()) ** 2).mean() + 1e-5)
-        found.append(spread * w["2.weight"] + w["2.bias"])
-    return found[0], found[1]
+        branches.append(spread * w["2.weight"] + w["2.bias"])
+    return branches[0], branches[1]
 
 
 def through(values: Mapping[str, Tensor], features: Tensor, condition: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Plain:
     """What the plain loop ends with."""
 
     server: Values
-    own: list[Values]
+    personal: list[Values]
     inputs: list[tuple[Tensor, Tensor]]
 
 
@@ -97,13 +97,13 @@ def plain(paper: bool, rounds: int, fraction: float, lam: float, mu: float) -> P
     start = {n: v.detach().clone() for n, v in module.state_dict().items()}
     learned = [n for n, _ in module.named_parameters()]
     server = {n: start[n] for n in learned if n not in HEAD}
-    own = [copied({n: start[n] for n in (*HEAD, *STATISTICS)}) for _ in CLIENTS]
+    personal = [copied({n: start[n] for n in (*HEAD, *STATISTICS)}) for _ in CLIENTS]
     zero = torch.zeros(8, dtype=torch.float64)
     inputs = [(zero, zero) for _ in CLIENTS]
     for r in range(1, rounds + 1):
         parts = {}
         for client in drawn(r, fraction):
-            values = {**copied(server), **own[client]}
+            values = {**copied(server), **personal[client]}
             frozen = server["gce.weight"].clone()
             used = inputs_of(frozen, client, True) if paper else inputs[client]
             for x, y in passes(client, 2, r):
@@ -112,52 +112,54 @@ def plain(paper: bool, rounds: int, fraction: float, lam: float, mu: float) -> P
                 for n, slope in zip(learned, torch.autograd.grad(loss, list(free.values())), strict=True):
                     decay = mu if n.startswith(("gce", "cov")) and not paper else 0.0
                     values[n] = values[n] - 0.1 * (slope + decay * values[n])
-            own[client] = {n: values[n] for n in own[client]}
+            personal[client] = {n: values[n] for n in personal[client]}
             parts[client] = {n: values[n] for n in server}
         before = server["gce.weight"]
         server = average(list(parts.values()), sizes(list(parts)))
         for client in CLIENTS:
             table = parts[client]["gce.weight"] if client in parts else before
             inputs[client] = inputs_of(server["gce.weight"] if paper else table, client, paper)
-    return Plain(server, own, inputs)
+    return Plain(server, personal, inputs)
 
 
-def predictors(found: Finished) -> Iterator[tuple[int, Values]]:
-    """Clients and what they predict with."""
-    assert found.grid.engine is not None
-    clients = sorted(CLIENTS, key=lambda c: -found.app.sizes[c])
-    cohort = found.app.cohort(clients, found.grid.engine.store.gather(clients), {"server-round": found.round})
-    received = found.strategy.send(found.round, tree(found.arrays), clients)
+def predictors(finished: Finished) -> Iterator[tuple[int, Values, Values]]:
+    """Clients, what they predict with, and the conditional inputs that are given."""
+    assert finished.grid.engine is not None
+    clients = sorted(CLIENTS, key=lambda c: -finished.app.sizes[c])
+    state = finished.grid.engine.store.gather(clients)
+    cohort = finished.app.cohort(clients, state, {"server-round": finished.round})
+    received = finished.strategy.send(finished.round, tree(finished.arrays), clients)
     assert isinstance(received, Mapping)
-    view = found.app.update.personalize(cohort, received, {})
+    view = finished.app.update.personalize(cohort, received, {})
     assert isinstance(view, View)
     for k, client in enumerate(clients):
-        yield client, {n: v[k] if n in view.stacked else v for n, v in view.tensors.items()}
+        inputs = {name: value[k] for name, value in view.given.items() if isinstance(value, Tensor)}
+        yield client, {n: v[k] if n in view.stacked else v for n, v in view.tensors.items()}, inputs
 
 
 @pytest.mark.parametrize("variant", ["official", "paper"])
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_both_variants_follow_a_plain_loop(variant: str, fraction: float) -> None:
     options = {"variant": variant, "lam": 0.3, "mu": 0.05}
-    found = run("gpfl", options, rounds=4, fraction=fraction)
+    finished = run("gpfl", options, rounds=4, fraction=fraction)
     expected = plain(variant == "paper", 4, fraction, 0.3, 0.05)
-    assert_same(found.arrays, expected.server)
-    for client, values in predictors(found):
-        assert_same({n: values[n] for n in expected.server}, expected.server)
-        assert_same({n: values[n] for n in expected.own[client]}, expected.own[client])
-        assert_same({n: values[n] for n in INPUTS}, dict(zip(INPUTS, expected.inputs[client], strict=True)))
+    assert_same(finished.arrays, expected.server)
+    for client, values, inputs in predictors(finished):
+        assert_same(values, {**expected.server, **expected.personal[client]})
+        assert_same(inputs, dict(zip(INPUTS, expected.inputs[client], strict=True)))
 
 
 def test_inputs_of_official_differ_by_client_and_those_of_paper_do_not() -> None:
     for variant, alike in (("official", False), ("paper", True)):
-        rows = [values["context.generic"] for _, values in predictors(run("gpfl", {"variant": variant}, rounds=2))]
+        rows = [inputs["generic"] for _, _, inputs in predictors(run("gpfl", {"variant": variant}, rounds=2))]
         assert all(torch.allclose(rows[0], row) == alike for row in rows[1:])
 
 
 def test_inputs_are_zero_before_the_first_average_of_official_only() -> None:
     for variant, zero in (("official", True), ("paper", False)):
-        for _, values in predictors(run("gpfl", {"variant": variant}, rounds=0)):
-            assert all(bool((values[n] == 0).all()) == zero for n in INPUTS)
+        for _, _, inputs in predictors(run("gpfl", {"variant": variant}, rounds=0)):
+            assert inputs.keys() == set(INPUTS)
+            assert all(bool((value == 0).all()) == zero for value in inputs.values())
 
 
 @pytest.mark.parametrize("variant", ["official", "paper"])
@@ -195,14 +197,20 @@ def test_features_by_hand() -> None:
     assert out.tolist() == [[2.5, 2.25], [1.75, 0.0]]
 
 
+def given_of(values: Values, **tensors: Tensor) -> Given:
+    """Conditional inputs of zeros and the table itself, or other tensors."""
+    zeros = torch.zeros(2)
+    return {"generic": zeros, "personal": zeros, "target": values["gce.weight"].detach().clone(), **tensors}
+
+
 def test_losses_by_hand() -> None:
     """A valve of zeros passes features through; C_0 = (1, 0), C_1 = (0, 5)."""
     network = extended(Two(), two_categories())
     values = {n: torch.zeros_like(v) for n, v in network.state_dict().items()}
     values["head.weight"] = 2 * torch.eye(2)
     values["gce.weight"] = torch.tensor([[1.0, 0.0], [0.0, 5.0]])
-    values["context.target"] = torch.tensor([[3.0, 1.0], [4.0, 2.0]])
-    batch = Batch(two_categories().x[:2], two_categories().y[:2])
+    given = given_of(values, target=torch.tensor([[3.0, 1.0], [4.0, 2.0]]))
+    batch = Batch(two_categories().x[:2], two_categories().y[:2], given=given)
     head = [math.log(1 + math.exp(8 - 6)), math.log(1 + math.exp(0 - 4))]
     angle = [math.log(1 + math.exp(0.8 - 0.6)), math.log(1 + math.exp(0 - 1))]
     both = (sum(head) + sum(angle)) / 2
@@ -219,13 +227,11 @@ def test_slopes_are_finite_where_norms_are_zero(variant: str) -> None:
     network = extended(Two(), two_categories())
     for features, target in ((torch.zeros(2, 2), torch.zeros(2, 2)), (torch.ones(2, 2), torch.ones(2, 2))):
         values = {n: torch.zeros_like(v) for n, v in network.state_dict().items()}
-        values.update({"gce.weight": torch.ones(2, 2), "context.target": target})
+        values["gce.weight"] = torch.ones(2, 2)
         free = {n: values[n].requires_grad_() for n, _ in network.named_parameters()}
-        loss = GPFLUpdate(lam=1.0, variant=variant).loss(
-            Network(network, values), Batch(features, torch.tensor([0, 1]))
-        )
-        found = torch.autograd.grad(loss, list(free.values()))
-        assert all(bool(slope.isfinite().all()) for slope in found)
+        batch = Batch(features, torch.tensor([0, 1]), given=given_of(values, target=target))
+        loss = GPFLUpdate(lam=1.0, variant=variant).loss(Network(network, values), batch)
+        assert all(bool(slope.isfinite().all()) for slope in torch.autograd.grad(loss, list(free.values())))
 
 
 @pytest.mark.parametrize("variant", ["official", "paper"])
@@ -234,21 +240,21 @@ def test_padding_has_no_part_in_loss_and_slopes(variant: str) -> None:
     data = two_categories()
     update = GPFLUpdate(lam=2.0, variant=variant)
     padded = Batch(torch.cat([data.x, 9 * data.x]), torch.cat([data.y, data.y]), torch.tensor([1.0] * 3 + [0.0] * 3))
-    found = []
+    results = []
     for batch in (Batch(data.x, data.y), padded):
         values = {n: v.clone() for n, v in network.state_dict().items()}
         free = [values[n].requires_grad_() for n, _ in network.named_parameters()]
-        loss = update.loss(Network(network, values, batch.weight), batch)
-        found.append([loss.detach(), *torch.autograd.grad(loss, free)])
-    for a, b in zip(*found, strict=True):
+        loss = update.loss(Network(network, values, batch.weight), replace(batch, given=given_of(values)))
+        results.append([loss.detach(), *torch.autograd.grad(loss, free)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_mu_is_the_decay_of_table_and_valve_alone() -> None:
     """After one step two values of mu differ by ``lr * mu`` of the initial values."""
     settings: dict[str, Any] = {"rounds": 1, "batch_size": 0, "epochs": 1, "weight_decay": 0.3}
-    given = {"head": {"weight_decay": 0.7}, "gce": {"lr": 0.2}}
-    without, with_it = (run("gpfl", {"mu": mu}, groups=given, **settings) for mu in (0.0, 0.5))
+    groups = {"head": {"weight_decay": 0.7}, "gce.*": {"lr": 0.9, "weight_decay": 0.8}, "gce": {"lr": 0.2}}
+    without, with_it = (run("gpfl", {"mu": mu}, groups=groups, **settings) for mu in (0.0, 0.5))
     start = entries(without.app.template)
     for name, value in with_it.arrays.items():
         rate = {"gce": 0.2, "cov": 0.1}.get(name[:3], 0.0)
@@ -273,32 +279,34 @@ def test_shares_count_the_samples_that_are_trained_on(settings: dict[str, Any], 
     data = gaussian_data((4,), dtype=torch.float64)
     y = data.y.clone()
     y[data.train[0]] = torch.tensor([0, 0, 1, 3])
-    found = run("gpfl", rounds=1, data=replace(data, y=y), network=SmallNetwork(norm=False).double(), **settings)
-    expected = torch.tensor(shares, dtype=torch.float64) @ found.arrays["gce.weight"]  # the only client's own table
-    torch.testing.assert_close(found.state(0)["model/context.personal"], expected)
+    finished = run("gpfl", rounds=1, data=replace(data, y=y), network=SmallNetwork(norm=False).double(), **settings)
+    expected = torch.tensor(shares, dtype=torch.float64) @ finished.arrays["gce.weight"]  # the only client's own table
+    torch.testing.assert_close(finished.state(0)["conditions/personal"], expected)
 
 
 def test_what_is_sent_and_what_stays() -> None:
     for variant, tables in (("official", 2), ("paper", 1)):
-        found = run("gpfl", {"variant": variant}, rounds=2)
+        finished = run("gpfl", {"variant": variant}, rounds=2)
         parameters = {n for n, _ in extended().named_parameters()}
-        assert found.arrays.keys() == parameters - set(HEAD)
-        kept = {f"model/{n}" for n in (*HEAD, *STATISTICS, *INPUTS)}
-        assert found.state(0).keys() == kept | {"trained"}
-        assert not torch.equal(found.state(0)["model/body.1.running_mean"], found.state(1)["model/body.1.running_mean"])
-        numbers = sum(v.numel() for v in found.arrays.values())
-        report = found.strategy.report
+        assert finished.arrays.keys() == parameters - set(HEAD)
+        kept = {f"model/{n}" for n in (*HEAD, *STATISTICS)} | {"trained"}
+        lagging = {f"conditions/{n}" for n in INPUTS} | {"last_round"} if variant == "official" else set()
+        assert finished.state(0).keys() == kept | lagging
+        first, second = (finished.state(client)["model/body.1.running_mean"] for client in (0, 1))
+        assert not torch.equal(first, second)
+        numbers = sum(v.numel() for v in finished.arrays.values())
+        report = finished.strategy.report
         assert report.bytes_up == 4 * 8 * numbers
         assert report.bytes_down == 4 * 8 * (numbers + (tables - 1) * 4 * 8)
 
 
 def test_a_client_that_never_trained_has_the_inputs_of_the_table_before() -> None:
-    found = run("gpfl", rounds=2, data=replace(DATA, unseen=(2,)))
-    before = entries(found.strategy.state["previous"])["gce.weight"]
-    assert not torch.equal(before, found.arrays["gce.weight"])
-    values = dict(predictors(found))[2]
-    assert_same({n: values[n] for n in INPUTS}, dict(zip(INPUTS, inputs_of(before, 2, False), strict=True)))
-    assert found.strategy.report.unseen.keys() == {2}
+    finished = run("gpfl", rounds=2, data=replace(DATA, unseen=(2,)))
+    before = entries(finished.strategy.state["previous"])["gce.weight"]
+    assert not torch.equal(before, finished.arrays["gce.weight"])
+    inputs = {client: given for client, _, given in predictors(finished)}[2]
+    assert_same(inputs, dict(zip(INPUTS, inputs_of(before, 2, False), strict=True)))
+    assert finished.strategy.report.unseen.keys() == {2}
 
 
 def test_the_network_given_is_left_alone_and_values_belong_to_the_seed() -> None:
@@ -307,7 +315,7 @@ def test_the_network_given_is_left_alone_and_values_belong_to_the_seed() -> None
     other, _ = GPFLUpdate().extend(NETWORK, DATA, SEED + 1)
     assert_same(first.state_dict(), second.state_dict())
     assert not torch.equal(first.gce.weight, other.state_dict()["gce.weight"])
-    first.body[0].weight.data += 1
+    next(first.body.parameters()).data += 1
     assert_same(NETWORK.state_dict(), before)
 
 
@@ -328,10 +336,10 @@ def test_the_network_given_is_left_alone_and_values_belong_to_the_seed() -> None
 def test_backbones(config: ModelConfig) -> None:
     data = gaussian_data((10, 6), features=(1, 8, 8))
     network = build_model(config, (1, 8, 8), data.num_classes, SEED)
-    found = run("gpfl", rounds=2, network=network, data=data, lr=0.01, epochs=1, drop_last=True)
-    start = entries(found.app.template)
-    assert all(bool(v.isfinite().all()) and not torch.equal(v, start[n]) for n, v in found.arrays.items())
-    assert found.strategy.report.clients.keys() == {0, 1}
+    finished = run("gpfl", rounds=2, network=network, data=data, lr=0.01, epochs=1, drop_last=True)
+    start = entries(finished.app.template)
+    assert all(bool(v.isfinite().all()) and not torch.equal(v, start[n]) for n, v in finished.arrays.items())
+    assert finished.strategy.report.clients.keys() == {0, 1}
 
 
 # ------------------------------------------------------------------ errors
@@ -388,6 +396,8 @@ def test_items_without_labels_are_refused() -> None:
     data = RankingData.of_items(9, items, [np.array([2, 3])], [np.array([4, 5])])
     with pytest.raises(ConfigError, match=r"strategy=gpfl: expected another method for .*no class labels"):
         GPFLUpdate().extend(Two(), data, SEED)
+    with pytest.raises(ConfigError, match=r"strategy=gpfl: expected another method for gaussian, .*no class labels"):
+        GPFLUpdate().extend(NETWORK, replace(DATA, y=DATA.y.double()), SEED)
 
 
 # ------------------------------------------------------------------ traces
@@ -410,7 +420,7 @@ def test_items_without_labels_are_refused() -> None:
 def test_a_changed_trace_is_noticed(case: str, array: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / f"{case}.npz"
     copy.parent.mkdir(parents=True)
-    shutil.copy(reference.HERE / f"{case}.npz", copy)
+    shutil.copy(traces.HERE / f"{case}.npz", copy)
     assert reference.main(["--root", str(tmp_path), "gpfl"]) == 0
     with np.load(copy) as file:
         arrays = {key: file[key] for key in file.files}
@@ -421,5 +431,6 @@ def test_a_changed_trace_is_noticed(case: str, array: str, tmp_path: Path, capsy
 
 
 def test_the_trace_tells_the_variants_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GPFLUpdate, "__post_init__", lambda self: setattr(self, "variant", "paper"))
+    read = traces.gpfl.read
+    monkeypatch.setattr(traces.gpfl, "read", lambda path: replace(read(path), options={"variant": "paper"}))
     assert reference.main(["gpfl"]) == 1

@@ -23,8 +23,8 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import HeadOnlyUpdate, PFedPG, PFedPGUpdate, make_strategy
-from fedpers.strategies.pfedpg import Directions, follow, generate
-from fedpers.strategies.records import ARRAYS, from_record, num_bytes, unflatten_state
+from fedpers.strategies.pfedpg import follow, generate
+from fedpers.records import ARRAYS, from_record, num_bytes, unflatten_state
 from tests.cohort.helpers import assert_same
 from tests.equivalence import difference, outcome
 from tests.problems import SmallNetwork, gaussian_data, ranking_data, small_vit
@@ -149,18 +149,16 @@ def test_a_descriptor_follows_its_own_client_only() -> None:
         assert [bool(own.any()) for own in slope] == [c == client for c in range(3)]
 
     change = torch.from_numpy(numbers(0, "test").normal(size=prompts.shape))
+    weights = torch.ones(3, dtype=base.dtype)
     results = []
     for factor in (1.0, -5.0):
-        fold = Directions(base, phi, dict(enumerate(rows.detach())))
-        for client in range(3):
-            given = change[client] * (factor if client == 1 else 1.0)
-            fold.add({ARRAYS: tree({"prompts": given})}, 1.0, client)
-        results.append(fold.result())
-    first, second = (r["descriptors"]["value"] for r in results)
+        scale = torch.tensor([1.0, factor, 1.0], dtype=base.dtype).view(3, 1, 1)
+        results.append(follow(base, phi, rows.detach(), scale * change, weights))
+    (common, first), (other, second) = results
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[2], second[2])
     assert torch.allclose(second[1], -5 * first[1])
-    assert not torch.equal(results[0]["generator"]["query"], results[1]["generator"]["query"])
+    assert not torch.equal(common["query"], other["query"])
 
 
 @pytest.mark.parametrize("method", ["sgd", "adam"])
@@ -268,7 +266,7 @@ def test_rounds_against_a_plain_loop(
         assert_same({"d": server["descriptors"]["value"][client]}, {"d": plain.rows[client].detach()})
         state = found.state(client)
         assert_same({n: state[f"model/{n}"] for n in NAMES[1:]}, plain.heads[client])
-        assert int(state["trained"]) == (client in plain.adapted)
+        assert (int(state["trained"]) > 0) == (client in plain.adapted)
         if client in plain.adapted:
             assert_same({"p": state["adapted/prompts"]}, {"p": plain.adapted[client]})
         generated = {"prompts": plain.prompts(client).detach(), **plain.heads[client]}
@@ -306,22 +304,17 @@ def test_without_generator_everybody_gets_the_base() -> None:
     assert found.strategy.state == {}
 
 
-def test_many_clients_folded_in_parts_agree() -> None:
+def test_many_clients_are_differentiated_a_few_at_a_time() -> None:
     base, phi = start(), matrices()
-    rows = {c: descriptor(c) for c in range(150)}
-    changes = [torch.from_numpy(numbers(c, "test").normal(size=base.shape)) for c in rows]
-    parts = [Directions(base, phi, rows) for _ in range(3)]
-    for c, change in enumerate(changes):
-        parts[c % 2].add({ARRAYS: tree({"prompts": change})}, 1.0 + c, c)
-    parts[0].merge(parts[1])
-    parts[0].merge(parts[2])  # one that took in nothing
-    found = parts[0].result()
+    rows = torch.stack([descriptor(c) for c in range(150)])
+    changes = torch.stack([torch.from_numpy(numbers(c, "test").normal(size=base.shape)) for c in range(150)])
     weights = torch.arange(150, dtype=torch.float64) + 1
-    common, own = follow(base, phi, torch.stack(list(rows.values())), torch.stack(changes), weights)
-    assert_same(entries(found[ARRAYS]), {"prompts": common.pop("prompts") / weights.sum()})
-    assert_same(entries(found["generator"]), {n: v / weights.sum() for n, v in common.items()})
-    assert found["descriptors"]["client"].tolist() == list(range(150))
-    assert_same({"d": found["descriptors"]["value"]}, {"d": own})
+    strategy = PFedPG()
+    strategy.state["generator"] = tree(phi)
+    common, of_descriptors = strategy._directions(tree({"prompts": base}), rows, changes, weights)
+    at_once, expected = follow(base, phi, rows, changes, weights)
+    assert_same(common, at_once)
+    assert_same({"d": of_descriptors}, {"d": expected})
 
 
 # -------------------------------------------------------------------- unseen clients
@@ -401,6 +394,7 @@ def through(grid: LocalGrid, app: Any, data: FederatedData, method: str) -> Valu
     options = {"prompts": COUNT, "server_optimizer": method, "server_lr": 0.01, "adapt_rounds": 2}
     strategy, _ = make_strategy("pfedpg", options, server={"seed": SEED, "fraction": 0.7, "unseen": data.unseen})
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
+    strategy.begin()
     with server_identity(1):
         for r in (1, 2):
             new, _ = strategy.aggregate_train(

@@ -6,7 +6,7 @@ Negatives and the order of samples are those recorded; everything else is comput
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedpers.cohort import Cohort, Training, entries
-from fedpers.cohort.evaluation import hit_and_gain
+from fedpers.cohort.sparse_rows import with_rows
 from fedpers.data import DatasetConfig, FederatedData, RankingData, SplitConfig
 from fedpers.data.rating_files import Ratings
 from fedpers.data.ratings import leave_one_out
 from fedpers.models import Factorization
+from fedpers.records import from_record, trees
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
-from fedpers.strategies import FedRAP, FedRAPUpdate
-from fedpers.strategies.records import from_record, trees
+from fedpers.strategies import CohortApp, FedRAP, FedRAPUpdate, LocalUpdate
+from fedpers.tasks import Ranking
+from fedpers.tasks.ranking import hit_and_gain
 from tests.traces import Comparison
+from tests.traces.fedselect import replaying
 
 TOLERANCE = 1e-5
 METHODS = ("fedrap",)
@@ -40,9 +43,10 @@ NAMES = {
 
 
 class Trace:
-    """One ``.npz`` file."""
+    """One ``.npz`` file, and what its parameters are called here."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, names: Mapping[str, str] = NAMES) -> None:
+        self.names = names
         with np.load(path, allow_pickle=False) as file:
             self.arrays: dict[str, NDArray[Any]] = dict(file)
         self.meta: dict[str, Any] = json.loads(str(self.arrays.pop("meta")))
@@ -51,7 +55,17 @@ class Trace:
     def group(self, prefix: str) -> dict[str, NDArray[Any]]:
         """Arrays below a path, by our names."""
         inside = {k[len(prefix) + 1 :]: v for k, v in self.arrays.items() if k.startswith(prefix + "/")}
-        return {NAMES.get(name, name): value for name, value in inside.items()}
+        return {self.names.get(name, name): value for name, value in inside.items()}
+
+    def order(self, client: int, round: int, epoch: int) -> NDArray[np.int64]:
+        """Order of a user's samples in a pass of a round from 1."""
+        recorded: NDArray[np.int64] = self.arrays[f"r{round - 1}/u{client}/order"][epoch]
+        return recorded
+
+    def participants(self, round: int) -> list[int]:
+        """Users that train in a round from 1, ascending."""
+        users: list[int] = sorted(self.arrays[f"r{round - 1}/participants"].tolist())
+        return users
 
 
 @dataclass(frozen=True)
@@ -64,20 +78,14 @@ class RecordedData(RankingData):
         """Positives and negatives as they were drawn."""
         assert self.trace is not None
         items, ratings = (self.trace.arrays[f"data/r{round - 1}/u{client}/{name}"] for name in ("items", "ratings"))
-        found: NDArray[np.int64] = items + self.num_items * ratings.astype(np.int64)
-        return found
+        drawn: NDArray[np.int64] = items + self.num_items * ratings.astype(np.int64)
+        return drawn
 
 
 class RecordedUpdate(FedRAPUpdate):
-    """Takes samples in the recorded order, and the first common table from the trace."""
+    """Takes the first common table from the trace."""
 
     trace: Trace
-
-    def order(self, cohort: Cohort, k: int, epoch: int, size: int) -> NDArray[np.int64]:
-        """The recorded order; passes after the last recorded one were not taken."""
-        recorded = self.trace.arrays[f"r{cohort.round - 1}/u{cohort.clients[k]}/order"]
-        found: NDArray[np.int64] = recorded[min(epoch, len(recorded) - 1)]
-        return found
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Start with the recorded table C."""
@@ -100,8 +108,19 @@ def recorded_data(trace: Trace) -> RecordedData:
     items = torch.arange(m)
     return RecordedData(
         torch.cat([items, items]), torch.arange(2).repeat_interleave(m).float(),
-        [torch.from_numpy(own + m) for own in liked], held, test, 1, "trace", num_items=m, negatives=0, trace=trace,
+        [torch.from_numpy(positives + m) for positives in liked], held, test, 1, "trace",
+        num_items=m, negatives=0, task=Ranking(), trace=trace,
     )  # fmt: skip
+
+
+def initial_network(trace: Trace) -> Factorization:
+    """The template: its table, vector and bias."""
+    model = Factorization(int(trace.config["num_items"]), int(trace.config["latent_dim"]))
+    init = trace.group("init/template")
+    table = init.get("own.weight", init.get("body.weight"))
+    values = {"body.weight": table, "head.weight": init["head.weight"], "head.bias": init["head.bias"]}
+    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
+    return model
 
 
 def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
@@ -109,7 +128,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     trace = Trace(path)
     found = Comparison(method, f"fedrap/{path.stem}", TOLERANCE)
     if "raw" in trace.arrays:
-        _compare_split(found, trace)
+        compare_split(found, trace)
         return found
     config = trace.config
     training = Training(
@@ -121,18 +140,13 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
         tolerance=config["tol"], training=training,
     )  # fmt: skip
     update.trace = trace
-    model = Factorization(int(config["num_items"]), int(config["latent_dim"]))
-    init = trace.group("init/template")
-    with torch.no_grad():
-        model.body.weight.copy_(torch.from_numpy(init["own.weight"]))  # type: ignore[operator,union-attr]
-        model.head.weight.copy_(torch.from_numpy(init["head.weight"]))
-        model.head.bias.copy_(torch.from_numpy(init["head.bias"]))
     strategy = FedRAP()
-    strategy.sample = lambda round: sorted(trace.arrays[f"r{round - 1}/participants"].tolist())  # type: ignore[method-assign]
-    app = update.client_app(model, recorded_data(trace), device=device)
+    strategy.sample = trace.participants  # type: ignore[method-assign]
+    app = update.client_app(initial_network(trace), recorded_data(trace), device=device)
     grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
     arrays, settings = app.initial_arrays(), flower.ConfigRecord()
-    with server_identity(1):
+    strategy.begin()
+    with replaying(trace.order), server_identity(1):
         for r in range(int(trace.meta["rounds"])):
             replies = list(grid.send_and_receive(strategy.configure_train(r + 1, arrays, settings, grid)))
             _compare_users(found, trace, strategy, grid, replies, r)
@@ -143,7 +157,12 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
             found.add("server table", table, trace.arrays[f"r{r}/server/item_commonality.weight"])
             found.add("sparsity", strategy.report.extra["sparsity"], trace.arrays[f"r{r}/sparsity"])
     if "eval/test_items" in trace.arrays:
-        _compare_evaluation(found, trace, grid, app, arrays)
+        cohort = everybody(grid, app)
+        for k, user in enumerate(cohort.clients):  # some scores were made to saturate by hand
+            for name, value in trace.group(f"eval/params/u{user}").items():
+                if name != "common.weight":
+                    cohort.state["model", name][k] = torch.from_numpy(value)
+        compare_evaluation(found, trace, cohort, update, arrays)
     grid.close()
     return found
 
@@ -153,13 +172,10 @@ def _compare_users(
 ) -> None:
     """What users hold after a visit, what they send, and what it cost them."""
     assert grid.engine is not None
-    assert strategy._arrays is not None
     for reply in replies:
-        user = strategy._clients[reply.metadata.src_node_id]
+        user = strategy.exchange.client_of[reply.metadata.src_node_id]
         state = {n: v[0] for n, v in entries(grid.engine.store.gather([user])["model"]).items()}
-        sent = entries(trees(reply.content)["arrays"])
-        table = strategy._arrays["common.weight"] * sent["factor"]
-        table[sent["rows"].long()] = sent["values"]
+        table = with_rows(strategy.sent_arrays["common.weight"], entries(trees(reply.content)["arrays"]))
         for name, value in trace.group(f"r{r}/u{user}/after").items():
             found.add(f"user {name}", table if name == "common.weight" else state[name], value)
         key = f"r{r}/u{user}/upload/item_commonality.weight"
@@ -169,18 +185,20 @@ def _compare_users(
         found.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss"]))
 
 
-def _compare_evaluation(found: Comparison, trace: Trace, grid: LocalGrid, app: Any, arrays: flower.ArrayRecord) -> None:
-    """Scores, and the metric of hand-made scores."""
+def everybody(grid: LocalGrid, app: CohortApp) -> Cohort:
+    """All users as they are."""
     assert grid.engine is not None
-    users = sorted(range(app.data.num_clients), key=lambda u: -app.sizes[u])
-    state = grid.engine.store.gather(users)
-    for k, user in enumerate(users):  # some scores were made to saturate by hand
-        for name, value in trace.group(f"eval/params/u{user}").items():
-            if name in state["model"].keys():  # noqa: SIM118
-                state["model"][name][k] = torch.from_numpy(value)
-    cohort = app.cohort(users, state, {"server-round": 1})
-    received = {"arrays": from_record(arrays)}
-    outputs = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)
+    users = sorted(range(app.data.num_clients), key=lambda user: -app.sizes[user])
+    return app.cohort(users, grid.engine.store.gather(users), {"server-round": 1})
+
+
+def compare_evaluation(
+    found: Comparison, trace: Trace, cohort: Cohort, update: LocalUpdate, arrays: flower.ArrayRecord
+) -> None:
+    """Scores, and the metric of hand-made scores."""
+    users = cohort.clients
+    networks = update.personalize(cohort, {"arrays": from_record(arrays)}, {})
+    outputs = cohort.logits(networks, "test", update.predict)
     negatives = trace.arrays["eval/neg_scores"].reshape(len(users), -1)
     scores: list[torch.Tensor] = [torch.zeros(0)] * len(users)
     for k, user in enumerate(users):
@@ -189,13 +207,15 @@ def _compare_evaluation(found: Comparison, trace: Trace, grid: LocalGrid, app: A
         found.add("scores", scores[place], np.r_[trace.arrays["eval/test_scores"][place], negatives[place]])
     _compare_metric(found, trace, "eval", scores)
     for part in ("ties", "nan"):
+        if f"{part}/test_scores" not in trace.arrays:
+            continue
         held, others = (trace.arrays[f"{part}/{name}"] for name in ("test_scores", "neg_scores"))
         _compare_metric(found, trace, part, [torch.from_numpy(np.r_[a, b]) for a, b in zip(held, others, strict=True)])
 
 
 def _compare_metric(found: Comparison, trace: Trace, part: str, scores: list[torch.Tensor]) -> None:
     if f"{part}/rank" in trace.arrays:
-        ranks = [1 + int((own[1:] >= own[0]).sum()) for own in scores]
+        ranks = [1 + int((candidates[1:] >= candidates[0]).sum()) for candidates in scores]
         found.exact("rank", ranks, trace.arrays[f"{part}/rank"])
     for place, top_k in enumerate(trace.arrays[f"{part}/top_k"].tolist()):
         metric = hit_and_gain(scores, top_k)
@@ -203,7 +223,7 @@ def _compare_metric(found: Comparison, trace: Trace, part: str, scores: list[tor
         found.add("ndcg", metric[f"ndcg@{top_k}"].mean(), trace.arrays[f"{part}/ndcg"][place])
 
 
-def _compare_split(found: Comparison, trace: Trace) -> None:
+def compare_split(found: Comparison, trace: Trace) -> None:
     """Who trains, validates and tests on what."""
     user, item, rating, time = trace.arrays["raw"].T
     config = DatasetConfig("ratings", "trace.csv", protocol="official", min_interactions=10)
@@ -212,7 +232,7 @@ def _compare_split(found: Comparison, trace: Trace) -> None:
     m = data.num_items
     found.exact("items", m, trace.meta["num_items"])
     for part, name in ((data.validation, "val"), (data.test, "test")):
-        found.exact(name, [int(own[0]) - m for own in part], trace.arrays[f"split/{name}"][:, 1])
+        found.exact(name, [int(candidates[0]) - m for candidates in part], trace.arrays[f"split/{name}"][:, 1])
     recorded = trace.arrays["split/train"]
     for u in range(int(trace.meta["num_users"])):
         liked = np.sort(data.train[u].numpy() - m)

@@ -25,7 +25,7 @@ from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedSelect, FedSelectUpdate, make_strategy
 from fedpers.strategies.fedselect import grow_by_tensor
-from fedpers.strategies.records import from_record, row
+from fedpers.records import from_record, row
 from tests.traces import Comparison
 
 TOLERANCE = 1e-5
@@ -189,7 +189,7 @@ def _one_visit(trace: Trace, found: Comparison, device: str) -> None:
     bench.put(0, mask=mask, used=mask, trained=torch.tensor(0 if meta["model_in_train_mode"] else 1))
     phases: list[Values] = []
     losses: list[Tensor] = []
-    fit, count = Cohort.fit, Cohort.count
+    fit, count = Cohort.fit, Cohort.count_loss
 
     def watched_fit(self: Cohort, params: Tree, *args: Any, **settings: Any) -> None:
         fit(self, params, *args, **settings)
@@ -203,10 +203,11 @@ def _one_visit(trace: Trace, found: Comparison, device: str) -> None:
     with (
         replaying(lambda client, round, epoch: orders[epoch]),
         mock.patch.object(Cohort, "fit", watched_fit),
-        mock.patch.object(Cohort, "count", watched_count),
+        mock.patch.object(Cohort, "count_loss", watched_count),
     ):
         arrays = bench.app.initial_arrays()
         config = flower.ConfigRecord()
+        bench.strategy.begin()
         with server_identity(1):
             replies = list(bench.grid.send_and_receive(bench.strategy.configure_train(1, arrays, config, bench.grid)))
     found.exact("passes", len(phases), 2)
@@ -276,6 +277,7 @@ def _whole_runs(trace: Trace, found: Comparison, device: str) -> None:
     training = Training(lr=args["lr"], epochs=args["la_epochs"], batch_size=args["local_bs"])
     bench = Bench(trace.group("init"), data, options, training, device)
     strategy, grid = bench.strategy, bench.grid
+    strategy.begin()
     arrays, config = bench.app.initial_arrays(), flower.ConfigRecord()
     last = f"r{rounds - 1}"
     with replaying(lambda c, r, epoch: trace.arrays[f"r{r - 1}/c{c}/order"][epoch]), server_identity(1):
@@ -316,7 +318,7 @@ def _whole_runs(trace: Trace, found: Comparison, device: str) -> None:
 def _compare_losses(trace: Trace, found: Comparison, bench: Bench, replies: list[flower.Message], r: int) -> None:
     """Mean loss over the samples of all passes, from the recorded losses of batches."""
     for reply in replies:
-        c = bench.strategy._clients[reply.metadata.src_node_id]
+        c = bench.strategy.exchange.client_of[reply.metadata.src_node_id]
         theirs = trace.arrays[f"r{r}/c{c}/batch_loss"]
         size = len(trace.arrays[f"c{c}/train_y"])
         weights = [len(part) for part in torch.arange(size).split(int(trace.meta["args"]["local_bs"]))]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpers.cohort import Batch, Cohort, Network, Training, View, entries
+from fedpers.cohort import Batch, Cohort, Collect, Given, Network, Training, View, entries
 from fedpers.data.federated import FederatedData
+from fedpers.records import from_record
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
+from fedpers.server.collect import ReplyCollector
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
-from fedpers.strategies.records import from_record, trees
+from fedpers.strategies.gpfl import GENERIC, PERSONAL, TABLE, TARGET
 from tests.traces import Comparison
 
 METHODS = {"gpfl": ("gpfl", "pfllib/GPFL")}
@@ -41,10 +43,10 @@ _ROLES = (
     ("CoV/Conditional_beta.", "cov.beta."),
     ("model/base.", "body."),
     ("model/head.", "head."),
-    ("generic_conditional_input", "context.generic"),
-    ("personalized_conditional_input", "context.personal"),
-    ("cond_generic", "context.generic"),
-    ("cond_personal", "context.personal"),
+    ("generic_conditional_input", GENERIC),
+    ("personalized_conditional_input", PERSONAL),
+    ("cond_generic", GENERIC),
+    ("cond_personal", PERSONAL),
 )
 
 
@@ -65,7 +67,7 @@ class Case:
     rounds: int
     clients: int
     classes: int
-    options: dict[str, float]
+    options: dict[str, Any]
     training: Training
     schedule: list[list[int]]
     from_authors: bool
@@ -79,8 +81,8 @@ class Case:
         """Initial values of parameters and buffers."""
         if self.from_authors:
             return self.entries("init")
-        own = {f"model/{n[8:]}": v for n, v in self.arrays.items() if n.startswith("in/init/")}
-        return {renamed(n) or n: v for n, v in own.items()} | self.entries("in/client_init", 0)
+        network = {f"model/{n[8:]}": v for n, v in self.arrays.items() if n.startswith("in/init/")}
+        return {renamed(n) or n: v for n, v in network.items()} | self.entries("in/client_init", 0)
 
     def part(self, client: int, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Samples and labels of a client, in the order in which they are used."""
@@ -100,8 +102,8 @@ class Case:
 
     def conditions(self, round: int, client: int) -> dict[str, np.ndarray]:
         """Conditional inputs of a client after a round."""
-        found = self.entries(f"r{round}/c{client}") if self.from_authors else self.client("received", round, client)
-        return {n: v for n, v in found.items() if n.startswith("context.")}
+        held = self.entries(f"r{round}/c{client}") if self.from_authors else self.client("received", round, client)
+        return {n: v for n, v in held.items() if n in (GENERIC, PERSONAL)}
 
     def server(self, round: int) -> dict[str, np.ndarray]:
         """The averages."""
@@ -111,8 +113,8 @@ class Case:
         """Weights of the participants, ascending."""
         if not self.from_authors:
             return np.asarray(self.arrays["out/agg_weights"][round][self.schedule[round]])
-        found = self.arrays.get(f"r{round}/weights")
-        return None if found is None else found[np.argsort(self.arrays[f"r{round}/selected"])]
+        weights = self.arrays.get(f"r{round}/weights")
+        return None if weights is None else weights[np.argsort(self.arrays[f"r{round}/selected"])]
 
     def evaluation(self, round: int) -> dict[str, np.ndarray]:
         """What is measured before a round's training, or after the last round."""
@@ -121,9 +123,9 @@ class Case:
             return {k[len(where) + 1 :]: v for k, v in self.arrays.items() if k.startswith(where + "/")}
         if round == self.rounds:
             return {}
-        found = {k.rpartition("/")[2]: v[round] for k, v in self.arrays.items() if k.startswith("out/eval/main/")}
-        scores = {f"scores/{n}": v for n, v in found.items() if n.startswith("c")}
-        return {"correct": found["test_correct"], "train_loss_sum": found["train_loss_sum"], **scores}
+        values = {k.rpartition("/")[2]: v[round] for k, v in self.arrays.items() if k.startswith("out/eval/main/")}
+        scores = {f"scores/{n}": v for n, v in values.items() if n.startswith("c")}
+        return {"correct": values["test_correct"], "train_loss_sum": values["train_loss_sum"], **scores}
 
 
 def read(path: Path) -> Case:
@@ -131,24 +133,24 @@ def read(path: Path) -> Case:
     with np.load(path, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
     meta: dict[str, Any] = json.loads(str(arrays.pop("meta")))
-    own = "args" in meta
-    hyper = meta["args"] if own else meta["hyper"]
+    from_authors = "args" in meta
+    hyper = meta["args"] if from_authors else meta["hyper"]
     rounds = int(meta["rounds"])
-    clients = int(meta["num_clients" if own else "n_clients"])
-    if own:
+    clients = int(meta["num_clients" if from_authors else "n_clients"])
+    if from_authors:
         schedule = [sorted(map(int, arrays.get(f"r{r}/selected", range(clients)))) for r in range(rounds)]
     else:
         schedule = [sorted(map(int, row)) for row in meta["selected"]]
     training = Training(
-        lr=hyper["local_learning_rate"] if own else meta["lr"],
-        epochs=int(hyper["local_steps"] if own else meta["local_epochs"]),
-        batch_size=int(hyper["batch_size"] if own else meta["batch_size"]),
+        lr=hyper["local_learning_rate"] if from_authors else meta["lr"],
+        epochs=int(hyper["local_steps"] if from_authors else meta["local_epochs"]),
+        batch_size=int(hyper["batch_size"] if from_authors else meta["batch_size"]),
         shuffle=False,
-        drop_last=own or bool(meta["drop_last"]),
+        drop_last=from_authors or bool(meta["drop_last"]),
     )
     options = {"lam": hyper["lamda"], "mu": hyper["mu"]}
     classes = int(meta["num_classes"])
-    return Case(arrays, meta, rounds, clients, classes, options, training, schedule, own)
+    return Case(arrays, meta, rounds, clients, classes, options, training, schedule, from_authors)
 
 
 def network_of(init: Values, picture: bool) -> nn.Module:
@@ -182,11 +184,11 @@ def data_of(case: Case) -> FederatedData:
     lists: dict[str, list[torch.Tensor]] = {"train": [], "test": []}
     at = 0
     for client in range(case.clients):
-        for part, own in lists.items():
+        for part, positions in lists.items():
             x, y = case.part(client, part)
             xs.append(x)
             ys.append(y)
-            own.append(torch.arange(at, at + len(y)))
+            positions.append(torch.arange(at, at + len(y)))
             at += len(y)
     x_all = torch.from_numpy(np.concatenate(xs).astype(np.float32))
     y_all = torch.from_numpy(np.concatenate(ys).astype(np.int64))
@@ -199,7 +201,7 @@ class Running:
     """One case as it runs here."""
 
     case: Case
-    found: Comparison
+    compared: Comparison
     strategy: PersonalizedStrategy
     app: CohortApp
     grid: LocalGrid
@@ -211,14 +213,15 @@ class Running:
         clients = sorted(range(self.case.clients), key=lambda c: (-self.app.sizes[c], c))
         return self.app.cohort(clients, self.grid.engine.store.gather(clients), {"server-round": round})
 
-    def predictors(self, cohort: Cohort) -> tuple[View, list[dict[str, torch.Tensor]]]:
-        """What all clients predict with, and each client's own row of it."""
+    def predictors(self, cohort: Cohort) -> tuple[View, list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+        """What all clients predict with, and each client's rows of it: tensors, and what is given."""
         received = self.strategy.send(cohort.round, from_record(self.arrays), cohort.clients)
         assert isinstance(received, Mapping)
         view = self.app.update.personalize(cohort, received, {"server-round": cohort.round})
         assert isinstance(view, View)
         rows = [{n: v[k] if n in view.stacked else v for n, v in view.tensors.items()} for k in range(cohort.size)]
-        return view, rows
+        conditions = [{n: v[k] for n, v in view.given.items() if isinstance(v, torch.Tensor)} for k in range(len(rows))]
+        return view, rows, conditions
 
 
 def start(method: str, case: Case, name: str, device: str) -> Running:
@@ -230,10 +233,7 @@ def start(method: str, case: Case, name: str, device: str) -> Running:
 
     def recorded(model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         network, data = extend(model, data, seed)
-        values = {n: torch.from_numpy(np.array(v)) for n, v in init.items()}
-        missing, unknown = network.load_state_dict(values, strict=False)
-        if unknown or any(not n.startswith("context.") for n in missing):
-            raise ValueError(f"{name}: initial values of {missing} are missing, {unknown} unknown")
+        network.load_state_dict({n: torch.from_numpy(np.array(v)) for n, v in init.items()})
         return network, data
 
     update.extend = recorded  # type: ignore[method-assign]
@@ -249,6 +249,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     run = start(method, case, f"{'authors' if case.from_authors else 'pfllib'}/{path.stem}", device)
     _compare_gradients(run)
     with server_identity(1):
+        run.strategy.begin()
         run.strategy.nodes(run.grid)
         for r in range(case.rounds):
             _compare_evaluation(run, r)
@@ -260,12 +261,12 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
             run.arrays = new
             ours = entries(from_record(new))
             average = {n: v for n, v in case.server(r).items() if n in ours}  # statistics are recorded, but never sent
-            _compare_entries(run.found, "server", ours, average)
+            _compare_entries(run.compared, "server", ours, average)
             _compare_received(run, r)
         _compare_evaluation(run, case.rounds)
     run.grid.close()
-    assert "client" in run.found.worst
-    return run.found
+    assert "client" in run.compared.worst
+    return run.compared
 
 
 def _compare_gradients(run: Running) -> None:
@@ -277,60 +278,60 @@ def _compare_gradients(run: Running) -> None:
     module = app.module.train()
     tensors = {n: v.clone() for n, v in entries(app.template).items()}
     free = {n: tensors[n].requires_grad_() for n in theirs}
-    tensors["context.target"] = tensors["gce.weight"].detach().clone()
-    own = app.data.train[0][: run.case.training.batch_size]
-    loss = app.update.loss(Network(module, tensors), Batch(app.data.x[own], app.data.y[own]))
+    first = app.data.train[0][: run.case.training.batch_size]
+    given = app.update.example_given(app.template, app.data)  # what there is before the first average
+    loss = app.update.loss(Network(module, tensors), Batch(app.data.x[first], app.data.y[first], given=given))
     for (name, _), gradient in zip(free.items(), torch.autograd.grad(loss, list(free.values())), strict=True):
-        run.found.add("gradient", gradient, theirs[name])
+        run.compared.add("gradient", gradient, theirs[name])
 
 
-def _compare_entries(found: Comparison, kind: str, ours: Mapping[str, torch.Tensor], theirs: Values) -> None:
+def _compare_entries(compared: Comparison, kind: str, ours: Mapping[str, torch.Tensor], theirs: Values) -> None:
     """Parameters as one vector, statistics by name, counts exactly; conditional inputs are compared elsewhere."""
-    free = [n for n in theirs if "running" not in n and "tracked" not in n and not n.startswith("context.")]
+    free = [n for n in theirs if "running" not in n and "tracked" not in n and n not in (GENERIC, PERSONAL)]
     if not free:  # this stage was not recorded
         return
     if any(tuple(ours[n].shape) != theirs[n].shape for n in free):
-        found.exact(kind, 0, 1)
+        compared.exact(kind, 0, 1)
         return
-    found.add(kind, torch.cat([ours[n].flatten() for n in free]), np.concatenate([theirs[n].ravel() for n in free]))
+    compared.add(kind, torch.cat([ours[n].flatten() for n in free]), np.concatenate([theirs[n].ravel() for n in free]))
     for name, value in theirs.items():
         if "running" in name:
-            found.add("statistics", ours[name], value)
+            compared.add("statistics", ours[name], value)
         elif "tracked" in name:
-            found.exact("statistics", ours[name].cpu().numpy(), value)
+            compared.exact("statistics", ours[name].cpu().numpy(), value)
 
 
 def _compare_trained(run: Running, replies: list[flower.Message], r: int) -> None:
     """What participants hold after training, before aggregation."""
-    engine, case = run.grid.engine, run.case
+    engine, case, sampled = run.grid.engine, run.case, run.case.schedule[r]
     assert engine is not None
-    sizes = {}
-    for reply in replies:
-        client = run.strategy._clients[reply.metadata.src_node_id]
-        sent = entries(trees(reply.content)["arrays"])
+    fold = Collect()
+    collector = ReplyCollector(replace(run.strategy.reply_rules(sampled), fold=fold))
+    collector.take(run.strategy.exchange.answers(replies, sampled))
+    assert fold.clients == sampled
+    for client in sampled:
+        sent = entries(fold.kept[client][0]["arrays"])
         kept = {n: v[0] for n, v in entries(engine.store.gather([client])["model"]).items()}
-        _compare_entries(run.found, "client", {**kept, **sent}, case.client("after", r, client))
+        _compare_entries(run.compared, "client", {**kept, **sent}, case.client("after", r, client))
         losses = case.arrays.get(f"r{r}/c{client}/batch_loss")
         if losses is not None:  # all batches are of one size
-            run.found.add("loss", dict(reply.content["metrics"])["train-loss"], losses.mean())
-        sizes[client] = run.strategy.weight({"num-examples": run.app.sizes[client]})
+            run.compared.add("loss", collector.collected.replies[client]["train-loss"], losses.mean())
     weights = case.weights(r)
     if weights is not None:
-        total = sum(sizes.values())
-        run.found.add("weights", [sizes[c] / total for c in sorted(sizes)], weights)
+        run.compared.add("weights", fold.weights() / fold.weights().sum(), weights)
 
 
 def _compare_received(run: Running, r: int) -> None:
     """What all clients hold after the averages arrived, also those that did not train."""
     cohort = run.cohort(r + 1)
-    _, rows = run.predictors(cohort)
-    for client, own in zip(cohort.clients, rows, strict=True):
-        _compare_entries(run.found, "received", own, run.case.client("received", r, client))
+    _, rows, conditions = run.predictors(cohort)
+    for client, held, given in zip(cohort.clients, rows, conditions, strict=True):
+        _compare_entries(run.compared, "received", held, run.case.client("received", r, client))
         for name, value in run.case.conditions(r, client).items():
-            run.found.add("conditions", own[name], value)
+            run.compared.add("conditions", given[name], value)
         frozen = run.case.arrays.get(f"r{r}/c{client}/GCE_frozen")
         if frozen is not None:  # what the next training draws features towards
-            run.found.add("target", own["gce.weight"], frozen)
+            run.compared.add("target", held[TABLE], frozen)
 
 
 def _compare_evaluation(run: Running, r: int) -> None:
@@ -340,32 +341,33 @@ def _compare_evaluation(run: Running, r: int) -> None:
     if not theirs:
         return
     cohort = run.cohort(r)
-    view, rows = run.predictors(cohort)
+    view, rows, conditions = run.predictors(cohort)
     logits = cohort.logits(view, "test", update.predict)
     measured = update.measure(cohort, logits, "test", {"auc": True})
     total = correct = 0
     for k, client in enumerate(cohort.clients):
         hits = int((logits[k].argmax(1) == app.data.y[app.data.test[client]]).sum())
-        run.found.exact("correct", hits, int(theirs["correct"][client]))
+        run.compared.exact("correct", hits, int(theirs["correct"][client]))
         if "test_num" in theirs:
-            run.found.exact("correct", len(logits[k]), int(theirs["test_num"][client]))
+            run.compared.exact("correct", len(logits[k]), int(theirs["test_num"][client]))
         if "auc" in theirs:
-            run.found.add("auc", measured["auc"][k], theirs["auc"][client])
+            run.compared.add("auc", measured["auc"][k], theirs["auc"][client])
         if f"scores/c{client}" in theirs:
-            run.found.add("scores", torch.softmax(logits[k], 1), theirs[f"scores/c{client}"])
+            run.compared.add("scores", torch.softmax(logits[k], 1), theirs[f"scores/c{client}"])
         correct, total = correct + hits, total + len(logits[k])
-        network = Network(app.module.eval(), {**rows[k], "context.target": rows[k]["gce.weight"]})
+        network = Network(app.module.eval(), rows[k])
+        given: Given = {**conditions[k], TARGET: rows[k][TABLE]}
         plan = cohort.plan(epochs=1)
         loss = 0.0
         with torch.no_grad():
             place = k if plan.order is None else int((plan.order == k).nonzero())
             for batch, size in zip(plan.index[:, place], plan.count[:, place].tolist(), strict=True):
                 if size:
-                    one = Batch(app.data.x[batch[:size]], app.data.y[batch[:size]])
+                    one = Batch(app.data.x[batch[:size]], app.data.y[batch[:size]], given=given)
                     loss += float(update.loss(network, one)) * size
-        run.found.add("objective", loss, theirs["train_loss_sum"][client])
+        run.compared.add("objective", loss, theirs["train_loss_sum"][client])
     if "accuracy" in theirs:
-        run.found.add("accuracy", correct / total, theirs["accuracy"])
+        run.compared.add("accuracy", correct / total, theirs["accuracy"])
 
 
 def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:

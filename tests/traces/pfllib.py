@@ -7,7 +7,8 @@ the recorded schedule.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,70 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpers.cohort import Training, entries
+from fedpers.cohort import Cohort, Records, Training, Tree, entries
 from fedpers.data.federated import FederatedData
+from fedpers.records import ARRAYS, from_record, stack, trees
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
-from fedpers.strategies import make_strategy
-from fedpers.strategies.records import from_record, trees
+from fedpers.strategies import PersonalizedStrategy, make_strategy
 from tests.traces import Comparison
 
 TOLERANCE = 1e-4
 
-# strategy -> (folder, settings of the traced library, how its hyperparameters are called there)
-METHODS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "local": ("Local", {}, {}),
-    "fedavg": ("FedAvg", {}, {}),
-    "fedprox": ("FedProx", {}, {"mu": "mu"}),
-    "scaffold": ("SCAFFOLD", {}, {"server_learning_rate": "server_lr"}),
-    "fedper": ("FedPer", {}, {}),
-    "fedrep": ("FedRep", {"weighting": "samples"}, {"plocal_epochs": "head_epochs"}),
-    "fedbn": ("FedBN", {"weighting": "samples"}, {}),
-    "ditto": ("Ditto", {"weighting": "samples"}, {"mu": "mu", "plocal_epochs": "personal_epochs"}),
-    "pfedme": (
+
+@dataclass(frozen=True)
+class Traced:
+    """How a method of the traced library is run here.
+
+    Attributes
+    ----------
+    folder : str
+    settings : dict
+        Of the strategy, so that it does what the library does.
+    options : dict
+        How hyperparameters of the library are called here.
+    roles : dict
+        Where personal state of the library stands here: role of a trace -> role of the state tree.
+    """
+
+    folder: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+SAMPLES = {"weighting": "samples"}
+PFLLIB = {"variant": "pfllib"}
+METHODS: dict[str, Traced] = {
+    "local": Traced("Local", roles={"model": "model"}),
+    "fedavg": Traced("FedAvg"),
+    "fedprox": Traced("FedProx", options={"mu": "mu"}),
+    "scaffold": Traced("SCAFFOLD", options={"server_learning_rate": "server_lr"}, roles={"c": "control"}),
+    "fedper": Traced("FedPer", roles={"model": "model"}),
+    "fedrep": Traced("FedRep", SAMPLES, {"plocal_epochs": "head_epochs"}, {"model": "model"}),
+    "fedbn": Traced("FedBN", SAMPLES, roles={"model": "model"}),
+    "ditto": Traced(
+        "Ditto",
+        {**SAMPLES, **PFLLIB},
+        {"mu": "mu", "plocal_epochs": "personal_epochs"},
+        {"model_per": "model"},
+    ),
+    "pfedme": Traced(
         "pFedMe",
-        {"weighting": "samples", "variant": "pfllib"},
+        {**SAMPLES, **PFLLIB},
         {"lamda": "lam", "K": "inner_steps", "p_learning_rate": "personal_lr", "beta": "beta"},
     ),
-    "perfedavg": ("PerAvg", {"weighting": "samples"}, {}),
-    "apfl": ("APFL", {"weighting": "samples", "variant": "pfllib"}, {"alpha": "alpha"}),
+    "perfedavg": Traced("PerAvg", SAMPLES),
+    "apfl": Traced("APFL", {**SAMPLES, **PFLLIB}, {"alpha": "alpha"}, {"model_per": "model", "alpha": "alpha"}),
+    "moon": Traced("MOON", PFLLIB, {"mu": "mu", "tau": "temperature"}, {"old_model": "previous"}),
+    "fedala": Traced(
+        "FedALA",
+        PFLLIB,
+        {"layer_idx": "layers", "rand_percent": "share", "eta": "weight_lr"},
+        {"model": "model", "ala_w": "weights"},
+    ),
+    "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
+    "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
 }
 
 
@@ -135,9 +173,12 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     """Run one method on one trace of PFLlib and compare every stage of every round."""
     trace = Trace(path)
     meta = trace.meta
-    folder, settings, translate = METHODS[method]
+    traced = METHODS[method]
     hyper = dict(meta["hyper"])
-    options = {**settings, **{ours: hyper.pop(theirs) for theirs, ours in translate.items() if theirs in hyper}}
+    options = {ours: hyper.pop(theirs) for theirs, ours in traced.options.items() if theirs in hyper}
+    options.update(traced.settings)
+    if method == "fedala":  # tensors (a weight and a bias in each layer) and percent
+        options.update(layers=options["layers"] // 2, share=options["share"] / 100)
     decay = hyper.pop("learning_rate_decay_gamma", 1.0) if hyper.pop("learning_rate_decay", False) else 1.0
     hyper.pop("drop_last", None)
     if hyper:
@@ -153,20 +194,27 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=training)
     schedule = [sorted(int(c) for c in row) for row in meta["selected"]]
     strategy.sample = lambda round: schedule[round - 1]  # type: ignore[method-assign]
+    if method == "fedala":
+        _repeat_draws(update, trace)
     app = update.client_app(trace.network(), trace.data(chunk), device=device)
     grid = LocalGrid(app, trace.clients, cohort=trace.clients, workers=1)
     assert grid.engine is not None
-    found = Comparison(method, f"{folder}/{path.stem}", TOLERANCE)
+    found = Comparison(method, f"{traced.folder}/{path.stem}", TOLERANCE)
 
     arrays = app.initial_arrays()
     config = flower.ConfigRecord()
+    strategy.begin()
     with server_identity(1):
         for r in range(trace.rounds):
             strategy.nodes(grid)
             _compare_evaluation(found, trace, app, grid, strategy, arrays, r)
             messages = list(strategy.configure_train(r + 1, arrays, config, grid))
+            sent = dict(zip(schedule[r], (trees(m.content) for m in messages), strict=True))
             replies = list(grid.send_and_receive(messages))
-            _compare_clients(found, trace, method, strategy, grid, replies, r)
+            clients = {node: client for client, node in strategy.nodes(grid).items()}
+            trained = {clients[reply.metadata.src_node_id]: trees(reply.content) for reply in replies}
+            _compare_participants(found, trace, strategy, app.sizes, sent, trained, r)
+            _compare_states(found, trace, traced.roles, grid, r)
             new, _ = strategy.aggregate_train(r + 1, replies)
             assert new is not None
             arrays = new
@@ -175,44 +223,65 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     return found
 
 
-def _compare_clients(
-    found: Comparison, trace: Trace, method: str, strategy: Any, grid: LocalGrid, replies: list[flower.Message], r: int
+def _repeat_draws(update: Any, trace: Trace) -> None:
+    """Let FedALA train its weights on the recorded slices."""
+    starts, draw = trace.arrays["out/client/start/ala_rand_idx"], update.sampled
+
+    def sampled(cohort: Cohort, client: int) -> np.ndarray:
+        samples = cohort.data.samples(client, cohort.seed, cohort.round)
+        start = int(starts[cohort.round - 1, client])
+        return samples[start : start + len(draw(cohort, client))]
+
+    update.sampled = sampled
+
+
+def _compare_participants(
+    found: Comparison,
+    trace: Trace,
+    strategy: PersonalizedStrategy,
+    sizes: Sequence[int],
+    sent: Mapping[int, Records],
+    trained: Mapping[int, Records],
+    r: int,
 ) -> None:
-    """What participants hold after training, before aggregation."""
-    engine = grid.engine
-    assert engine is not None
-    model = trace.group("out/client/trained/model")
-    other = trace.group("out/client/trained/model_per")
-    control = trace.group("out/client/trained/c")
-    theta = trace.group("out/client/trained/local")
+    """What participants were sent, what they reply, and how much it counts."""
+    shared = trace.group("out/client/trained/local") or trace.group("out/client/trained/model")  # pFedMe's w_i is local
+    mixtures = trace.group("out/client/start/client_u")
+    prototypes = trace.arrays.get("out/client/trained/protos")
+    for client, records in trained.items():
+        for name, value in entries(records.get(ARRAYS, Tree())).items():
+            found.add("client model", value, shared[name][r, client])
+        for name, value in mixtures.items():
+            found.add("mixture", sent[client][ARRAYS][name], value[r, client])
+        if prototypes is not None:
+            _compare_prototypes(found, "client prototypes", records["sums"]["table"], prototypes[r, client])
     weights = trace.arrays.get("out/agg_weights")
-    sizes = {}
-    for reply in replies:
-        client = strategy._clients[reply.metadata.src_node_id]
-        sent = entries(trees(reply.content)["arrays"])
-        state = engine.store.gather([client])
-        kept = {} if "model" not in state.keys() else {n: v[0] for n, v in entries(state["model"]).items()}  # noqa: SIM118
-        own = {**kept, **sent}
-        for name, value in model.items():
-            found.add("client model", own[name], value[r, client])
-        for name, value in other.items():
-            found.add("personal model", kept[name], value[r, client])
-        for name, value in control.items():
-            found.add("client control", state["control"][name][0], value[r, client])
-        for name, value in theta.items():  # the library calls w_i `local`; it is what is sent
-            found.add("client w", sent[name], value[r, client])
-        if method == "apfl":
-            found.add("alpha", state["alpha"][0], trace.arrays["out/client/trained/alpha"][r, client])
-        sizes[client] = strategy.weight({"num-examples": app_size(engine, client)})
     if weights is not None:
-        total = sum(sizes.values())
-        ours = [sizes.get(c, 0.0) / total for c in range(trace.clients)]
+        counts = {client: 1.0 if strategy.weighting == "uniform" else float(sizes[client]) for client in trained}
+        ours = [counts.get(c, 0.0) / sum(counts.values()) for c in range(trace.clients)]
         found.add("weights", ours, weights[r])
 
 
-def app_size(engine: Any, client: int) -> int:
-    """Training samples of a client."""
-    return int(engine.app.sizes[client])
+def _compare_prototypes(found: Comparison, kind: str, table: torch.Tensor, theirs: np.ndarray) -> None:
+    """A table of prototypes and which classes have one; the library's are NaN for a class without."""
+    known = ~np.isnan(theirs).any(1)
+    found.exact(f"{kind} known", table[:, -1].cpu().numpy() > 0, known)
+    found.add(kind, table[known, :-1], theirs[known])
+
+
+def _compare_states(found: Comparison, trace: Trace, roles: Mapping[str, str], grid: LocalGrid, r: int) -> None:
+    """What all clients keep after training, before aggregation, also those that did not train."""
+    assert grid.engine is not None
+    state = grid.engine.store.gather(range(trace.clients))
+    for theirs, ours in roles.items():
+        kept, path = state[ours], f"out/client/trained/{theirs}"
+        if path in trace.arrays:
+            found.add(theirs, kept, trace.arrays[path][r])
+            continue
+        values = trace.group(path)
+        for name, value in entries(kept).items():
+            if np.isfinite(values[name][r]).all():  # FedALA's weights do not exist in its first round
+                found.add(f"kept {theirs}", value, values[name][r])
 
 
 def _compare_server(found: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
@@ -225,6 +294,8 @@ def _compare_server(found: Comparison, trace: Trace, strategy: Any, arrays: flow
             found.add("server model", value, server[name][r])
     for name, value in trace.group("out/server/c").items():
         found.add("server control", strategy.state["control"][name], value[r])
+    if "out/server/protos" in trace.arrays:
+        _compare_prototypes(found, "server prototypes", ours["table"], trace.arrays["out/server/protos"][r])
 
 
 def _compare_evaluation(
@@ -234,11 +305,15 @@ def _compare_evaluation(
     assert grid.engine is not None
     kinds = trace.meta["eval_kinds"]
     kind = "personalized" if "personalized" in kinds else "main"
-    received = strategy.send(r + 1, from_record(arrays), list(range(trace.clients)))
     clients = sorted(range(trace.clients), key=lambda c: (-app.sizes[c], c))
+    received = strategy.send(r + 1, from_record(arrays), clients)
+    if not isinstance(received, Mapping):
+        received = stack(received)
     cohort = app.cohort(clients, grid.engine.store.gather(clients), {"server-round": r + 1})
     logits = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)
     for k, c in enumerate(clients):
+        if trace.arrays[f"out/eval/{kind}/test_num"][r, c] < 1:  # FedProto before there are prototypes
+            continue
         scores = logits[k]
         key = f"out/eval/{kind}/test_scores/c{c}"
         if key in trace.arrays:
@@ -255,4 +330,4 @@ def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:
     """All traces of the methods that exist under `root`."""
     for method in methods:
         if method in METHODS:
-            yield from ((method, path) for path in sorted((root / "pfllib" / METHODS[method][0]).glob("*.npz")))
+            yield from ((method, path) for path in sorted((root / "pfllib" / METHODS[method].folder).glob("*.npz")))

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import flwr.app as flower
 from flwr.serverapp import Grid
 
+from fedpers.client.app import IDENTIFY
 from fedpers.errors import TrainingError
-from fedpers.strategies.client import IDENTIFY
-from fedpers.strategies.records import METRICS
+from fedpers.identity import METHOD
+from fedpers.records import CONFIG, METRICS
 
 log = logging.getLogger(__name__)
 IDENTIFY_SECONDS = 60.0
@@ -23,9 +24,15 @@ class Nodes:
     Nodes whose app does not know the question (any other Flower app) are numbered in order of their ids. A node that
     does not answer is left out until it does, but waited for only once; a client whose node came back under another id
     is found there.
+
+    Attributes
+    ----------
+    identities : list of ConfigRecord
+        What clients say of themselves (:mod:`fedpers.identity`), each once.
     """
 
     def __init__(self) -> None:
+        self.identities: list[flower.ConfigRecord] = []
         self._clients: dict[int, int] = {}
         self._asked: dict[int, str] = {}  # node without a client -> the question it has not answered, if there is one
         self._numbered = False  # whether clients are numbered in order of node ids
@@ -79,7 +86,12 @@ class Nodes:
                 number = reply.content.metric_records[METRICS].get("partition-id")
             if isinstance(number, int) and number >= 0:
                 found[node] = number
+                self._remember(reply.content.config_records.get(CONFIG))
                 self._asked.pop(node, None)
             elif node in self._asked:
                 self._asked[node] = ""
         return found
+
+    def _remember(self, identity: flower.ConfigRecord | None) -> None:
+        if identity is not None and METHOD in identity and identity not in self.identities:
+            self.identities.append(identity)

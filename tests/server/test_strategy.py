@@ -14,16 +14,25 @@ import torch
 from flwr.serverapp import Grid
 from torch import nn
 
+from fedpers.client.app import IDENTIFY
 from fedpers.cohort import Cohort, Reply, Training, Tree, entries, leaves
 from fedpers.errors import TrainingError
 from fedpers.randomness import sample_clients
+from fedpers.records import from_record
 from fedpers.run import Progress, metrics_of, run_rounds
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
-from fedpers.strategies import STRATEGIES, CohortApp, FedAvg, FedAvgUpdate, PersonalizedStrategy, make_strategy
-from fedpers.strategies.client import IDENTIFY
-from fedpers.strategies.records import from_record
+from fedpers.server.collect import Entry
+from fedpers.strategies import (
+    STRATEGIES,
+    CohortApp,
+    FedAvg,
+    FedAvgUpdate,
+    LocalUpdate,
+    PersonalizedStrategy,
+    make_strategy,
+)
 from tests.problems import SmallNetwork, gaussian_data, problem
 
 SIZES = (20, 9, 13, 7)
@@ -43,6 +52,7 @@ class Round:
         self.arrays = self.app.initial_arrays()
         self.config = flower.ConfigRecord()
         self.number = 0
+        self.strategy.begin()
         self.ask()
 
     def ask(self) -> None:
@@ -50,7 +60,7 @@ class Round:
         self.number += 1
         self.messages = list(self.strategy.configure_train(self.number, self.arrays, self.config, self.grid))
         replies = list(self.grid.send_and_receive(self.messages))
-        self.replies = {self.strategy._clients[reply.metadata.src_node_id]: reply for reply in replies}
+        self.replies = {self.strategy.exchange.client_of[reply.metadata.src_node_id]: reply for reply in replies}
 
     def aggregate(self) -> dict[str, torch.Tensor]:
         new, _ = self.strategy.aggregate_train(self.number, self.replies.values())
@@ -132,9 +142,8 @@ BAD: dict[str, tuple[Tamper, str]] = {
     "dtype": (replaced("head.bias", flower.Array(np.zeros(4, np.int64))), "'head.bias' has dtype int64, expected "),
     "complex": (replaced("head.bias", flower.Array(np.zeros(4, np.complex64))), "'head.bias' has dtype complex64"),
     "scalar": (replaced("head.bias", 0.0), "'head.bias' has shape [], expected [4]"),
-    "less": (without("head.bias"), "'arrays/head.bias' is in its reply or in those of the other clients, but not in "
-             "both"),
-    "more": (more_records, "'more/x' is in its reply or in those of the other clients, but not in both"),
+    "less": (without("head.bias"), "'arrays/head.bias' is missing in its reply"),
+    "more": (more_records, "'more/x' is in its reply, but the method declares no such entry"),
     "bytes": (replaced("head.bias", flower.Array("float32", (4,), "numpy.ndarray", b"")), "an array cannot be read"),
     "text": (replaced("head.bias", flower.Array(np.array(["a", "b", "c", "d"]))), "an array cannot be read"),
     "no samples": (metric("num-examples", 0), "num-examples is 0"),
@@ -196,7 +205,7 @@ class Asking(FedAvg):
     update = Asked
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
-        form = {("arrays", "head.bias"): ((4,), "float32")}
+        form = {("arrays", "head.bias"): Entry((4,), "float32")}
         answers = self.ask(grid, "bias", round, clients, {"arrays": arrays}, kind, form)
         return [client for client in clients if client in answers]
 
@@ -209,6 +218,7 @@ def test_an_unusable_answer_to_a_question_leaves_the_client_out_and_names_it(
     tamper, reason = BAD[what]
     app = Asked(training=Training(lr=0.1, batch_size=5)).client_app(SmallNetwork(), DATA)
     grid, strategy = Tampering(app, 2, "query.bias", tamper), Asking()
+    strategy.begin()
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     messages = list(strategy.configure_train(1, arrays, config, grid))
     assert [message.metadata.dst_node_id - FIRST_NODE for message in messages] == [0, 1, 3]
@@ -250,6 +260,7 @@ def test_an_unusable_choice_of_experts_leaves_the_client_out(tamper: Tamper, rea
     strategy, update = make_strategy("fedjets", given.options, server={"unseen": (6,)}, training=given.training)
     app = update.client_app(given.network, given.data)
     grid = Tampering(app, 4, "query.select", tamper)  # no anchor
+    strategy.begin()
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     strategy.aggregate_train(1, grid.send_and_receive(strategy.configure_train(1, arrays, config, grid)))
     assert strategy.report.failures == {4: reason}
@@ -271,7 +282,7 @@ def test_the_first_bad_reply_is_not_the_measure_for_the_others() -> None:
     assert list(one.strategy.report.failures) == [clients[0]]
 
 
-def test_a_record_the_server_does_not_hold_is_compared_with_the_other_replies() -> None:
+def test_a_record_the_server_does_not_hold_must_be_as_declared() -> None:
     one = Round("scaffold")
     control = one.replies[0].content.array_records["control"].copy()
     control["head.bias"] = flower.Array(np.zeros(1, dtype=np.float32))  # would be broadcast in a sum
@@ -403,7 +414,6 @@ def test_node_ids_do_not_change_what_is_learnt() -> None:
     results = []
     for grid in (LocalGrid, Shuffled):
         one = Round("ditto", fraction=0.5)
-        one.strategy._clients = {}
         one.grid = grid(one.app, DATA.num_clients, cohort=2, workers=1)
         one.number = 0
         one.ask()
@@ -424,7 +434,7 @@ def test_all_clients_are_evaluated_every_so_many_rounds() -> None:
     one.aggregate()
     messages = list(one.strategy.configure_evaluate(2, one.arrays, one.config, one.grid))
     replies = list(one.grid.send_and_receive(messages))
-    error(next(r for r in replies if one.strategy._clients[r.metadata.src_node_id] == 1))
+    error(next(r for r in replies if one.strategy.exchange.client_of[r.metadata.src_node_id] == 1))
     means = one.strategy.aggregate_evaluate(2, replies)
     report = one.strategy.report
     assert list(report.clients) == [0, 2, 3]
@@ -510,15 +520,34 @@ def test_a_client_that_becomes_non_finite_keeps_its_former_personal_state() -> N
 
 
 def test_personal_state_with_other_names_than_the_initial_one_is_refused() -> None:
-    from fedpers.strategies import LocalUpdate
-
     class Forgetful(LocalUpdate):
         def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
             return cohort.reply(cohort.assemble(received["arrays"]), state={"momentum": torch.zeros(cohort.size)})
 
     app = Forgetful().client_app(SmallNetwork(), DATA)
-    with pytest.raises(ValueError, match=r"Forgetful: the new personal state \['momentum'\]"):
+    with pytest.raises(ValueError, match="keeps 'momentum', which its initial state does not declare as personal"):
         app.run("train", [0], app.initial_state.expand(1), {"arrays": app.template}, {})
+
+
+@pytest.mark.parametrize("cohort", [1, 4])
+def test_forgetting_to_keep_what_is_personal_is_refused_in_the_first_round(cohort: int) -> None:
+    class Forgetful(LocalUpdate):
+        shared = "body"
+        personal = "head"
+
+        def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+            params = cohort.assemble(received["arrays"])
+            cohort.fit(params, self.loss)
+            return cohort.reply(params, keep="none")
+
+    class Careless(PersonalizedStrategy):
+        update = Forgetful
+
+    app = Forgetful().client_app(SmallNetwork(), DATA)
+    grid = LocalGrid(app, DATA.num_clients, cohort=cohort, workers=1)
+    reason = "Forgetful does not keep 'model/head.bias', which its initial state declares as personal"
+    with pytest.raises(TrainingError, match=f"^round 1: 0 of 4 .*{reason}"):
+        Careless().start(grid, app.initial_arrays(), num_rounds=1)
 
 
 def test_parameter_groups_with_unknown_names_are_refused_before_training() -> None:

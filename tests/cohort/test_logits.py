@@ -1,6 +1,7 @@
+"""Predictions of a cohort: the right network for each sample, and nothing computed in vain."""
+
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,9 +11,7 @@ from torch.func import vmap
 
 from fedpers.cohort import Network, View, tree
 from fedpers.cohort import cohort as cohort_module
-from fedpers.cohort.evaluation import class_counts
 from fedpers.data.federated import FederatedData
-from fedpers.strategies import FedAvgUpdate, LocalOnlyUpdate
 from tests.cohort.helpers import make_cohort
 from tests.problems import SmallNetwork, gaussian_data
 
@@ -35,26 +34,6 @@ class Scaled(nn.Module):
 def listed(*sizes: int) -> list[Tensor]:
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
     return [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-
-
-@pytest.fixture
-def data() -> FederatedData:
-    x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 2, 0], [0, 0, 3]])
-    y = torch.tensor([0, 1, 1, 2, 1, 2])
-    return FederatedData(x, y, listed(2, 2, 2), listed(4, 0, 2), listed(0, 0, 6), 3)
-
-
-def test_scores_counted_by_hand(data: FederatedData) -> None:
-    cohort = make_cohort(Scaled(), data, [0, 1, 2])
-    stacked = tree({"head.weight": torch.tensor([[[1.0]], [[1.0]], [[-1.0]]])}, 3)
-    found = class_counts(cohort, cohort.logits(stacked, "validation", predict), "validation")
-    assert found["examples"].tolist() == [4, 0, 2]
-    assert found["correct"].tolist() == [2, 0, 0]
-    assert found["class_examples"].tolist() == [[1, 2, 1], [0, 0, 0], [0, 1, 1]]
-    assert found["class_correct"].tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 0]]
-    right, wrong = math.log(1 + 2 / math.e), math.log(2 + math.e)
-    two, three = math.log(2 + math.exp(-2)) + 2, math.log(2 + math.exp(-3)) + 3
-    assert found["loss"].tolist() == pytest.approx([2 * right + 2 * wrong, 0, two + three])
 
 
 def test_logits_stand_in_the_order_of_the_list() -> None:
@@ -151,48 +130,3 @@ def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, m
         (expected,) = make_cohort(SmallNetwork().double(), data, [row]).logits(stack[row : row + 1], "test", predict)
         assert found[row].shape == expected.shape == (sizes[row] - 2, 4)
         torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
-
-
-class NoEmptyBatch(Scaled):
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x).view(len(x), -1)  # fails on an empty batch
-        return out
-
-
-@pytest.mark.parametrize("clients", [[0, 1, 2], [1], [0, 1]])
-@pytest.mark.parametrize("update", [FedAvgUpdate(), LocalOnlyUpdate()])
-def test_a_part_without_samples_has_no_metrics(
-    data: FederatedData, clients: list[int], update: FedAvgUpdate | LocalOnlyUpdate
-) -> None:
-    app = update.client_app(NoEmptyBatch(), data)
-    state = app.initial_state.expand(len(clients)).clone()
-    received = {"arrays": app.template.select(*app.initial_arrays())}
-    outcomes, _, _ = app.run("evaluate", clients, state, received, {})
-    for client, outcome in zip(clients, outcomes, strict=True):
-        assert outcome.content is not None, outcome.error
-        metrics = dict(outcome.content.metric_records["metrics"])
-        for part in ("validation", "test"):
-            size = len(data.part(part)[client])  # type: ignore[arg-type]
-            assert metrics[f"{part}-examples"] == size
-            names = {f"{part}-{name}" for name in ("accuracy", "balanced-accuracy", "loss")}
-            assert names & metrics.keys() == (names if size else set())
-        assert metrics["num-examples"] == len(data.validation[client]) + len(data.test[client])
-
-
-def test_metrics_follow_from_the_counts(data: FederatedData) -> None:
-    app = FedAvgUpdate().client_app(Scaled(), data)
-    app.template["head.weight"].fill_(1.0)
-    outcomes, _, _ = app.run("evaluate", [0], tree({}, 1), {"arrays": app.template}, {})
-    metrics = outcomes[0].content.metric_records["metrics"]  # type: ignore[union-attr]
-    assert metrics["validation-accuracy"] == pytest.approx(2 / 4)
-    assert metrics["validation-balanced-accuracy"] == pytest.approx((1 + 1 / 2 + 0) / 3)
-
-
-def test_predictions_that_are_not_finite_are_wrong_ones_of_infinite_loss(data: FederatedData) -> None:
-    app = FedAvgUpdate().client_app(Scaled(), data)
-    app.template["head.weight"].fill_(math.nan)
-    outcomes, _, _ = app.run("evaluate", [0, 1, 2], tree({}, 3), {"arrays": app.template}, {})
-    rows = [o.content.metric_records["metrics"] for o in outcomes if o.content is not None]
-    assert len(rows) == 3  # a client whose network diverged must not vanish from the means
-    assert [row.get("validation-accuracy") for row in rows] == [0.0, None, 0.0]  # the second has no such samples
-    assert rows[0]["validation-loss"] == math.inf

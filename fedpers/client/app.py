@@ -1,0 +1,345 @@
+"""The Flower ``ClientApp`` that a client half becomes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
+
+import flwr.app as flower
+import torch
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from torch import Tensor, nn
+
+from fedpers.client.checks import check_groups, check_network
+from fedpers.client.results import CohortResult
+from fedpers.client.update import EXTRA, LocalUpdate, Received
+from fedpers.cohort import Cohort, Reply, Tree, leaves, model_tree, prepare
+from fedpers.cohort.cohort import TRAINED
+from fedpers.cohort.modules import copy_network
+from fedpers.cohort.tree import rows_finite
+from fedpers.data.federated import FederatedData
+from fedpers.errors import ConfigError, TrainingError, check
+from fedpers.identity import READS, check_config, identity_of
+from fedpers.models import with_head
+from fedpers.records import ARRAYS, CONFIG, METRICS, flatten_state, to_record, trees, unflatten_state
+from fedpers.server.postprocessors.base import Postprocessor
+
+IDENTIFY = "query.identify"
+"""Message a strategy sends to learn which node holds which client."""
+STATE = "fedpers"
+"""Record of a context that holds a client's personal state."""
+
+
+class CohortApp(ClientApp):
+    """A ``ClientApp`` for any Flower engine that also runs many clients at once.
+
+    On Flower's engines it is called per client (K = 1): the client's number is the node's ``partition-id`` and its
+    personal state lives in ``context.state``. Runtimes of this package call :meth:`run` for K clients.
+
+    Parameters
+    ----------
+    update : LocalUpdate
+        The client half of a method.
+    model : nn.Module
+        The network; its present values are every client's initial values.
+    data : FederatedData
+        Data of all clients.
+    seed : int
+        The run's seed.
+    device : torch.device or str
+    mods : sequence of Flower mods
+        Around training, the first outermost. Clients of an app with mods are computed one at a time everywhere, and
+        their personal state is in their contexts. What a mod draws from a global generator no seed of ours decides.
+    head : str, optional
+        Dotted name of the network's last layer where it is not called ``head``; see
+        :func:`fedpers.models.with_head`.
+    postprocessors : sequence of Postprocessor
+        What the server half has too; of these, the ones that work on replies where they are made are used.
+
+    Raises
+    ------
+    ConfigError
+        If network, data and method do not fit, or a mod needs a protocol that the strategies do not speak.
+    """
+
+    def __init__(
+        self,
+        update: LocalUpdate,
+        model: nn.Module,
+        data: FederatedData,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        mods: Sequence[Mod] = (),
+        head: str | None = None,
+        postprocessors: Sequence[Postprocessor] = (),
+    ) -> None:
+        self.update = update
+        self.mods = tuple(mods)
+        self.encoders = tuple(p for p in postprocessors if p.encodes)
+        for mod in self.mods:
+            name = getattr(mod, "__name__", type(mod).__name__)
+            # in the middle of a round it expects messages that only Flower's secure aggregation workflow sends
+            secure = ".secure_aggregation." in f"{getattr(mod, '__module__', '')}."
+            allowed = "mods that pass one training message on, such as LocalDpMod"
+            check(not secure and callable(mod), "mods", name, allowed)
+        self.identity = identity_of(update, self.encoders, mods=bool(self.mods))
+        self.device = torch.device(device)
+        self.seed = seed
+        # where clients compute, so that what a method computes once is computed there
+        model, data = copy.deepcopy(model).to(self.device), data.to(self.device)
+        if head is not None:
+            model = with_head(model, head, data.x[:2])
+        model, data = update.extend(model, data, seed)
+        self.data = data.to(self.device)
+        self.module = prepare(model).to(self.device)
+        self.template = model_tree(self.module)
+        self.initial_state = self._initial_state()
+        self.sizes = self.data.sizes("train").tolist()
+        self.needs_pairs = check_network(update, self.module, self.template, self.data)
+        check_groups(update.training.groups or (), self.module)
+        self._register()
+
+    def _initial_state(self) -> Tree:
+        """Personal state of a client that has not trained: the method's, that of encoders, and the count of trainings."""
+        state = self.update.initial_state(self.template, self.module)
+        arrays = self.update.initial_arrays(self.template, self.module)
+        for encoder in self.encoders:
+            kept = encoder.client_state(arrays)
+            if kept is not None:
+                state.set(encoder.role, kept)
+        if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+            name = type(self.update).__name__
+            raise ConfigError("strategy", name, f"no role '{TRAINED}' in initial_state; use cohort.trainings")
+        if leaves(state):
+            state.set(TRAINED, torch.zeros((), dtype=torch.int64, device=self.device))
+        return state
+
+    def _register(self) -> None:
+        """Answer all message types that the method knows."""
+        super().__init__()
+        mods = list(self.mods)
+        self.train(mods=mods)(self._call_one)
+        self.evaluate()(self._call_one)
+        self.query("identify")(self._identify)
+        for name in dir(type(self.update)):
+            kind, _, action = name.partition("_")
+            if kind in ("train", "evaluate", "query") and action and callable(getattr(self.update, name)):
+                getattr(self, kind)(action, mods=mods if kind == "train" else None)(self._call_one)
+
+    def restrict(self, clients: Sequence[int]) -> Self:
+        """Copy with the data of some clients only, to compute them on another machine; of none for what all share."""
+        return self.with_data(self.data.restrict(clients))
+
+    def with_data(self, data: FederatedData) -> Self:
+        """Copy with other data of the same kind, on the same device; frozen parameters are shared with it."""
+        part = copy.copy(self)
+        part.data = data
+        part.sizes = data.sizes("train").tolist()
+        part.module = copy_network(self.module)
+        part._register()  # its own calls, which do not hold on to all data
+        return part
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move what clients compute with to a device."""
+        self.device = torch.device(device)
+        self.data = self.data.to(self.device)
+        self.module = copy_network(self.module, self.device)  # others may share its frozen parameters, where they lie
+        self.template = self.template.to(self.device)
+        self.initial_state = self.initial_state.to(self.device)
+        return self
+
+    def initial_arrays(self) -> flower.ArrayRecord:
+        """What the server starts from, see :meth:`LocalUpdate.initial_arrays`."""
+        return to_record(self.update.initial_arrays(self.template, self.module))
+
+    def cohort(
+        self, clients: Sequence[int], state: Tree, config: Mapping[str, Any], module: nn.Module | None = None
+    ) -> Cohort:
+        """Make a cohort of `clients`, which must stand in descending order of training samples.
+
+        Parameters
+        ----------
+        clients : sequence of int ``[K]``
+        state : Tree ``[K]``
+        config : mapping
+            ``server-round`` tells the round.
+        module : nn.Module, optional
+            A worker's own copy of :attr:`module`.
+        """
+        return Cohort(
+            self.module if module is None else module,
+            self.data,
+            clients,
+            state,
+            template=self.template,
+            seed=self.seed,
+            round=int(config.get("server-round", 0)),
+            training=self.update.training,
+            needs_pairs=self.needs_pairs,
+            shared=self.update.shared,
+            personal=self.update.personal,
+        )
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a message's configuration with a key that nothing here reads.
+
+        Raises
+        ------
+        ConfigError
+        """
+        check_config(config, cast(list[str], self.identity[READS]), type(self.update).__name__)
+
+    def run(
+        self,
+        kind: str,
+        clients: Sequence[int],
+        state: Tree,
+        received: Received,
+        config: Mapping[str, Any],
+        module: nn.Module | None = None,
+    ) -> tuple[CohortResult, Tree | None, Tensor]:
+        """Handle one message type for K clients.
+
+        Parameters
+        ----------
+        kind : str
+            Message type, ``train`` or ``evaluate``, or ``train.action`` for the method ``train_action``.
+        clients, state, received, config, module
+            See :meth:`cohort` and :class:`LocalUpdate`.
+
+        Returns
+        -------
+        CohortResult
+        Tree ``[K]`` or None
+            New personal state.
+        Tensor ``[K]``
+            Which rows of it may be stored; a client with a value that is not finite keeps its former state.
+        """
+        cohort = self.cohort(clients, state, config, module)
+        answer = getattr(self.update, kind.replace(".", "_"))(cohort, received, config)
+        if not isinstance(answer, Reply):
+            return _measured(cohort.clients, answer), None, torch.ones(cohort.size, dtype=torch.bool)
+        trains = kind.partition(".")[0] == "train"
+        self._check_state(answer, trains)
+        finite = torch.ones(cohort.size, dtype=torch.bool)
+        for stacked in [*answer.records.values(), *([] if answer.state is None else [answer.state])]:
+            finite &= rows_finite(stacked).cpu()
+        losses = (cohort.loss_sum.cpu().double() / cohort.samples_seen.clamp(min=1)).tolist()
+        finite &= torch.tensor(losses).isfinite()
+        result = CohortResult(cohort.clients, self._metrics(cohort, losses, answer), answer.records)
+        if type(self.update).encode is not LocalUpdate.encode:
+            result.encode = self.update.encode
+        for k, client in enumerate(cohort.clients):
+            if not finite[k]:
+                reason = f"training gave values that are not finite (mean loss {losses[k]:g})"
+                result.errors[client] = reason
+        new = answer.state
+        if trains:
+            kept = {} if new is None else dict(new.items())
+            for encoder in self.encoders:
+                result.records, changed = encoder.encode(
+                    result.records,
+                    received[ARRAYS],
+                    state.get(encoder.role, None),
+                    seed=self.seed,
+                    round=cohort.round,
+                    clients=cohort.clients,
+                )
+                if changed is not None:
+                    kept[encoder.role] = changed
+            if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+                kept[TRAINED] = state[TRAINED] + 1
+            new = Tree(kept, batch_size=[cohort.size]) if kept else None
+        return result, new, finite
+
+    def _check_state(self, answer: Reply, trains: bool) -> None:
+        """Refuse to lose what the method says is personal."""
+        if answer.state is None and not trains:
+            return
+        core = {TRAINED, *(encoder.role for encoder in self.encoders)}
+        wanted = {name for name in leaves(self.initial_state) if name.partition("/")[0] not in core}
+        kept = set() if answer.state is None else set(leaves(answer.state))
+        name = type(self.update).__name__
+        if missing := sorted(wanted - kept):
+            raise ValueError(f"{name} does not keep '{missing[0]}', which its initial state declares as personal")
+        if unknown := sorted(kept - wanted):
+            raise ValueError(f"{name} keeps '{unknown[0]}', which its initial state does not declare as personal")
+
+    def _metrics(self, cohort: Cohort, losses: Sequence[float], answer: Reply) -> list[dict[str, float]]:
+        """Counts, losses and the method's own metrics of each client."""
+        columns = {f"{EXTRA}{name}": column.tolist() for name, column in answer.metrics.items()}
+        counts = [values.tolist() for values in (cohort.steps_taken, cohort.gradients_taken, cohort.samples_seen)]
+        return [
+            {
+                "num-examples": self.sizes[client],
+                "steps": counts[0][k],
+                "gradients": counts[1][k],
+                "samples": counts[2][k],
+                "train-loss": losses[k],
+                **{name: float(column[k]) for name, column in columns.items()},
+            }
+            for k, client in enumerate(cohort.clients)
+        ]
+
+    def client_of(self, context: flower.Context) -> int:
+        """Client number of a node.
+
+        Raises
+        ------
+        ConfigError
+            If the node has no ``partition-id`` or the data have no such client.
+        """
+        client = context.node_config.get("partition-id")
+        if not isinstance(client, int) or not 0 <= client < self.data.num_clients:
+            raise ConfigError("partition-id", client, f"a whole number from 0 to {self.data.num_clients - 1}")
+        return client
+
+    def introduction(self, client: int) -> flower.RecordDict:
+        """Answer of a client to the server's first question: its number, and what it is (:mod:`fedpers.identity`)."""
+        return flower.RecordDict({METRICS: flower.MetricRecord({"partition-id": client}), CONFIG: self.identity})
+
+    def _identify(self, message: flower.Message, context: flower.Context) -> flower.Message:
+        return flower.Message(self.introduction(self.client_of(context)), reply_to=message)
+
+    def _call_one(self, message: flower.Message, context: flower.Context) -> flower.Message:
+        client = self.client_of(context)
+        if STATE in context.state.array_records:
+            state = unflatten_state(context.state.array_records[STATE], self.initial_state)
+        else:
+            state = self.initial_state.clone().unsqueeze(0)
+        received, config = trees(message.content, self.device), config_of(message.content)
+        self.check_config(config)
+        result, new, keep = self.run(message.metadata.message_type, [client], state, received, config)
+        (answer,) = result.rows()
+        if answer.content is None:
+            raise TrainingError(answer.error)
+        if new is not None and keep[0]:
+            context.state[STATE] = flatten_state(new)
+        return flower.Message(answer.content, reply_to=message)
+
+
+def config_of(content: flower.RecordDict) -> dict[str, Any]:
+    """Configuration of a message, all its config records in one."""
+    merged: dict[str, Any] = {}
+    for record in content.config_records.values():
+        merged.update(record)
+    return merged
+
+
+def _measured(clients: list[int], rows: Sequence[Mapping[str, float]]) -> CohortResult:
+    """Answers to an evaluation; NaN is right only where the client has no samples of a part."""
+    result = CohortResult(clients, [])
+    kept = []
+    for client, metrics in zip(clients, rows, strict=True):
+        for name, value in metrics.items():
+            if math.isnan(value) and metrics.get(f"{name.partition('-')[0]}-examples", 1.0):
+                result.errors.setdefault(client, f"{name} is {value}")
+        known = {name: value for name, value in metrics.items() if value == value}
+        examples = known.get("validation-examples", 0.0) + known.get("test-examples", 0.0)
+        kept.append({"num-examples": examples, **known})
+    result.metrics = kept
+    return result

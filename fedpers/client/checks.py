@@ -1,0 +1,109 @@
+"""Whether network, data and method fit, found out before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpers.client.update import LocalUpdate
+from fedpers.cohort import Batch, Network, Tree, entries, select
+from fedpers.cohort.plan import lonely_sample
+from fedpers.data.federated import FederatedData
+from fedpers.errors import ConfigError
+
+
+class _Examples(dict[str, Any]):
+    """What a method says its loss is given; says which name it forgot."""
+
+    def __init__(self, update: LocalUpdate, template: Tree, data: FederatedData) -> None:
+        super().__init__(update.example_given(template, data))
+        self.method = type(update).__name__
+
+    def __missing__(self, name: str) -> Any:
+        allowed = f"a method whose example_given holds '{name}', which its loss or predict reads"
+        raise ConfigError("strategy", self.method, allowed)
+
+
+def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: FederatedData) -> bool:
+    """Refuse a network that does not fit the data, or draws from a global generator.
+
+    Parameters
+    ----------
+    update : LocalUpdate
+    module : nn.Module
+        Prepared.
+    template : Tree
+        Its values, batch size [].
+    data : FederatedData
+
+    Returns
+    -------
+    bool
+        Whether it cannot train on a batch of one sample.
+
+    Raises
+    ------
+    ConfigError
+        Also if a client would have such a batch, or the method's loss counts padding.
+    """
+    name = type(module).__name__
+    key = torch.zeros((), dtype=torch.int64, device=data.device)
+    network = Network(module.train(), entries(template.clone()), key=key, given=_Examples(update, template, data))
+    before = _generator_states(data.device)
+    try:
+        with torch.no_grad():
+            out = update.predict(network, data.x[:2])
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = list(data.x.shape[1:])
+        raise ConfigError("model", name, f"a network that takes samples of shape {shape} ({error})") from error
+    data.task.check_outputs(out, data, name)
+    if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(data.device), strict=True)):
+        raise ConfigError("model", name, "a network without random functions; use nn.Dropout layers")
+    _check_loss(update, network, data)
+    if not _fails_alone(update, network, data):
+        return False
+    for client, size in enumerate(data.sizes("train").tolist()):
+        if update.smallest_batch(size) == 1:
+            raise lonely_sample(update.training.batch_size, client)
+    return True
+
+
+def check_groups(groups: Iterable[str], module: nn.Module) -> None:
+    """Refuse groups of training settings that stand for nothing in the network."""
+    for group in groups:
+        select(module, group, "training.groups")
+
+
+def _check_loss(update: LocalUpdate, network: Network, data: FederatedData) -> None:
+    """Refuse a method whose loss counts padding: the same samples, padded, must give the same loss."""
+    if type(update).loss is LocalUpdate.loss or len(data.x) < 3:
+        return
+    x, y = data.x[:3], data.y[:3]
+    weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
+    plain = Batch(x, y, None, network.given, data.task)
+    padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight, network.given, data.task)
+    with torch.no_grad():
+        without, masked = update.loss(network, plain), update.loss(network.seeing(padded), padded)
+    if not torch.allclose(without, masked, rtol=1e-3, atol=1e-5, equal_nan=True):
+        name = f"{type(update).__name__}.loss"
+        raise ConfigError("strategy", name, "a loss that leaves padding out: reduce over samples with batch.mean")
+
+
+def _fails_alone(update: LocalUpdate, network: Network, data: FederatedData) -> bool:
+    """Whether a batch of one sample leaves a layer that normalizes over the batch nothing to go by."""
+    try:
+        with torch.no_grad():
+            return not bool(update.predict(network, data.x[:1]).isfinite().all())
+    except ValueError:  # what batch normalization raises for one value per channel
+        return True
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """State of torch's global generators."""
+    states = [torch.random.get_rng_state()]
+    return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]

@@ -1,0 +1,217 @@
+"""The client half of a method: what K clients do in a round, written for one cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from flwr.clientapp.typing import Mod
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select
+from fedpers.cohort.plan import smallest_batch
+from fedpers.data.federated import PARTS, FederatedData, Part
+
+if TYPE_CHECKING:
+    from fedpers.client.app import CohortApp
+    from fedpers.server.postprocessors import Postprocessor
+
+EXTRA = "train/"
+"""What the names of a method's own training metrics begin with (:attr:`fedpers.cohort.Reply.metrics`)."""
+Received = Mapping[str, Tree]
+"""What the server sent, by record: one tree for the whole cohort (batch size []) or one per client ([K])."""
+
+
+@dataclass(kw_only=True)
+class LocalUpdate:
+    """What a client does in a round, written for K clients at once.
+
+    A method overrides :meth:`train`, and :meth:`personalize` if it predicts with something else than received
+    entries plus personal ones. Fields are the method's hyperparameters.
+
+    Attributes
+    ----------
+    shared, personal : selection
+        Entries of the network (see :func:`fedpers.cohort.select`) that go to the server, and that stay. Buffers such
+        as BatchNorm statistics belong to the layer they stand in: with ``shared = "all"`` they are averaged too.
+    cohort_size : int or None
+        How many clients to compute together if the user leaves it to us; None measures it. For methods whose training
+        is not made of the core's steps, which is what is measured.
+    config_keys : tuple of str
+        Keys of a message's configuration that the method reads beside ``server-round`` and ``auc``; a message with
+        any other is refused.
+    training : Training
+        Optimizer, rates and batches.
+    """
+
+    shared: ClassVar[Selection] = "all"
+    personal: ClassVar[Selection] = "none"
+    cohort_size: ClassVar[int | None] = None
+    config_keys: ClassVar[tuple[str, ...]] = ()
+    training: Training = field(default_factory=Training)
+
+    # ------------------------------------------------------------- before training
+
+    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        """What clients work with: network and data, with what the method adds to them.
+
+        A method with modules or parameters of its own returns a network around a copy of `model` that holds them as
+        named parts; one with a frozen backbone returns data in which what the backbone computes once has replaced the
+        pictures. Parameters that require no gradient are not stacked, sent or stored
+        (:func:`fedpers.cohort.tree.state_names`).
+
+        Parameters
+        ----------
+        model : nn.Module
+            Not to be changed.
+        data : FederatedData
+        seed : int
+            What initial values are drawn from.
+
+        Raises
+        ------
+        ConfigError
+            If the method cannot work with the network or the data.
+        """
+        return model, data
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """Personal state of a client that has not trained yet.
+
+        Whether a client has trained is remembered for the method (:attr:`fedpers.cohort.Cohort.trained`).
+
+        Parameters
+        ----------
+        model : Tree
+            Initial network, batch size [], the same for all clients.
+        module : nn.Module
+            For :func:`fedpers.cohort.select`.
+
+        Returns
+        -------
+        Tree
+            Batch size [], by role; the default holds the personal entries under ``model``.
+        """
+        names = select(module, self.personal)
+        return TensorDict({"model": model.select(*names)} if names else {}, batch_size=[])
+
+    def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
+        """Arrays the server starts from, batch size []: the shared entries of the initial network.
+
+        Parameters
+        ----------
+        template : Tree
+            The initial network, batch size [].
+        module : nn.Module
+            The network that :meth:`extend` returned, prepared.
+        """
+        return template.select(*select(module, self.shared))
+
+    def example_given(self, template: Tree, data: FederatedData) -> Given:
+        """What :meth:`loss` and :meth:`predict` of one client may find in ``batch.given`` and ``network.given``.
+
+        They are tried and timed with it before training; a method that passes nothing along needs none.
+
+        Parameters
+        ----------
+        template : Tree
+            The initial network, batch size [].
+        data : FederatedData
+        """
+        return {}
+
+    # -------------------------------------------------------------------- training
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train K clients; the default trains the whole network.
+
+        Parameters
+        ----------
+        cohort : Cohort
+        received : mapping of record to Tree
+        config : mapping
+            The message's configuration; ``server-round`` is always there.
+        """
+        params = cohort.assemble(received["arrays"])
+        cohort.fit(params, self.loss)
+        return cohort.reply(params)
+
+    def loss(self, network: Network, batch: Batch) -> Tensor:
+        """Loss of one client on one batch, a scalar; the default is the mean of the task's losses."""
+        return batch.mean(batch.losses(self.predict(network, batch.x)))
+
+    def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
+        """Form in which one client's records travel, e.g. without zeros; see :meth:`fedpers.cohort.Fold.decode`."""
+        return records
+
+    def smallest_batch(self, size: int) -> int:
+        """Samples in the smallest batch a client of `size` samples trains on."""
+        return smallest_batch(size, self.training.batch_size, self.training.drop_last)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
+        """Networks the clients predict with; the default puts personal and received entries together."""
+        return cohort.view(received["arrays"])
+
+    def predict(self, network: Network, x: Tensor) -> Tensor:
+        """Class scores ``[B, C]`` of one client, or what else the data's task measures."""
+        return network(x)
+
+    def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
+        """Further networks to be evaluated, by a name that goes before their metrics; none by default."""
+        return {}
+
+    def measure(
+        self, cohort: Cohort, outputs: Sequence[Tensor], part: Part, config: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Metrics ``[K]`` of predictions on one part, see ``Task.measure``; a method may add its own."""
+        data = cohort.data
+        return data.task.measure(outputs, cohort.labels(part), data.num_classes, auc=bool(config.get("auc")))
+
+    def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
+        """Metrics of each client on its validation and test samples, NaN where it has none.
+
+        Returns
+        -------
+        list of dict
+            ``{part}-{metric}`` of :meth:`measure` for :meth:`personalize`, ``{part}-{name}-{metric}`` for those of
+            :meth:`others`; and ``adaptation-gradients``, the gradients computed to personalize before predicting.
+        """
+        networks = {"": self.personalize(cohort, received, config)}
+        networks.update({f"{name}-": network for name, network in self.others(cohort, received, config).items()})
+        rows: list[dict[str, float]] = [{} for _ in cohort.clients]
+        for part in PARTS[1:]:
+            for prefix, params in networks.items():
+                columns = self.measure(cohort, cohort.logits(params, part, self.predict), part, config)
+                for name, column in columns.items():
+                    if prefix and name == "examples":
+                        continue
+                    for row, value in zip(rows, column.tolist(), strict=True):
+                        row[f"{part}-{prefix}{name}"] = value
+        for row, taken in zip(rows, cohort.gradients_taken.tolist(), strict=True):
+            row["adaptation-gradients"] = float(taken)
+        return rows
+
+    # -------------------------------------------------------------------- the app
+
+    def client_app(
+        self,
+        model: nn.Module,
+        data: FederatedData,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        mods: Sequence[Mod] = (),
+        head: str | None = None,
+        postprocessors: Sequence[Postprocessor] = (),
+    ) -> CohortApp:
+        """Make the Flower ``ClientApp`` of this method; see :class:`~fedpers.client.app.CohortApp`."""
+        from fedpers.client.app import CohortApp
+
+        return CohortApp(
+            self, model, data, seed=seed, device=device, mods=mods, head=head, postprocessors=postprocessors
+        )

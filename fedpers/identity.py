@@ -1,0 +1,102 @@
+"""Whether the two halves of a run belong together, settled by the answer to the server's first question.
+
+A client names its method, the value of each of its options, the keys of a configuration that it reads, and what it does
+to its replies. A server half refuses clients of another method, or with another value of an option that both halves
+have, before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import flwr.app as flower
+
+from fedpers.errors import ConfigError, check
+
+if TYPE_CHECKING:
+    from fedpers.client.update import LocalUpdate
+    from fedpers.server.postprocessors.base import Postprocessor
+    from fedpers.server.strategy import PersonalizedStrategy
+
+METHOD, OPTION, READS, ENCODERS = "method", "option.", "reads", "encoders"
+ANY = "*"
+"""Stands for all keys of a configuration: client mods may read any."""
+COMMON_KEYS = ("server-round", "auc")
+"""Keys of a message's configuration that the clients of every method read."""
+_CLIENT_HALVES: set[str] = set()
+"""Client halves that belong to a server half, by name."""
+
+
+def register(update: type) -> None:
+    """Remember the client half of a method."""
+    _CLIENT_HALVES.add(_name(update))
+
+
+def identity_of(
+    update: LocalUpdate, encoders: Sequence[Postprocessor] = (), *, mods: bool = False
+) -> flower.ConfigRecord:
+    """What a client says of itself beside its number.
+
+    Parameters
+    ----------
+    update : LocalUpdate
+    encoders : sequence of Postprocessor
+        What is done to its replies where it computes.
+    mods : bool
+        Whether it has Flower mods.
+    """
+    lineage = [_name(kind) for kind in type(update).__mro__ if kind is not object]
+    reads = [ANY] if mods else sorted({*COMMON_KEYS, *update.config_keys})
+    options = {f"{OPTION}{name}": repr(getattr(update, name)) for name in _options(update)}
+    named = [repr(encoder) for encoder in encoders]
+    return flower.ConfigRecord({METHOD: lineage, READS: reads, ENCODERS: named, **options})
+
+
+def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) -> None:
+    """Refuse clients that do not belong to a server half.
+
+    A subclass of the method's client half that is no method of its own belongs to it.
+
+    Raises
+    ------
+    ConfigError
+    """
+    wanted, lineage = type(strategy).update, list(identity[METHOD])
+    method = next((name for name in lineage if name in _CLIENT_HALVES or name == _name(wanted)), "")
+    if method != _name(wanted):
+        clients = lineage[0].rpartition(".")[2]
+        server = type(strategy).__name__
+        raise ConfigError("client_app", clients, f"clients made by {wanted.__name__}, the client half of {server}")
+    for name in _options(strategy):
+        theirs = identity.get(f"{OPTION}{name}")
+        if theirs is not None:
+            allowed = f"{theirs}, as the clients' half has it: both halves of {type(strategy).__name__} need the same"
+            check(repr(getattr(strategy, name)) == theirs, f"strategy.{name}", getattr(strategy, name), allowed)
+    ours, theirs = [repr(p) for p in strategy.postprocessors if p.encodes], list(identity[ENCODERS])
+    allowed = f"{theirs or 'none'}, as in the client app (client_app(..., postprocessors=...))"
+    check(ours == theirs, "postprocessors", ours or "none", allowed)
+
+
+def check_config(config: Mapping[str, Any], reads: Iterable[str], method: str) -> None:
+    """Refuse a message's configuration with a key that its clients do not read.
+
+    Raises
+    ------
+    ConfigError
+    """
+    known = set(reads)
+    for key, value in config.items():
+        further = ", ".join(sorted(known - set(COMMON_KEYS))) or "none"
+        allowed = f"no such key in a message's configuration: {method} reads {further}, and its options are its fields"
+        check(ANY in known or key in known, key, value, allowed)
+
+
+def _options(half: Any) -> list[str]:
+    """Names of a half's options that may differ from run to run, without what is the same for all methods."""
+    return [f.name for f in fields(half) if f.init and f.name not in ("training", "seed", "weighting")]
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

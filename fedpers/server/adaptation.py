@@ -1,0 +1,75 @@
+"""Clients that never train: they adapt on their own at the end of a run and are measured once more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import flwr.app as flower
+from flwr.serverapp import Grid
+
+from fedpers.cohort import Records, Tree, entries
+from fedpers.records import ARRAYS, from_record
+from fedpers.server.collect import ReplyRules, checked, evaluated
+
+if TYPE_CHECKING:
+    from fedpers.client.results import ClientResult
+    from fedpers.server.strategy import PersonalizedStrategy
+
+
+def adapt_clients(
+    strategy: PersonalizedStrategy, round: int, arrays: Tree, grid: Grid, clients: list[int]
+) -> tuple[list[int], list[Records]]:
+    """Let clients train once on what the server sends, and put their arrays in the place of the server's.
+
+    Parameters and results are those of ``PersonalizedStrategy.adapt``.
+    """
+    strategy._arrays = arrays
+    able = strategy.prepare(round, arrays, clients, grid, "evaluate")
+    sent = strategy.send(round, arrays, able)
+    each = [sent] * len(able) if isinstance(sent, Mapping) else sent
+    config = flower.ConfigRecord({"server-round": round})
+    results, _ = strategy.exchange.call(grid, flower.MessageType.TRAIN, sent, config, able)
+    rules = strategy.reply_rules(able)
+    adapted: list[int] = []
+    records: list[Records] = []
+    for client, before in zip(able, each, strict=True):
+        try:
+            trained = _records_of(results[client], client, rules)
+        except ValueError as problem:
+            strategy.leave_out(client, f"it did not adapt: {problem}", "evaluate")
+            continue
+        adapted.append(client)
+        records.append({**before, **({ARRAYS: trained[ARRAYS]} if ARRAYS in trained else {})})
+    return adapted, records
+
+
+def evaluate_adapted(
+    strategy: PersonalizedStrategy, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+) -> None:
+    """Let the unseen clients adapt and measure them, into ``report.adapted``."""
+    connected = strategy.nodes(grid)
+    unseen = sorted(strategy.unseen)
+    for client in unseen:
+        if client not in connected:
+            strategy.leave_out(client, "it is not connected", "evaluate")
+    round = strategy.report.round + 1
+    clients, records = strategy.adapt(round, from_record(arrays), grid, [c for c in unseen if c in connected])
+    config["server-round"] = round
+    results, _ = strategy.exchange.call(grid, flower.MessageType.EVALUATE, records, config, clients)
+    for client in clients:
+        try:
+            strategy.report.adapted[client] = evaluated(results[client])
+        except ValueError as problem:
+            strategy.leave_out(client, f"adapted: {problem}", "evaluate")
+
+
+def _records_of(result: ClientResult, client: int, rules: ReplyRules) -> dict[str, Tree]:
+    """What a client trained, as the server reads it; ValueError says why it cannot be used."""
+    records, _ = checked(result, rules.schema_for(client))
+    records = rules.fold.decode(records, client)
+    for postprocessor in rules.postprocessors:
+        if postprocessor.encodes:  # what a client keeps for itself needs neither clipping nor noise
+            stacked, _ = postprocessor.reply({r: t.unsqueeze(0) for r, t in records.items()}, rules.arrays)
+            records = {r: t[0] for r, t in stacked.items() if entries(t)}
+    return records

@@ -1,0 +1,195 @@
+"""Robust aggregates: Flower's own strategies in place of the mean, so that a few clients cannot move it at will."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import flwr.app as flower
+import torch
+from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
+from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum, Strategy
+from torch import Tensor
+
+from fedpers.cohort import Collect, Tree, entries, tree
+from fedpers.errors import TrainingError, check, one_of
+from fedpers.records import ARRAYS, METRICS, from_record, to_record
+from fedpers.server.postprocessors.base import Postprocessor, check_mean
+
+if TYPE_CHECKING:
+    from fedpers.server.strategy import PersonalizedStrategy
+
+AGGREGATIONS = ("mean", "median", "trimmed_mean", "krum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregation:
+    """What takes the place of the mean, by the name typed as ``aggregation=``.
+
+    Parameters
+    ----------
+    name : {"mean", "median", "trimmed_mean", "krum"}
+        Median and trimmed mean are taken entry by entry and, like Krum, know no weights.
+    malicious : int
+        Krum: clients that may send anything, >= 0.
+    share : float
+        Trimmed mean: share of the replies that is left out at either end, > 0 and < 0.5.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    name: str = "mean"
+    malicious: int = 1
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        check(self.name in AGGREGATIONS, "aggregation", self.name, one_of(AGGREGATIONS, self.name))
+        check(self.malicious >= 0, "aggregation.malicious", self.malicious, "a whole number >= 0")
+        check(0 < self.share < 0.5, "aggregation.share", self.share, "a number > 0 and < 0.5")
+
+    def postprocessor(self) -> Robust | None:
+        """What the strategy is given; None for the mean."""
+        if self.name == "krum":
+            return Robust(Krum(num_malicious_nodes=self.malicious))
+        if self.name == "trimmed_mean":
+            return Robust(FedTrimmedAvg(beta=self.share))
+        return Robust(FedMedian()) if self.name == "median" else None
+
+    def replies(self, sampled: int) -> int:
+        """Usable replies a round needs for the aggregate to be robust at all.
+
+        Raises
+        ------
+        ConfigError
+            If they are more than the `sampled` clients.
+        """
+        if self.name == "krum":
+            needed = 2 * self.malicious + 3
+            allowed = f"a whole number <= {(sampled - 3) // 2}, for Krum needs 2 * malicious + 3 of {sampled} clients"
+            enough = "aggregation=mean or median: Krum needs 3 clients or more"
+            check(needed <= sampled, "aggregation.malicious", self.malicious, allowed if sampled >= 3 else enough)
+            return needed
+        if self.name == "trimmed_mean":
+            needed = next((n for n in range(3, sampled + 1) if int(self.share * n) >= 1), sampled + 1)
+            allowed = f"a number >= {1 / sampled:g}, so that it leaves out at least one of {sampled} clients"
+            enough = "aggregation=mean or median: a trimmed mean needs 3 clients or more"
+            check(needed <= sampled, "aggregation.share", self.share, allowed if sampled >= 3 else enough)
+            return needed
+        return 1
+
+
+@dataclass
+class Robust(Postprocessor):
+    """A Flower strategy aggregates the replies in place of the mean.
+
+    Parameters
+    ----------
+    aggregator : Strategy
+        E.g. ``Krum(num_malicious_nodes=1)``; it must need replies and nothing else.
+    """
+
+    role: ClassVar[str] = "robust"
+    setting: ClassVar[str] = "aggregation"
+    aggregator: Strategy
+
+    @property
+    def label(self) -> str:
+        """Name of the aggregator's class."""
+        return type(self.aggregator).__name__
+
+    def check(self, strategy: PersonalizedStrategy, arrays: Tree, sampled: int) -> None:
+        """Refuse methods that average more than arrays, and aggregators that send something of their own."""
+        check_mean(self, strategy, "mean")
+        plain = getattr(type(self.aggregator), "configure_train", None) is FedAvg.configure_train
+        check(plain, self.setting, self.label, "a Flower strategy that needs replies and nothing else, such as Krum")
+
+    def fold(self, arrays: Tree, round: int) -> KeptReplies:
+        """Keep the replies until all have come."""
+        return KeptReplies(self.aggregator, arrays, round)
+
+
+class KeptReplies(Collect):
+    """Replies of a round, kept until a Flower strategy aggregates them.
+
+    The strategy is given each reply's weight and its changes of the server's arrays, in which distances lose no digits
+    to what all have in common. Entries of integers (counts) are no directions in space: their median is taken.
+
+    Parameters
+    ----------
+    aggregator : Strategy
+    arrays : Tree
+        The server's, before the round.
+    round : int
+    """
+
+    def __init__(self, aggregator: Strategy, arrays: Tree, round: int) -> None:
+        super().__init__()
+        self.aggregator = aggregator
+        self.arrays = arrays
+        self.round = round
+
+    def partial(self) -> Self:
+        """The replies alone."""
+        part = copy.copy(self)
+        part.arrays = tree({})
+        return part
+
+    def result(self) -> dict[str, Tree]:
+        """Return the aggregate.
+
+        Raises
+        ------
+        TrainingError
+            If the strategy cannot aggregate the replies, or what it makes does not have the arrays' form.
+        """
+        before = entries(self.arrays)
+        kept = [self.kept[client] for client in self.clients]
+        replies = [(entries(records[ARRAYS]), weight) for records, weight in kept if ARRAYS in records]
+        if not replies:
+            return {}
+        moved = [name for name, value in before.items() if value.is_floating_point()]
+        changes = self._aggregate(
+            [({n: values[n] - before[n].to(values[n].device) for n in moved}, weight) for values, weight in replies]
+        )
+        made = {}
+        for name, value in before.items():
+            if name not in moved:
+                made[name] = torch.stack([values[name] for values, _ in replies]).median(0).values
+                continue
+            if name not in changes or changes[name].shape != value.shape:
+                kind, shape = type(self.aggregator).__name__, list(value.shape)
+                raise TrainingError(f"round {self.round}: {kind} gave no '{name}' of shape {shape}.")
+            made[name] = value + changes[name].to(value)
+        return {ARRAYS: tree(made)}
+
+    def _aggregate(self, replies: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
+        if not replies[0][0]:
+            return {}
+        key = getattr(self.aggregator, "weighted_by_key", "num-examples")
+        messages = []
+        for node, (values, weight) in enumerate(replies, start=1):
+            content = flower.RecordDict({ARRAYS: to_record(tree(values)), METRICS: flower.MetricRecord({key: weight})})
+            messages.append(flower.Message(content, node, flower.MessageType.TRAIN))
+        name = type(self.aggregator).__name__
+        logger = logging.getLogger("flwr")
+        level = logger.level
+        logger.setLevel(logging.WARNING)  # it tells how many replies there are; so do our reports
+        try:
+            record, _ = self.aggregator.aggregate_train(self.round, messages)
+        except (AggregationError, InconsistentMessageReplies, ValueError) as error:
+            reason = " ".join(str(error).split()).removesuffix(".")
+            what = f"round {self.round}: {name} cannot aggregate {len(replies)} replies: {reason}."
+            raise TrainingError(what) from error
+        finally:
+            logger.setLevel(level)
+        if record is None:
+            raise TrainingError(f"round {self.round}: {name} made nothing of {len(replies)} replies.")
+        return entries(from_record(record))
+
+
+__all__ = ["Aggregation", "KeptReplies", "Robust"]

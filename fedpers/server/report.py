@@ -1,0 +1,74 @@
+"""What happened in a round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedpers.client.update import EXTRA
+
+
+@dataclass
+class RoundReport:
+    """What happened in a round.
+
+    Attributes
+    ----------
+    round : int
+    sampled : list of int
+        Clients asked to train, ascending.
+    failures : dict of int to str
+        Those whose reply was left out, and why.
+    bytes_down, bytes_up : int
+        Arrays sent to the clients asked to train, and those of their usable replies; evaluation is measurement and
+        no part of a method.
+    steps, samples, gradients : int
+        Optimizer steps, samples and gradient computations (of one client on one batch) of all replies.
+    train_loss : float
+        Mean over samples of the losses met while training; NaN without replies.
+    extra : dict of str to float
+        The method's own metrics: means over the replies of :attr:`fedpers.cohort.Reply.metrics`, and what its server
+        half adds.
+    clients : dict of int to dict
+        Metrics of each evaluated client, see :meth:`LocalUpdate.evaluate`; empty in rounds without evaluation.
+    unseen, adapted : dict of int to dict
+        Metrics of clients that never train, as they come, and (at the end of a run) after adapting locally.
+    evaluation_failures : dict of int to str
+    seconds : float
+        From the start of training to the end of evaluation.
+    train_seconds : float
+        Training and aggregation only.
+    """
+
+    round: int
+    sampled: list[int] = field(default_factory=list)
+    failures: dict[int, str] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    steps: int = 0
+    samples: int = 0
+    gradients: int = 0
+    train_loss: float = math.nan
+    extra: dict[str, float] = field(default_factory=dict)
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
+    unseen: dict[int, dict[str, float]] = field(default_factory=dict)
+    adapted: dict[int, dict[str, float]] = field(default_factory=dict)
+    evaluation_failures: dict[int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+
+    def book(self, replies: Mapping[int, Mapping[str, float]], bytes_up: int) -> None:
+        """Add what the usable replies of a round, by client, say of its training."""
+        losses, extra = 0.0, dict[str, list[float]]()
+        for _, metrics in sorted(replies.items()):
+            self.steps += int(metrics.get("steps", 0))
+            self.gradients += int(metrics.get("gradients", 0))
+            self.samples += int(metrics.get("samples", 0))
+            losses += metrics.get("train-loss", math.nan) * metrics.get("samples", 0)
+            for name, value in metrics.items():
+                if name.startswith(EXTRA):
+                    extra.setdefault(name.removeprefix(EXTRA), []).append(value)
+        self.bytes_up += bytes_up
+        self.train_loss = losses / self.samples if self.samples else math.nan
+        self.extra.update({name: sum(values) / len(values) for name, values in extra.items()})

@@ -1,0 +1,543 @@
+"""The server half of a method: a plain Flower strategy."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import flwr.app as flower
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedpers.client.app import CohortApp
+from fedpers.client.update import LocalUpdate
+from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
+from fedpers.errors import TrainingError, check, one_of
+from fedpers.identity import READS, check_config, check_halves, register
+from fedpers.randomness import sample_clients
+from fedpers.records import ARRAYS, CONFIG, from_record, num_bytes, to_record
+from fedpers.server.adaptation import adapt_clients, evaluate_adapted
+from fedpers.server.collect import (
+    NO_REPLY,
+    Collected,
+    ReplyCollector,
+    ReplyRules,
+    Schema,
+    checked,
+    evaluated,
+    schema_of,
+)
+from fedpers.server.exchange import Exchange
+from fedpers.server.folding import folding
+from fedpers.server.postprocessors.base import Postprocessor
+from fedpers.server.report import RoundReport
+from fedpers.server.work import ServerWork, missing_work
+from fedpers.threads import one_thread
+
+log = logging.getLogger(__name__)
+WEIGHTINGS = ("samples", "uniform")
+
+
+@dataclass(kw_only=True)
+class PersonalizedStrategy(FlowerFedAvg):
+    """Sampling, checking, weighting and averaging, written once; a method says what is combined how.
+
+    Works in any ``ServerApp`` and on any Flower engine. Clients are told apart by their partition id, so that sampling
+    and per-client state do not depend on node ids.
+
+    Parameters
+    ----------
+    fraction : float
+        Share of the clients that train in a round, in (0, 1].
+    seed : int
+        The run's seed; the sampled clients follow from it alone.
+    weighting : {"samples", "uniform"}
+        Weight of a reply in the average: training samples of the client, or 1.
+    evaluate_every : int
+        All clients are evaluated after every so many rounds, >= 1.
+    min_replies : int
+        Usable replies a round needs, >= 1.
+    unseen : tuple of int
+        Clients that are never asked to train (``FederatedData.unseen``).
+    postprocessors : sequence of Postprocessor
+        What is done to replies and their mean, in this order: compression, privacy, robust aggregation
+        (:mod:`fedpers.server.postprocessors`).
+
+    Attributes
+    ----------
+    state : dict of str to Tree
+        What the server knows beside its arrays, by role; checkpoints hold it.
+    report : RoundReport
+        Of the present round.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    update: ClassVar[type[LocalUpdate]] = LocalUpdate
+    fraction: float = 1.0
+    seed: int = 0
+    weighting: str = "samples"
+    evaluate_every: int = 1
+    min_replies: int = 1
+    unseen: tuple[int, ...] = ()
+    postprocessors: Sequence[Postprocessor] = ()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "update" in cls.__dict__:
+            register(cls.update)
+
+    def __post_init__(self) -> None:
+        check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
+        weighting = self.weighting
+        check(weighting in WEIGHTINGS, "strategy.weighting", weighting, one_of(WEIGHTINGS, str(weighting)))
+        check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "a whole number >= 1")
+        check(self.min_replies >= 1, "min_replies", self.min_replies, "a whole number >= 1")
+        super().__init__(fraction_train=self.fraction, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
+        self.postprocessors = tuple(self.postprocessors)
+        self.state: dict[str, Tree] = {}
+        self.report = RoundReport(0)
+        self.exchange = Exchange()
+        self.wrapper: Strategy | None = None  # one of Flower's around this strategy
+        self._begun = False
+        self._checked = 0  # how many of the clients' identities
+        self._work: ServerWork | None = None
+        self._arrays: Tree | None = None
+        self._collected: Collected | None = None  # replies that were folded where they were made
+        self._training: list[flower.Message] = []  # what this round's clients were sent
+        self._addressed: list[int] = []  # who was asked for an evaluation
+        self._started = 0.0
+
+    # ------------------------------------------------------------------ a run
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: flower.ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: flower.ConfigRecord | None = None,
+        evaluate_config: flower.ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, flower.ArrayRecord], flower.MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run Flower's rounds from the beginning; see Flower's ``Strategy.start``.
+
+        What the server knows beside the arrays it returns (:attr:`state`, e.g. a generator, control variates) starts
+        anew, and is there afterwards. `timeout` holds for every exchange, those before a round too.
+
+        Raises
+        ------
+        ConfigError
+            If the clients are those of another method, or do not read a key of `train_config`.
+        """
+        self.begin(timeout)
+        grid = self.folding(grid)
+        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+
+    def begin(self, timeout: float | None = None) -> None:
+        """Get ready for the first round; for whoever calls :meth:`configure_train` in a loop of their own.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds that each exchange with clients may take; None waits for as long as they take.
+        """
+        self.state = {}
+        for postprocessor in self.postprocessors:
+            postprocessor.reset()
+        self.exchange.timeout = timeout
+        self._begun = True
+
+    def restore(self, report: RoundReport, state: Mapping[str, Tree], timeout: float | None = None) -> None:
+        """Go on after a round that ran elsewhere: what was in :attr:`report` and :attr:`state` after it."""
+        self.begin(timeout)
+        self.report, self.state = report, dict(state)
+        for postprocessor in self.postprocessors:
+            if postprocessor.role in state:
+                postprocessor.state = dict(entries(state[postprocessor.role]))
+        self._started = time.perf_counter() - report.seconds
+
+    def attach(self, app: CohortApp) -> None:
+        """Give the server the clients' app, from which :attr:`work` has network, task and cohorts.
+
+        Raises
+        ------
+        ConfigError
+            If it belongs to another method.
+        """
+        self._work = ServerWork(self, app)
+
+    @property
+    def work(self) -> ServerWork:
+        """What the server computes with.
+
+        Raises
+        ------
+        TrainingError
+            If :meth:`attach` was not called.
+        """
+        if self._work is None:
+            raise missing_work(type(self).__name__)
+        return self._work
+
+    def folding(self, grid: Grid) -> Grid:
+        """View of `grid` that folds the replies to training where they are made, if it can.
+
+        For whoever calls :meth:`configure_train` and :meth:`aggregate_train` itself and does not look at the replies
+        in between.
+        """
+        return folding(self, grid)
+
+    # -------------------------------------------------- what a method overrides
+
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+        """Find out from the clients what must be known before they are sent anything (:meth:`ask`).
+
+        Parameters
+        ----------
+        round : int
+        arrays : Tree
+        clients : list of int
+            Who is about to be addressed.
+        grid : Grid
+        kind : {"train", "evaluate"}
+            What for.
+
+        Returns
+        -------
+        list of int
+            Who of them still is; the others are booked as failures.
+        """
+        return clients
+
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
+        """Records for `clients`: one mapping for all of them, or one for each in their order.
+
+        The default sends the model's arrays to everybody.
+        """
+        return {ARRAYS: arrays}
+
+    def reply_schema(self, clients: list[int]) -> Schema | Sequence[Schema]:
+        """What replies to training hold: one schema for all of `clients`, or one for each in their order.
+
+        The default is the server's arrays. A method whose clients send more adds its records
+        (:func:`fedpers.server.collect.schema_of`); an entry that not every reply holds is ``optional``.
+        """
+        return schema_of(ARRAYS, entries(self.sent_arrays))
+
+    def fold(self) -> Fold:
+        """Empty aggregate for a round's replies; it travels to where they are made."""
+        return WeightedMean()
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Make the server's next arrays.
+
+        Parameters
+        ----------
+        arrays : Tree
+            Before the round.
+        means : mapping of record to Tree
+            Result of the fold.
+        clients : list of int
+            Whose replies are in it.
+        """
+        return means.get(ARRAYS, arrays)
+
+    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:
+        """Let clients that never trained adapt: they train once, and nothing of it reaches the server.
+
+        Returns
+        -------
+        list of int
+            Who adapted; the others are booked as failures.
+        list of mapping of record to Tree
+            What each of them is evaluated with: what it was sent, its own arrays in place of the server's.
+        """
+        return adapt_clients(self, round, arrays, grid, clients)
+
+    @classmethod
+    def plain_mean(cls) -> bool:
+        """Whether clients answer with the server's arrays and nothing else, of which the server takes the mean."""
+        plain = PersonalizedStrategy
+        hooks = ((cls.reply_schema, plain.reply_schema), (cls.fold, plain.fold))
+        return all(hook is default for hook, default in hooks) and cls.update.encode is LocalUpdate.encode
+
+    # ------------------------------------------------------------------ clients
+
+    def nodes(self, grid: Grid) -> dict[int, int]:
+        """Node id of each client, by client number; see :class:`~fedpers.server.nodes.Nodes`.
+
+        Raises
+        ------
+        ConfigError
+            If clients belong to another method.
+        """
+        connected = self.exchange.connect(grid)
+        identities = self.exchange.identities
+        while self._checked < len(identities):
+            check_halves(self, identities[self._checked])
+            self._checked += 1
+        return connected
+
+    @property
+    def seen(self) -> list[int]:
+        """Clients known to the server that may train, ascending."""
+        return sorted(set(self.exchange.node_of) - set(self.unseen))
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients that may train."""
+        return len(self.seen)
+
+    def sample(self, round: int) -> list[int]:
+        """Clients that train in a round, ascending: the same for every method under one seed."""
+        known = self.seen
+        return [known[place] for place in sample_clients(self.seed, round, len(known), self.fraction)]
+
+    def ask(
+        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str, schema: Schema
+    ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
+        """Put a question to clients, which the client half answers with its method ``query_{question}``.
+
+        Parameters
+        ----------
+        grid : Grid
+        question : str
+        round : int
+        clients : list of int
+        records : mapping of record to Tree
+            Sent to all of them.
+        kind : {"train", "evaluate"}
+            What the answers are for: those for training count in the round's bytes.
+        schema : Schema
+            What an answer must hold.
+
+        Returns
+        -------
+        dict of int to (records, metrics)
+            Of clients with a usable answer; the others are booked as failures.
+        """
+        config = flower.ConfigRecord({"server-round": round})
+        results, size = self.exchange.call(grid, f"query.{question}", records, config, clients)
+        usable = {}
+        for client, result in results.items():
+            try:
+                usable[client] = checked(result, schema)
+            except ValueError as problem:
+                self.leave_out(client, str(problem), kind)
+                continue
+            if kind == "train" and result.content is not None:
+                self.report.bytes_up += num_bytes(result.content)
+        if kind == "train":
+            self.report.bytes_down += size
+        return usable
+
+    def leave_out(self, client: int, reason: str, kind: str) -> None:
+        """Book a client as failed in this round's training or evaluation."""
+        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
+        failures[client] = reason
+        log.info("round %d: client %d left out: %s", self.report.round, client, reason)
+
+    # ----------------------------------------------------------------- training
+
+    def summary(self) -> None:
+        """Log the settings."""
+        log.info(
+            "%s: fraction %g, weighting %s, seed %d", type(self).__name__, self.fraction, self.weighting, self.seed
+        )
+
+    @property
+    def sent_arrays(self) -> Tree:
+        """The server's arrays before this round."""
+        assert self._arrays is not None
+        return self._arrays
+
+    @property
+    def asked(self) -> list[int]:
+        """Clients that were sent this round's training, ascending."""
+        return [client for client in self.report.sampled if client not in self.report.failures]
+
+    def check_arrays(self, arrays: Tree, sampled: int) -> None:
+        """Refuse postprocessors that do not go with the method, its arrays, or the number of sampled clients.
+
+        Raises
+        ------
+        ConfigError
+        """
+        for postprocessor in self.postprocessors:
+            postprocessor.check(self, arrays, sampled)
+        if self.wrapper is not None:
+            from fedpers.server.postprocessors.flower_wrappers import check_wrapped
+
+            check_wrapped(self, self.wrapper, arrays)
+
+    def configure_train(
+        self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+    ) -> Iterable[flower.Message]:
+        """Address the sampled clients.
+
+        Raises
+        ------
+        TrainingError
+            If neither :meth:`start` nor :meth:`begin` was called, or no client is connected.
+        """
+        self._started = time.perf_counter()
+        if not self._begun:
+            raise TrainingError(
+                f"{type(self).__name__}.configure_train was called without start or begin: wrap it in another "
+                "strategy with fedpers.server.within, or call begin before a loop of your own."
+            )
+        if not self.nodes(grid):
+            raise TrainingError(f"round {server_round}: no client is connected.")
+        self._check_config(config)
+        sampled = self.sample(server_round)
+        self._arrays = from_record(arrays)
+        self.check_arrays(self._arrays, len(sampled))
+        config["server-round"] = server_round
+        self.report = RoundReport(server_round, sampled)
+        self._collected = None
+        clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
+        sent = self.send(server_round, self._arrays, clients)
+        self._training, size = self.exchange.messages(flower.MessageType.TRAIN, sent, config, clients)
+        self.report.bytes_down += size
+        return self._training
+
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse a configuration that the clients would not read."""
+        for identity in self.exchange.identities:
+            check_config(config, cast(list[str], identity[READS]), type(self).update.__name__)
+
+    def reply_rules(self, clients: list[int]) -> ReplyRules:
+        """All that is needed to check and fold the replies of a round's clients, wherever that happens."""
+        declared = self.reply_schema(clients)
+        common: Schema = declared if isinstance(declared, dict) else {}
+        by_client = {} if isinstance(declared, dict) else dict(zip(clients, declared, strict=True))
+        for postprocessor in self.postprocessors:
+            common = postprocessor.schema(common)
+        folds = (p.fold(self.sent_arrays, self.report.round) for p in self.postprocessors)
+        fold = next((fold for fold in folds if fold is not None), None)
+        return ReplyRules(
+            self.sent_arrays,
+            common,
+            self.fold() if fold is None else fold,
+            self.postprocessors,
+            self.weighting,
+            by_client,
+        )
+
+    @one_thread()
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[flower.Message]
+    ) -> tuple[flower.ArrayRecord | None, flower.MetricRecord | None]:
+        """Fold the usable replies; the others are counted and named in :attr:`report`.
+
+        Raises
+        ------
+        TrainingError
+            If fewer than `min_replies` are usable.
+        """
+        collected, self._collected = self._collected, None
+        if collected is None:  # the grid left it to us
+            asked = self.asked
+            collector = ReplyCollector(self.reply_rules(asked))
+            collector.take(self.exchange.answers(replies, asked))
+            collected = collector.collected
+        arrays = self._conclude(server_round, collected)
+        report = self.report
+        metrics = {"train-loss": report.train_loss, "steps": report.steps, "samples": report.samples}
+        return to_record(arrays), flower.MetricRecord({**metrics, "failures": len(report.failures)})
+
+    def _conclude(self, server_round: int, collected: Collected) -> Tree:
+        """Make the server's next arrays of a round's replies."""
+        report = self.report
+        for client in report.sampled:
+            if client not in collected.replies and client not in report.failures:
+                self.leave_out(client, collected.failures.get(client, NO_REPLY.error), "train")
+        good = sorted(collected.replies)
+        if report.failures:
+            log.warning("round %d: %s", server_round, _summed_up(report.failures, len(report.sampled)))
+        if len(good) < self.min_replies:
+            reasons = "".join(f"; {reason}" for reason in sorted(set(report.failures.values()))[:3])
+            raise TrainingError(
+                f"round {server_round}: {len(good)} of {len(report.sampled)} sampled clients sent a usable reply, "
+                f"{self.min_replies} needed{reasons}."
+            )
+        report.book(collected.replies, collected.bytes_up)
+        means = {record: _on_device_of(self.sent_arrays, t) for record, t in collected.fold.result().items()}
+        for postprocessor in self.postprocessors:
+            means = postprocessor.aggregate(self, means, collected.replies)
+            if postprocessor.state:
+                self.state[postprocessor.role] = tree(postprocessor.state)
+        arrays = self.combine(self.sent_arrays, means, good)
+        report.train_seconds = report.seconds = time.perf_counter() - self._started
+        return arrays
+
+    # --------------------------------------------------------------- evaluation
+
+    def configure_evaluate(
+        self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+    ) -> Iterable[flower.Message]:
+        """Address all clients, also those that were not sampled, every `evaluate_every` rounds."""
+        if server_round % self.evaluate_every:
+            return []
+        return self.evaluation_messages(server_round, arrays, config, grid)
+
+    def evaluation_messages(
+        self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
+    ) -> list[flower.Message]:
+        """Address all clients now, also the unseen; without a training before it, this is where a round starts."""
+        if self.report.round != server_round or not self.report.sampled:
+            self.report = RoundReport(server_round)
+            self._started = time.perf_counter()
+        connected = list(self.nodes(grid))
+        self._check_config(config)
+        config["server-round"] = server_round
+        tensors = from_record(arrays)
+        self._addressed = self.prepare(server_round, tensors, connected, grid, "evaluate")
+        sent = self.send(server_round, tensors, self._addressed)
+        return self.exchange.messages(flower.MessageType.EVALUATE, sent, config, self._addressed)[0]
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:
+        """Collect the clients' metrics in :attr:`report`; return their means over clients."""
+        report = self.report
+        for client, result in self.exchange.answers(replies, self._addressed).items():
+            try:
+                metrics = evaluated(result)
+            except ValueError as problem:
+                self.leave_out(client, str(problem), "evaluate")
+                continue
+            (report.unseen if client in self.unseen else report.clients)[client] = metrics
+        if report.evaluation_failures:
+            total = len(report.clients) + len(report.unseen) + len(report.evaluation_failures)
+            log.warning("evaluation of round %d: %s", server_round, _summed_up(report.evaluation_failures, total))
+        report.clients = dict(sorted(report.clients.items()))
+        report.unseen = dict(sorted(report.unseen.items()))
+        report.seconds = time.perf_counter() - self._started
+        if not report.clients:
+            return None
+        names = sorted({name for metrics in report.clients.values() for name in metrics if name != "num-examples"})
+        values = {name: [m[name] for m in report.clients.values() if name in m] for name in names}
+        return flower.MetricRecord({name: sum(column) / len(column) for name, column in values.items()})
+
+    def evaluate_adapted(self, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid) -> None:
+        """Let the unseen clients adapt and measure them, into ``report.adapted``; for the end of a run."""
+        evaluate_adapted(self, arrays, config, grid)
+
+
+def _summed_up(failures: Mapping[int, str], total: int) -> str:
+    """One line for all clients left out."""
+    client, reason = next(iter(failures.items()))
+    return f"{len(failures)} of {total} clients left out, e.g. client {client}: {reason}"
+
+
+def _on_device_of(arrays: Tree, values: Tree) -> Tree:
+    """`values` on the device of the server's arrays: replies from a wire come on the CPU."""
+    device = next((value.device for value in entries(arrays).values()), None)
+    return values if device is None else tree({n: v.to(device) for n, v in entries(values).items()})

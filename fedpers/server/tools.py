@@ -1,0 +1,225 @@
+"""What server halves are built from: an optimizer, and a table with a row for each client."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import MemoryMappedTensor
+from torch import Tensor
+
+from fedpers.cohort import Collect, Tree, entries, tree
+from fedpers.cohort.tree import expand_rows
+from fedpers.errors import check, one_of
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "yogi")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptimizer:
+    """Steps of a server along directions that point where to go (a mean change of clients, a negative gradient).
+
+    S. Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295 (Algorithm 2); Adam and Yogi with the
+    bias correction of D. Kingma, J. Ba, Adam, ICLR 2015, arXiv:1412.6980. With direction d:
+
+        sgd        x <- x + lr * d
+        momentum   m <- momentum * m + d;   x <- x + lr * m
+        adam       m <- b1 m + (1 - b1) d;  v <- b2 v + (1 - b2) d^2;               x <- x + lr * m^ / (sqrt(v^) + eps)
+        yogi       as adam, but             v <- v - (1 - b2) d^2 sign(v - d^2)
+
+    Its state is a tree like any other: the caller keeps it.
+
+    Parameters
+    ----------
+    name : {"sgd", "momentum", "adam", "yogi"}
+    lr : float
+        > 0.
+    momentum : float
+        In [0, 1); of ``momentum``.
+    betas : tuple of two floats
+        In [0, 1); of ``adam`` and ``yogi``.
+    eps : float
+        > 0; of ``adam`` and ``yogi``.
+
+    Raises
+    ------
+    ConfigError
+        If a value is out of its range.
+    """
+
+    name: str = "sgd"
+    lr: float = 1.0
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check(self.name in OPTIMIZERS, "strategy.server_optimizer", self.name, one_of(OPTIMIZERS, str(self.name)))
+        check(0 < self.lr < float("inf"), "strategy.server_lr", self.lr, "a number > 0")
+        check(0 <= self.momentum < 1, "strategy.server_momentum", self.momentum, "a number >= 0 and < 1")
+        check(all(0 <= b < 1 for b in self.betas), "strategy.server_betas", self.betas, "two numbers >= 0 and < 1")
+        check(self.eps > 0, "strategy.server_eps", self.eps, "a number > 0")
+
+    def moments(self, value: Tensor) -> dict[str, Tensor]:
+        """State before the first step of a tensor: none, ``first``, or ``first``, ``second`` and ``steps``."""
+        if self.name == "sgd":
+            return {}
+        first = {"first": torch.zeros_like(value)}
+        if self.name == "momentum":
+            return first
+        return {**first, "second": torch.zeros_like(value), "steps": torch.zeros((), dtype=torch.int64)}
+
+    def step(self, direction: Tensor, moments: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Step along a direction, and the state after it.
+
+        Parameters
+        ----------
+        direction : Tensor
+        moments : mapping of str to Tensor
+            As :meth:`moments` and this method return it. ``steps`` may be ``[n]`` for rows ``[n, ...]`` that took
+            different numbers of steps.
+        """
+        if self.name == "sgd":
+            return self.lr * direction, {}
+        if self.name == "momentum":
+            first = self.momentum * moments["first"] + direction
+            return self.lr * first, {"first": first}
+        steps = moments["steps"] + 1
+        first = torch.lerp(moments["first"], direction, 1 - self.betas[0])
+        square = direction.square()
+        if self.name == "adam":
+            second = torch.lerp(moments["second"], square, 1 - self.betas[1])
+        else:
+            second = moments["second"] - (1 - self.betas[1]) * square * torch.sign(moments["second"] - square)
+        count = (expand_rows(steps, direction) if steps.dim() else steps).double()
+        mean, spread = (m / (1 - b**count).to(m) for m, b in zip((first, second), self.betas, strict=True))
+        return self.lr * mean / (spread.sqrt() + self.eps), {"first": first, "second": second, "steps": steps}
+
+    def step_tree(self, directions: Tree, state: Tree | None) -> tuple[Tree, Tree]:
+        """Steps along the directions of a tree (batch size []), and the state after them, ``NAME.MOMENT``.
+
+        Parameters
+        ----------
+        directions : Tree
+        state : Tree or None
+            Of the step before; None before the first.
+        """
+        known = {} if state is None else entries(state)
+        taken: dict[str, Tensor] = {}
+        kept: dict[str, Tensor] = {}
+        for name, value in entries(directions).items():
+            start = self.moments(value)
+            taken[name], after = self.step(value, {m: known.get(f"{name}.{m}", start[m]) for m in start})
+            kept.update({f"{name}.{m}": moment for m, moment in after.items()})
+        return tree(taken), tree(kept)
+
+
+class ClientTable:
+    """A row per client, kept in a server's state.
+
+    Rows are made when a client is first asked for. The table is a tree, ``client`` ``[n]`` ascending and one tensor
+    ``[n, ...]`` per column, so that checkpoints hold it like all other state.
+
+    Parameters
+    ----------
+    first : callable
+        Returns the first row of a client, by column.
+    values : Tree, optional
+        What :attr:`values` was, to go on with.
+    memory : float, optional
+        Bytes that the columns may take; larger ones lie in memory-mapped files, gone with the table.
+    """
+
+    def __init__(
+        self,
+        first: Callable[[int], Mapping[str, Tensor]],
+        values: Tree | None = None,
+        *,
+        memory: float | None = None,
+    ) -> None:
+        self.first = first
+        self.memory = memory
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        known = {} if values is None else dict(entries(values))
+        self._clients: Tensor = known.pop("client", torch.zeros(0, dtype=torch.int64)).cpu()
+        self._columns = self._stored(known)
+
+    @property
+    def clients(self) -> list[int]:
+        """Clients that have a row, ascending."""
+        found: list[int] = self._clients.tolist()
+        return found
+
+    @property
+    def values(self) -> Tree:
+        """The whole table, batch size []."""
+        return tree({"client": self._clients, **self._columns})
+
+    @property
+    def mapped(self) -> bool:
+        """Whether columns lie in files."""
+        return self._files is not None
+
+    def add(self, clients: Sequence[int]) -> None:
+        """Make the first rows of clients that have none."""
+        new = sorted(set(clients) - set(self.clients))
+        if not new:
+            return
+        rows = [self.first(client) for client in new]
+        both = torch.cat([self._clients, torch.tensor(new)])
+        order = both.argsort()
+        columns = {}
+        for name in rows[0]:
+            added = torch.stack([row[name] for row in rows])
+            before = self._columns.get(name)
+            whole = added if before is None else torch.cat([before.as_subclass(Tensor), added])
+            columns[name] = whole[order.to(whole.device)]
+        self._clients = both[order]
+        self._columns = self._stored(columns)
+
+    def rows(self, clients: Sequence[int]) -> dict[str, Tensor]:
+        """Copies of the rows ``[n, ...]`` of some clients by column, in their order; new ones are made."""
+        self.add(clients)
+        places = self._places(clients)
+        return {n: torch.index_select(v.as_subclass(Tensor), 0, places.to(v.device)) for n, v in self._columns.items()}
+
+    def put(self, clients: Sequence[int], rows: Mapping[str, Tensor]) -> None:
+        """Store rows ``[n, ...]`` of some clients, those that :meth:`rows` returned for them."""
+        self.add(clients)
+        places = self._places(clients)
+        for name, value in rows.items():
+            column = self._columns[name]
+            if self.mapped:
+                column[places.to(column.device)] = value.to(column)
+            else:  # whoever took `values` before keeps what they were
+                self._columns[name] = column.index_copy(0, places.to(column.device), value.to(column))
+
+    def mean(self) -> dict[str, Tensor]:
+        """Mean over all rows, by column of floats."""
+        return {n: v.as_subclass(Tensor).mean(0) for n, v in self._columns.items() if v.is_floating_point()}
+
+    def _places(self, clients: Sequence[int]) -> Tensor:
+        return torch.searchsorted(self._clients, torch.tensor(list(clients), dtype=torch.int64))
+
+    def _stored(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Columns in memory, or in files where they would take too much of it."""
+        size = sum(value.nbytes for value in columns.values())
+        before = self._files
+        if self.memory is None or size <= self.memory:
+            kept = {name: value.clone() if before is not None else value for name, value in columns.items()}
+            self._files = None
+        else:
+            self._files = tempfile.TemporaryDirectory(prefix="clients-", ignore_cleanup_errors=True)
+            kept = {
+                name: MemoryMappedTensor.from_tensor(value.cpu(), filename=str(Path(self._files.name) / f"{i}.memmap"))
+                for i, (name, value) in enumerate(columns.items())
+            }
+        if before is not None:
+            before.cleanup()
+        return kept
+
+
+__all__ = ["ClientTable", "Collect", "ServerOptimizer"]

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 METHOD, OPTION, READS, ENCODERS = "method", "option.", "reads", "encoders"
 ANY = "*"
 """Stands for all keys of a configuration: client mods may read any."""
-COMMON_KEYS = ("server-round", "auc")
+ADAPTING = "adapting"
+"""Key that marks a training of which nothing reaches the server."""
+COMMON_KEYS = ("server-round", "auc", ADAPTING)
 """Keys of a message's configuration that the clients of every method read."""
 _CLIENT_HALVES: set[str] = set()
 """Client halves that belong to a server half, by name."""

@@ -20,11 +20,11 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpers.cohort import leaves
+from fedpers.records import from_record
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy
-from fedpers.records import from_record
 from fedpers.threads import one_thread
 from tests.problems import problems
 

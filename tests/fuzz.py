@@ -35,10 +35,10 @@ from torch import Tensor
 from fedpers.app import _main
 from fedpers.cohort import leaves
 from fedpers.config import Config
+from fedpers.records import from_record
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, PersonalizedStrategy, make_strategy, option_types
-from fedpers.records import from_record
 from fedpers.threads import one_thread
 from tests.problems import problem
 
@@ -262,7 +262,8 @@ def prepared(method: str) -> Prepared:
     evaluations = list(grid.send_and_receive(strategy.configure_evaluate(2, new, config, grid)))
     replies = list(grid.send_and_receive(strategy.configure_train(2, new, config, grid)))
     grid.close()
-    by_client = [{strategy.exchange.client_of[r.metadata.src_node_id]: r for r in own} for own in (replies, evaluations)]
+    client_of = strategy.exchange.client_of
+    by_client = [{client_of[r.metadata.src_node_id]: r for r in lot} for lot in (replies, evaluations)]
     return Prepared(strategy, *by_client)
 
 

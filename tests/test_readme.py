@@ -35,17 +35,17 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
     names: dict[str, Any] = {}
     exec(compile("\n".join(python_blocks()[:2]), "README.md", "exec"), names)
     assert names["client_app"].mods
-    for strategy in (names["robust"], names["private"]):
+    for strategy, clients in (("robust", "client_app"), ("private", "client_app"), ("small", "small_app")):
         app = ServerApp()
 
         @app.main()
-        def main(grid: Any, context: Any, strategy: Any = strategy) -> None:
-            result = strategy.start(grid, names["client_app"].initial_arrays(), num_rounds=1)
+        def main(grid: Any, context: Any, strategy: Any = names[strategy], clients: Any = names[clients]) -> None:
+            result = strategy.start(grid, clients.initial_arrays(), num_rounds=1)
             print(result.evaluate_metrics_clientapp[1]["test-accuracy"])
 
-        fedpers.simulate(app, names["client_app"], num_supernodes=20)
+        fedpers.simulate(app, names[clients], num_supernodes=20)
     printed = [float(line) for line in capsys.readouterr().out.split()]
-    assert len(printed) == 3
+    assert len(printed) == 4
     assert all(0 < accuracy <= 1 for accuracy in printed)
 
 

@@ -13,7 +13,7 @@ from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from torch import Tensor, nn
 
-from fedpers.client.checks import check_groups, check_network
+from fedpers.client.checks import check_groups, check_network, check_parts
 from fedpers.client.results import CohortResult
 from fedpers.client.update import EXTRA, LocalUpdate, Received
 from fedpers.cohort import Cohort, Reply, Tree, leaves, model_tree, prepare
@@ -22,7 +22,7 @@ from fedpers.cohort.modules import copy_network
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, TrainingError, check
-from fedpers.identity import READS, check_config, identity_of
+from fedpers.identity import ADAPTING, READS, check_config, identity_of
 from fedpers.models import with_head
 from fedpers.records import ARRAYS, CONFIG, METRICS, flatten_state, to_record, trees, unflatten_state
 from fedpers.server.postprocessors.base import Postprocessor
@@ -80,12 +80,15 @@ class CohortApp(ClientApp):
         self.update = update
         self.mods = tuple(mods)
         self.encoders = tuple(p for p in postprocessors if p.encodes)
+        names = [getattr(mod, "__name__", type(mod).__name__) for mod in self.mods]
+        check(not (names and self.encoders), "mods", names, "none with compression, whose replies mods cannot read")
         for mod in self.mods:
             name = getattr(mod, "__name__", type(mod).__name__)
             # in the middle of a round it expects messages that only Flower's secure aggregation workflow sends
             secure = ".secure_aggregation." in f"{getattr(mod, '__module__', '')}."
             allowed = "mods that pass one training message on, such as LocalDpMod"
             check(not secure and callable(mod), "mods", name, allowed)
+        check_parts(update)
         self.identity = identity_of(update, self.encoders, mods=bool(self.mods))
         self.device = torch.device(device)
         self.seed = seed
@@ -104,7 +107,7 @@ class CohortApp(ClientApp):
         self._register()
 
     def _initial_state(self) -> Tree:
-        """Personal state of a client that has not trained: the method's, that of encoders, and the count of trainings."""
+        """Personal state of a client that has not trained: the method's, encoders', and the count of trainings."""
         state = self.update.initial_state(self.template, self.module)
         arrays = self.update.initial_arrays(self.template, self.module)
         for encoder in self.encoders:
@@ -240,7 +243,7 @@ class CohortApp(ClientApp):
         new = answer.state
         if trains:
             kept = {} if new is None else dict(new.items())
-            for encoder in self.encoders:
+            for encoder in () if config.get(ADAPTING) else self.encoders:
                 result.records, changed = encoder.encode(
                     result.records,
                     received[ARRAYS],
@@ -251,6 +254,7 @@ class CohortApp(ClientApp):
                 )
                 if changed is not None:
                     kept[encoder.role] = changed
+            kept.update({e.role: state[e.role] for e in self.encoders if e.role not in kept and e.role in state.keys()})  # noqa: SIM118
             if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
                 kept[TRAINED] = state[TRAINED] + 1
             new = Tree(kept, batch_size=[cohort.size]) if kept else None

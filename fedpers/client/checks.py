@@ -12,7 +12,7 @@ from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Batch, Network, Tree, entries, select
 from fedpers.cohort.plan import lonely_sample
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError
+from fedpers.errors import ConfigError, check
 
 
 class _Examples(dict[str, Any]):
@@ -71,6 +71,23 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         if update.smallest_batch(size) == 1:
             raise lonely_sample(update.training.batch_size, client)
     return True
+
+
+def check_parts(update: LocalUpdate) -> None:
+    """Refuse to override `shared` or `personal` of a method that settles them itself.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if not update.settles_parts:
+        return
+    kinds = type(update).__mro__
+    method = next(kind for kind in kinds if "settles_parts" in vars(kind))
+    for kind in kinds[: kinds.index(method)]:
+        for name in ("shared", "personal"):
+            allowed = f"no override: {method.__name__} itself settles what is shared and what is personal"
+            check(name not in vars(kind), f"{kind.__name__}.{name}", vars(kind).get(name), allowed)
 
 
 def check_groups(groups: Iterable[str], module: nn.Module) -> None:

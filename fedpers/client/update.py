@@ -43,6 +43,9 @@ class LocalUpdate:
     config_keys : tuple of str
         Keys of a message's configuration that the method reads beside ``server-round`` and ``auc``; a message with
         any other is refused.
+    settles_parts : bool
+        Whether the method itself settles what is shared and what is personal, entry by entry or in modules of its own,
+        so that a subclass cannot override `shared` and `personal`; of all other methods it can.
     training : Training
         Optimizer, rates and batches.
     """
@@ -51,6 +54,7 @@ class LocalUpdate:
     personal: ClassVar[Selection] = "none"
     cohort_size: ClassVar[int | None] = None
     config_keys: ClassVar[tuple[str, ...]] = ()
+    settles_parts: ClassVar[bool] = False
     training: Training = field(default_factory=Training)
 
     # ------------------------------------------------------------- before training

@@ -12,7 +12,6 @@ from fedpers.cohort.step import (
     Network,
     Step,
     proximal,
-    sample_losses,
     shifted,
 )
 from fedpers.cohort.training import Training
@@ -44,7 +43,6 @@ __all__ = [
     "model_tree",
     "prepare",
     "proximal",
-    "sample_losses",
     "select",
     "shifted",
     "tree",

@@ -112,7 +112,7 @@ class VisitedRows:
         weight = torch.ones_like(step.y) if step.weight is None else step.weight
         empty = self.rows.new_zeros(step.active, self.rows.shape[1], dtype=self._dtype)
         positives, samples = (empty.scatter_add(1, place, value.to(self._dtype)) for value in (weight * step.y, weight))
-        if self.whole:  # then all K clients are in the first step, and each later one is the same
+        if self.whole and step.rows is None and step.active == len(self.rows):  # all later steps are the same
             self._counts = positives, samples
         return positives, samples
 

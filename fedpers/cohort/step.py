@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedpers.cohort.modules import announce, call, part_tensors
 from fedpers.tasks import CLASSIFICATION, Task
@@ -97,21 +96,6 @@ class Batch:
         if self.weight is None:
             return values.mean()
         return (values * self.weight).sum() / self.weight.sum()
-
-
-def sample_losses(outputs: Tensor, y: Tensor) -> Tensor:
-    """Loss of each sample ``[B]`` of a classification.
-
-    Parameters
-    ----------
-    outputs : Tensor ``[B, C]``
-        Class scores, or with ``C = 1`` the logit of an event.
-    y : Tensor ``[B]``
-        Class ids (int64): the cross-entropy. Or targets in [0, 1] (floats): the binary cross-entropy.
-    """
-    if y.is_floating_point():
-        return F.binary_cross_entropy_with_logits(outputs.squeeze(1), y.to(outputs.dtype), reduction="none")
-    return F.cross_entropy(outputs, y, reduction="none")
 
 
 Loss = Callable[[Network, Batch], Tensor]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import flwr.app as flower
 from flwr.serverapp import Grid
 
-from fedpers.cohort import Records, Tree, entries
+from fedpers.cohort import Records, Tree
+from fedpers.identity import ADAPTING
 from fedpers.records import ARRAYS, from_record
-from fedpers.server.collect import ReplyRules, checked, evaluated
+from fedpers.server.collect import checked, evaluated
 
 if TYPE_CHECKING:
-    from fedpers.client.results import ClientResult
     from fedpers.server.strategy import PersonalizedStrategy
 
 
@@ -28,14 +28,15 @@ def adapt_clients(
     able = strategy.prepare(round, arrays, clients, grid, "evaluate")
     sent = strategy.send(round, arrays, able)
     each = [sent] * len(able) if isinstance(sent, Mapping) else sent
-    config = flower.ConfigRecord({"server-round": round})
+    config = flower.ConfigRecord({"server-round": round, ADAPTING: True})
     results, _ = strategy.exchange.call(grid, flower.MessageType.TRAIN, sent, config, able)
-    rules = strategy.reply_rules(able)
+    declared, fold = strategy.reply_schema(able), strategy.fold()
+    schemas = [declared] * len(able) if isinstance(declared, dict) else declared
     adapted: list[int] = []
     records: list[Records] = []
-    for client, before in zip(able, each, strict=True):
+    for client, before, schema in zip(able, each, schemas, strict=True):
         try:
-            trained = _records_of(results[client], client, rules)
+            trained = fold.decode(checked(results[client], schema)[0], client)
         except ValueError as problem:
             strategy.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             continue
@@ -62,14 +63,3 @@ def evaluate_adapted(
             strategy.report.adapted[client] = evaluated(results[client])
         except ValueError as problem:
             strategy.leave_out(client, f"adapted: {problem}", "evaluate")
-
-
-def _records_of(result: ClientResult, client: int, rules: ReplyRules) -> dict[str, Tree]:
-    """What a client trained, as the server reads it; ValueError says why it cannot be used."""
-    records, _ = checked(result, rules.schema_for(client))
-    records = rules.fold.decode(records, client)
-    for postprocessor in rules.postprocessors:
-        if postprocessor.encodes:  # what a client keeps for itself needs neither clipping nor noise
-            stacked, _ = postprocessor.reply({r: t.unsqueeze(0) for r, t in records.items()}, rules.arrays)
-            records = {r: t[0] for r, t in stacked.items() if entries(t)}
-    return records

@@ -156,7 +156,14 @@ class ReplyCollector:
             records = {r: t[torch.tensor(rows)] for r, t in records.items()}
         size = sum(value[0].nbytes for values in records.values() for value in entries(values).values())
         metrics = [dict(result.metrics[k]) for k in rows]
-        self._fold(records, [result.clients[k] for k in rows], metrics, size * len(rows))
+        try:
+            self._fold(records, [result.clients[k] for k in rows], metrics, size * len(rows))
+        except ValueError as error:  # of one of them, and nothing is booked yet: one by one says whose
+            if len(rows) == 1:
+                self.collected.failures[result.clients[rows[0]]] = str(error)
+                return
+            single = result.rows()
+            self.take({result.clients[k]: single[k] for k in rows})
 
     def take(self, results: Mapping[int, ClientResult]) -> None:
         """Take in what clients answered over a wire, or in a form that differs from reply to reply."""

@@ -62,6 +62,7 @@ class EnsembleUpdate(LocalUpdate):
         What members start from.
     """
 
+    settles_parts = True
     members: int = 2
     init: str = "common"
 

@@ -18,10 +18,9 @@ ten passes deviate by less than 0.1; here after 100 passes at the latest.
 Shared: the whole network, buffers averaged. Personal: v_k and W_k. W_k is trained with layers as in an evaluation;
 buffers, also of upper layers, are those of w. A client that has not trained starts from and predicts with w.
 
-``variant: pfllib`` repeats a common implementation, the authors' own: in each round but the first *every* client trains
-its W_k, in the second until it has converged, and puts m_k in the place of v_k, whether or not it trains after that; a
-client that has not trained has the initial network for v_k. (There upper layers are counted in tensors, and samples are
-consecutive ones.)
+``variant: pfllib`` repeats a common implementation, the authors' own: in every round the clients that do not train are
+sent w too, train W_k and put m_k in the place of v_k, which counts as a training. (There upper layers are counted in
+tensors, and the samples are consecutive ones.)
 """
 
 from __future__ import annotations
@@ -61,21 +60,17 @@ class FedALAUpdate(LocalUpdate):
         Of the samples on which the weights are trained, in (0, 1].
     weight_lr : float
         Rate of the weights, > 0.
-    variant : {"paper", "pfllib"}
-        See the module; both halves have the same.
     """
 
     personal = "all"
     layers: int = 1
     share: float = 0.8
     weight_lr: float = 1.0
-    variant: str = "paper"
 
     def __post_init__(self) -> None:
         check(self.layers >= 1, "strategy.layers", self.layers, "a whole number >= 1")
         check(0 < self.share <= 1, "strategy.share", self.share, "a number > 0 and <= 1")
         check(0 < self.weight_lr < float("inf"), "strategy.weight_lr", self.weight_lr, "a number > 0")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """Weights of 1 take what is received."""
@@ -91,7 +86,7 @@ class FedALAUpdate(LocalUpdate):
         return cohort.reply(params, state={WEIGHTS: weights})
 
     def train_weights(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
-        """Mix without training the network and without a reply: what other clients do in a round of ``pfllib``."""
+        """Mix without training the network and without a reply; for clients that do not train in a round."""
         params, weights = self.mix(cohort, received[ARRAYS])
         return cohort.reply(params, share="none", state={WEIGHTS: weights})
 
@@ -104,7 +99,7 @@ class FedALAUpdate(LocalUpdate):
         params, weights = cohort.as_received(received), cohort.state[WEIGHTS].clone()
         names = [str(name) for name in weights.keys()]  # noqa: SIM118 (a TensorDict iterates over rows)
         former = cohort.state["model"].select(*names)
-        before = cohort.trainings.cpu() if self.variant == "paper" else torch.full((cohort.size,), cohort.round - 1)
+        before = cohort.trainings.cpu()
         busy = before > 0
         samples = [self.sampled(cohort, client) for client in cohort.clients]
         history: list[Tensor] = []
@@ -148,19 +143,24 @@ class FedALA(PersonalizedStrategy):
     Parameters
     ----------
     variant : {"paper", "pfllib"}
-        See the module; both halves have the same.
+        Who mixes in a round, see the module.
     """
 
     update = FedALAUpdate
     variant: str = "paper"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """In ``pfllib`` let the clients that do not train in this round mix."""
         others = [client for client in self.seen if client not in clients]
-        if self.variant == "pfllib" and kind == "train" and round > 1 and others:
+        if self.variant == "pfllib" and kind == "train" and others:
             config = flower.ConfigRecord({"server-round": round})
             results, size = self.exchange.call(grid, "train.weights", {ARRAYS: arrays}, config, others)
             self.report.bytes_down += size
-            for client in (client for client, result in results.items() if result.content is None):
-                self.leave_out(client, results[client].error, "train")
+            for client, result in results.items():
+                if result.content is None:
+                    self.leave_out(client, result.error, "train")
         return clients

@@ -140,6 +140,7 @@ class FedJETsUpdate(LocalUpdate):
         Also evaluate the mixture of the held experts, as metrics ``mixture-...``.
     """
 
+    settles_parts = True
     experts: int = 5
     top_k: int = 2
     mixture: str = "probabilities"

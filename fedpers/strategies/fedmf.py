@@ -113,14 +113,14 @@ class FedMFUpdate(LocalUpdate):
         """Move the visited rows; decay the others by one factor."""
         cohort.data = drawn_once(cohort.data)
         visited = self.visited(cohort)
-        kept, sent = entries(cohort.state["model"]), self.common(received)
-        tables = set(cohort.names("body"))
+        kept, sent = entries(cohort.state["model"]), entries(self.common(received))
+        tables = cohort.names("body")
         moved = {n: visited.gather(v) if n in tables else v.clone() for n, v in {**kept, **sent}.items()}
         one = moved["head.weight"].new_ones(cohort.size)
         factors = {name: one.clone() for name in tables}
         metrics = self.descend(cohort, visited, moved, factors)
         cohort.gradients_taken += cohort.steps_taken
-        # the state was gathered for this cohort
+        # tables are written where they are: the state was gathered for this cohort
         new = {n: visited.put(v, moved[n], factors[n]) if n in tables else moved[n] for n, v in kept.items()}
         records = {ARRAYS: visited.message(moved[self.shared_table], factors[self.shared_table])} if sent else {}
         return Reply(records, Tree({"model": tree(new, cohort.size)}, batch_size=[cohort.size]), metrics)
@@ -171,14 +171,15 @@ class FedMFUpdate(LocalUpdate):
 
     # ------------------------------------------------------------------ on the way
 
-    def common(self, received: Received) -> dict[str, Tensor]:
+    def common(self, received: Received) -> Tree:
         """The received table ``[m, dim]`` by its name; nothing if there is none."""
-        values = entries(received[ARRAYS]) if ARRAYS in received else {}
-        return {self.shared_table: dense(values)} if "places" in values else values
+        sent = received.get(ARRAYS, tree({}))
+        values = entries(sent)
+        return tree({self.shared_table: dense(values)}) if "places" in values else sent
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
         """What the user keeps, and the received table."""
-        return cohort.view(tree(self.common(received)))
+        return cohort.view(self.common(received))
 
     def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
         """Leave out the places that are no rows and, with a threshold, the small values."""

@@ -51,14 +51,14 @@ class FedProtoUpdate(LocalUpdate):
     Parameters
     ----------
     lam : float
-        Strength of the attraction, >= 0; 0 is local training.
+        Strength of the attraction, >= 0; 0 is local training. The paper reports 1, with the penalty of ``pfllib``.
     variant : {"paper", "pfllib"}
         See the module; both halves have the same.
     """
 
     shared = "none"
     personal = "all"
-    lam: float = 1.0
+    lam: float = 0.1
     variant: str = "paper"
 
     def __post_init__(self) -> None:

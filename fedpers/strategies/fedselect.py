@@ -109,6 +109,7 @@ class FedSelectUpdate(LocalUpdate):
 
     shared = "parameters"
     personal = "all"
+    settles_parts = True
     rate: float = 0.25
     limit: float = 0.8
     interval: int = 1

@@ -48,6 +48,7 @@ class NoLearningUpdate(LocalUpdate):
 
     shared = "none"
     personal = "all"
+    settles_parts = True
     cohort_size = 64  # there is no step to be measured
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:

@@ -25,6 +25,7 @@ class PretrainedUpdate(LocalUpdate):
     """Predict with the initial network; train nothing."""
 
     shared = "none"
+    settles_parts = True
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse one of our networks that has not been pretrained.

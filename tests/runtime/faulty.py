@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from fedpers.cohort import Cohort, Reply, Training, leaves
+from fedpers.records import from_record
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedPer, FedPerUpdate, PersonalizedStrategy, Received
-from fedpers.records import from_record
 from tests.problems import SmallNetwork, gaussian_data
 
 DATA = gaussian_data((20, 9, 13, 7, 28), dtype=torch.float64)

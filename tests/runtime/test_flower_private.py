@@ -18,6 +18,7 @@ from flwr.supercore.inflatable import inflatable_object
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpers.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
 from fedpers.runtime.flower_private import (
     SERVER_NODE,
     delivered,
@@ -27,7 +28,6 @@ from fedpers.runtime.flower_private import (
     server_identity,
     unavailable,
 )
-from fedpers.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
 from tests.problems import SmallNetwork
 
 TENSORS = [

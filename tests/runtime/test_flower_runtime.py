@@ -25,8 +25,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.cohort import Cohort, Reply, entries, leaves
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.records import METRICS, from_record
 from fedpers.run import run_rounds
 from fedpers.runtime.flower import (
     KEPT,
@@ -40,9 +42,7 @@ from fedpers.runtime.flower_private import delivered, give_id, server_identity
 from fedpers.runtime.grid import FIRST_NODE, context_of
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import PersonalizedStrategy, RoundReport, make_strategy
-from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
-from fedpers.records import METRICS, from_record
 from tests.problems import Problem, gaussian_data, problem
 
 METHODS = ("gpfl", "pfedpg", "fedjets", "scaffold", "fedrap")

@@ -21,13 +21,13 @@ from torch import Tensor
 import fedpers
 from fedpers.cohort import entries
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.records import from_record
 from fedpers.run import run_rounds
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Privacy
 from fedpers.strategies import CohortApp, FedRep, FedRepUpdate, LocalUpdate, RoundReport, make_strategy
-from fedpers.records import from_record
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
 from tests.runtime.wire import WireGrid

@@ -14,6 +14,7 @@ from typing import Any
 import flwr.app as flower
 import pytest
 import torch
+from flwr.clientapp.mod import arrays_size_mod
 from flwr.serverapp.strategy import FedMedian
 from torch import Tensor
 
@@ -481,3 +482,40 @@ def test_both_halves_need_it() -> None:
     plain, _ = both("fedavg")
     with server_identity(1), pytest.raises(ConfigError, match=r"^postprocessors=none: expected \['TopK\(share=0.01, "):
         list(run_rounds(plain, LocalGrid(app, 7, cohort=7, workers=1), app.initial_arrays(), 1))
+
+
+def test_a_client_that_adapts_for_itself_is_not_compressed() -> None:
+    """Nothing of it travels: it is measured with all that it learnt, and its residual stays."""
+    measured = []
+    for postprocessors in ((), (TopK(share=0.01),)):
+        strategy, app = both("fedavg", *postprocessors, unseen=(3,))
+        grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+        strategy.begin()
+        with server_identity(1):
+            strategy.evaluate_adapted(app.initial_arrays(), flower.ConfigRecord(), grid)
+        assert not strategy.report.evaluation_failures
+        measured.append(strategy.report.adapted[3])
+        assert grid.engine is not None
+        if postprocessors:
+            assert all(not v.any() for v in entries(grid.engine.store.gather([3])["residual"]).values())
+        grid.close()
+    assert measured[0] == measured[1]
+
+
+def test_one_reply_of_a_cohort_that_cannot_be_used_leaves_the_others() -> None:
+    """A change too large for any norm is found when the stack is clipped."""
+    arrays = tree({"w": torch.zeros(2, dtype=torch.float64)})
+    privacy = Privacy(noise=0.0, norm=1.0)
+    rules = ReplyRules(arrays, schema_of(ARRAYS, entries(arrays)), WeightedMean(), (privacy,), "uniform")
+    collector = ReplyCollector(rules)
+    values = torch.tensor([[0.5, 0.0], [1e200, 1e200], [0.0, 0.25]], dtype=torch.float64)
+    metrics = [{"num-examples": 1, "steps": 1, "samples": 1, "train-loss": 0.5}] * 3
+    collector.take_cohort(CohortResult([4, 8, 6], metrics, stack(w=values)))
+    assert list(collector.collected.failures) == [8]
+    assert list(collector.collected.replies) == [4, 6]
+    assert collector.collected.fold.result()[ARRAYS]["w"].tolist() == [0.25, 0.125]
+
+
+def test_mods_cannot_read_compressed_replies() -> None:
+    with pytest.raises(ConfigError, match=r"^mods=\['arrays_size_mod'\]: expected none with compression"):
+        both("fedavg", TopK(), mods=[arrays_size_mod])

@@ -19,6 +19,7 @@ from flwr.supercore.differential_privacy import compute_adaptive_noise_params
 
 from fedpers.client.results import ClientResult
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, leaves, tree
+from fedpers.cohort.tree import expand_rows
 from fedpers.config import Config, build
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.randomness import generator
@@ -90,7 +91,8 @@ def test_a_stack_is_clipped_as_its_rows(dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(0)
     sent = tree({"w": torch.randn(3, 5, generator=rng).to(dtype), "b": torch.randn((), generator=rng).to(dtype)})
     scale = torch.tensor([0.0, 0.01, 1.0, 3.0])
-    values = {n: v + (torch.randn(4, *v.shape, generator=rng).T * scale).T.to(dtype) for n, v in entries(sent).items()}
+    changes = {n: torch.randn(4, *v.shape, generator=rng) for n, v in entries(sent).items()}
+    values = {n: sent[n] + (expand_rows(scale, change) * change).to(dtype) for n, change in changes.items()}
     privacy = Privacy(norm=2.0)
     clipped, metrics = privacy.reply(stack(**values), sent)
     assert metrics[CLIPPED].tolist() == [0.0, 0.0, 1.0, 1.0]

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from fedpers.cohort import Training, Tree, View, entries, leaves
 from fedpers.data.federated import FederatedData
 from fedpers.randomness import sample_clients
+from fedpers.records import from_record
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
-from fedpers.records import from_record
 from tests.cohort.helpers import batches
 from tests.problems import SmallNetwork, gaussian_data
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Network, Training, entries, tree
+from fedpers.cohort.sparse_rows import with_rows
 from fedpers.data import RankingData
 from fedpers.errors import ConfigError
 from fedpers.models import Factorization
@@ -278,6 +279,33 @@ def test_a_reply_that_is_no_part_of_the_table_is_left_out(record: dict[str, Tens
             strategy.aggregate_train(1, replies)
     assert len(strategy.report.failures) == 7
     assert re.search(sentence, strategy.report.failures[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("fedmf", {}), ("fedmf", {"threshold": 0.1}), ("fedrap", {}), ("fedrap", {"tables": "own"})],
+    ids=str,
+)
+def test_unseen_users_are_measured_with_the_table_their_rows_make(method: str, options: dict[str, Any]) -> None:
+    unseen = (2, 4, 6)
+    data = replace(ranking_data((12,) * 7), unseen=unseen)
+    trained = finished(method, data=data, **options)
+    strategy, app = trained.strategy, trained.app
+    assert strategy.report.evaluation_failures == {}
+    for user in unseen:
+        cohort = app.cohort([user], app.initial_state.expand(1).clone(), {"server-round": trained.round + 1})
+        received = {"arrays": tree(trained.arrays)}
+        reply = app.update.train(cohort, received, {})
+        records = {name: tree({n: v[0] for n, v in entries(t).items()}) for name, t in reply.records.items()}
+        message = strategy.fold().decode(app.update.encode(records), user)
+        if message:
+            received = {"arrays": tree({n: with_rows(v, message["arrays"]) for n, v in trained.arrays.items()})}
+        state = tree({"model": reply.state["model"], "trained": cohort.trainings + 1}, 1)
+        after = app.cohort([user], state, {"server-round": trained.round + 1})
+        expected = app.update.evaluate(after, received, {})[0]
+        for name in ("validation-hr@3", "test-ndcg@3"):
+            assert strategy.report.adapted[user][name] == pytest.approx(expected[name]), (user, name)
+    assert strategy.report.adapted != strategy.report.unseen
 
 
 # ------------------------------------------------------------------ bad input

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from fedpers.app import _main
 from fedpers.cohort import Cohort, Training, leaves, tree
 from fedpers.errors import ConfigError
+from fedpers.records import trees
 from fedpers.run import run_rounds
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedSelect, FedSelectUpdate, make_strategy
 from fedpers.strategies.fedselect import batch_accuracy, from_bits, grow_by_tensor, grow_together, to_bits
-from fedpers.records import trees
 from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data

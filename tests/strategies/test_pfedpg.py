@@ -19,12 +19,12 @@ from fedpers.errors import ConfigError
 from fedpers.models import frozen
 from fedpers.models.frozen import FrozenNetwork
 from fedpers.randomness import generator as numbers
+from fedpers.records import ARRAYS, from_record, num_bytes, unflatten_state
 from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import HeadOnlyUpdate, PFedPG, PFedPGUpdate, make_strategy
 from fedpers.strategies.pfedpg import follow, generate
-from fedpers.records import ARRAYS, from_record, num_bytes, unflatten_state
 from tests.cohort.helpers import assert_same
 from tests.equivalence import difference, outcome
 from tests.problems import SmallNetwork, gaussian_data, ranking_data, small_vit

@@ -71,15 +71,15 @@ def test_moon_without_contrast_is_fedavg() -> None:
 
 @pytest.mark.parametrize(("method", "strength"), [("fedproto", "lam"), ("fedamp", "mu")])
 def test_without_attraction_every_client_trains_alone(method: str, strength: str) -> None:
-    found, alone = run(method, {strength: 0.0}), run("local")
+    result, alone = run(method, {strength: 0.0}), run("local")
     for client in CLIENTS:
-        assert_same(under("model", found.state(client)), under("model", alone.state(client)))
+        assert_same(under("model", result.state(client)), under("model", alone.state(client)))
 
 
 @pytest.mark.parametrize("variant", ["paper", "pfllib"])
 def test_moon_contrasts_received_and_previous_features(variant: str) -> None:
     mu, tau = 2.0, 0.7
-    found = run("moon", {"mu": mu, "temperature": tau, "variant": variant}, rounds=4, fraction=0.5)
+    result = run("moon", {"mu": mu, "temperature": tau, "variant": variant}, rounds=4, fraction=0.5)
     server, previous = initial(), {} if variant == "paper" else {client: initial() for client in CLIENTS}
     late = set()
     for r in range(1, 5):
@@ -100,10 +100,10 @@ def test_moon_contrasts_received_and_previous_features(variant: str) -> None:
             parts.append(values)
         server = average(parts, sizes(drawn(r, 0.5)))
     assert late or variant == "pfllib"  # some client trained first when the server's network was not the initial one
-    assert_same(found.arrays, server)
-    for client, values in enumerate(found.predictors()):
+    assert_same(result.arrays, server)
+    for client, values in enumerate(result.predictors()):
         assert_same(values, server)
-        body = under("previous", found.state(client))
+        body = under("previous", result.state(client))
         assert body.keys() == {name for name in server if name not in HEAD}
         assert_same(body, {name: previous.get(client, initial())[name] for name in body})
 
@@ -112,9 +112,9 @@ def aggregated(
     server: Values, former: Values, weights: Values, client: int, r: int, options: Mapping[str, Any], *, first: bool
 ) -> tuple[Values, Values, int]:
     """FedALA's mixture, its weights and the passes that these took."""
-    own = DATA.train[client].numpy()
-    order = generator(SEED, "local aggregation", client, r).permutation(own)
-    samples = torch.from_numpy(order[: int(options["share"] * len(own))])
+    positions = DATA.train[client].numpy()
+    order = generator(SEED, "local aggregation", client, r).permutation(positions)
+    samples = torch.from_numpy(order[: int(options["share"] * len(positions))])
     weights, losses = copied(weights), []
 
     def mixture() -> Values:
@@ -141,7 +141,7 @@ def test_fedala_learns_how_much_to_take(layers: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fedala, "SPREAD", 0.004)
     monkeypatch.setattr(fedala, "MOST_PASSES", 40)
     options = {"layers": layers, "share": 0.7, "weight_lr": 5.0}
-    found = run("fedala", options, rounds=4, fraction=0.75)
+    result = run("fedala", options, rounds=4, fraction=0.75)
     names = [*weights_of()[-2:]] if layers == 1 else weights_of()
     server, former = initial(), [initial() for _ in CLIENTS]
     weights = [{n: torch.ones_like(server[n]) for n in names} for _ in CLIENTS]
@@ -163,10 +163,10 @@ def test_fedala_learns_how_much_to_take(layers: int, monkeypatch: pytest.MonkeyP
             parts.append(values)
         server = average(parts, sizes(drawn(r, 0.75)))
     assert len(lasted) > 1  # clients of one cohort converge at different times
-    assert any(float(w.min()) < 1 for own in weights for w in own.values())
-    assert_same(found.arrays, server)
-    for client, values in enumerate(found.predictors()):
-        state = found.state(client)
+    assert any(float(w.min()) < 1 for rows in weights for w in rows.values())
+    assert_same(result.arrays, server)
+    for client, values in enumerate(result.predictors()):
+        state = result.state(client)
         assert_same(under("model", state), former[client])
         assert under("weights", state).keys() == set(names)
         assert_same(under("weights", state), weights[client])
@@ -184,8 +184,8 @@ def prototypes(values: Values, client: int) -> tuple[Tensor, Tensor]:
 
 def test_fedproto_agrees_on_the_mean_feature_of_each_class() -> None:
     lam = 0.5
-    found = run("fedproto", {"lam": lam}, fraction=0.25, epochs=1)
-    own = [initial() for _ in CLIENTS]
+    result = run("fedproto", {"lam": lam}, fraction=0.25, epochs=1)
+    networks = [initial() for _ in CLIENTS]
     table: dict[int, Tensor] = {}
     missing = kept = 0
     for r in (1, 2, 3):
@@ -198,35 +198,35 @@ def test_fedproto_agrees_on_the_mean_feature_of_each_class() -> None:
                 away = [torch.linalg.vector_norm(rows[y == j].mean(0) - table[j]) for j in known]
                 return F.cross_entropy(head(at, rows), y) + lam * sum(away)
 
-            descend(own[client], loss)
-        sums, counts = prototypes(own[client], client)
+            descend(networks[client], loss)
+        sums, counts = prototypes(networks[client], client)
         kept += len(table.keys() - set(counts.nonzero().flatten().tolist()))
         table = {**table, **{j: sums[j] / counts[j] for j in range(4) if counts[j]}}
         missing += 4 - len(table)
     assert missing  # some round saw a class without a prototype,
     assert kept  # and some a class that nobody in it has
-    known = found.arrays["table"][:, -1]
+    known = result.arrays["table"][:, -1]
     assert known.tolist() == [float(j in table) for j in range(4)]
     for j, mean in table.items():
-        assert_same({"prototype": found.arrays["table"][j, :-1]}, {"prototype": mean})
+        assert_same({"prototype": result.arrays["table"][j, :-1]}, {"prototype": mean})
     correct = []
     for client in CLIENTS:
-        assert_same(under("model", found.state(client)), own[client])
+        assert_same(under("model", result.state(client)), networks[client])
         index = DATA.test[client]
-        rows = features(own[client], DATA.x[index])
+        rows = features(networks[client], DATA.x[index])
         distances = torch.stack([torch.linalg.vector_norm(rows - table[j], dim=1) for j in sorted(table)])
         nearest = torch.tensor(sorted(table))[distances.argmin(0)]
         correct.append(float((nearest == DATA.y[index]).double().mean()))
-    report = found.strategy.report.clients
+    report = result.strategy.report.clients
     assert [report[client]["test-accuracy"] for client in CLIENTS] == pytest.approx(correct)
 
 
 def test_fedproto_weights_prototypes_by_counts() -> None:
-    found = run("fedproto", rounds=1)
-    parts = [prototypes(under("model", found.state(client)), client) for client in CLIENTS]
+    result = run("fedproto", rounds=1)
+    parts = [prototypes(under("model", result.state(client)), client) for client in CLIENTS]
     count = sum(counts for _, counts in parts)
     assert isinstance(count, Tensor)
-    assert_same({"table": found.arrays["table"][:, :-1]}, {"table": sum(sums for sums, _ in parts) / count[:, None]})
+    assert_same({"table": result.arrays["table"][:, :-1]}, {"table": sum(sums for sums, _ in parts) / count[:, None]})
 
 
 def test_fedproto_scores() -> None:
@@ -250,15 +250,16 @@ def test_fedproto_scores() -> None:
 def test_fedamp_draws_each_client_to_its_own_mixture(alpha: float | None, fraction: float, rounds: int) -> None:
     mu, sigma = 0.8, 0.5
     options = {"mu": mu, "alpha": alpha, "sigma": sigma}
-    found = run("fedamp", options, rounds=rounds, fraction=fraction, lr=0.02)
+    result = run("fedamp", options, rounds=rounds, fraction=fraction, lr=0.02)
     names, start = weights_of(), initial()
     buffers = {n: v for n, v in start.items() if n not in names}
-    server, own = {n: start[n] for n in names}, {}
+    server = {n: start[n] for n in names}
+    networks: dict[int, Values] = {}
 
     def mixture(client: int) -> Values:
-        mine, step = own.get(client, server), sigma / max(1, len(own)) if alpha is None else alpha
+        mine, step = networks.get(client, server), sigma / max(1, len(networks)) if alpha is None else alpha
         out, rest = {n: torch.zeros_like(mine[n]) for n in names}, 1.0
-        for other, values in own.items():
+        for other, values in networks.items():
             if other == client:
                 continue
             square = sum(float((mine[n] - values[n]).square().sum()) for n in names)
@@ -271,28 +272,28 @@ def test_fedamp_draws_each_client_to_its_own_mixture(alpha: float | None, fracti
     for r in range(1, rounds + 1):
         trained = {}
         for client in drawn(r, fraction):
-            late |= {client} - own.keys() if r > 1 else set()
+            late |= {client} - networks.keys() if r > 1 else set()
             anchor = mixture(client)
-            values = copied(own.get(client, {**anchor, **buffers}))
+            values = copied(networks.get(client, {**anchor, **buffers}))
             sgd(values, passes(client, 2, r), lr=0.02, add=lambda n, v, u=anchor: mu * (v - u[n]))
             trained[client] = values
-        own.update(trained)
-        server = average([{n: values[n] for n in names} for values in own.values()], [1.0] * len(own))
+        networks.update(trained)
+        server = average([{n: values[n] for n in names} for values in networks.values()], [1.0] * len(networks))
     assert late  # clients that trained first when there were others
-    assert_same(found.arrays, server)
-    sent = found.strategy.send(rounds + 1, tree(found.arrays), list(CLIENTS))
+    assert_same(result.arrays, server)
+    sent = result.strategy.send(rounds + 1, tree(result.arrays), list(CLIENTS))
     assert isinstance(sent, list)
     accuracy = []
     for client in CLIENTS:
         assert_same(entries(sent[client]["arrays"]), mixture(client))
-        if client in own:
-            assert_same(under("model", found.state(client)), own[client])
-        values = own.get(client, {**mixture(client), **buffers})  # who never trained predicts with what it is sent
+        if client in networks:
+            assert_same(under("model", result.state(client)), networks[client])
+        values = networks.get(client, {**mixture(client), **buffers})  # who never trained predicts with what it is sent
         index = DATA.test[client]
         right = head(values, features(values, DATA.x[index])).argmax(1) == DATA.y[index]
         accuracy.append(float(right.double().mean()))
-    assert alpha is None or len(own) < DATA.num_clients
-    report = found.strategy.report.clients
+    assert alpha is None or len(networks) < DATA.num_clients
+    report = result.strategy.report.clients
     assert [report[client]["test-accuracy"] for client in CLIENTS] == pytest.approx(accuracy)
 
 

@@ -32,10 +32,10 @@ NAMES = {
 def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     """Run the method on a trace and compare every stage of every round."""
     trace = Trace(path, NAMES)
-    found = Comparison(method, f"pfedrec/{path.stem}", TOLERANCE)
+    comparison = Comparison(method, f"pfedrec/{path.stem}", TOLERANCE)
     if "raw" in trace.arrays:
-        compare_split(found, trace)
-        return found
+        compare_split(comparison, trace)
+        return comparison
     config = trace.config
     training = Training(
         lr=config["lr"], epochs=config["local_epoch"], batch_size=config["batch_size"],
@@ -51,20 +51,20 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     with replaying(trace.order), server_identity(1):
         for r in range(int(trace.meta["rounds"])):
             replies = list(grid.send_and_receive(strategy.configure_train(r + 1, arrays, settings, grid)))
-            _compare_users(found, trace, strategy, grid, replies, r)
+            _compare_users(comparison, trace, strategy, grid, replies, r)
             new, _ = strategy.aggregate_train(r + 1, replies)
             assert new is not None
             arrays = new
             table = entries(from_record(arrays))["body.weight"]
-            found.add("server table", table, trace.arrays[f"r{r}/server/embedding_item.weight"])
+            comparison.add("server table", table, trace.arrays[f"r{r}/server/embedding_item.weight"])
     if "eval/test_items" in trace.arrays:
-        _compare_predictors(found, trace, everybody(grid, app), update, arrays)
+        _compare_predictors(comparison, trace, everybody(grid, app), update, arrays)
     grid.close()
-    return found
+    return comparison
 
 
 def _compare_users(
-    found: Comparison,
+    comparison: Comparison,
     trace: Trace,
     strategy: PersonalizedStrategy,
     grid: LocalGrid,
@@ -77,16 +77,16 @@ def _compare_users(
         user = strategy.exchange.client_of[reply.metadata.src_node_id]
         state = entries(grid.engine.store.gather([user])["model"])
         for name, value in trace.group(f"r{r}/u{user}/after").items():
-            found.add(f"user {name}", state[name][0], value)
+            comparison.add(f"user {name}", state[name][0], value)
         upload = trace.arrays[f"r{r}/u{user}/upload/embedding_item.weight"]
-        found.add("upload", entries(trees(reply.content)["arrays"])["body.weight"], upload)
+        comparison.add("upload", entries(trees(reply.content)["arrays"])["body.weight"], upload)
         metrics = reply.content.metric_records["metrics"]
-        found.add("loss", metrics["train-loss"], trace.arrays[f"r{r}/u{user}/loss"])
-        found.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss_item"]))
+        comparison.add("loss", metrics["train-loss"], trace.arrays[f"r{r}/u{user}/loss"])
+        comparison.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss_item"]))
 
 
 def _compare_predictors(
-    found: Comparison, trace: Trace, cohort: Cohort, update: LocalUpdate, arrays: flower.ArrayRecord
+    comparison: Comparison, trace: Trace, cohort: Cohort, update: LocalUpdate, arrays: flower.ArrayRecord
 ) -> None:
     """What every user predicts with, drawn or not; and its scores, some of which were made to saturate by hand."""
     state = entries(cohort.state["model"])
@@ -94,8 +94,8 @@ def _compare_predictors(
         state["head.weight"][cohort.clients.index(int(user))].mul_(factor)
     for k, user in enumerate(cohort.clients):
         for name, value in trace.group(f"eval/params/u{user}").items():
-            found.add("predictor", state[name][k], value)
-    compare_evaluation(found, trace, cohort, update, arrays)
+            comparison.add("predictor", state[name][k], value)
+    compare_evaluation(comparison, trace, cohort, update, arrays)
 
 
 def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import flwr.app as flower
 import numpy as np
@@ -28,25 +28,24 @@ from tests.traces import Comparison
 TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
-class Traced:
+class Traced(NamedTuple):
     """How a method of the traced library is run here.
 
     Attributes
     ----------
     folder : str
-    settings : dict
+    settings : mapping
         Of the strategy, so that it does what the library does.
-    options : dict
+    options : mapping
         How hyperparameters of the library are called here.
-    roles : dict
+    roles : mapping
         Where personal state of the library stands here: role of a trace -> role of the state tree.
     """
 
     folder: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, str] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, str] = MappingProxyType({})
+    roles: Mapping[str, str] = MappingProxyType({})
 
 
 SAMPLES = {"weighting": "samples"}
@@ -199,7 +198,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     app = update.client_app(trace.network(), trace.data(chunk), device=device)
     grid = LocalGrid(app, trace.clients, cohort=trace.clients, workers=1)
     assert grid.engine is not None
-    found = Comparison(method, f"{traced.folder}/{path.stem}", TOLERANCE)
+    comparison = Comparison(method, f"{traced.folder}/{path.stem}", TOLERANCE)
 
     arrays = app.initial_arrays()
     config = flower.ConfigRecord()
@@ -207,20 +206,20 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     with server_identity(1):
         for r in range(trace.rounds):
             strategy.nodes(grid)
-            _compare_evaluation(found, trace, app, grid, strategy, arrays, r)
+            _compare_evaluation(comparison, trace, app, grid, strategy, arrays, r)
             messages = list(strategy.configure_train(r + 1, arrays, config, grid))
             sent = dict(zip(schedule[r], (trees(m.content) for m in messages), strict=True))
             replies = list(grid.send_and_receive(messages))
             clients = {node: client for client, node in strategy.nodes(grid).items()}
             trained = {clients[reply.metadata.src_node_id]: trees(reply.content) for reply in replies}
-            _compare_participants(found, trace, strategy, app.sizes, sent, trained, r)
-            _compare_states(found, trace, traced.roles, grid, r)
+            _compare_participants(comparison, trace, strategy, app.sizes, sent, trained, r)
+            _compare_states(comparison, trace, traced.roles, grid, r)
             new, _ = strategy.aggregate_train(r + 1, replies)
             assert new is not None
             arrays = new
-            _compare_server(found, trace, strategy, arrays, r)
+            _compare_server(comparison, trace, strategy, arrays, r)
     grid.close()
-    return found
+    return comparison
 
 
 def _repeat_draws(update: Any, trace: Trace) -> None:
@@ -236,7 +235,7 @@ def _repeat_draws(update: Any, trace: Trace) -> None:
 
 
 def _compare_participants(
-    found: Comparison,
+    comparison: Comparison,
     trace: Trace,
     strategy: PersonalizedStrategy,
     sizes: Sequence[int],
@@ -250,56 +249,56 @@ def _compare_participants(
     prototypes = trace.arrays.get("out/client/trained/protos")
     for client, records in trained.items():
         for name, value in entries(records.get(ARRAYS, Tree())).items():
-            found.add("client model", value, shared[name][r, client])
+            comparison.add("client model", value, shared[name][r, client])
         for name, value in mixtures.items():
-            found.add("mixture", sent[client][ARRAYS][name], value[r, client])
+            comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
-            _compare_prototypes(found, "client prototypes", records["sums"]["table"], prototypes[r, client])
+            _compare_prototypes(comparison, "client prototypes", records["sums"]["table"], prototypes[r, client])
     weights = trace.arrays.get("out/agg_weights")
     if weights is not None:
         counts = {client: 1.0 if strategy.weighting == "uniform" else float(sizes[client]) for client in trained}
         ours = [counts.get(c, 0.0) / sum(counts.values()) for c in range(trace.clients)]
-        found.add("weights", ours, weights[r])
+        comparison.add("weights", ours, weights[r])
 
 
-def _compare_prototypes(found: Comparison, kind: str, table: torch.Tensor, theirs: np.ndarray) -> None:
+def _compare_prototypes(comparison: Comparison, kind: str, table: torch.Tensor, theirs: np.ndarray) -> None:
     """A table of prototypes and which classes have one; the library's are NaN for a class without."""
     known = ~np.isnan(theirs).any(1)
-    found.exact(f"{kind} known", table[:, -1].cpu().numpy() > 0, known)
-    found.add(kind, table[known, :-1], theirs[known])
+    comparison.exact(f"{kind} known", table[:, -1].cpu().numpy() > 0, known)
+    comparison.add(kind, table[known, :-1], theirs[known])
 
 
-def _compare_states(found: Comparison, trace: Trace, roles: Mapping[str, str], grid: LocalGrid, r: int) -> None:
+def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, str], grid: LocalGrid, r: int) -> None:
     """What all clients keep after training, before aggregation, also those that did not train."""
     assert grid.engine is not None
     state = grid.engine.store.gather(range(trace.clients))
     for theirs, ours in roles.items():
         kept, path = state[ours], f"out/client/trained/{theirs}"
         if path in trace.arrays:
-            found.add(theirs, kept, trace.arrays[path][r])
+            comparison.add(theirs, kept, trace.arrays[path][r])
             continue
         values = trace.group(path)
         for name, value in entries(kept).items():
             if np.isfinite(values[name][r]).all():  # FedALA's weights do not exist in its first round
-                found.add(f"kept {theirs}", value, values[name][r])
+                comparison.add(f"kept {theirs}", value, values[name][r])
 
 
-def _compare_server(found: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
+def _compare_server(comparison: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
     ours = entries(from_record(arrays))
     server = trace.group("out/server/model") or trace.group("out/server/base")
     if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
         server = {f"body.{name}": value for name, value in server.items()}
     for name, value in ours.items():
         if name in server:
-            found.add("server model", value, server[name][r])
+            comparison.add("server model", value, server[name][r])
     for name, value in trace.group("out/server/c").items():
-        found.add("server control", strategy.state["control"][name], value[r])
+        comparison.add("server control", strategy.state["control"][name], value[r])
     if "out/server/protos" in trace.arrays:
-        _compare_prototypes(found, "server prototypes", ours["table"], trace.arrays["out/server/protos"][r])
+        _compare_prototypes(comparison, "server prototypes", ours["table"], trace.arrays["out/server/protos"][r])
 
 
 def _compare_evaluation(
-    found: Comparison, trace: Trace, app: Any, grid: LocalGrid, strategy: Any, arrays: flower.ArrayRecord, r: int
+    comparison: Comparison, trace: Trace, app: Any, grid: LocalGrid, strategy: Any, arrays: flower.ArrayRecord, r: int
 ) -> None:
     """What every client predicts before the round's training."""
     assert grid.engine is not None
@@ -319,11 +318,11 @@ def _compare_evaluation(
         if key in trace.arrays:
             theirs = torch.from_numpy(np.array(trace.arrays[key][r]))
             if trace.meta["method"] == "Ditto":  # recorded as probabilities
-                found.add("scores", torch.softmax(scores, 1), theirs)
+                comparison.add("scores", torch.softmax(scores, 1), theirs)
             else:
-                found.add("scores", scores, theirs)
+                comparison.add("scores", scores, theirs)
         correct = int((scores.argmax(1) == app.data.y[app.data.test[c]]).sum())
-        found.exact("correct", correct, int(trace.arrays[f"out/eval/{kind}/test_correct"][r, c]))
+        comparison.exact("correct", correct, int(trace.arrays[f"out/eval/{kind}/test_correct"][r, c]))
 
 
 def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:

@@ -13,12 +13,12 @@ from typing import Any
 import flwr.app as flower
 import numpy as np
 import torch
-from flwr.common.constant import SType
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
 from fedpers.cohort import Tree, entries, leaves, tree
+from fedpers.runtime.flower_private import SType
 
 ARRAYS = "arrays"
 """Record of the model's arrays, as in Flower's own strategies."""

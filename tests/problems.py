@@ -190,8 +190,10 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "threshold": {"threshold": 0.05, "mu": 3.0},
         "nuc": {"regularizer": "nuc", "mu": 0.01},
         "drop_last": {"training.drop_last": True, "tolerance": 0.0},
+        "one batch": {"training.batch_size": 0, "tolerance": 0.02},
     },
     "fedmf": {"threshold": {"threshold": 0.05}},
+    "pfedrec": {"official": {"variant": "official"}},
     "gpfl": {
         "paper": {"variant": "paper"},
         "in order": {"training.shuffle": False, "training.drop_last": True},

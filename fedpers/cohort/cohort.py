@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import vmap
 
 from fedpers.cohort.modules import has_dropout
 from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
+from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
 from fedpers.cohort.training import Training
-from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, select, tree
+from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, map_tensors, select, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
 from fedpers.randomness import derive, generator
 
-EVALUATION_SAMPLES = 2048
-"""Samples that go through the network at once in an evaluation, over all clients of a cohort."""
 TRAINED = "trained"
 """Role in personal state that counts a client's trainings, int64; kept by whoever runs cohorts, not by methods."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Tensors to predict with: some stacked ``[K, ...]``, the others shared by the whole cohort.
-
-    What all clients received alike stays one copy, so that a common network sees all their samples at once.
-
-    Attributes
-    ----------
-    tensors : dict of name to Tensor
-    stacked : frozenset of str
-        Names of those that hold a row per client.
-    given : mapping
-        What predictions may see beside the network, stacked ``[K, ...]``; see ``Network.given``.
-    """
-
-    tensors: dict[str, Tensor]
-    stacked: frozenset[str]
-    given: Given = field(default_factory=dict)
 
 
 @dataclass
@@ -129,6 +108,7 @@ class Cohort:
         self.gradients_taken = torch.zeros(self.size, dtype=torch.int64)
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
+        self._samples: dict[int, NDArray[np.int64]] = {}
         self._dropout = has_dropout(module)
         self._needs_pairs = needs_pairs
         if any(a < b for a, b in pairwise(self.sizes().tolist())):
@@ -181,6 +161,12 @@ class Cohort:
         """Samples of each client, int64 ``[K]`` on the CPU."""
         lists = self.data.part(part)
         return torch.tensor([len(lists[c]) for c in self.clients])
+
+    def samples(self, client: int) -> NDArray[np.int64]:
+        """Positions a client trains on in this round, int64 ``[n]``; what is drawn for it is drawn once."""
+        if client not in self._samples:
+            self._samples[client] = self.data.samples(client, self.seed, self.round)
+        return self._samples[client]
 
     def spread(self, source: Mapping[str, Tensor] | Tree, names: Sequence[str] | None = None) -> Tree:
         """Give each client its own copy of `source`: of one tree, or of its row of a stacked tree; batch size [K]."""
@@ -301,7 +287,7 @@ class Cohort:
             return generator(self.seed, purpose, self.clients[k], self.round, first[k] + epoch)
 
         plan = plan_batches(
-            [self.data.samples(c, self.seed, self.round) for c in self.clients],
+            [self.samples(client) for client in self.clients],
             batch_size=training.batch_size if batch_size is None else batch_size,
             epochs=epochs,
             steps=steps,
@@ -410,11 +396,11 @@ class Cohort:
         self.gradients_taken[rows] += 1
         free = set(names)
         extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
-        extra["given"] = _rows(given, step.take)
+        extra["given"] = map_tensors(given, step.take)
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
             tensors = {n: leaves[n] if n in free else params[n][0] for n in params}
-            total = self._loss(loss, tensors, step.x[0], step.y[0], _rows(extra, lambda value: value[0]))
+            total = self._loss(loss, tensors, step.x[0], step.y[0], map_tensors(extra, lambda value: value[0]))
             found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
             grads = {n: g.unsqueeze(0) for n, g in zip(names, found, strict=True) if g is not None}
             return total.detach().unsqueeze(0), grads
@@ -523,7 +509,7 @@ class Cohort:
 
     # ----------------------------------------------------------- evaluation
 
-    def logits(self, params: Tree | View, part: Part, predict: Callable[[Network, Tensor], Tensor]) -> list[Tensor]:
+    def logits(self, params: Tree | View, part: Part, predict: Predict) -> list[Tensor]:
         """Predictions for all samples of one part, a Tensor ``[n_k, C]`` per client, in the order of its list.
 
         Parameters
@@ -534,85 +520,13 @@ class Cohort:
         """
         self._mode(training=False)
         view = params if isinstance(params, View) else View(entries(params), frozenset(entries(params)))
-        given = _rows(view.given, lambda value: value.to(self.device))
-        lists = [self.data.part(part)[c] for c in self.clients]
-        sizes = [len(own) for own in lists]
-        with torch.no_grad():
-            if not view.stacked and not given:  # one network for all: their samples in one row
-                out = self._predict_many(view.tensors, {}, torch.cat(lists), predict)
-                return list(torch.split(out, sizes))
-            if self.size == 1:
-                tensors = {n: v[0] if n in view.stacked else v for n, v in view.tensors.items()}
-                return [self._predict_many(tensors, _rows(given, lambda value: value[0]), lists[0], predict)]
-            return self._predict_stacked(view, given, lists, predict)
-
-    def _predict_many(
-        self,
-        tensors: Mapping[str, Tensor],
-        given: Given,
-        index: Tensor,
-        predict: Callable[[Network, Tensor], Tensor],
-    ) -> Tensor:
-        if not len(index):  # not every network takes an empty batch
-            return torch.zeros(0, self.data.num_classes, device=self.device)
-        network = Network(self.module, tensors, given=given)
-        chunks = torch.split(index.to(self.device), EVALUATION_SAMPLES)
-        return torch.cat([predict(network, self.data.x[chunk]) for chunk in chunks])
-
-    def _predict_stacked(
-        self, view: View, given: Given, lists: Sequence[Tensor], predict: Callable[[Network, Tensor], Tensor]
-    ) -> list[Tensor]:
-        per_client: dict[str, Any] = {
-            "tensors": {n: v for n, v in view.tensors.items() if n in view.stacked},
-            "given": given,
-        }
-        common = {n: v for n, v in view.tensors.items() if n not in view.stacked}
-
-        def one(mine: dict[str, Any], x: Tensor) -> Tensor:
-            return predict(Network(self.module, {**common, **mine["tensors"]}, given=mine["given"]), x)
-
-        sizes = [len(positions) for positions in lists]
-        index = torch.zeros(self.size, max(sizes), dtype=torch.int64)
-        for k, positions in enumerate(lists):
-            index[k, : sizes[k]] = positions
-        index = index.to(self.device)
-        width = max(1, EVALUATION_SAMPLES // self.size)
-        pieces: list[list[Tensor]] = [[] for _ in lists]
-        start, rows = 0, list(range(self.size))
-        while places := [place for place, k in enumerate(rows) if sizes[k] > start]:
-            if 4 * len(places) > 3 * (places[-1] + 1):  # the first rows need no copy, and few of them run in vain
-                places = list(range(places[-1] + 1))
-            if len(places) < len(rows):
-                prefix = places[-1] < len(places)
-                stay = slice(len(places)) if prefix else torch.tensor(places, device=self.device)
-                per_client = _rows(per_client, itemgetter(stay))
-                index, rows = index[stay], [rows[p] for p in places]
-            ahead = min(sizes[k] - start for k in rows if sizes[k] > start)  # until the next of them is through
-            end = start + max(width, min(ahead, EVALUATION_SAMPLES // len(rows)))
-            here = index[:, start:end]
-            x = self.data.x[here.reshape(-1)].view(*here.shape, *self.data.x.shape[1:])
-            out = vmap(one)(per_client, x)
-            for k, scores in zip(rows, out, strict=True):
-                if sizes[k] > start:
-                    pieces[k].append(scores[: sizes[k] - start])
-            start = end
-        empty = torch.zeros(0, self.data.num_classes, device=self.device)
-        return [torch.cat(own_pieces) if own_pieces else empty for own_pieces in pieces]
+        lists = [self.data.part(part)[client] for client in self.clients]
+        return predictions(self.module, self.data, view, lists, predict)
 
     def labels(self, part: Part) -> list[Tensor]:
         """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
         index = torch.cat([self.data.part(part)[c] for c in self.clients]).to(self.device)
         return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
-
-
-def _rows(values: Mapping[str, Any] | None, take: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Apply `take` to each tensor of a nested mapping; trees become plain mappings."""
-    return {
-        name: take(value)
-        if isinstance(value, Tensor)
-        else _rows(entries(value) if isinstance(value, TensorDict) else value, take)
-        for name, value in (values or {}).items()
-    }
 
 
 def mixed(share: Tensor, first: Tree, second: Tree, names: Sequence[str]) -> Tree:

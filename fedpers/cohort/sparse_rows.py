@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Self
 
 import numpy as np
@@ -22,17 +21,9 @@ from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.step import Step
 from fedpers.cohort.tree import Tree, entries, expand_rows, tree
-from fedpers.data.federated import FederatedData
 
 RECORD = "arrays"
 """Record in which rows travel, as all that a method shares."""
-
-
-def drawn_once(data: FederatedData) -> FederatedData:
-    """The same data, which draw a client's samples of a round once, however often they are asked for."""
-    same = copy.copy(data)
-    object.__setattr__(same, "samples", cache(data.samples))
-    return same
 
 
 class VisitedRows:
@@ -60,7 +51,7 @@ class VisitedRows:
 
     def __init__(self, cohort: Cohort, *, everything: bool = False) -> None:
         data, training, device = cohort.data, cohort.training, cohort.device
-        drawn = [data.samples(client, cohort.seed, cohort.round) for client in cohort.clients]
+        drawn = [cohort.samples(client) for client in cohort.clients]
         sizes = torch.tensor([len(positions) for positions in drawn])
         batch = training.batch_size
         self.batches = [batches_per_epoch(size, batch, training.drop_last) for size in sizes.tolist()]

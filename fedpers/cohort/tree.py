@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -135,3 +136,13 @@ def rows_finite(stacked: Tree) -> Tensor:
 def expand_rows(one: Tensor, value: Tensor) -> Tensor:
     """View `one` (``[K]``) so that it broadcasts over ``value`` (``[K, ...]``)."""
     return one.view(-1, *([1] * (value.dim() - 1)))
+
+
+def map_tensors(values: Mapping[str, Any] | None, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Apply `change` to each tensor of a nested mapping; trees become plain mappings."""
+    return {
+        name: change(value)
+        if isinstance(value, Tensor)
+        else map_tensors(entries(value) if isinstance(value, TensorDict) else value, change)
+        for name, value in (values or {}).items()
+    }

@@ -23,16 +23,14 @@ from uuid import uuid4
 import flwr.app as flower
 import torch
 from flwr.clientapp import ClientApp
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.run import Run
 
 from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.cohort import Tree, leaves
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.errors import ConfigError, FedpersError, TrainingError
 from fedpers.records import CONFIG, METRICS, flatten_state, unflatten_state
-from fedpers.runtime.flower_private import kill_simulated_clients, server_identity
+from fedpers.runtime.flower_private import NodeInfo, Run, kill_simulated_clients, server_identity
 from fedpers.runtime.grid import RUN_ID, error_reply
 from fedpers.server.collect import result_of
 from fedpers.server.exchange import Exchange

@@ -12,7 +12,8 @@ from copy import copy
 from uuid import uuid4
 
 import flwr.app as flower
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode, SType
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
@@ -77,3 +78,19 @@ def kill_simulated_clients() -> None:
     for actor, told in actors().items():
         if told["State"] != "DEAD" and told["JobID"] == job:
             global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
+
+
+__all__ = [
+    "SERVER_NODE",
+    "ErrorCode",
+    "NodeInfo",
+    "Run",
+    "SType",
+    "delivered",
+    "empty_run",
+    "ended",
+    "give_id",
+    "kill_simulated_clients",
+    "server_identity",
+    "unavailable",
+]

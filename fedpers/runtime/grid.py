@@ -6,13 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flwr.app as flower
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedpers.client.results import ClientResult
 from fedpers.errors import check
-from fedpers.runtime.flower_private import SERVER_NODE, empty_run, ended, give_id
+from fedpers.runtime.flower_private import SERVER_NODE, ErrorCode, Run, empty_run, ended, give_id
 
 FIRST_NODE = SERVER_NODE + 1
 RUN_ID = 1

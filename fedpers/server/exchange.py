@@ -64,7 +64,10 @@ class Exchange:
         clients : sequence of int
         """
         each = [sent] * len(clients) if isinstance(sent, Mapping) else sent
-        made = {id(records): content_of(records, config) for records in each}  # what several are sent is made once
+        made: dict[int, flower.RecordDict] = {}
+        for records in each:
+            if id(records) not in made:  # what several are sent is made once
+                made[id(records)] = content_of(records, config)
         sizes = {key: num_bytes(content) for key, content in made.items()}
         pairs = zip(clients, each, strict=True)
         messages = [flower.Message(made[id(records)], self.node_of[client], kind) for client, records in pairs]

@@ -63,6 +63,7 @@ class FedALAUpdate(LocalUpdate):
     """
 
     personal = "all"
+    settles_parts = True
     layers: int = 1
     share: float = 0.8
     weight_lr: float = 1.0
@@ -131,7 +132,7 @@ class FedALAUpdate(LocalUpdate):
 
     def sampled(self, cohort: Cohort, client: int) -> NDArray[np.int64]:
         """Samples of a client on which its weights are trained in this round."""
-        samples = cohort.data.samples(client, cohort.seed, cohort.round)
+        samples = cohort.samples(client)
         count = max(1, int(self.share * len(samples)))
         return generator(cohort.seed, "local aggregation", client, cohort.round).permutation(samples)[:count]
 

@@ -60,6 +60,7 @@ class FedAMPUpdate(LocalUpdate):
 
     shared = "parameters"
     personal = "all"
+    settles_parts = True
     mu: float = 0.1
     variant: str = "paper"
 
@@ -112,15 +113,19 @@ class FedAMP(PersonalizedStrategy):
         known = self.state[LAST]["client"].tolist() if self.variant == "pfllib" else table.clients
         others, networks = table.rows(known), table.rows(clients)  # a client without one gets a row of this table only
         weights = self.attention(networks, others, torch.tensor(clients)[:, None] == torch.tensor(known))
-        mixtures = {name: expand_rows(1 - weights.sum(1), value) * value for name, value in networks.items()}
-        for j, weight in enumerate(weights.T):  # a matrix product would round by where in memory its factors lie
-            for name, value in mixtures.items():
-                value.addcmul_(expand_rows(weight, value), others[name][j])
+        kept = 1 - weights.sum(1)
+        mixtures = {
+            name: expand_rows(kept, value) * value + torch.tensordot(weights, others[name], 1)
+            for name, value in networks.items()
+        }
         return [{ARRAYS: tree({name: value[k] for name, value in mixtures.items()})} for k in range(len(clients))]
 
     def attention(self, networks: Mapping[str, Tensor], others: Mapping[str, Tensor], same: Tensor) -> Tensor:
         """Weights xi ``[n, m]`` of m networks for n clients, 0 where `same` ``[n, m]`` says that it is the client's."""
-        flat, flat_others = (torch.cat([v.view(len(v), -1) for v in rows.values()], 1) for rows in (networks, others))
+        names = sorted(networks)  # a table that was restored may hold them in another order, and sums round by order
+        flat, flat_others = (
+            torch.cat([rows[n].view(len(rows[n]), -1) for n in names], 1) for rows in (networks, others)
+        )
         squares = torch.cdist(flat, flat_others, compute_mode="donot_use_mm_for_euclid_dist").square()
         alpha = self.sigma / same.shape[1] if self.alpha is None else self.alpha
         return (alpha / self.sigma * torch.exp(-squares / self.sigma)).masked_fill(same.to(squares.device), 0)

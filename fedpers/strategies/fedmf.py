@@ -36,7 +36,6 @@ from fedpers.cohort.sparse_rows import (
     RowMean,
     VisitedRows,
     dense,
-    drawn_once,
     packed,
     sgd_step,
     sparse,
@@ -76,6 +75,7 @@ class FedMFUpdate(LocalUpdate):
 
     shared = "body"
     personal = "head"
+    settles_parts = True
     cohort_size = 16
     shared_table: ClassVar[str] = "body.weight"
     threshold: float = 0.0
@@ -111,7 +111,6 @@ class FedMFUpdate(LocalUpdate):
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Move the visited rows; decay the others by one factor."""
-        cohort.data = drawn_once(cohort.data)
         visited = self.visited(cohort)
         kept, sent = entries(cohort.state["model"]), entries(self.common(received))
         tables = cohort.names("body")

@@ -58,6 +58,7 @@ class FedProtoUpdate(LocalUpdate):
 
     shared = "none"
     personal = "all"
+    settles_parts = True
     lam: float = 0.1
     variant: str = "paper"
 

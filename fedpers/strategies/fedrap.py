@@ -170,6 +170,7 @@ class FedRAPUpdate(FedMFUpdate):
     """
 
     shared_table: ClassVar[str] = COMMON
+    settles_parts = True
     lam: float = 0.1
     mu: float = 0.1
     regularizer: str = "l1"

@@ -397,5 +397,5 @@ def _only(rows: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) ->
 def _pass(cohort: Cohort) -> list[int]:
     """Batches in one pass of each client."""
     training = cohort.training
-    sizes = [len(cohort.data.samples(client, cohort.seed, cohort.round)) for client in cohort.clients]
+    sizes = [len(cohort.samples(client)) for client in cohort.clients]
     return [batches_per_epoch(size, training.batch_size, training.drop_last) for size in sizes]

@@ -275,7 +275,7 @@ class GPFLUpdate(LocalUpdate):
         data, training = cohort.data, cohort.training
         trained_on = []
         for client in cohort.clients:
-            positions = torch.from_numpy(data.samples(client, cohort.seed, cohort.round))
+            positions = torch.from_numpy(cohort.samples(client))
             size = len(positions)
             if training.drop_last and not training.shuffle and 0 < training.batch_size <= size:
                 size -= size % training.batch_size

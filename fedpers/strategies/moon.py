@@ -78,7 +78,7 @@ class MOONUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the received network between itself and the client's previous one."""
         body, previous = cohort.names("body"), cohort.state[PREVIOUS]
-        params = cohort.as_received(received[ARRAYS])
+        params = cohort.assemble(received[ARRAYS])
         if self.variant == "paper":
             previous = cohort.assemble(received[ARRAYS], personal=previous).select(*body)
         cohort.fit(params, self.loss, given={PREVIOUS: previous, RECEIVED: params.select(*body).clone()})

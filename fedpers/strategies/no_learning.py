@@ -60,7 +60,7 @@ class NoLearningUpdate(LocalUpdate):
         counts = cohort.state["model"][DRAWN].clone()
         items = counts.shape[1]
         for k, client in enumerate(cohort.clients):
-            drawn = torch.from_numpy(cohort.data.samples(client, cohort.seed, cohort.round))
+            drawn = torch.from_numpy(cohort.samples(client))
             negatives = torch.bincount(drawn[drawn < items], minlength=items)
             counts[k] += negatives.to(counts.device, counts.dtype)
             cohort.samples_seen[k] += len(drawn)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedpers.cohort import Network, View, tree
-from fedpers.cohort import cohort as cohort_module
+from fedpers.cohort import prediction
 from fedpers.data.federated import FederatedData
 from tests.cohort.helpers import make_cohort
 from tests.problems import SmallNetwork, gaussian_data
@@ -48,7 +48,7 @@ def test_logits_stand_in_the_order_of_the_list() -> None:
 
 @pytest.mark.parametrize("samples_at_once", [2048, 20])  # all in one piece, or in several
 def test_shared_stacked_and_mixed_views_agree(samples_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohort_module, "EVALUATION_SAMPLES", samples_at_once)
+    monkeypatch.setattr(prediction, "EVALUATION_SAMPLES", samples_at_once)
     network = SmallNetwork().double()
     data = gaussian_data(dtype=torch.float64)
     cohort = make_cohort(network, data)
@@ -106,7 +106,7 @@ def unequal(sizes: Sequence[int]) -> FederatedData:
     ids=str,
 )
 def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cohort_module, "EVALUATION_SAMPLES", 4 * len(sizes))
+    monkeypatch.setattr(prediction, "EVALUATION_SAMPLES", 4 * len(sizes))
     computed = []
 
     def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -116,7 +116,7 @@ def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, m
 
         return run
 
-    monkeypatch.setattr(cohort_module, "vmap", counting)
+    monkeypatch.setattr(prediction, "vmap", counting)
     data = unequal(sizes)
     cohort = make_cohort(SmallNetwork().double(), data, range(len(sizes)))
     stack = cohort.spread(cohort.template)

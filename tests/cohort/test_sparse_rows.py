@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpers.cohort import Cohort, Training, entries, tree
-from fedpers.cohort.sparse_rows import RowMean, VisitedRows, dense, drawn_once, packed, sparse, with_rows
+from fedpers.cohort.sparse_rows import RowMean, VisitedRows, dense, packed, sparse, with_rows
 from fedpers.strategies import make_strategy
 from tests.problems import plain_ranking, ranking_data
 
@@ -100,14 +100,6 @@ def test_users_with_one_batch_each_leave_out_others_in_every_pass() -> None:
     assert bool((samples.sum(-1) == 16).all())
     for user in range(3):
         assert len({tuple(row.tolist()) for row in samples[:, user]}) > 1
-
-
-def test_samples_are_drawn_once() -> None:
-    data = ranking_data()
-    once = drawn_once(data)
-    assert once.samples(1, SEED, 1) is once.samples(1, SEED, 1)
-    assert once.samples(1, SEED, 1).tolist() == data.samples(1, SEED, 1).tolist()
-    assert once.samples(1, SEED, 2).tolist() == data.samples(1, SEED, 2).tolist()
 
 
 # ------------------------------------------------------------------ on the way

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 import threading
+from pathlib import Path
 from typing import Any
 
 import flwr.app as flower
@@ -18,6 +20,7 @@ from flwr.supercore.inflatable import inflatable_object
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+import fedpers
 from fedpers.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
 from fedpers.runtime.flower_private import (
     SERVER_NODE,
@@ -312,3 +315,19 @@ def test_simulated_clients_that_compute_are_ended_at_once() -> None:
             ray.get(waiting, timeout=60)
     finally:
         ray.shutdown()
+
+
+def test_no_other_module_touches_flowers_private_parts() -> None:
+    """Neither what Flower does not document as an interface, nor the attributes that this module sets."""
+    root = Path(fedpers.__file__).parent
+    private = re.compile(
+        r"(from|import) flwr\.(common|supercore|proto|server|client|superlink|supernode|cli)\b"
+        r"|metadata\.__dict__|TaskIdentity"
+    )
+    found = {
+        f"{path.relative_to(root)}: {line.strip()}"
+        for path in root.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if private.search(line)
+    }
+    assert {line.partition(":")[0] for line in found} == {"runtime/flower_private.py"}, found

@@ -241,6 +241,9 @@ class CohortApp(ClientApp):
                 reason = f"training gave values that are not finite (mean loss {losses[k]:g})"
                 result.errors[client] = reason
         new = answer.state
+        if new is not None and not trains:
+            core = {role: state[role] for role in (TRAINED, *(e.role for e in self.encoders)) if role in state.keys()}  # noqa: SIM118
+            new = Tree({**dict(new.items()), **core}, batch_size=[cohort.size])
         if trains:
             kept = {} if new is None else dict(new.items())
             for encoder in () if config.get(ADAPTING) else self.encoders:

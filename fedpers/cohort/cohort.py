@@ -271,11 +271,14 @@ class Cohort:
         training: Training | None = None,
         batch_size: int | None = None,
         drop_last: bool | None = None,
+        samples: Sequence[NDArray[np.int64]] | None = None,
+        frozen: bool = False,
         purpose: str = "batches",
     ) -> BatchPlan:
         """Batches for the next passes; every order comes from (seed, `purpose`, client, round, pass).
 
-        Without `epochs` and `steps` those of the training settings hold.
+        Without `epochs` and `steps` those of the training settings hold; without `samples`, int64 ``[n_k]`` for each
+        client, all samples of the round (:meth:`samples`). Layers that are `frozen` take batches of one sample.
         """
         training = training or self.training
         if epochs is None and steps is None:
@@ -287,7 +290,7 @@ class Cohort:
             return generator(self.seed, purpose, self.clients[k], self.round, first[k] + epoch)
 
         plan = plan_batches(
-            [self.samples(client) for client in self.clients],
+            [self.samples(client) for client in self.clients] if samples is None else samples,
             batch_size=training.batch_size if batch_size is None else batch_size,
             epochs=epochs,
             steps=steps,
@@ -295,7 +298,7 @@ class Cohort:
             draw=draw if training.shuffle else None,
             device=self.device,
         )
-        if self._needs_pairs and bool((plan.count == 1).any()):
+        if self._needs_pairs and not frozen and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
             rows = alone if plan.order is None else plan.order[alone]
             raise lonely_sample(training.batch_size if batch_size is None else batch_size, self.clients[int(rows[0])])
@@ -339,6 +342,8 @@ class Cohort:
         training: Training | None = None,
         batch_size: int | None = None,
         drop_last: bool | None = None,
+        samples: Sequence[NDArray[np.int64]] | None = None,
+        frozen: bool = False,
         purpose: str = "batches",
     ) -> Walk:
         """Go through the clients' batches with a step of one's own.
@@ -351,11 +356,18 @@ class Cohort:
         ----------
         *trees : Tree ``[K]`` or mapping of name to Tensor ``[K, ...]``
             Changed in place.
-        epochs, steps, training, batch_size, drop_last, purpose
+        epochs, steps, training, batch_size, drop_last, samples, frozen, purpose
             See :meth:`plan`.
         """
         plan = self.plan(
-            epochs=epochs, steps=steps, training=training, batch_size=batch_size, drop_last=drop_last, purpose=purpose
+            epochs=epochs,
+            steps=steps,
+            training=training,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            samples=samples,
+            frozen=frozen,
+            purpose=purpose,
         )
         return Walk(self, [entries(t) if isinstance(t, TensorDict) else t for t in trees], plan)
 
@@ -495,6 +507,7 @@ class Cohort:
             training=training,
             batch_size=batch_size,
             drop_last=drop_last,
+            frozen=frozen,
             purpose=purpose,
         )
         names = self.trainable(only)

@@ -30,6 +30,8 @@ class Network:
         Number of this client and step, for dropout.
     given : mapping, optional
         This client's part of what the method passed along (``Cohort.fit(given=...)``, :class:`View`).
+    frozen : bool
+        Whether its layers always work as in an evaluation, see :meth:`as_frozen`.
     """
 
     def __init__(
@@ -39,30 +41,48 @@ class Network:
         weight: Tensor | None = None,
         key: Tensor | None = None,
         given: Given | None = None,
+        *,
+        frozen: bool = False,
     ) -> None:
         self.module = module
         self.tensors = tensors
         self.weight = weight
         self.key = key
         self.given: Given = {} if given is None else given
+        self.frozen = frozen
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the whole network to ``[B, ...]``."""
         announce(self.module, self.weight, self.key)
-        return call(self.module, self.tensors, x)
+        if not (self.frozen and self.module.training):
+            return call(self.module, self.tensors, x)
+        self.module.eval()
+        try:
+            return call(self.module, self.tensors, x)
+        finally:
+            self.module.train()
 
     def part(self, name: str) -> Network:
         """One submodule by its dotted name, e.g. ``network.part("body")(x)`` for features."""
-        inside = part_tensors(self.module, name, self.tensors)
-        return Network(self.module.get_submodule(name), inside, self.weight, self.key, self.given)
+        return self._with(self.module.get_submodule(name), part_tensors(self.module, name, self.tensors))
 
     def replace(self, tensors: Mapping[str, Tensor]) -> Network:
         """Return the same network with some tensors exchanged."""
-        return Network(self.module, {**self.tensors, **tensors}, self.weight, self.key, self.given)
+        return self._with(self.module, {**self.tensors, **tensors})
 
     def seeing(self, batch: Batch) -> Network:
         """Return the same network for another batch than the one the loss was given, e.g. a part of it."""
-        return Network(self.module, self.tensors, batch.weight, self.key, self.given)
+        return Network(self.module, self.tensors, batch.weight, self.key, self.given, frozen=self.frozen)
+
+    def as_frozen(self) -> Network:
+        """Return the same network with layers as in an evaluation, also in a training: for teachers and anchors.
+
+        No dropout, batch normalization by the statistics as they are, and no statistics are changed.
+        """
+        return Network(self.module, self.tensors, self.weight, self.key, self.given, frozen=True)
+
+    def _with(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Network:
+        return Network(module, tensors, self.weight, self.key, self.given, frozen=self.frozen)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import flwr.app as flower
 from flwr.serverapp import Grid
 
-from fedpers.cohort import Records, Tree
+from fedpers.cohort import Records, Tree, entries
 from fedpers.identity import ADAPTING
 from fedpers.records import ARRAYS, from_record
 from fedpers.server.collect import checked, evaluated
@@ -41,7 +41,8 @@ def adapt_clients(
             strategy.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             continue
         adapted.append(client)
-        records.append({**before, **({ARRAYS: trained[ARRAYS]} if ARRAYS in trained else {})})
+        mine = {ARRAYS: trained[ARRAYS]} if ARRAYS in trained and entries(trained[ARRAYS]) else {}
+        records.append({**before, **mine})
     return adapted, records
 
 

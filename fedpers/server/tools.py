@@ -205,7 +205,8 @@ class ClientTable:
         return torch.searchsorted(self._clients, torch.tensor(list(clients), dtype=torch.int64))
 
     def _stored(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns in memory, or in files where they would take too much of it."""
+        """Columns by name, in memory, or in files where they would take too much of it."""
+        columns = dict(sorted(columns.items()))
         size = sum(value.nbytes for value in columns.values())
         before = self._files
         if self.memory is None or size <= self.memory:

@@ -26,7 +26,7 @@ tensors, and the samples are consecutive ones.)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flwr.app as flower
@@ -36,8 +36,8 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Reply, Tree, Walk, entries, select, tree
-from fedpers.cohort.plan import batches_per_epoch, plan_batches
+from fedpers.cohort import Cohort, Reply, Tree, select, tree
+from fedpers.cohort.plan import batches_per_epoch
 from fedpers.errors import check, one_of
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
@@ -119,9 +119,10 @@ class FedALAUpdate(LocalUpdate):
         """Train the weights of busy clients for one pass; return the loss ``[K]`` of each one's last batch."""
         size = self.training.batch_size
         steps = [batches_per_epoch(len(s), size, False) * int(b) for s, b in zip(samples, busy, strict=True)]
-        plan = plan_batches(samples, batch_size=size, steps=steps, device=cohort.device)
+        in_order = replace(self.training, shuffle=False, drop_last=False)
         last = torch.zeros(cohort.size, device=cohort.device, dtype=cohort.loss_sum.dtype)
-        for step, (received, former, weights) in Walk(cohort, [entries(t) for t in trees], plan):
+        walk = cohort.walk(*trees, steps=steps, samples=samples, training=in_order, frozen=True)
+        for step, (received, former, weights) in walk:
             mixture = {n: torch.lerp(former[n], received[n], w) for n, w in weights.items()}
             losses, grads = cohort.gradients(step, {**received, **mixture}, self.loss, tuple(weights), frozen=True)
             for name, grad in grads.items():

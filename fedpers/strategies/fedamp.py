@@ -122,10 +122,7 @@ class FedAMP(PersonalizedStrategy):
 
     def attention(self, networks: Mapping[str, Tensor], others: Mapping[str, Tensor], same: Tensor) -> Tensor:
         """Weights xi ``[n, m]`` of m networks for n clients, 0 where `same` ``[n, m]`` says that it is the client's."""
-        names = sorted(networks)  # a table that was restored may hold them in another order, and sums round by order
-        flat, flat_others = (
-            torch.cat([rows[n].view(len(rows[n]), -1) for n in names], 1) for rows in (networks, others)
-        )
+        flat, flat_others = (torch.cat([v.flatten(1) for v in rows.values()], 1) for rows in (networks, others))
         squares = torch.cdist(flat, flat_others, compute_mode="donot_use_mm_for_euclid_dist").square()
         alpha = self.sigma / same.shape[1] if self.alpha is None else self.alpha
         return (alpha / self.sigma * torch.exp(-squares / self.sigma)).masked_fill(same.to(squares.device), 0)
@@ -142,6 +139,5 @@ class FedAMP(PersonalizedStrategy):
         return arrays if self.variant == "pfllib" else tree(table.mean())
 
     def _table(self, arrays: Tree) -> ClientTable:
-        """The stored networks and, for other clients, the server's arrays; what is put there leaves the state alone."""
-        known = self.state.get(NETWORKS)
-        return ClientTable(lambda client: entries(arrays), None if known is None else known.clone())
+        """The stored networks and, for other clients, the server's arrays."""
+        return ClientTable(lambda client: entries(arrays), self.state.get(NETWORKS))

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,13 +97,7 @@ class MOONUpdate(LocalUpdate):
 
 def _features(network: Network, batch: Batch, name: str) -> Tensor:
     """Features ``[B, F]`` of another network, as in an evaluation."""
-    body = network.replace(cast(Mapping[str, Tensor], batch.given[name])).part("body")
-    training = body.module.training
-    body.module.eval()
-    try:
-        return body(batch.x).flatten(1)
-    finally:
-        body.module.train(training)
+    return network.replace(batch.given[name]).part("body").as_frozen()(batch.x).flatten(1)
 
 
 @dataclass(kw_only=True)

@@ -367,3 +367,42 @@ def test_mixed_mixes_the_named_entries_only() -> None:
     out = mixed(torch.tensor([0.25, 1.0]), first, second, ["w"])
     assert out["w"].tolist() == [[0.25, 0.5], [3.0, 4.0]]
     assert out["b"].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("clients", [None, [4]], ids=["K=7", "K=1"])
+def test_a_frozen_network_in_a_loss_works_as_in_an_evaluation(clients: list[int] | None) -> None:
+    """A teacher neither drops, nor normalizes by the batch, nor changes the statistics it is given."""
+    network = SmallNetwork(dropout=0.5).double()
+    network.body[1].running_mean += 0.4  # type: ignore[operator]
+    cohort = make_cohort(network, DATA, clients, training=SMALL)
+    teacher = cohort.assemble(cohort.template)
+    before = teacher.clone()
+    evaluated = copy.deepcopy(network).eval()
+
+    def distance(network: Network, batch: Batch) -> Tensor:
+        frozen = network.replace(batch.given["teacher"]).as_frozen()
+        assert frozen.part("body").frozen
+        return batch.mean((frozen(batch.x) - 3.0).square().mean(1)) + 0.0 * cross_entropy(network, batch)
+
+    params = start(cohort)
+    losses = []
+    for step, rows in cohort.walk(params, epochs=1):
+        found, _ = cohort.gradients(step, rows, distance, cohort.trainable(), given={"teacher": teacher})
+        for k in range(step.active):
+            x = step.x[k] if step.weight is None else step.x[k][step.weight[k] > 0]
+            losses.append((float(found[k]), float((evaluated(x) - 3.0).square().mean())))
+    assert all(ours == pytest.approx(theirs, rel=1e-9) for ours, theirs in losses)
+    assert_same(teacher, {n: before[n] for n in cohort.names("all")})
+    assert (params["body.1.num_batches_tracked"] > 0).all()  # the network in training is not frozen
+
+
+def test_a_walk_over_some_of_the_samples() -> None:
+    cohort = make_cohort(NETWORK, DATA, training=Training(batch_size=4))
+    some = [DATA.train[client].numpy()[: 2 + 3 * (k % 2)] for k, client in enumerate(by_size(DATA))]
+    seen: list[set[int]] = [set() for _ in some]
+    for step, _ in cohort.walk({}, epochs=2, samples=some):
+        for place in range(step.active):
+            row = place if step.rows is None else int(step.rows[place])
+            seen[row] |= set(step.index[place].tolist())
+    assert seen == [set(positions.tolist()) for positions in some]
+    assert cohort.samples_seen.tolist() == [2 * len(positions) for positions in some]

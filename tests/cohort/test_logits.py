@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedpers.cohort import Network, View, tree
-from fedpers.cohort import prediction
+from fedpers.cohort import Network, View, prediction, tree
 from fedpers.data.federated import FederatedData
 from tests.cohort.helpers import make_cohort
 from tests.problems import SmallNetwork, gaussian_data

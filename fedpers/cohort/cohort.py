@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, map_tensors, select, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
+from fedpers.errors import one_of
 from fedpers.randomness import derive, generator
 
 TRAINED = "trained"
@@ -46,6 +47,39 @@ class Reply:
     records: dict[str, Tree]
     state: Tree | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class PlanOptions(TypedDict, total=False):
+    """Which batches a training sees; what is not given is as in the training settings.
+
+    Attributes
+    ----------
+    epochs : int or None
+        Passes of every client over its samples, >= 0.
+    steps : int or sequence of int ``[K]`` or None
+        Steps of every client, or of each, >= 0, instead of `epochs`.
+    training : Training or None
+        Other settings than the cohort's.
+    batch_size : int or None
+        Another size than in the settings.
+    drop_last : bool or None
+        Another rule than in the settings.
+    samples : sequence of int64 arrays ``[n_k]``
+        Positions in the data for each client; default all of the round (:meth:`Cohort.samples`).
+    frozen : bool
+        Whether layers work as in an evaluation, so that a batch of one sample is enough for all of them.
+    purpose : str
+        Name of the draw of the batch order.
+    """
+
+    epochs: int | None
+    steps: int | Sequence[int] | None
+    training: Training | None
+    batch_size: int | None
+    drop_last: bool | None
+    samples: Sequence[NDArray[np.int64]] | None
+    frozen: bool
+    purpose: str
 
 
 class Cohort:
@@ -263,24 +297,27 @@ class Cohort:
 
     # ------------------------------------------------------------- training
 
-    def plan(
-        self,
-        *,
-        epochs: int | None = None,
-        steps: int | Sequence[int] | None = None,
-        training: Training | None = None,
-        batch_size: int | None = None,
-        drop_last: bool | None = None,
-        samples: Sequence[NDArray[np.int64]] | None = None,
-        frozen: bool = False,
-        purpose: str = "batches",
-    ) -> BatchPlan:
-        """Batches for the next passes; every order comes from (seed, `purpose`, client, round, pass).
+    def plan(self, **options: Unpack[PlanOptions]) -> BatchPlan:
+        """Batches for the next passes; every order comes from (seed, purpose, client, round, pass).
 
-        Without `epochs` and `steps` those of the training settings hold; without `samples`, int64 ``[n_k]`` for each
-        client, all samples of the round (:meth:`samples`). Layers that are `frozen` take batches of one sample.
+        Parameters
+        ----------
+        **options
+            See :class:`PlanOptions`.
+
+        Raises
+        ------
+        TypeError
+            If an option is unknown.
         """
-        training = training or self.training
+        for name in options.keys() - PlanOptions.__annotations__.keys():
+            raise TypeError(f"unknown option '{name}': expected {one_of(PlanOptions.__annotations__, name)}")
+        training = options.get("training") or self.training
+        epochs, steps, samples = options.get("epochs"), options.get("steps"), options.get("samples")
+        batch_size, drop_last = options.get("batch_size"), options.get("drop_last")
+        purpose = options.get("purpose", "batches")
+        if batch_size is None:
+            batch_size = training.batch_size
         if epochs is None and steps is None:
             epochs, steps = (None, training.steps) if training.steps is not None else (training.epochs, None)
         first = list(self._passes)
@@ -291,17 +328,17 @@ class Cohort:
 
         plan = plan_batches(
             [self.samples(client) for client in self.clients] if samples is None else samples,
-            batch_size=training.batch_size if batch_size is None else batch_size,
+            batch_size=batch_size,
             epochs=epochs,
             steps=steps,
             drop_last=training.drop_last if drop_last is None else drop_last,
             draw=draw if training.shuffle else None,
             device=self.device,
         )
-        if self._needs_pairs and not frozen and bool((plan.count == 1).any()):
+        if self._needs_pairs and not options.get("frozen") and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
             rows = alone if plan.order is None else plan.order[alone]
-            raise lonely_sample(training.batch_size if batch_size is None else batch_size, self.clients[int(rows[0])])
+            raise lonely_sample(batch_size, self.clients[int(rows[0])])
         return plan
 
     def steps(self, plan: BatchPlan) -> Iterator[Step]:
@@ -334,18 +371,7 @@ class Cohort:
         keys = torch.tensor(own) + self.steps_taken
         return (keys if plan.order is None else keys[plan.order]).to(self.device)
 
-    def walk(
-        self,
-        *trees: Mapping[str, Tensor] | Tree,
-        epochs: int | None = None,
-        steps: int | Sequence[int] | None = None,
-        training: Training | None = None,
-        batch_size: int | None = None,
-        drop_last: bool | None = None,
-        samples: Sequence[NDArray[np.int64]] | None = None,
-        frozen: bool = False,
-        purpose: str = "batches",
-    ) -> Walk:
+    def walk(self, *trees: Mapping[str, Tensor] | Tree, **options: Unpack[PlanOptions]) -> Walk:
         """Go through the clients' batches with a step of one's own.
 
         ``for step, rows in cohort.walk(params): ...`` yields each step with the rows ``[a, ...]`` of the clients that
@@ -356,20 +382,10 @@ class Cohort:
         ----------
         *trees : Tree ``[K]`` or mapping of name to Tensor ``[K, ...]``
             Changed in place.
-        epochs, steps, training, batch_size, drop_last, samples, frozen, purpose
-            See :meth:`plan`.
+        **options
+            See :class:`PlanOptions`.
         """
-        plan = self.plan(
-            epochs=epochs,
-            steps=steps,
-            training=training,
-            batch_size=batch_size,
-            drop_last=drop_last,
-            samples=samples,
-            frozen=frozen,
-            purpose=purpose,
-        )
-        return Walk(self, [entries(t) if isinstance(t, TensorDict) else t for t in trees], plan)
+        return Walk(self, [entries(t) if isinstance(t, TensorDict) else t for t in trees], self.plan(**options))
 
     def gradients(
         self,
@@ -458,17 +474,11 @@ class Cohort:
         loss: Loss,
         *,
         only: Selection = "parameters",
-        epochs: int | None = None,
-        steps: int | Sequence[int] | None = None,
-        training: Training | None = None,
-        batch_size: int | None = None,
-        drop_last: bool | None = None,
         adjust: Adjust | Iterable[Adjust] = (),
         mask: Mapping[str, Tensor] | None = None,
         given: Given | None = None,
         rates: Tensor | None = None,
-        frozen: bool = False,
-        purpose: str = "batches",
+        **options: Unpack[PlanOptions],
     ) -> None:
         """Train K networks in place.
 
@@ -480,12 +490,6 @@ class Cohort:
             Loss of one client, see :data:`Loss`.
         only : selection
             What is trained, see :meth:`trainable`; buffers of layers in training mode change as they always do.
-        epochs, steps
-            Passes, or steps of all or of each client; default: the training settings.
-        training : Training, optional
-            Other settings than the cohort's.
-        batch_size, drop_last
-            Other values than in the settings.
         adjust : callable or iterable
             Change the gradients before clipping and the step (:func:`proximal`, :func:`shifted`).
         mask : mapping of name to Tensor ``[K, ...]``, optional
@@ -495,21 +499,12 @@ class Cohort:
             its client's row in ``batch.given[name]`` (of a tree, a mapping of name to tensor).
         rates : Tensor ``[K]``, optional
             Factor on the learning rates of each client, >= 0.
-        frozen : bool
-            Train with layers as in an evaluation, see :meth:`gradients`: buffers do not change.
-        purpose : str
-            Name of the draw of the batch order.
+        **options
+            Batches, other training settings, and whether layers are frozen (:meth:`gradients`), so that buffers do not
+            change; see :class:`PlanOptions`.
         """
-        walk = self.walk(
-            {name: params[name] for name in self.names("all")},
-            epochs=epochs,
-            steps=steps,
-            training=training,
-            batch_size=batch_size,
-            drop_last=drop_last,
-            frozen=frozen,
-            purpose=purpose,
-        )
+        walk = self.walk({name: params[name] for name in self.names("all")}, **options)
+        training, frozen = options.get("training"), options.get("frozen", False)
         names = self.trainable(only)
         optimizer = walk.optimizer(names, training, rates)
         hooks = [adjust] if callable(adjust) else list(adjust)

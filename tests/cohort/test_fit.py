@@ -406,3 +406,11 @@ def test_a_walk_over_some_of_the_samples() -> None:
             seen[row] |= set(step.index[place].tolist())
     assert seen == [set(positions.tolist()) for positions in some]
     assert cohort.samples_seen.tolist() == [2 * len(positions) for positions in some]
+
+
+@pytest.mark.parametrize("call", ["fit", "walk", "plan"])
+def test_an_option_that_does_not_exist_is_refused(call: str) -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    arguments = {"fit": (start(cohort), cross_entropy), "walk": ({},), "plan": ()}[call]
+    with pytest.raises(TypeError, match=r"^unknown option 'epoch': .*did you mean 'epochs'\?"):
+        getattr(cohort, call)(*arguments, epoch=2)

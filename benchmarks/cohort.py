@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from fedpers.cohort import Training
 from fedpers.data.federated import FederatedData
+from fedpers.flower_private import server_identity
 from fedpers.models import ModelConfig, build_model
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.probe import cores
 from fedpers.strategies import FedAvg, FedAvgUpdate

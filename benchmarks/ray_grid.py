@@ -26,8 +26,8 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from benchmarks.local_grid import empty_client, seconds
 from fedpers.cohort import Cohort, Reply, Training
 from fedpers.data import FederatedData
+from fedpers.flower_private import server_identity
 from fedpers.models import MLP
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.ray import RayGrid, _Job
 from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate, Received
 

@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from fedpers.cohort import Tree, entries, leaves, tree
-from fedpers.runtime.flower_private import SType
+from fedpers.flower_private import SType
 
 ARRAYS = "arrays"
 """Record of the model's arrays, as in Flower's own strategies."""

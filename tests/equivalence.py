@@ -20,8 +20,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedpers.cohort import leaves
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy

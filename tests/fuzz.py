@@ -35,8 +35,8 @@ from torch import Tensor
 from fedpers.app import _main
 from fedpers.cohort import leaves
 from fedpers.config import Config
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, PersonalizedStrategy, make_strategy, option_types
 from fedpers.threads import one_thread

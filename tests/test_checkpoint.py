@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from fedpers.checkpoint import Checkpoint, Checkpoints, network_checksum
 from fedpers.cohort import Training, Tree, leaves, tree
 from fedpers.errors import FedpersError
+from fedpers.flower_private import server_identity
 from fedpers.progress import Progress, exactly, report_from_json, report_to_json, restored
 from fedpers.records import from_record, to_record
 from fedpers.run import run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.states import DamagedError, read_states, write_states
 from fedpers.strategies import STRATEGIES, CohortApp, FedPerUpdate, PersonalizedStrategy, RoundReport, make_strategy

@@ -29,8 +29,8 @@ from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.cohort import Tree, leaves
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.errors import ConfigError, FedpersError, TrainingError
+from fedpers.flower_private import NodeInfo, Run, kill_simulated_clients, server_identity
 from fedpers.records import CONFIG, METRICS, flatten_state, unflatten_state
-from fedpers.runtime.flower_private import NodeInfo, Run, kill_simulated_clients, server_identity
 from fedpers.runtime.grid import RUN_ID, error_reply
 from fedpers.server.collect import result_of
 from fedpers.server.exchange import Exchange

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedpers.client.results import ClientResult
 from fedpers.errors import check
-from fedpers.runtime.flower_private import SERVER_NODE, ErrorCode, Run, empty_run, ended, give_id
+from fedpers.flower_private import SERVER_NODE, ErrorCode, Run, empty_run, ended, give_id
 
 FIRST_NODE = SERVER_NODE + 1
 RUN_ID = 1

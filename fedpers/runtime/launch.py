@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from flwr.serverapp import Grid
 
 from fedpers.config import RuntimeConfig
-from fedpers.runtime.flower_private import server_identity
+from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import RUN_ID
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp

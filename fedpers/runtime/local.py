@@ -18,9 +18,9 @@ from flwr.serverapp import ServerApp
 from fedpers.client.app import IDENTIFY, CohortApp
 from fedpers.cohort.state import Block
 from fedpers.errors import TrainingError, check
+from fedpers.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
 from fedpers.records import own_copy
 from fedpers.runtime.engine import CohortEngine, check_counts
-from fedpers.runtime.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID, ClientGrid, context_of, error_reply, reply_of
 from fedpers.server.collect import ReplyCollector, result_of
 from fedpers.threads import one_thread

@@ -37,11 +37,11 @@ from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.cohort.tree import leaves
 from fedpers.errors import ConfigError, TrainingError, check
+from fedpers.flower_private import give_id, unavailable
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import Answer, Packed, Worker, pack, unpack
 from fedpers.runtime.cluster import connect, first_line, kill, ship_by_value, ship_no_more, supply
 from fedpers.runtime.engine import check_counts
-from fedpers.runtime.flower_private import give_id, unavailable
 from fedpers.runtime.grid import ClientGrid, reply_of
 from fedpers.runtime.probe import Choice
 from fedpers.runtime.states import read_states, write_states

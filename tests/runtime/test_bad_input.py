@@ -17,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import fedpers
 from fedpers.cohort import Cohort, Reply, Training
 from fedpers.errors import ConfigError, TrainingError
-from fedpers.runtime.flower_private import server_identity
+from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate, LocalUpdate, Received

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import fedpers
 from fedpers.cohort import Training, leaves
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record, unflatten_state
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, LocalUpdate, make_strategy

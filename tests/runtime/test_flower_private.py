@@ -21,8 +21,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedpers
-from fedpers.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
-from fedpers.runtime.flower_private import (
+from fedpers.flower_private import (
     SERVER_NODE,
     delivered,
     empty_run,
@@ -31,6 +30,7 @@ from fedpers.runtime.flower_private import (
     server_identity,
     unavailable,
 )
+from fedpers.records import LiveArray, num_bytes, own_copy, to_record, to_tensor
 from tests.problems import SmallNetwork
 
 TENSORS = [
@@ -67,7 +67,7 @@ def test_task_identity_has_the_attributes_that_are_set() -> None:
     own = [name for name in vars(TaskIdentity) if name in ("_task_id", "_run_id", "_node_id")]
     assert sorted(own) == ["_node_id", "_run_id", "_task_id"], (
         f"flwr's TaskIdentity keeps its values elsewhere: {sorted(vars(TaskIdentity))}; "
-        "fedpers.runtime.flower_private.server_identity must follow"
+        "fedpers.flower_private.server_identity must follow"
     )
 
 
@@ -303,7 +303,7 @@ def test_simulated_clients_that_compute_are_ended_at_once() -> None:
 
     import ray
 
-    from fedpers.runtime.flower_private import kill_simulated_clients
+    from fedpers.flower_private import kill_simulated_clients
 
     kill_simulated_clients()  # without Ray there are none
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
@@ -330,4 +330,4 @@ def test_no_other_module_touches_flowers_private_parts() -> None:
         for line in path.read_text().splitlines()
         if private.search(line)
     }
-    assert {line.partition(":")[0] for line in found} == {"runtime/flower_private.py"}, found
+    assert {line.partition(":")[0] for line in found} == {"flower_private.py"}, found

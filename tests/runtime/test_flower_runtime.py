@@ -28,6 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedpers.client.app import IDENTIFY, STATE, CohortApp
 from fedpers.cohort import Cohort, Reply, entries, leaves
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.flower_private import delivered, give_id, server_identity
 from fedpers.records import METRICS, from_record
 from fedpers.run import run_rounds
 from fedpers.runtime.flower import (
@@ -38,7 +39,6 @@ from fedpers.runtime.flower import (
     await_clients,
     flower_simulation,
 )
-from fedpers.runtime.flower_private import delivered, give_id, server_identity
 from fedpers.runtime.grid import FIRST_NODE, context_of
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import PersonalizedStrategy, RoundReport, make_strategy

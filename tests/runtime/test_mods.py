@@ -21,9 +21,9 @@ from torch import Tensor
 import fedpers
 from fedpers.cohort import entries
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
 from fedpers.run import run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Privacy

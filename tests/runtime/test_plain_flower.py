@@ -31,7 +31,7 @@ from flwr.serverapp.strategy import (
 )
 
 import fedpers
-from fedpers.runtime.flower_private import server_identity
+from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
 from tests import flower_app

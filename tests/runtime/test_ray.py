@@ -22,9 +22,9 @@ import fedpers.runtime.ray as ray_runtime
 from fedpers import simulate
 from fedpers.cohort import Training, leaves
 from fedpers.errors import ConfigError, FedpersError, TrainingError
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
 from fedpers.runtime.actor import Worker, pack
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.probe import Choice

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpers.runtime.flower_private import server_identity
+from fedpers.flower_private import server_identity
 from fedpers.runtime.ray import RayGrid
 from tests.runtime.faulty import app_of, assert_same, rounds, undisturbed
 from tests.runtimes import cluster
@@ -43,7 +43,7 @@ WORKING_FOLDER = """
     from dataclasses import dataclass
     sys.path.insert(0, {tests!r})
     from fedpers.runtime.ray import RayGrid
-    from fedpers.runtime.flower_private import server_identity
+    from fedpers.flower_private import server_identity
     from mine import Mine, MineUpdate
     from tests.problems import SmallNetwork, gaussian_data
     app = MineUpdate().client_app(SmallNetwork(), gaussian_data((20, 9, 13)))

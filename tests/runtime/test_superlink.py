@@ -24,10 +24,10 @@ import torch
 
 from fedpers.app import composed
 from fedpers.cohort import leaves
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
 from fedpers.run import prepare_run, run_rounds
 from fedpers.runtime.flower import FlowerGrid
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 

@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.serde import context_from_proto, context_to_proto, message_from_proto, message_to_proto
 from flwr.serverapp import Grid, ServerApp
 
-from fedpers.runtime.flower_private import SERVER_NODE, give_id, server_identity
+from fedpers.flower_private import SERVER_NODE, give_id, server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
 

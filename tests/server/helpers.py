@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fedpers.cohort import Cohort, Reply, Tree, entries, tree
 from fedpers.config import Config, build
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record
 from fedpers.run import run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Postprocessor
 from fedpers.server.report import RoundReport

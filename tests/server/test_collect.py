@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fedpers.client.results import ClientResult, CohortResult
 from fedpers.cohort import Training, entries, leaves, tree
+from fedpers.flower_private import server_identity
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import pack, unpack
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.collect import Collected, Entry, ReplyCollector, ReplyRules, result_of, schema_of
 from fedpers.strategies import STRATEGIES, FedAvg, FedAvgUpdate, PersonalizedStrategy, make_strategy

@@ -23,9 +23,9 @@ from fedpers.client.app import STATE
 from fedpers.client.results import ClientResult, CohortResult
 from fedpers.cohort import Tree, WeightedMean, entries, leaves, tree
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record, row, to_record, unflatten_state
 from fedpers.run import run, run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.ray import RayGrid

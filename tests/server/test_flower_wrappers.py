@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import fedpers
 from fedpers.cohort import entries, leaves
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Privacy, Robust, TopK, within
 from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy

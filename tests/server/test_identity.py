@@ -16,8 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 import fedpers
 from fedpers.cohort import Cohort, Reply
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.identity import READS, check_halves
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import RUN_ID
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import (

@@ -22,10 +22,10 @@ from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, leaves, t
 from fedpers.cohort.tree import expand_rows
 from fedpers.config import Config, build
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.flower_private import server_identity
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS, from_record, to_record
 from fedpers.run import run, run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.collect import ReplyCollector, ReplyRules, result_of, schema_of
 from fedpers.server.postprocessors import Privacy, Robust

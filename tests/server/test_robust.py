@@ -29,9 +29,9 @@ from torch import Tensor
 from fedpers.cohort import WeightedMean, entries, tree
 from fedpers.config import Config, build
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, METRICS, from_record, to_record
 from fedpers.run import run, run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Aggregation, Robust

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from fedpers.cohort import Training, Tree, View, entries, leaves
 from fedpers.data.federated import FederatedData
+from fedpers.flower_private import server_identity
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
 from tests.cohort.helpers import batches

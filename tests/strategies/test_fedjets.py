@@ -20,9 +20,9 @@ from fedpers.cohort import Cohort, Reply, Training, entries, tree
 from fedpers.data import DatasetConfig, PartitionConfig, SplitConfig, load_federated
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.models import ModelConfig, build_model
 from fedpers.records import ARRAYS, from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import (
     EnsembleUpdate,

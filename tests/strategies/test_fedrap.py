@@ -22,10 +22,10 @@ from fedpers.cohort import Batch, Network, Training, entries, tree
 from fedpers.cohort.sparse_rows import with_rows
 from fedpers.data import RankingData
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.models import Factorization
 from fedpers.randomness import generator
 from fedpers.records import from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedRAPUpdate, make_strategy
 from fedpers.tasks.ranking import hit_and_gain

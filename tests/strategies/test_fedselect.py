@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from fedpers.app import _main
 from fedpers.cohort import Cohort, Training, leaves, tree
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.records import trees
 from fedpers.run import run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedSelect, FedSelectUpdate, make_strategy
 from fedpers.strategies.fedselect import batch_accuracy, from_bits, grow_by_tensor, grow_together, to_bits

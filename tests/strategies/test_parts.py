@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from fedpers.cohort import leaves
 from fedpers.data import DatasetConfig, PartitionConfig, SplitConfig, load_federated
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.models import ModelConfig, build_model
 from fedpers.records import from_record
 from fedpers.run import run_rounds
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, FedRep, FedRepUpdate, PersonalizedStrategy, make_strategy
 from tests.problems import SmallNetwork, gaussian_data, problem

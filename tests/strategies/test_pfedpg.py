@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fedpers.cohort import Training, entries, leaves, tree
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError
+from fedpers.flower_private import server_identity
 from fedpers.models import frozen
 from fedpers.models.frozen import FrozenNetwork
 from fedpers.randomness import generator as numbers
 from fedpers.records import ARRAYS, from_record, num_bytes, unflatten_state
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import HeadOnlyUpdate, PFedPG, PFedPGUpdate, make_strategy

@@ -22,9 +22,9 @@ from fedpers.cohort.sparse_rows import with_rows
 from fedpers.data import DatasetConfig, FederatedData, RankingData, SplitConfig
 from fedpers.data.rating_files import Ratings
 from fedpers.data.ratings import leave_one_out
+from fedpers.flower_private import server_identity
 from fedpers.models import Factorization
 from fedpers.records import from_record, trees
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedRAP, FedRAPUpdate, LocalUpdate
 from fedpers.tasks import Ranking

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fedpers.cohort import Cohort, Training, Tree, entries, tree
 from fedpers.cohort import cohort as core
 from fedpers.data.federated import FederatedData
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record, row
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedSelect, FedSelectUpdate, make_strategy
 from fedpers.strategies.fedselect import grow_by_tensor

@@ -24,8 +24,8 @@ from torch import nn
 
 from fedpers.cohort import Batch, Cohort, Collect, Given, Network, Training, View, entries
 from fedpers.data.federated import FederatedData
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.collect import ReplyCollector
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy

@@ -12,8 +12,8 @@ from pathlib import Path
 import flwr.app as flower
 
 from fedpers.cohort import Cohort, Training, entries
+from fedpers.flower_private import server_identity
 from fedpers.records import from_record, trees
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import LocalUpdate, PersonalizedStrategy, make_strategy
 from tests.traces import Comparison

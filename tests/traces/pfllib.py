@@ -19,8 +19,8 @@ from torch import nn
 
 from fedpers.cohort import Cohort, Records, Training, Tree, entries
 from fedpers.data.federated import FederatedData
+from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record, stack, trees
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import PersonalizedStrategy, make_strategy
 from tests.traces import Comparison

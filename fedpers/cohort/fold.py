@@ -77,13 +77,14 @@ class WeightedMean(Fold):
 
     def add_stack(self, records: Records, weights: Tensor, clients: Sequence[int] = ()) -> None:
         """Take in the `records` of K clients, batch size [K], with their `weights` ``[K]`` >= 0."""
-        weights = weights.double()
+        numbers = weights.tolist()
         for record, values in records.items():
             for name, value in entries(values).items():
                 total = self._sum(record, name, value.shape[1:], value)
-                flat = value.reshape(len(value), -1).to(total.device, torch.float64)
-                total.view(-1).add_(weights.to(total.device) @ flat)
-                self.weights[record][name] += float(weights.sum())
+                # row by row: no copy in float64, and the same sum whatever the size of the stack
+                for row, weight in zip(value.to(total.device), numbers, strict=True):
+                    total.add_(row, alpha=weight)
+                    self.weights[record][name] += weight
 
     def _sum(self, record: str, name: str, shape: torch.Size, like: Tensor) -> Tensor:
         sums = self.sums.setdefault(record, {})

@@ -14,6 +14,7 @@ from flwr.clientapp.mod import arrays_size_mod
 from flwr.serverapp import Grid, ServerApp
 
 import fedpers
+from fedpers import flower_app
 from fedpers.cohort import Cohort, Reply
 from fedpers.errors import ConfigError
 from fedpers.flower_private import server_identity
@@ -214,3 +215,16 @@ def test_a_loop_of_ones_own_begins_first() -> None:
             strategy.configure_train(1, app.initial_arrays(), config, grid)
         strategy.begin()
         assert len(list(strategy.configure_train(1, app.initial_arrays(), config, grid))) == 3
+
+
+def test_clients_of_the_command_under_flower_say_what_they_are(tmp_path: Any) -> None:
+    """Without data: a node answers the first question before it makes anything."""
+    settings = f"strategy=fedrep strategy.head_epochs=3 dataset=npz dataset.root={tmp_path / 'missing.npz'}"
+    grid = LocalGrid(flower_app.client_app(), 3, run_config={"settings": settings})
+    with server_identity(RUN_ID):
+        assert FedRep().nodes(grid).keys() == {0, 1, 2}
+        with pytest.raises(ConfigError, match=r"^client_app=FedRepUpdate: expected clients made by FedAvgUpdate"):
+            FedAvg().nodes(grid)
+        assert grid.client_app.identify is not None  # type: ignore[attr-defined]
+        identity = grid.client_app.identify({"settings": settings})  # type: ignore[attr-defined]
+    assert identity["option.head_epochs"] == "3"

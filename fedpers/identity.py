@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fedpers.server.postprocessors.base import Postprocessor
     from fedpers.server.strategy import PersonalizedStrategy
 
-METHOD, OPTION, READS, ENCODERS = "method", "option.", "reads", "encoders"
+METHOD, METHODS, OPTION, READS, ENCODERS = "method", "methods", "option.", "reads", "encoders"
+"""A client's class and its bases; those of them that are client halves of methods where it lives; and so on."""
 ANY = "*"
 """Stands for all keys of a configuration: client mods may read any."""
 ADAPTING = "adapting"
@@ -51,13 +52,14 @@ def identity_of(
     """
     lineage = [_name(kind) for kind in type(update).__mro__ if kind is not object]
     reads = [ANY] if mods else sorted({*COMMON_KEYS, *update.config_keys})
-    options = {f"{OPTION}{name}": repr(getattr(update, name)) for name in _options(update)}
-    named = [repr(encoder) for encoder in encoders]
-    return flower.ConfigRecord({METHOD: lineage, READS: reads, ENCODERS: named, **options})
+    options = {f"{OPTION}{name}": _value(getattr(update, name)) for name in _options(update)}
+    methods = [name for name in lineage if name in _CLIENT_HALVES]
+    named = [_described(encoder) for encoder in encoders]
+    return flower.ConfigRecord({METHOD: lineage, METHODS: methods, READS: reads, ENCODERS: named, **options})
 
 
 def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) -> None:
-    """Refuse clients that do not belong to a server half.
+    """Refuse clients that do not belong to a server half; among themselves they may differ in options of their own.
 
     A subclass of the method's client half that is no method of its own belongs to it.
 
@@ -66,7 +68,8 @@ def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) ->
     ConfigError
     """
     wanted, lineage = type(strategy).update, list(identity[METHOD])
-    method = next((name for name in lineage if name in _CLIENT_HALVES or name == _name(wanted)), "")
+    known = {*_CLIENT_HALVES, *identity.get(METHODS, ()), _name(wanted)}  # clients may live in another process
+    method = next((name for name in lineage if name in known), "")
     if method != _name(wanted):
         clients = lineage[0].rpartition(".")[2]
         server = type(strategy).__name__
@@ -75,8 +78,8 @@ def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) ->
         theirs = identity.get(f"{OPTION}{name}")
         if theirs is not None:
             allowed = f"{theirs}, as the clients' half has it: both halves of {type(strategy).__name__} need the same"
-            check(repr(getattr(strategy, name)) == theirs, f"strategy.{name}", getattr(strategy, name), allowed)
-    ours, theirs = [repr(p) for p in strategy.postprocessors if p.encodes], list(identity[ENCODERS])
+            check(_value(getattr(strategy, name)) == theirs, f"strategy.{name}", getattr(strategy, name), allowed)
+    ours, theirs = [_described(p) for p in strategy.postprocessors if p.encodes], list(identity[ENCODERS])
     allowed = f"{theirs or 'none'}, as in the client app (client_app(..., postprocessors=...))"
     check(ours == theirs, "postprocessors", ours or "none", allowed)
 
@@ -98,6 +101,17 @@ def check_config(config: Mapping[str, Any], reads: Iterable[str], method: str) -
 def _options(half: Any) -> list[str]:
     """Names of a half's options that may differ from run to run, without what is the same for all methods."""
     return [f.name for f in fields(half) if f.init and f.name not in ("training", "seed", "weighting")]
+
+
+def _value(value: Any) -> str:
+    """A value as text, the same for equal numbers."""
+    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _described(postprocessor: Postprocessor) -> str:
+    """Its class and settings as text, without what it came to know."""
+    settings = {name: value for name, value in vars(postprocessor).items() if name != "state"}
+    return f"{type(postprocessor).__name__}({', '.join(f'{n}={_value(v)}' for n, v in settings.items())})"
 
 
 def _name(kind: type) -> str:

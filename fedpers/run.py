@@ -99,6 +99,7 @@ def prepare_run(config: Config) -> Setup:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
     app = update.client_app(model, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
+    strategy.attach(app)
     strategy.check_arrays(from_record(app.initial_arrays()), sampled)
     return Setup(data, strategy, app, network_checksum(model), model.pretrained_accuracy)
 

@@ -110,8 +110,10 @@ class CohortApp(ClientApp):
         """Personal state of a client that has not trained: the method's, encoders', and the count of trainings."""
         state = self.update.initial_state(self.template, self.module)
         arrays = self.update.initial_arrays(self.template, self.module)
+        roles = set(state.keys())
         for encoder in self.encoders:
-            kept = encoder.client_state(arrays)
+            kept, allowed = encoder.client_state(arrays), f"a role that {type(self.update).__name__} does not keep"
+            check(encoder.role not in roles, "postprocessors", encoder.role, allowed)
             if kept is not None:
                 state.set(encoder.role, kept)
         if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
@@ -275,6 +277,12 @@ class CohortApp(ClientApp):
             raise ValueError(f"{name} does not keep '{missing[0]}', which its initial state declares as personal")
         if unknown := sorted(kept - wanted):
             raise ValueError(f"{name} keeps '{unknown[0]}', which its initial state does not declare as personal")
+        first = leaves(self.initial_state)
+        for entry, value in ({} if answer.state is None else leaves(answer.state)).items():
+            is_now, was = (value.dtype, value.shape[1:]), (first[entry].dtype, first[entry].shape)
+            if is_now != was:
+                found, declared = (f"{kind} {list(shape)}" for kind, shape in (is_now, was))
+                raise ValueError(f"{name} keeps '{entry}' as {found}, which its initial state declares as {declared}")
 
     def _metrics(self, cohort: Cohort, losses: Sequence[float], answer: Reply) -> list[dict[str, float]]:
         """Counts, losses and the method's own metrics of each client."""

@@ -38,7 +38,7 @@ class Reply:
     records : dict of name to Tree ``[K]``
         What goes to the server.
     state : Tree ``[K]`` or None
-        The clients' new personal state; None leaves it as it was.
+        The clients' new personal state, all of it; None for methods that keep none, and for answers to questions.
     metrics : dict of name to Tensor ``[K]``
         Further numbers about this training, beside loss, steps and samples; the server averages them over clients
         and they are recorded as ``train/NAME``.
@@ -375,8 +375,8 @@ class Cohort:
         """Go through the clients' batches with a step of one's own.
 
         ``for step, rows in cohort.walk(params): ...`` yields each step with the rows ``[a, ...]`` of the clients that
-        train in it, as a dict that is changed in place; ``for step, (w, v) in cohort.walk(w, v)`` those of two trees.
-        ``walk.optimizer(names)`` makes an optimizer for them.
+        train in it, as a mapping whose tensors are changed in place; ``for step, (w, v) in cohort.walk(w, v)`` those of
+        two trees. ``walk.optimizer(names)`` makes an optimizer for them.
 
         Parameters
         ----------
@@ -424,7 +424,7 @@ class Cohort:
         self.gradients_taken[rows] += 1
         free = set(names)
         extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
-        extra["given"] = map_tensors(given, step.take)
+        extra["given"] = self._rows_of(step, given)
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
             tensors = {n: leaves[n] if n in free else params[n][0] for n in params}
@@ -444,6 +444,17 @@ class Cohort:
         losses = vmap(one)(leaves, rest, step.x, step.y, extra)
         found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         return losses.detach(), {n: g for n, g in zip(names, found, strict=True) if g is not None}
+
+    def _rows_of(self, step: Step, given: Given | None) -> dict[str, Any]:
+        """Rows of what is given that belong to a step's clients; ValueError if it has none for each client."""
+        for name, value in (given or {}).items():
+            for tensor in [value] if isinstance(value, Tensor) else value.values():
+                if not tensor.dim() or len(tensor) != self.size:
+                    shape = list(tensor.shape)
+                    raise ValueError(
+                        f"given '{name}' has shape {shape}: expected {self.size} rows, one for each client"
+                    )
+        return map_tensors(given, step.take)
 
     def _loss(
         self, loss: Loss, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, extra: Mapping[str, Any]

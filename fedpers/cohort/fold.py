@@ -155,6 +155,10 @@ class Collect(Fold):
     def stacked(self) -> dict[str, Tree]:
         """All replies by record, batch size [n], in the order of :attr:`clients`; they hold the same entries."""
         rows = [self.kept[client][0] for client in self.clients]
+        names = [{(record, n) for record, values in row.items() for n in entries(values)} for row in rows]
+        for client, held in zip(self.clients, names, strict=True):
+            if held != names[0]:
+                raise ValueError(f"replies of clients {self.clients[0]} and {client} do not hold the same entries")
         return {
             record: tree({n: torch.stack([row[record][n] for row in rows]) for n in entries(values)}, len(rows))
             for record, values in (rows[0] if rows else {}).items()

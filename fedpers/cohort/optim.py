@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpers.cohort.training import Training
-from fedpers.cohort.tree import expand_rows, select
+from fedpers.cohort.tree import expand_rows, flat_rows, select
 
 
 class Optimizer:
@@ -137,7 +137,7 @@ def clip_rows(grads: Mapping[str, Tensor], limit: float) -> None:
 
     As ``torch.nn.utils.clip_grad_norm_``: the factor is ``limit / (norm + 1e-6)``, at most 1.
     """
-    squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0)
+    squares = torch.stack([flat_rows(grad).square().sum(1) for grad in grads.values()]).sum(0)
     factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     for grad in grads.values():
         grad.mul_(expand_rows(factor, grad))

@@ -138,6 +138,11 @@ def expand_rows(one: Tensor, value: Tensor) -> Tensor:
     return one.view(-1, *([1] * (value.dim() - 1)))
 
 
+def flat_rows(value: Tensor) -> Tensor:
+    """View ``[K, ...]`` as ``[K, n]``, also where a row is a single number."""
+    return value.reshape(len(value), -1)
+
+
 def map_tensors(values: Mapping[str, Any] | None, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Apply `change` to each tensor of a nested mapping; trees become plain mappings."""
     return {

@@ -15,8 +15,16 @@ from fedpers.cohort.training import Training
 if TYPE_CHECKING:
     from fedpers.cohort.cohort import Cohort
 
-Rows = dict[str, Tensor]
-"""By name, the rows ``[a, ...]`` of the clients that train in a step; to be changed in place."""
+Rows = Mapping[str, Tensor]
+"""By name, the rows ``[a, ...]`` of the clients that train in a step: changed in place, not replaced."""
+
+
+class _Rows(dict[str, Tensor]):
+    """Rows that may be changed in place, also by ``rows[name] += ...``, but not replaced: that would change nothing."""
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        if value is not self.get(name):
+            raise TypeError(f"'{name}' of a walk is changed in place, e.g. with copy_: another tensor would be lost")
 
 
 class Walk:
@@ -54,11 +62,13 @@ class Walk:
         training = training or self.cohort.training
         scale: float | Tensor = training.lr_decay ** max(0, self.cohort.round - 1)
         if rates is not None:
+            if rates.shape != (self.cohort.size,):
+                raise ValueError(f"rates have shape {list(rates.shape)}: expected one for each of {self.cohort.size}")
             scale = scale * (rates if self.plan.order is None else rates[self.plan.order.to(rates.device)])
         return Optimizer(training, self.cohort.module, names, self.plan.client_steps, scale)
 
     def __iter__(self) -> Iterator[tuple[Step, Any]]:
-        """Yield each step and its rows: a dict for one tree, a tuple of dicts for several."""
+        """Yield each step and its rows: a mapping for one tree, a tuple of mappings for several."""
         plan, work = self.plan, [dict(values) for values in self.trees]
         order = None if plan.order is None or not plan.steps else plan.order[: plan.active[0]]
         if order is not None:  # those that take no step at all need not be moved
@@ -69,7 +79,7 @@ class Walk:
             for step in self.cohort.steps(plan):
                 if step.active != active:
                     active = step.active
-                    rows = tuple({name: value[:active] for name, value in stack.items()} for stack in work)
+                    rows = tuple(_Rows({n: value[:active] for n, value in stack.items()}) for stack in work)
                 taken += 1
                 yield step, rows[0] if len(rows) == 1 else rows
         finally:

@@ -194,22 +194,20 @@ class CohortEngine:
         try:
             state = self.store.gather(clients)
             result, new, keep = self.app.run(kind, clients, state, received, config, module)
+            if new is not None:
+                self.store.scatter(clients, new, keep)
+                self.changed = True
+            return [result]
         except Exception as error:  # whatever a method raises becomes the answer of the client that caused it
             log.debug("clients %s raised", clients, exc_info=True)
-            if len(clients) == 1:
-                return [CohortResult(clients, [{}], errors={clients[0]: f"{type(error).__name__}: {error}"})]
-            log.warning(
-                "a cohort of %d clients raised %s: %s; its clients are computed one by one",
-                len(clients), type(error).__name__, error,
-            )  # fmt: skip
-            alone = []
-            for k, client in enumerate(clients):
-                alone += self._run_clients(kind, [client], _row_of(received, k, len(clients)), config, module)
-            return alone
-        if new is not None:
-            self.store.scatter(clients, new, keep)
-            self.changed = True
-        return [result]
+            reason = f"{type(error).__name__}: {error}"
+        if len(clients) == 1:
+            return [CohortResult(clients, [{}], errors={clients[0]: reason})]
+        log.warning("a cohort of %d clients raised %s; its clients are computed one by one", len(clients), reason)
+        alone = []  # here, where the error no longer holds on to the cohort's memory
+        for k, client in enumerate(clients):
+            alone += self._run_clients(kind, [client], _row_of(received, k, len(clients)), config, module)
+        return alone
 
     def close(self) -> None:
         """End the worker threads and let go of files."""

@@ -337,8 +337,10 @@ class FlowerSimulation:
         """
         if self._grid is None:
             raise RuntimeError("FlowerSimulation.run outside of its with block")
+        made = app or make_app()
         self._app.make, self._app.key = partial(_made_by, make_app), uuid4().hex
-        main(SimulationGrid(self._grid, self._watch, (app or make_app()).initial_state))
+        self._app.identify = partial(_identity, made.identity)
+        main(SimulationGrid(self._grid, self._watch, made.initial_state))
 
     def _nodes(self) -> Iterable[int]:
         assert self._grid is not None
@@ -471,6 +473,10 @@ def _kept(message: flower.Message, context: flower.Context) -> flower.Message:
 
 def _nothing(run_config: Mapping[str, Any]) -> CohortApp:
     raise TrainingError("no run has begun.")
+
+
+def _identity(identity: flower.ConfigRecord, run_config: Mapping[str, Any]) -> flower.ConfigRecord:
+    return identity
 
 
 def _made_by(make_app: Callable[[], CohortApp], run_config: Mapping[str, Any]) -> CohortApp:

@@ -107,8 +107,6 @@ def read_states(folder: Path, initial: Tree, clients: Collection[int] | None = N
     """
     if not folder.is_dir():
         raise DamagedError(f"{folder}, which holds personal state, is missing.")
-    if not folder.is_dir():
-        raise DamagedError(f"{folder}, which holds personal state, is missing.")
     first = leaves(initial)
     wanted = None if clients is None else torch.tensor(sorted(clients), dtype=torch.int64)
     for path in state_files(folder):

@@ -7,6 +7,7 @@ one by one.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpers.client.results import ClientResult, CohortResult
-from fedpers.cohort import Fold, Tree, entries
+from fedpers.cohort import Fold, Records, Tree, entries
 from fedpers.records import num_bytes, trees
 from fedpers.server.postprocessors.base import Postprocessor
 
@@ -42,6 +43,7 @@ class Entry(NamedTuple):
 
 Schema = dict[tuple[str, str], Entry]
 """What a reply holds: entries by record and name."""
+log = logging.getLogger(__name__)
 _COUNTS = ("steps", "samples", "gradients", "train-loss")
 NO_REPLY = ClientResult(None, "no reply")
 
@@ -156,14 +158,17 @@ class ReplyCollector:
             records = {r: t[torch.tensor(rows)] for r, t in records.items()}
         size = sum(value[0].nbytes for values in records.values() for value in entries(values).values())
         metrics = [dict(result.metrics[k]) for k in rows]
-        try:
-            self._fold(records, [result.clients[k] for k in rows], metrics, size * len(rows))
-        except ValueError as error:  # of one of them, and nothing is booked yet: one by one says whose
-            if len(rows) == 1:
-                self.collected.failures[result.clients[rows[0]]] = str(error)
+        clients = [result.clients[k] for k in rows]
+        if type(self.rules.fold).add_stack is not Fold.add_stack:
+            try:
+                prepared, metrics = self._postprocessed(records, metrics)
+            except ValueError:  # of one of them: one by one says whose
+                log.debug("replies of %s are looked at one by one", clients, exc_info=True)
+            else:
+                self._add(prepared, clients, metrics, size * len(rows))
                 return
-            single = result.rows()
-            self.take({result.clients[k]: single[k] for k in rows})
+        for k, (client, row) in enumerate(zip(clients, metrics, strict=True)):
+            self._take_one({record: values[k : k + 1] for record, values in records.items()}, client, row, size)
 
     def take(self, results: Mapping[int, ClientResult]) -> None:
         """Take in what clients answered over a wire, or in a form that differs from reply to reply."""
@@ -175,21 +180,34 @@ class ReplyCollector:
                 records = self.rules.fold.decode(records, client)
                 assert result.content is not None
                 size = num_bytes(result.content)
-                if self.rules.postprocessors:
-                    stacked = {r: t.unsqueeze(0) for r, t in records.items() if entries(t)}
-                    self._fold(stacked, [client], [metrics], size)
-                else:
-                    self.rules.fold.add(records, self._weight(metrics), client)
-                    self._book([client], [metrics], size)
             except ValueError as error:
                 self.collected.failures[client] = str(error)
+                continue
+            self._take_one({r: t.unsqueeze(0) for r, t in records.items() if entries(t)}, client, metrics, size)
 
-    def _fold(self, records: dict[str, Tree], clients: list[int], metrics: list[dict[str, float]], size: int) -> None:
+    def _take_one(self, records: dict[str, Tree], client: int, metrics: dict[str, float], size: int) -> None:
+        """Take in one client's records, batch size [1]."""
+        try:
+            records, (row,) = self._postprocessed(records, [metrics])
+            self.rules.fold.add({record: values[0] for record, values in records.items()}, self._weight(row), client)
+        except ValueError as error:
+            self.collected.failures[client] = str(error)
+            return
+        self._book([client], [row], size)
+
+    def _postprocessed(
+        self, records: dict[str, Tree], metrics: Sequence[Mapping[str, float]]
+    ) -> tuple[dict[str, Tree], list[dict[str, float]]]:
+        """Records ``[K]`` and metrics ``[K]`` after all postprocessors; ValueError says why one cannot be used."""
+        rows = [dict(row) for row in metrics]
         for postprocessor in self.rules.postprocessors:
             records, further = postprocessor.reply(records, self.rules.arrays)
             for name, column in further.items():
-                for row, value in zip(metrics, column.tolist(), strict=True):
+                for row, value in zip(rows, column.tolist(), strict=True):
                     row[name] = float(value)
+        return records, rows
+
+    def _add(self, records: Records, clients: list[int], metrics: list[dict[str, float]], size: int) -> None:
         weights = torch.tensor([self._weight(row) for row in metrics], dtype=torch.float64)
         self.rules.fold.add_stack(records, weights, clients)
         self._book(clients, metrics, size)

@@ -138,8 +138,11 @@ class PersonalizedStrategy(FlowerFedAvg):
             If the clients are those of another method, or do not read a key of `train_config`.
         """
         self.begin(timeout)
-        grid = self.folding(grid)
-        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        folds = self.folding(grid)
+        try:
+            return super().start(folds, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+        finally:
+            self._begun = False
 
     def begin(self, timeout: float | None = None) -> None:
         """Get ready for the first round; for whoever calls :meth:`configure_train` in a loop of their own.
@@ -152,6 +155,7 @@ class PersonalizedStrategy(FlowerFedAvg):
         self.state = {}
         for postprocessor in self.postprocessors:
             postprocessor.reset()
+        self.exchange, self._checked = Exchange(), 0  # whoever was there before may be somebody else now
         self.exchange.timeout = timeout
         self._begun = True
 
@@ -373,6 +377,9 @@ class PersonalizedStrategy(FlowerFedAvg):
         """
         for postprocessor in self.postprocessors:
             postprocessor.check(self, arrays, sampled)
+        roles = [postprocessor.role for postprocessor in self.postprocessors]
+        allowed = "roles that are not empty and differ from each other"
+        check(all(roles) and len(set(roles)) == len(roles), "postprocessors", roles, allowed)
         if self.wrapper is not None:
             from fedpers.server.postprocessors.flower_wrappers import check_wrapped
 
@@ -389,6 +396,8 @@ class PersonalizedStrategy(FlowerFedAvg):
             If neither :meth:`start` nor :meth:`begin` was called, or no client is connected.
         """
         self._started = time.perf_counter()
+        if self.wrapper is not None and server_round == 1:
+            self.begin(self.exchange.timeout)
         if not self._begun:
             raise TrainingError(
                 f"{type(self).__name__}.configure_train was called without start or begin: wrap it in another "
@@ -405,9 +414,17 @@ class PersonalizedStrategy(FlowerFedAvg):
         self._collected = None
         clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
         sent = self.send(server_round, self._arrays, clients)
+        self._check_sent(sent)
         self._training, size = self.exchange.messages(flower.MessageType.TRAIN, sent, config, clients)
         self.report.bytes_down += size
         return self._training
+
+    def _check_sent(self, sent: Records | Sequence[Records]) -> None:
+        """Refuse postprocessors, which go by the server's arrays, where clients are sent others."""
+        same = isinstance(sent, Mapping) and sent.get(ARRAYS) is self._arrays
+        given = [postprocessor.setting for postprocessor in self.postprocessors]
+        allowed = f"none for {type(self).__name__}, which sends clients other arrays than the server's"
+        check(same or not given, "postprocessors", given, allowed)
 
     def _check_config(self, config: Mapping[str, Any]) -> None:
         """Refuse a configuration that the clients would not read."""
@@ -456,7 +473,7 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     def _conclude(self, server_round: int, collected: Collected) -> Tree:
         """Make the server's next arrays of a round's replies."""
-        report = self.report
+        report, self._training = self.report, []
         for client in report.sampled:
             if client not in collected.replies and client not in report.failures:
                 self.leave_out(client, collected.failures.get(client, NO_REPLY.error), "train")

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Step, Tree, mixed
-from fedpers.cohort.tree import expand_rows
+from fedpers.cohort.tree import expand_rows, flat_rows
 from fedpers.errors import check, one_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
 
@@ -97,7 +97,7 @@ class APFLUpdate(LocalUpdate):
         mixture = {**v, **{n: torch.lerp(w[n], v[n], expand_rows(alpha, v[n])) for n in names}}
         losses, at_mixture = cohort.gradients(step, mixture, self.loss, names)
         _, at_w = cohort.gradients(step, w, self.loss, names)
-        slope = sum(((v[n] - w[n]) * g).flatten(1).sum(1) for n, g in at_mixture.items())
+        slope = sum(flat_rows((v[n] - w[n]) * g).sum(1) for n, g in at_mixture.items())
         move(at_w, {n: expand_rows(alpha, g) * g for n, g in at_mixture.items()})
         if self.adaptive:
             alpha.sub_(cohort.rate * slope).clamp_(0, 1)
@@ -113,7 +113,7 @@ class APFLUpdate(LocalUpdate):
         slope = 0.02 * alpha
         for name in at_v:
             mean_grad = torch.lerp(at_w[name], at_v[name], expand_rows(alpha, at_v[name]))
-            slope = slope + ((v[name] - w[name]) * mean_grad).flatten(1).sum(1)
+            slope = slope + flat_rows((v[name] - w[name]) * mean_grad).sum(1)
         if self.adaptive:
             alpha.sub_(cohort.rate * slope).clamp_(0, 1)
         return losses

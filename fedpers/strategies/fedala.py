@@ -164,5 +164,5 @@ class FedALA(PersonalizedStrategy):
             self.report.bytes_down += size
             for client, result in results.items():
                 if result.content is None:
-                    self.leave_out(client, result.error, "train")
+                    self.leave_out(client, f"it did not mix: {result.error}", "evaluate")
         return clients

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, entries, proximal, tree
-from fedpers.cohort.tree import expand_rows
+from fedpers.cohort.tree import expand_rows, flat_rows
 from fedpers.errors import check, one_of
 from fedpers.records import ARRAYS
 from fedpers.server.tools import ClientTable
@@ -122,7 +122,7 @@ class FedAMP(PersonalizedStrategy):
 
     def attention(self, networks: Mapping[str, Tensor], others: Mapping[str, Tensor], same: Tensor) -> Tensor:
         """Weights xi ``[n, m]`` of m networks for n clients, 0 where `same` ``[n, m]`` says that it is the client's."""
-        flat, flat_others = (torch.cat([v.flatten(1) for v in rows.values()], 1) for rows in (networks, others))
+        flat, flat_others = (torch.cat([flat_rows(v) for v in rows.values()], 1) for rows in (networks, others))
         squares = torch.cdist(flat, flat_others, compute_mode="donot_use_mm_for_euclid_dist").square()
         alpha = self.sigma / same.shape[1] if self.alpha is None else self.alpha
         return (alpha / self.sigma * torch.exp(-squares / self.sigma)).masked_fill(same.to(squares.device), 0)

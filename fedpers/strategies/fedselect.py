@@ -70,6 +70,7 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, tree
 from fedpers.cohort.plan import batches_per_epoch
+from fedpers.cohort.tree import flat_rows
 from fedpers.data.federated import Part
 from fedpers.errors import check, one_of
 from fedpers.records import ARRAYS
@@ -187,7 +188,7 @@ class FedSelectUpdate(LocalUpdate):
 
     def _shares(self, mask: Masks) -> dict[str, Tensor]:
         """Share of personal entries in the next training ``[K]``, of all parameters and of each that may have some."""
-        counts = {name: value.flatten(1).sum(1).double() for name, value in mask.items()}
+        counts = {name: flat_rows(value).sum(1).double() for name, value in mask.items()}
         sizes = {name: value[0].numel() for name, value in mask.items()}
         total = torch.stack(list(counts.values())).sum(0) / sum(sizes.values())
         names = self._selectable(list(mask))
@@ -317,7 +318,7 @@ def grow_by_tensor(mask: Masks, change: Mapping[str, Tensor], rate: float, limit
     """
     grown = {}
     for name, old in mask.items():
-        personal, moved = old.flatten(1).bool(), change[name].flatten(1)
+        personal, moved = flat_rows(old).bool(), flat_rows(change[name])
         size = personal.shape[1]
         left = size - personal.sum(1)
         share = personal.sum(1).float() / max(1, size)
@@ -331,8 +332,8 @@ def grow_by_tensor(mask: Masks, change: Mapping[str, Tensor], rate: float, limit
 
 def grow_together(mask: Masks, change: Mapping[str, Tensor], rate: float, limit: float) -> Masks:
     """Let masks grow over all tensors at once, exactly up to the limit; parameters as in :func:`grow_by_tensor`."""
-    personal = torch.cat([value.flatten(1) for value in mask.values()], dim=1).bool()
-    moved = torch.cat([change[name].flatten(1) for name in mask], dim=1)
+    personal = torch.cat([flat_rows(value) for value in mask.values()], dim=1).bool()
+    moved = torch.cat([flat_rows(change[name]) for name in mask], dim=1)
     size, taken = personal.shape[1], personal.sum(1)
     wanted = torch.round(rate * (size - taken).double()).long()
     wanted = torch.minimum(wanted, math.floor(limit * size + 1e-9) - taken).clamp(min=0)

@@ -60,6 +60,7 @@ from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, View, entries,
 from fedpers.cohort.fold import REPLIES
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
+from fedpers.identity import ADAPTING
 from fedpers.models.frozen import PROMPTS
 from fedpers.randomness import generator as numbers
 from fedpers.records import ARRAYS
@@ -328,7 +329,7 @@ class PFedPG(PersonalizedStrategy):
         base = arrays[PROMPTS]
         schema = schema_of(ARRAYS, {PROMPTS: base})
         for r in range(self.adapt_rounds if able else 0):
-            config = flower.ConfigRecord({"server-round": round + r})
+            config = flower.ConfigRecord({"server-round": round + r, ADAPTING: True})
             sent = self._prompts(arrays, rows["value"]) if rows else {ARRAYS: arrays}
             results, _ = self.exchange.call(grid, flower.MessageType.TRAIN, sent, config, able)
             changes = {}

@@ -414,3 +414,19 @@ def test_an_option_that_does_not_exist_is_refused(call: str) -> None:
     arguments = {"fit": (start(cohort), cross_entropy), "walk": ({},), "plan": ()}[call]
     with pytest.raises(TypeError, match=r"^unknown option 'epoch': .*did you mean 'epochs'\?"):
         getattr(cohort, call)(*arguments, epoch=2)
+
+
+def test_what_is_given_needs_a_row_for_each_client() -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    for value in (torch.zeros(3, 2), torch.tensor(1.0), cohort.template):
+        with pytest.raises(ValueError, match=r"^given 'anchor' has shape \[.*\]: expected 7 rows, one per client"):
+            cohort.fit(start(cohort), cross_entropy, given={"anchor": value})
+    with pytest.raises(ValueError, match=r"^rates have shape \[2\]: expected one for each of 7"):
+        cohort.fit(start(cohort), cross_entropy, rates=torch.ones(2))
+
+
+def test_rows_of_a_walk_cannot_be_replaced() -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    for _, rows in cohort.walk(start(cohort)):
+        with pytest.raises(TypeError):
+            rows["head.bias"] = rows["head.bias"] - 1

@@ -13,8 +13,8 @@ import pytest
 
 from fedpers.client.results import CohortResult
 from fedpers.cohort import Cohort, Reply
+from fedpers.flower_private import server_identity
 from fedpers.runtime.engine import AHEAD, CohortEngine
-from fedpers.runtime.flower_private import server_identity
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.collect import ReplyCollector
 from fedpers.strategies import FedAvg, FedAvgUpdate

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedpers.client.results import ClientResult, CohortResult
-from fedpers.cohort import Training, entries, leaves, tree
+from fedpers.cohort import Collect, Fold, Training, entries, leaves, tree
 from fedpers.flower_private import server_identity
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import pack, unpack
@@ -262,3 +262,42 @@ def test_who_is_left_out_does_not_depend_on_cohorts(allows: bool) -> None:
     else:
         assert 0 < len(failures) < 7
         assert set(failures.values()) == {"'arrays/head.bias' is missing in its reply"}
+
+
+class Picky(Fold):
+    """A sum that refuses client 7."""
+
+    def __init__(self) -> None:
+        self.total, self.clients = torch.zeros(2, 2), list[int]()
+
+    def add(self, records: Any, weight: float, client: int) -> None:
+        if client == 7:
+            raise ValueError("too strange")
+        self.total += records["arrays"]["w"]
+        self.clients.append(client)
+
+    def result(self) -> Any:
+        return {"arrays": tree({"w": self.total})}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_reply_that_a_fold_refuses_counts_nobody_twice(whole: bool) -> None:
+    taker = ReplyCollector(ReplyRules(collector().rules.arrays, collector().rules.schema, Picky(), (), "uniform"))
+    result = stacked(clients=[5, 7, 2])
+    if whole:
+        taker.take_cohort(result)
+    else:
+        for client, row in zip([5, 7, 2], result.rows(), strict=True):
+            taker.take({client: row})
+    assert taker.rules.fold.clients == [5, 2]  # type: ignore[attr-defined]
+    assert taker.collected.failures == {7: "too strange"}
+    assert list(taker.collected.replies) == [5, 2]
+    assert taker.collected.bytes_up == 2 * 24
+
+
+def test_kept_replies_must_hold_the_same_entries() -> None:
+    fold = Collect()
+    fold.add({"arrays": tree({"w": torch.zeros(1)})}, 1.0, 3)
+    fold.add({"arrays": tree({"w": torch.zeros(1)}), "more": tree({"x": torch.zeros(1)})}, 1.0, 5)
+    with pytest.raises(ValueError, match=r"^replies of clients 3 and 5 do not hold the same entries$"):
+        fold.result()

@@ -21,6 +21,7 @@ from fedpers.flower_private import server_identity
 from fedpers.identity import READS, check_halves
 from fedpers.runtime.grid import RUN_ID
 from fedpers.runtime.local import LocalGrid
+from fedpers.server.postprocessors import TopK
 from fedpers.strategies import (
     STRATEGIES,
     CohortApp,
@@ -228,3 +229,52 @@ def test_clients_of_the_command_under_flower_say_what_they_are(tmp_path: Any) ->
         assert grid.client_app.identify is not None  # type: ignore[attr-defined]
         identity = grid.client_app.identify({"settings": settings})  # type: ignore[attr-defined]
     assert identity["option.head_epochs"] == "3"
+
+
+def test_a_strategy_that_is_started_again_looks_at_its_clients_again() -> None:
+    strategy = FedRep()
+    app, other = FedRepUpdate().client_app(NETWORK, DATA), FedAvgUpdate().client_app(NETWORK, DATA)
+    with server_identity(RUN_ID):
+        strategy.start(LocalGrid(app, 3), app.initial_arrays(), num_rounds=1)
+        with pytest.raises(ConfigError, match=r"^client_app=FedAvgUpdate"):
+            strategy.start(LocalGrid(other, 3), other.initial_arrays(), num_rounds=1)
+        with pytest.raises(RuntimeError, match="without start or begin"):  # a start that is over allows nothing
+            strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), LocalGrid(app, 3))
+
+
+def test_equal_numbers_are_equal_options() -> None:
+    with server_identity(RUN_ID):
+        for share in (1, 1.0):
+            update = FedAvgUpdate().client_app(NETWORK, DATA, postprocessors=[TopK(share=share)])
+            check_halves(FedAvg(postprocessors=[TopK(share=1.0)]), update.identity)
+    with pytest.raises(
+        ConfigError, match=r"^postprocessors=\['TopK\(.*share=1\)'\]: expected \['TopK\(.*share=0.5\)'\]"
+    ):
+        check_halves(
+            FedAvg(postprocessors=[TopK(share=1)]),
+            FedAvgUpdate().client_app(NETWORK, DATA, postprocessors=[TopK(share=0.5)]).identity,
+        )
+
+
+def test_a_method_that_the_server_does_not_know_is_no_variation() -> None:
+    """Its client says that where it lives it is a method of its own."""
+    identity = Smoothed().client_app(NETWORK, DATA).identity
+    check_halves(FedRep(), identity)
+    identity["methods"] = [identity["method"][0], *identity["methods"]]  # type: ignore[index,misc]
+    with pytest.raises(ConfigError, match=r"^client_app=Smoothed"):
+        check_halves(FedRep(), identity)
+
+
+class Different(FedAvg):
+    """Sends each client arrays of its own."""
+
+    def send(self, round: int, arrays: Any, clients: list[int]) -> Any:
+        return [{"arrays": arrays * 2} for _ in clients]
+
+
+def test_postprocessors_need_clients_that_are_sent_the_servers_arrays() -> None:
+    postprocessors = [TopK(share=1.0)]
+    app = FedAvgUpdate().client_app(NETWORK, DATA, postprocessors=postprocessors)
+    expected = r"^postprocessors=\['compression'\]: expected none for Different, which sends clients other arrays"
+    with server_identity(RUN_ID), pytest.raises(ConfigError, match=expected):
+        Different(postprocessors=postprocessors).start(LocalGrid(app, 3), app.initial_arrays(), num_rounds=1)

@@ -530,6 +530,26 @@ def test_personal_state_with_other_names_than_the_initial_one_is_refused() -> No
 
 
 @pytest.mark.parametrize("cohort", [1, 4])
+def test_personal_state_of_another_type_leaves_its_clients_out(cohort: int) -> None:
+    class Doubling(LocalUpdate):
+        personal = "head"
+
+        def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+            params = cohort.assemble(received["arrays"])
+            kept = params.select(*cohort.names("head")).double()
+            return cohort.reply(params, state={"model": kept})
+
+    class Careless(PersonalizedStrategy):
+        update = Doubling
+
+    app = Doubling().client_app(SmallNetwork(), DATA)
+    grid = LocalGrid(app, DATA.num_clients, cohort=cohort, workers=1)
+    reason = r"keeps 'model/head\.\w+' as torch.float64 \[.*\], which its initial state declares as torch.float32"
+    with pytest.raises(TrainingError, match=f"^round 1: 0 of 4 .*{reason}"):
+        Careless().start(grid, app.initial_arrays(), num_rounds=1)
+
+
+@pytest.mark.parametrize("cohort", [1, 4])
 def test_forgetting_to_keep_what_is_personal_is_refused_in_the_first_round(cohort: int) -> None:
     class Forgetful(LocalUpdate):
         shared = "body"

@@ -178,7 +178,7 @@ class TopK(Postprocessor):
             return {**others, **encoded}, None
         for name, value in rest.items():
             rest[name] = torch.where(expand_rows(usable.to(value.device), value), value, state[name].to(value))
-        return {**others, **encoded}, tree(rest, size)
+        return {**others, **encoded}, tree({**entries(state), **rest}, size)  # what was not sent keeps its residual
 
     def _compress(self, rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Values ``[K, k]``, positions ``[K, k]`` (None if all are sent) and steps ``[K]`` of changes ``[K, n]``."""

@@ -39,13 +39,15 @@ PRIVATE = (
 )
 
 
-def within(wrapper: W) -> W:
+def within(wrapper: W, timeout: float | None = 3600) -> W:
     """Tell the method inside `wrapper` that it is there, and refuse what the two would get wrong together.
 
     Parameters
     ----------
     wrapper : Strategy
         It holds a method of this package as its ``strategy``, possibly inside further wrappers.
+    timeout : float, optional
+        Seconds that exchanges of the method's own may take; those of training and evaluation go by ``wrapper.start``.
 
     Returns
     -------
@@ -69,7 +71,7 @@ def within(wrapper: W) -> W:
     for private in _private(wrapper):
         _check_method(inside, private)
     inside.wrapper = wrapper
-    inside.begin()
+    inside.begin(timeout)
     return wrapper
 
 

@@ -193,7 +193,6 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "one batch": {"training.batch_size": 0, "tolerance": 0.02},
     },
     "fedmf": {"threshold": {"threshold": 0.05}},
-    "pfedrec": {"official": {"variant": "official"}},
     "gpfl": {
         "paper": {"variant": "paper"},
         "in order": {"training.shuffle": False, "training.drop_last": True},

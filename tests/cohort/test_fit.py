@@ -419,7 +419,7 @@ def test_an_option_that_does_not_exist_is_refused(call: str) -> None:
 def test_what_is_given_needs_a_row_for_each_client() -> None:
     cohort = make_cohort(NETWORK, DATA, training=SMALL)
     for value in (torch.zeros(3, 2), torch.tensor(1.0), cohort.template):
-        with pytest.raises(ValueError, match=r"^given 'anchor' has shape \[.*\]: expected 7 rows, one per client"):
+        with pytest.raises(ValueError, match=r"^given 'anchor' has shape \[.*\]: expected 7 rows, one for each client"):
             cohort.fit(start(cohort), cross_entropy, given={"anchor": value})
     with pytest.raises(ValueError, match=r"^rates have shape \[2\]: expected one for each of 7"):
         cohort.fit(start(cohort), cross_entropy, rates=torch.ones(2))

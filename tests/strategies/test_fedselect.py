@@ -413,7 +413,7 @@ def test_an_entry_that_is_personal_for_all_stays_on_the_server() -> None:
             "arrays": tree({"weight": torch.tensor(values)}),
             "mask": tree({"weight": to_bits(torch.tensor(mask))}),
         }
-        fold.add(strategy.unpack(packed, client), 1.0, client)
+        fold.add(fold.decode(packed, client), 1.0, client)
     new = strategy.combine(strategy._arrays, fold.result(), [0, 1])
     assert new["weight"].tolist() == [5.0, 2.0, 2.0]
 

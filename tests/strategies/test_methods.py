@@ -162,19 +162,21 @@ def test_fedrep_trains_the_head_first_and_averages_bodies(weighting: str) -> Non
 
 
 def test_ditto_ties_an_own_network_to_the_received_one() -> None:
-    found = run("ditto", {"mu": 0.4, "personal_epochs": 3}, fraction=0.5)
+    found = run("ditto", {"mu": 0.4, "personal_epochs": 3}, fraction=0.25)
     server = initial()
-    own = [initial() for _ in CLIENTS]
+    own: dict[int, Values] = {}
     for r in (1, 2, 3):
         parts = []
-        for client in drawn(r, 0.5):
+        for client in drawn(r, 0.25):
             parts.append(copied(server))
             sgd(parts[-1], passes(client, 2, r))
+            own.setdefault(client, copied(server))  # which starts from the first network it receives
             sgd(own[client], passes(client, 3, r, first=2), add=lambda n, v, w=server: 0.4 * (v - w[n]))
         server = average(parts, [1.0] * len(parts))
     assert_same(found.arrays, server)
+    assert len(own) < len(CLIENTS)
     for client, values in enumerate(found.predictors()):
-        assert_same(values, own[client])  # buffers too are the client's own
+        assert_same(values, own.get(client, server))  # buffers too are the client's own
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.4])
@@ -229,12 +231,12 @@ def test_apfl_follows_the_chain_rule_through_the_mixture(adaptive: bool, momentu
     found = run("apfl", options, rounds=2, fraction=0.75, momentum=momentum)
     names = weights_of()
     server = initial()
-    own = [initial() for _ in CLIENTS]
+    own: dict[int, Values] = {}
     alpha = [torch.tensor(0.3, dtype=torch.float64) for _ in CLIENTS]
     for r in (1, 2):
         parts = []
         for client in drawn(r, 0.75):
-            w, v = copied(server), own[client]
+            w, v = copied(server), own.setdefault(client, copied(server))
             velocity_w, velocity_v = ({n: torch.zeros_like(w[n]) for n in names} for _ in range(2))
             for x, y in passes(client, 2, r):
                 share = alpha[client].clone().requires_grad_()
@@ -258,8 +260,9 @@ def test_apfl_follows_the_chain_rule_through_the_mixture(adaptive: bool, momentu
     for client, values in enumerate(found.predictors()):
         a = alpha[client]
         assert float(found.state(client)["alpha"]) == pytest.approx(float(a), rel=1e-10)
-        mixed = {n: a * own[client][n] + (1 - a) * server[n] for n in names}
-        assert_same(values, {**own[client], **mixed})  # the mixture was trained with the own buffers
+        mine = own.get(client, server)
+        mixed = {n: a * mine[n] + (1 - a) * server[n] for n in names}
+        assert_same(values, {**mine, **mixed})  # the mixture was trained with the own buffers
     assert (float(alpha[0]) != 0.3) == adaptive
 
 
@@ -308,7 +311,7 @@ def test_rates_fall_over_the_rounds_for_every_part_of_a_method() -> None:
         one, two = (run(method, rounds=r, network=network, lr_decay=1e-13) for r in (1, 2))
         for client in CLIENTS:
             first, second = one.state(client), two.state(client)
-            for name in first:
+            for name in first.keys() - {"trained"}:
                 if method != "scaffold":
                     torch.testing.assert_close(second[name], first[name], rtol=1e-9, atol=1e-9)
         assert_same(two.arrays, one.arrays)

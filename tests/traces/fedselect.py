@@ -252,8 +252,8 @@ def _merging(trace: Trace, found: Comparison, device: str) -> None:
         bench.put(client, model=state, used=mask)
         sent = tree({n: state[n].to(device)[None] for n in mask}, 1)
         records = {"arrays": sent, "mask": tree({n: m.to(device, torch.uint8)[None] for n, m in mask.items()}, 1)}
-        packed = bench.update.pack({name: row(stacked, 0) for name, stacked in records.items()})
-        fold.add(bench.strategy.unpack(packed, client), 1.0, client)
+        packed = bench.update.encode({name: row(stacked, 0) for name, stacked in records.items()})
+        fold.add(fold.decode(packed, client), 1.0, client)
         for name, value in trace.group(f"after_c{client}/sum").items():
             found.add("sums", fold.sums["arrays"][name], value)
         for name, value in trace.group(f"after_c{client}/count").items():

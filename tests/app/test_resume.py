@@ -425,6 +425,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     script = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in the background
 from fedpers import run as module
 from fedpers.app import main
 slow = module.run_rounds

@@ -229,7 +229,8 @@ class RowMean(Fold):
         self.table: Tensor | None = table
         self.rest = 0.0
         self.total = 0.0
-        self.change = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
+        # made with the first reply: what an empty fold holds travels, and may lie in memory that others share
+        self.change: Tensor | None = None
 
     @property
     def _known(self) -> Tensor:
@@ -257,13 +258,18 @@ class RowMean(Fold):
         self.rest += weight * factor
         self.total += weight
         moved = message["values"].to(table.device).double() - factor * table[rows].double()
+        if self.change is None:
+            self.change = torch.zeros(table.shape, dtype=torch.float64, device=table.device)
         self.change.index_add_(0, rows, moved, alpha=weight)
 
     def merge(self, other: Self) -> None:
         """Take in what another fold took in."""
+        if other.change is None:
+            return
         self.rest += other.rest
         self.total += other.total
-        self.change += other.change.to(self.change.device)
+        change = other.change.to(self._known.device)
+        self.change = change if self.change is None else self.change + change
 
     def partial(self) -> Self:
         """The same without the table, which whoever merges it has."""
@@ -273,7 +279,7 @@ class RowMean(Fold):
 
     def result(self) -> dict[str, Tree]:
         """Return the mean table."""
-        if not self.total:
+        if not self.total or self.change is None:
             return {}
         mean = (self._known.double() * self.rest + self.change) / self.total
         return {RECORD: tree({self.name: mean.to(self._known.dtype)})}

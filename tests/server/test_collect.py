@@ -93,6 +93,8 @@ def test_what_goes_to_another_machine_to_fold_is_the_arrays_and_little_else(meth
     pickled, buffers = pack(rules_of(strategy))
     arrays = sum(value.nbytes for value in entries(strategy.sent_arrays).values())
     assert len(pickled) + sum(buffer.nbytes for buffer in buffers) <= arrays + SMALL
+    # no tensor but the arrays: an actor's is a view of memory that others read, and must not be written
+    assert sum(buffer.nbytes for buffer in buffers) <= arrays
     restored = pickle.loads(pickled, buffers=buffers)
     assert vars(restored).keys() == {"arrays", "schema", "fold", "postprocessors", "weighting", "by_client"}
 

@@ -10,7 +10,7 @@ import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flwr.app as flower
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedpers.client.app import CohortApp
 from fedpers.client.results import ClientResult
+from fedpers.cohort import entries
 from fedpers.cohort.state import Block
 from fedpers.data.federated import FederatedData
 from fedpers.records import LiveArray
@@ -210,6 +211,9 @@ class Worker:
         more: list[flower.RecordDict] = unpack(own)
         engine = self.shards[shard]
         engine.changed = False
+        if rules is not None:  # what a fold sums up in must not lie in memory that other actors read
+            shared = {id(value): value for value in entries(rules.arrays).values()}
+            rules.fold = copy.deepcopy(rules.fold, cast(Any, shared))
         collector = None if rules is None else ReplyCollector(rules)
         with one_thread():
             received = [contents[i] if i >= 0 else more[-1 - i] for i in which]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fedpers.runtime.ray as ray_runtime
 from fedpers import simulate
-from fedpers.cohort import Training, leaves
+from fedpers.cohort import Fold, Training, entries, leaves, tree
 from fedpers.errors import ConfigError, FedpersError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.records import from_record
@@ -436,3 +436,47 @@ def test_dealing_is_fair(expected: list[float], shards: int) -> None:
     loads = [sum(expected[c] for c in clients) for clients in dealt]
     # greedy: the fullest shard exceeds the emptiest by at most the last client it got
     assert max(loads) - min(loads) <= max(expected) * (1 + 1e-9)
+
+
+class Summing(Fold):
+    """A sum in a tensor that an empty fold holds already; it knows the arrays too."""
+
+    def __init__(self, arrays: Any) -> None:
+        self.known = entries(arrays)["body.0.weight"]
+        self.total = torch.zeros_like(self.known, dtype=torch.float64)
+
+    def add(self, records: Any, weight: float, client: int) -> None:
+        self.total += records["arrays"]["body.0.weight"] - self.known
+
+    def merge(self, other: Any) -> None:
+        self.total += other.total
+
+    def result(self) -> Any:
+        return {"sum": tree({"body.0.weight": self.total})}
+
+
+class SummingServer(Faulty):
+    """Sums up how the first layers changed."""
+
+    def fold(self) -> Any:
+        return Summing(self.sent_arrays)
+
+    def combine(self, arrays: Any, means: Any, clients: list[int]) -> Any:
+        self.total = means["sum"]["body.0.weight"].clone()
+        return arrays
+
+
+@pytest.mark.slow
+def test_actors_do_not_sum_up_in_memory_that_they_share(machine: None) -> None:
+    app = app_of()
+    totals = []
+    for grid in (RayGrid(app, actors=2, cohort=2), LocalGrid(app, 5, cohort=2, workers=1)):
+        strategy = SummingServer(seed=3)
+        folding, config = strategy.folding(grid), flower.ConfigRecord()
+        strategy.begin()
+        for r in (1, 2):
+            messages = strategy.configure_train(r, app.initial_arrays(), config, folding)
+            strategy.aggregate_train(r, folding.send_and_receive(messages))
+        totals.append(strategy.total)
+        grid.close()
+    torch.testing.assert_close(totals[0], totals[1], rtol=1e-10, atol=1e-12)

@@ -5,6 +5,7 @@ Memory does not grow with the number of clients, and partial folds from other ma
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -17,7 +18,7 @@ Records = Mapping[str, Tree]
 """What a message carries: trees by record."""
 
 
-class Fold:
+class Fold(ABC):
     """Something that takes replies and yields an aggregate; a subclass has :meth:`add`, :meth:`merge`, :meth:`result`.
 
     It travels to where replies are made, empty, and :meth:`partial` of it travels back.
@@ -33,9 +34,9 @@ class Fold:
         """
         return records
 
+    @abstractmethod
     def add(self, records: Records, weight: float, client: int) -> None:
         """Take in the records of one client, batch size []."""
-        raise NotImplementedError(f"{type(self).__name__}.add")
 
     def add_stack(self, records: Records, weights: Tensor, clients: Sequence[int]) -> None:
         """Take in the records of K clients, batch size [K], with their `weights` ``[K]``."""
@@ -43,17 +44,17 @@ class Fold:
             rows = {r: tree({n: v[k] for n, v in entries(values).items()}) for r, values in records.items()}
             self.add(rows, float(weights[k]), client)
 
+    @abstractmethod
     def merge(self, other: Self) -> None:
         """Take in what another fold of the same kind took in."""
-        raise NotImplementedError(f"{type(self).__name__}.merge")
 
     def partial(self) -> Self:
         """What another fold of the same kind needs to :meth:`merge` this one, without what both know."""
         return self
 
+    @abstractmethod
     def result(self) -> dict[str, Tree]:
         """Return the aggregate of all that was added."""
-        raise NotImplementedError(f"{type(self).__name__}.result")
 
 
 class WeightedMean(Fold):

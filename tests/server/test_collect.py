@@ -278,6 +278,10 @@ class Picky(Fold):
         self.total += records["arrays"]["w"]
         self.clients.append(client)
 
+    def merge(self, other: Picky) -> None:
+        self.total += other.total
+        self.clients += other.clients
+
     def result(self) -> Any:
         return {"arrays": tree({"w": self.total})}
 

@@ -22,14 +22,14 @@ import flwr.app as flower
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedpers.app import composed
+from fedpers.app.compose import composed
 from fedpers.cohort import Tree, leaves
-from fedpers.config import Config
 from fedpers.errors import FedpersError
 from fedpers.identity import identity_of
 from fedpers.records import from_record
 from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
 from fedpers.runtime.flower import FlowerGrid, RemoteApp, await_clients
+from fedpers.settings import Config
 from fedpers.strategies import CohortApp, RoundReport
 
 

@@ -74,14 +74,14 @@ def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) ->
         clients = lineage[0].rpartition(".")[2]
         server = type(strategy).__name__
         raise ConfigError("client_app", clients, f"clients made by {wanted.__name__}, the client half of {server}")
-    for name in _options(strategy):
-        theirs = identity.get(f"{OPTION}{name}")
-        if theirs is not None:
-            allowed = f"{theirs}, as the clients' half has it: both halves of {type(strategy).__name__} need the same"
-            check(_value(getattr(strategy, name)) == theirs, f"strategy.{name}", getattr(strategy, name), allowed)
-    ours, theirs = [_described(p) for p in strategy.postprocessors if p.encodes], list(identity[ENCODERS])
-    allowed = f"{theirs or 'none'}, as in the client app (client_app(..., postprocessors=...))"
-    check(ours == theirs, "postprocessors", ours or "none", allowed)
+    for name in strategy.common_options:
+        ours, theirs = getattr(strategy.client_update, name), identity.get(f"{OPTION}{name}")
+        method = type(strategy).__name__
+        allowed = f"{theirs}, as the clients have it: {method}(client_update={wanted.__name__}({name}={theirs}))"
+        check(theirs is None or _value(ours) == theirs, f"strategy.{name}", ours, allowed)
+    encoders, given = [_described(p) for p in strategy.postprocessors if p.encodes], list(identity[ENCODERS])
+    allowed = f"{given or 'none'}, as in the client app (client_app(..., postprocessors=...))"
+    check(encoders == given, "postprocessors", encoders or "none", allowed)
 
 
 def check_config(config: Mapping[str, Any], reads: Iterable[str], method: str) -> None:

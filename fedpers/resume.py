@@ -14,7 +14,6 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ from typing import Any
 import yaml
 
 from fedpers.checkpoint import Checkpoint, Checkpoints
-from fedpers.config import Config, RuntimeConfig, build, conf_folder
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.progress import exactly
+from fedpers.settings import Config, RuntimeConfig, build
+from fedpers.settings.groups import RENAMED, choice_values, group_names
 
 GROUPS = ("runtime", "tracker")
 """Groups that may be replaced as a whole, by their files in ``conf/``."""
@@ -103,11 +103,11 @@ class Reopened:
     def runtime_as_before(self, checkpoint: Checkpoint) -> RuntimeConfig:
         """Runtime with the cohort size of the run so far, where it is left to us: it decides on the last digits."""
         config, kept = self.config.runtime, checkpoint.content.get("runtime")
-        if not isinstance(kept, dict) or kept.get("name") != config.name or config.cohort != "auto":
+        if not isinstance(kept, dict) or kept.get("name") != config.name or config.clients_at_once != "auto":
             return config
         size, device = kept.get("cohort"), checkpoint.content.get("device")
         if isinstance(size, int) and size >= 1 and device == config.torch_device().type:
-            return replace(config, cohort=size)
+            return replace(config, clients_at_once=size)
         return config
 
 
@@ -128,6 +128,11 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Reopened:
     """
     check_contents(folder)
     plain = _read_config(folder / "config.yaml")
+    for former, name in RENAMED.items():  # in the folder of an older run
+        if (value := _get(plain, former)) is not None:
+            _put(plain, name, value)
+            group, _, key = former.rpartition(".")
+            del _get(plain, group)[key]
     typed = _apply(plain, overrides)
     _check_code(plain, typed, folder)
     config = build(Config, plain)
@@ -243,6 +248,8 @@ def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
             key, value = str(found.key_or_group), found.value()
         except HydraException as error:
             raise FedpersError(f"'{text}' cannot be read as key=value.") from error
+        if key in RENAMED:
+            raise ConfigError(key, value, f"{RENAMED[key]}, as it is called now")
         typed.add(key)
         first = key.partition(".")[0]
         if key in GROUPS:
@@ -256,16 +263,12 @@ def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
 
 
 def _group(group: str, value: Any) -> dict[str, Any]:
-    """Contents of one or several files of a group."""
-    from omegaconf import OmegaConf
-
-    options = [path.stem for path in (conf_folder() / group).glob("*.yaml")]
+    """Values of one or several choices of a group."""
     merged: dict[str, Any] = {}
     for name in value if isinstance(value, list) else [value]:
-        if name not in options:
-            raise ConfigError(group, name, one_of(options, str(name)))
-        found: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / group / f"{name}.yaml"), resolve=False)
-        merged.update(deepcopy(found) if found else {})
+        if name not in group_names(group):
+            raise ConfigError(group, name, one_of(group_names(group), str(name)))
+        merged.update(choice_values(group, name))
     return merged
 
 

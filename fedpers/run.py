@@ -29,7 +29,6 @@ from fedpers import __version__
 from fedpers.checkpoint import Checkpoint, Checkpoints, network_checksum
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Tree
-from fedpers.config import Config, build, convert, postprocessors
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.data.federated import PARTS
 from fedpers.errors import ConfigError, FedpersError
@@ -41,8 +40,10 @@ from fedpers.records import from_record, to_record
 from fedpers.resume import FinishedError, clear_leftovers, locked, reopen
 from fedpers.runtime.launch import launch
 from fedpers.runtime.states import DamagedError, read_states
+from fedpers.server.postprocessors import make_postprocessors
+from fedpers.settings import Config, build
 from fedpers.signals import Interrupted, StopSignals
-from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, make_strategy, option_types
+from fedpers.strategies import CohortApp, PersonalizedStrategy, RoundReport, make_strategy
 from fedpers.tracking import Resumed, Trackers, make_trackers
 
 log = logging.getLogger(__name__)
@@ -113,18 +114,13 @@ def make_halves(config: Config) -> tuple[PersonalizedStrategy, LocalUpdate]:
         If a setting of the method cannot be used.
     """
     name = str(config.strategy["name"])
-    kinds = option_types(name)
-    options = {
-        key: convert(f"strategy.{key}", value, kinds.get(key, Any))
-        for key, value in config.strategy.items()
-        if key != "name"
-    }
+    options = {key: value for key, value in config.strategy.items() if key != "name"}
     server = {
         "fraction": config.fraction,
         "seed": config.seed,
         "evaluate_every": config.evaluate_every,
         "min_replies": config.min_replies,
-        "postprocessors": postprocessors(config),
+        "postprocessors": make_postprocessors(config),
     }
     return make_strategy(name, options, server=server, training=config.training)
 
@@ -449,9 +445,9 @@ class _Run:
                 _write(self.folder / "summary.json", json.dumps(self.summary, indent=1))
                 trackers.summary({f"selected/{k}": v for k, v in self.summary["selected"].items() if v is not None})
         if signals.received is not None:
-            raise Interrupted(signals.received, self._told())
+            raise Interrupted(signals.received, self._stopped())
 
-    def _told(self) -> str:
+    def _stopped(self) -> str:
         done = self.progress.rounds_done
         if done == self.config.rounds:
             return f"stopped after the last round, {done}; the run is complete"

@@ -19,14 +19,14 @@ class Interrupted(KeyboardInterrupt):
     ----------
     number : int
         The signal's.
-    told : str
+    reason : str
         What of the run is there, a sentence without its end.
     """
 
-    def __init__(self, number: int, told: str = "") -> None:
-        super().__init__(told)
+    def __init__(self, number: int, reason: str = "") -> None:
+        super().__init__(reason)
         self.exit_code = 128 + number
-        self.told = told
+        self.reason = reason
 
 
 class StopSignals:

@@ -89,7 +89,7 @@ def test_a_wheel_brings_its_configuration(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(tmp_path / "site")], check=True)
     code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import fedpers.config as c;"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import fedpers.settings.groups as c;"
         "print(c.conf_folder()); from fedpers.app import main; main(sys.argv[1:])"
     )
     done = subprocess.run(

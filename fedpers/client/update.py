@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select
 from fedpers.cohort.plan import smallest_batch
 from fedpers.data.federated import PARTS, FederatedData, Part
+from fedpers.settings.base import Settings
 
 if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
@@ -26,11 +27,11 @@ Received = Mapping[str, Tree]
 
 
 @dataclass(kw_only=True)
-class LocalUpdate:
+class LocalUpdate(Settings, group="strategy"):
     """What a client does in a round, written for K clients at once.
 
     A method overrides :meth:`train`, and :meth:`personalize` if it predicts with something else than received
-    entries plus personal ones. Fields are the method's hyperparameters.
+    entries plus personal ones. Fields are the method's options, see :class:`~fedpers.settings.Settings`.
 
     Attributes
     ----------
@@ -56,6 +57,11 @@ class LocalUpdate:
     config_keys: ClassVar[tuple[str, ...]] = ()
     settles_parts: ClassVar[bool] = False
     training: Training = field(default_factory=Training)
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """An option as it is typed: a method's own below ``strategy``."""
+        return name if name == "training" else super().key(name)
 
     # ------------------------------------------------------------- before training
 

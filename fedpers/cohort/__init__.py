@@ -15,9 +15,9 @@ from fedpers.cohort.step import (
     proximal,
     shifted,
 )
-from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree
 from fedpers.cohort.walk import Walk
+from fedpers.settings.training import Training
 
 __all__ = [
     "Adjust",

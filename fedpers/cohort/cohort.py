@@ -18,12 +18,12 @@ from fedpers.cohort.modules import has_dropout
 from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
-from fedpers.cohort.training import Training
 from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, map_tensors, select, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
 from fedpers.errors import one_of
 from fedpers.randomness import derive, generator
+from fedpers.settings.training import Training
 
 TRAINED = "trained"
 """Role in personal state that counts a client's trainings, int64; kept by whoever runs cohorts, not by methods."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedpers.cohort.training import Training
 from fedpers.cohort.tree import expand_rows, flat_rows, select
+from fedpers.settings.training import Training
 
 
 class Optimizer:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import BatchPlan
 from fedpers.cohort.step import Step
-from fedpers.cohort.training import Training
+from fedpers.settings.training import Training
 
 if TYPE_CHECKING:
     from fedpers.cohort.cohort import Cohort

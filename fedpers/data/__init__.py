@@ -1,12 +1,13 @@
 """Data sets, partitions and splits; knows nothing of methods."""
 
-from fedpers.data.datasets import Dataset, DatasetConfig, load_dataset
+from fedpers.data.datasets import Dataset, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.data.heterogeneity import HeterogeneityConfig, apply_heterogeneity
+from fedpers.data.heterogeneity import apply_heterogeneity
 from fedpers.data.load import load_federated
-from fedpers.data.partition import PartitionConfig, partition_samples
+from fedpers.data.partition import partition_samples
 from fedpers.data.ratings import RankingData
-from fedpers.data.split import SplitConfig, split_clients
+from fedpers.data.split import split_clients
+from fedpers.settings.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
 
 __all__ = [
     "PARTS",

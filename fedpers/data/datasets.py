@@ -23,112 +23,13 @@ from torch import Tensor
 
 from fedpers.data.cache import cache_root
 from fedpers.data.torchvision_shim import import_torchvision
-from fedpers.errors import ConfigError, DataError, check, one_of
+from fedpers.errors import ConfigError, DataError, check
+from fedpers.settings.data import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, Regression, Task
-from fedpers.tasks.ranking import PROTOCOLS
 
 MAX_CHANNELS = 4
 MAX_CLASSES = 100_000  # labels beyond are ids or values, not classes
-RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings", "synthetic_ratings")
-"""Data sets of users and items; they are read by `fedpers.data.rating_files`."""
-LEAVE_ONE_OUT = 3  # interactions a user needs: one each to train, validate and test on
-_MIN_INTERACTIONS = {"amazon_video": 5}  # as published; 10 for the others
-_LOWEST = {
-    "min_interactions": LEAVE_ONE_OUT,
-    "negatives": 1,
-    "eval_negatives": 1,
-    "top_k": 1,
-    "max_users": 1,
-    "num_users": 1,
-    "num_items": 40,
-    "seed": 0,
-}
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; torchvision itself would wait for minutes
-
-
-@dataclass
-class DatasetConfig:
-    """Which data to load (the group ``dataset``).
-
-    Parameters
-    ----------
-    name : str
-        A name in `DATASETS` or `RATINGS`; typed as ``dataset=NAME``.
-    root : str or None
-        Folder of the files, or for ``npz`` and ``ratings`` the path of the file; sets of ratings take either. None is
-        the folder ``data`` of the cache.
-    download : bool
-        Whether torchvision may download what is not in `root`.
-    x, y : str
-        ``npz`` only: names of the arrays with inputs, and with labels: whole numbers ``[N]`` are class ids, floats
-        ``[N]`` with fractions or ``[N, D]`` are the targets of a regression.
-    client : str or None
-        ``npz`` only: name of the array ``[N]`` that says which client a sample belongs to (whole numbers or text).
-    n_train : str or None
-        ``npz`` only: name of the array that holds one number: so many samples, the first, are the official
-        training part.
-    protocol : {"clean", "official"}
-        Ratings only, like all that follow. What negatives are drawn from and which round counts, see
-        :class:`fedpers.data.ratings.RankingData`. ``clean`` ranks the validation and the test item among different
-        negatives, ``official`` among the same.
-    min_interactions : int or None
-        Users with fewer are left out, >= 3; None is as published: 10, but 5 for ``amazon_video``.
-    negatives : int
-        Drawn for each training positive in each round, >= 1.
-    eval_negatives : int
-        Items the user never touched among which a held-out item is ranked, >= 1; drawn once.
-    top_k : int
-        Length of the recommended list, >= 1.
-    max_users : int or None
-        Take the first so many users, for quick runs; None is all.
-    num_users, num_items : int
-        ``synthetic_ratings`` only: >= 1 and >= 40.
-    seed : int
-        ``synthetic_ratings`` only: of the tastes and what was liked; it does not change with the run's seed.
-
-    Raises
-    ------
-    ConfigError
-        If the name is unknown, ``npz`` or ``ratings`` comes without a path, or a value is out of range.
-    """
-
-    name: str = "digits"
-    root: str | None = None
-    download: bool = True
-    x: str = "x"
-    y: str = "y"
-    client: str | None = None
-    n_train: str | None = None
-    protocol: str = "clean"
-    min_interactions: int | None = None
-    negatives: int = 4
-    eval_negatives: int = 99
-    top_k: int = 10
-    max_users: int | None = None
-    num_users: int = 200
-    num_items: int = 300
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        names = [*DATASETS, *RATINGS]
-        check(self.name in names, "dataset", self.name, one_of(names, str(self.name)))
-        check(self.name != "npz" or bool(self.root), "dataset.root", self.root, "the path of an .npz file")
-        check(self.name != "ratings" or bool(self.root), "dataset.root", self.root, "the path of a .csv or .npz file")
-        check(isinstance(self.download, bool), "dataset.download", self.download, "true or false")
-        check(self.protocol in PROTOCOLS, "dataset.protocol", self.protocol, one_of(PROTOCOLS, str(self.protocol)))
-        if self.min_interactions is None:
-            self.min_interactions = _MIN_INTERACTIONS.get(self.name, 10)
-        for key, low in _LOWEST.items():
-            value = getattr(self, key)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            optional = key == "max_users"
-            allowed = f"a whole number >= {low}{' or null' if optional else ''}"
-            check(good or (optional and value is None), f"dataset.{key}", value, allowed)
-
-    @property
-    def holds_ratings(self) -> bool:
-        """Whether the data are ratings of users, whom nothing has to divide."""
-        return self.name in RATINGS
 
 
 @dataclass(frozen=True)

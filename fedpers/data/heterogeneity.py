@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedpers.data.federated import PARTS, FederatedData
-from fedpers.errors import DataError, check, one_of
+from fedpers.errors import DataError, check
 from fedpers.randomness import generator
-
-NAMES = ("none", "feature_shift", "label_noise")
-
-
-@dataclass
-class HeterogeneityConfig:
-    """Settings of a heterogeneity.
-
-    Parameters
-    ----------
-    name : {"none", "feature_shift", "label_noise"}
-        ``feature_shift``: client k sees ``exp(strength * a_k) * x + strength * b_k`` with a_k, b_k drawn from N(0, 1),
-        the same in all its parts: another contrast and brightness, as of another camera. ``label_noise``: a share
-        ``strength * u_k`` of client k's training labels, u_k uniform in [0, 1], is replaced by other classes;
-        validation and test labels stay right.
-    strength : float
-        >= 0; for ``label_noise`` at most 1.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
-    """
-
-    name: str = "none"
-    strength: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check(self.name in NAMES, "heterogeneity", self.name, one_of(NAMES, self.name))
-        check(self.strength >= 0, "heterogeneity.strength", self.strength, "a number >= 0")
-        if self.name == "label_noise":
-            check(self.strength <= 1, "heterogeneity.strength", self.strength, "a number >= 0 and <= 1")
+from fedpers.settings.data import HeterogeneityConfig
 
 
 def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: int) -> FederatedData:

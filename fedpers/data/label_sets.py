@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from fedpers.data.datasets import Dataset
 from fedpers.data.federated import Part
-from fedpers.data.partition import PartitionConfig
-from fedpers.data.split import Lists, SplitConfig
+from fedpers.data.split import Lists
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import generator
+from fedpers.settings.data import PartitionConfig, SplitConfig
 
 
 def deal_label_sets(

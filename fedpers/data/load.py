@@ -6,15 +6,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import DatasetConfig, load_dataset
+from fedpers.data.datasets import load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.index import OWNED, read_index
 from fedpers.data.label_sets import deal_label_sets
-from fedpers.data.partition import BY_LABEL, PartitionConfig, partition_samples
+from fedpers.data.partition import BY_LABEL, partition_samples
 from fedpers.data.rating_files import read_ratings
 from fedpers.data.ratings import leave_one_out
-from fedpers.data.split import SplitConfig, draw_unseen, hold_out, split_clients, take_public
+from fedpers.data.split import draw_unseen, hold_out, split_clients, take_public
 from fedpers.errors import DataError, check
+from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
 
 
 def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig, seed: int) -> FederatedData:

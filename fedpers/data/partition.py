@@ -7,9 +7,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,109 +17,16 @@ from numpy.typing import NDArray
 from fedpers.data.cache import read_lists, write_lists
 from fedpers.data.datasets import Dataset
 from fedpers.data.index import read_index
-from fedpers.errors import ConfigError, DataError, check, one_of
+from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import derive, generator
+from fedpers.settings.data import DEFAULT_CLIENTS, PartitionConfig
 
 logger = logging.getLogger(__name__)
 
-PARTITIONS = ("iid", "dirichlet", "pathological", "quantity", "natural", "index", "label_sets", "user")
 BY_LABEL = ("dirichlet", "pathological", "label_sets")  # they divide classes, which a regression does not have
-OWN = ("natural", "index", "user")  # the number of clients comes with the data
-SKEWS = ("linear", "square", "exponential")
-DEFAULT_CLIENTS = 20
 ATTEMPTS = 6  # seeds tried until every client has min_samples
 TRIES = {"dirichlet": 11, "pathological": 1}  # divisions flwr-datasets tries with one seed
 _CACHE_FORMAT = 1  # raise when the same settings give another division
-
-
-@dataclass
-class PartitionConfig:
-    """How samples are divided among clients (the group ``partition``).
-
-    Parameters
-    ----------
-    name : str
-        ``iid``, ``dirichlet`` (each class is divided by proportions drawn from Dirichlet(alpha)), ``pathological``
-        (each client has `classes_per_client` classes), ``quantity`` (iid, sizes differ), ``natural`` (client ids of
-        the data), ``index`` (lists in a file), ``label_sets`` (clients hold sets of labels and may share samples, see
-        :func:`fedpers.data.label_sets.deal_label_sets`) or ``user`` (ratings only: each user is a client). Typed as
-        ``partition=NAME``.
-    num_clients : int or None
-        Number of clients, >= 1. None is 20; for ``natural`` and ``index`` it is all there are. With ``natural`` so
-        many owners are drawn at random, with ``index`` the first so many lists are taken; ``label_sets`` adds
-        `unseen_label_sets` clients to them. With ``user`` it is None, users are counted by ``dataset.max_users``.
-    seed : int or None
-        Seed of the division and of the split; None is the run's seed. Set it to give runs with different seeds
-        the same data.
-    min_samples : int
-        Samples every client has at least, >= 1; not used by ``label_sets`` and ``user``.
-    alpha : float
-        ``dirichlet``: concentration, > 0; small is heterogeneous.
-    classes_per_client : int
-        ``pathological``: classes each client has, >= 1.
-    skew : str
-        ``quantity``: every client gets `min_samples`, and client k of 1..K of the others a share in proportion to
-        ``k`` (linear), ``k**2`` (square) or ``exp(k)`` (exponential).
-    file : str or None
-        ``index``: path of a .json or .npz file, see :func:`fedpers.data.index.read_index`.
-    anchors : int
-        ``label_sets``: the first so many clients hold disjoint sets of labels that cover all classes, 0 to
-        `num_clients`.
-    labels_per_client : int
-        ``label_sets``: labels each client that is no anchor holds, >= 1.
-    samples_per_client : int
-        ``label_sets``: training samples each client holds, >= 1 for each label.
-    unseen_label_sets : int
-        ``label_sets``: further clients, which never train, hold sets of labels no other client holds; >= 0.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of range.
-    """
-
-    name: str = "iid"
-    num_clients: int | None = None
-    seed: int | None = None
-    min_samples: int = 10
-    alpha: float = 0.1
-    classes_per_client: int = 2
-    skew: str = "linear"
-    file: str | None = None
-    anchors: int = 5
-    labels_per_client: int = 4
-    samples_per_client: int = 100
-    unseen_label_sets: int = 5
-
-    def __post_init__(self) -> None:
-        check(self.name in PARTITIONS, "partition", self.name, one_of(PARTITIONS, str(self.name)))
-        if self.num_clients is None and self.name not in OWN:
-            self.num_clients = DEFAULT_CLIENTS
-        _check_whole("num_clients", self.num_clients, 1, optional=True)
-        _check_whole("seed", self.seed, 0, optional=True)
-        _check_whole("min_samples", self.min_samples, 1)
-        _check_whole("classes_per_client", self.classes_per_client, 1)
-        number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
-        check(number and math.isfinite(self.alpha) and self.alpha > 0, "partition.alpha", self.alpha, "a number > 0")
-        check(self.skew in SKEWS, "partition.skew", self.skew, one_of(SKEWS, str(self.skew)))
-        check(self.name != "index" or bool(self.file), "partition.file", self.file, "the path of a .json or .npz file")
-        for key, low in (("anchors", 0), ("labels_per_client", 1), ("samples_per_client", 1), ("unseen_label_sets", 0)):
-            _check_whole(key, getattr(self, key), low)
-        if self.name == "label_sets" and self.num_clients is not None:
-            allowed = f"at most partition.num_clients={self.num_clients}"
-            check(self.anchors <= self.num_clients, "partition.anchors", self.anchors, allowed)
-            enough = self.samples_per_client >= self.labels_per_client
-            allowed = f"at least partition.labels_per_client={self.labels_per_client}"
-            check(enough, "partition.samples_per_client", self.samples_per_client, allowed)
-        if self.name == "user":
-            allowed = "null with partition=user; dataset.max_users limits the users"
-            check(self.num_clients is None, "partition.num_clients", self.num_clients, allowed)
-
-
-def _check_whole(key: str, value: object, low: int, optional: bool = False) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    allowed = f"a whole number >= {low}" + (" or null" if optional else "")
-    check(ok or (optional and value is None), f"partition.{key}", value, allowed)
 
 
 def partition_samples(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArray[np.int64]]:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import DatasetConfig, data_root, read_npz
+from fedpers.data.datasets import data_root, read_npz
 from fedpers.errors import DataError
 from fedpers.randomness import generator
+from fedpers.settings.data import DatasetConfig
 
 FILES: dict[str, tuple[str, ...]] = {
     "movielens100k": ("u.data", "ml-100k/u.data", "ratings.dat", "ml100k.npz"),

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.datasets import DatasetConfig
 from fedpers.data.federated import FederatedData, Part
 from fedpers.data.rating_files import Ratings
-from fedpers.data.split import SplitConfig, draw_unseen
+from fedpers.data.split import draw_unseen
 from fedpers.errors import DataError
 from fedpers.randomness import generator
+from fedpers.settings.data import DatasetConfig, SplitConfig
 from fedpers.tasks import Ranking
 
 logger = logging.getLogger(__name__)

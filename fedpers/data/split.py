@@ -4,65 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.data.datasets import Dataset
 from fedpers.data.federated import Part
-from fedpers.errors import DataError, check, one_of
+from fedpers.errors import DataError, check
 from fedpers.randomness import generator
+from fedpers.settings.data import SplitConfig
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("fractions", "official", "leave_one_out")
 Lists = list[NDArray[np.int64]]
-
-
-@dataclass
-class SplitConfig:
-    """How a client's samples are split (the group ``split``).
-
-    Parameters
-    ----------
-    name : str
-        ``fractions`` (of the client's own samples), ``official`` (the official test part is dealt so that a
-        client's test labels are mixed like its training labels) or ``leave_one_out`` (ratings only: a user's latest
-        item is for testing, the one before for validation). Typed as ``split=NAME``.
-    validation, test : float
-        Fractions of the client's own samples, between 0 and 1, together below 1; ``official`` uses only
-        `validation`, ``leave_one_out`` neither.
-    public : float
-        Share of the samples clients train on that is taken from them, at random, for pretraining; >= 0 and < 1.
-        Validation and test lists stay as they are, and every client keeps at least one training sample.
-    unseen : int
-        Number of clients, drawn at random, that never train and are only evaluated; >= 0.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of range.
-    """
-
-    name: str = "fractions"
-    validation: float = 0.15
-    test: float = 0.25
-    public: float = 0.0
-    unseen: int = 0
-
-    def __post_init__(self) -> None:
-        check(self.name in SPLITS, "split", self.name, one_of(SPLITS, str(self.name)))
-        for key, value in (("validation", self.validation), ("test", self.test)):
-            ok = isinstance(value, float) and 0 < value < 1
-            check(ok, f"split.{key}", value, "a number between 0 and 1, both excluded")
-        if self.name == "fractions":
-            ok = self.validation + self.test < 1
-            check(ok, "split.test", self.test, f"less than 1 - split.validation = {1 - self.validation:g}")
-        number = isinstance(self.public, int | float) and not isinstance(self.public, bool)
-        check(number and 0 <= self.public < 1, "split.public", self.public, "a number >= 0 and < 1")
-        whole = isinstance(self.unseen, int) and not isinstance(self.unseen, bool)
-        check(whole and self.unseen >= 0, "split.unseen", self.unseen, "a whole number >= 0")
 
 
 def split_clients(

@@ -22,6 +22,7 @@ from fedpers.data.cache import cache_root
 from fedpers.errors import check
 from fedpers.models.networks import Network
 from fedpers.randomness import generator
+from fedpers.settings.model import ModelConfig
 from fedpers.threads import one_thread
 
 logger = logging.getLogger(__name__)
@@ -33,24 +34,17 @@ _WEIGHT_DECAY = 0.01
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Settings of pretraining.
+    """Settings of pretraining, see :class:`~fedpers.settings.ModelConfig`; the rate falls to 0 along a cosine."""
 
-    Parameters
-    ----------
-    epochs : int
-        Largest number of passes, >= 1; the rate falls from `lr` to 0 over them along a cosine.
-    lr : float
-        Rate of AdamW, > 0.
-    batch_size : int
-        Samples in a batch, >= 1.
-    accuracy : float, optional
-        Stop after the pass that reaches this accuracy on the held-out tenth, in (0, 1].
-    """
+    epochs: int
+    lr: float
+    batch_size: int
+    accuracy: float | None
 
-    epochs: int = 20
-    lr: float = 1e-3
-    batch_size: int = 32
-    accuracy: float | None = None
+    @classmethod
+    def of(cls, config: ModelConfig) -> Pretraining:
+        """Those of a network."""
+        return cls(config.pretrain_epochs, config.pretrain_lr, config.pretrain_batch_size, config.pretrain_accuracy)
 
 
 def pretrain(

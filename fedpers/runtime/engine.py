@@ -34,7 +34,7 @@ AHEAD = 2
 
 def check_counts(cohort: int | str, workers: int | str) -> None:
     """Refuse what is no cohort size or number of workers."""
-    for key, value in (("runtime.cohort", cohort), ("runtime.workers", workers)):
+    for key, value in (("runtime.clients_at_once", cohort), ("runtime.workers", workers)):
         good = value == "auto" or (isinstance(value, int) and value >= 1)
         check(good, key, value, "a whole number >= 1, or auto")
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from flwr.serverapp import Grid
 
-from fedpers.config import RuntimeConfig
 from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import RUN_ID
 from fedpers.runtime.local import LocalGrid
+from fedpers.settings import RuntimeConfig
 from fedpers.strategies import CohortApp
 
 if TYPE_CHECKING:
@@ -61,12 +61,17 @@ def launch(
             actors=config.actors,
             cpus_per_actor=config.cpus_per_actor,
             gpus_per_actor=config.gpus_per_actor,
-            cohort=config.cohort,
+            cohort=config.clients_at_once,
             memory=memory,
         )
     else:
         grid = LocalGrid(
-            app, app.data.num_clients, cohort=config.cohort, workers=config.workers, memory=memory, folder=folder
+            app,
+            app.data.num_clients,
+            cohort=config.clients_at_once,
+            workers=config.workers,
+            memory=memory,
+            folder=folder,
         )
     try:
         grid.choose(sampled)

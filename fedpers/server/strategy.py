@@ -6,17 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import flwr.app as flower
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Result, Strategy
+from pydantic import Field
 
 from fedpers.client.app import CohortApp
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
-from fedpers.errors import TrainingError, check, one_of
+from fedpers.errors import TrainingError, check
 from fedpers.identity import READS, check_config, check_halves, register
 from fedpers.randomness import sample_clients
 from fedpers.records import ARRAYS, CONFIG, from_record, num_bytes, to_record
@@ -36,14 +37,18 @@ from fedpers.server.folding import folding
 from fedpers.server.postprocessors.base import Postprocessor
 from fedpers.server.report import RoundReport
 from fedpers.server.work import ServerWork, missing_work
+from fedpers.settings import RoundsConfig, options
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
-WEIGHTINGS = ("samples", "uniform")
+Weighting = Annotated[Literal["samples", "uniform"], Field(description="of replies in the average: samples or alike")]
+"""Weight of a reply in the average: training samples of the client, or 1."""
+_OF_THE_RUN = (*options(RoundsConfig), "unseen", "postprocessors", "client_update")
+"""Fields that no method has as an option of its own."""
 
 
 @dataclass(kw_only=True)
-class PersonalizedStrategy(FlowerFedAvg):
+class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     """Sampling, checking, weighting and averaging, written once; a method says what is combined how.
 
     Works in any ``ServerApp`` and on any Flower engine. Clients are told apart by their partition id, so that sampling
@@ -51,24 +56,20 @@ class PersonalizedStrategy(FlowerFedAvg):
 
     Parameters
     ----------
-    fraction : float
-        Share of the clients that train in a round, in (0, 1].
-    seed : int
-        The run's seed; the sampled clients follow from it alone.
-    weighting : {"samples", "uniform"}
-        Weight of a reply in the average: training samples of the client, or 1.
-    evaluate_every : int
-        All clients are evaluated after every so many rounds, >= 1.
-    min_replies : int
-        Usable replies a round needs, >= 1.
     unseen : tuple of int
         Clients that are never asked to train (``FederatedData.unseen``).
     postprocessors : sequence of Postprocessor
         What is done to replies and their mean, in this order: compression, privacy, robust aggregation
         (:mod:`fedpers.server.postprocessors`).
+    client_update : LocalUpdate, optional
+        The client half, of which a server half reads options that it needs too; default ``update()``.
 
     Attributes
     ----------
+    update : type
+        The client half's class.
+    common_options : tuple of str
+        Options of the client half that the server half reads: clients with another value are refused.
     state : dict of str to Tree
         What the server knows beside its arrays, by role; checkpoints hold it.
     report : RoundReport
@@ -81,26 +82,31 @@ class PersonalizedStrategy(FlowerFedAvg):
     """
 
     update: ClassVar[type[LocalUpdate]] = LocalUpdate
-    fraction: float = 1.0
-    seed: int = 0
-    weighting: str = "samples"
-    evaluate_every: int = 1
-    min_replies: int = 1
+    common_options: ClassVar[tuple[str, ...]] = ()
+    weighting: Weighting = "samples"
     unseen: tuple[int, ...] = ()
     postprocessors: Sequence[Postprocessor] = ()
+    client_update: LocalUpdate | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "update" in cls.__dict__:
             register(cls.update)
 
+    @classmethod
+    def key(cls, name: str) -> str:
+        """An option as it is typed: a method's own below ``strategy``."""
+        return name if name in _OF_THE_RUN else super().key(name)
+
     def __post_init__(self) -> None:
-        check(0 < self.fraction <= 1, "fraction", self.fraction, "a number > 0 and <= 1")
-        weighting = self.weighting
-        check(weighting in WEIGHTINGS, "strategy.weighting", weighting, one_of(WEIGHTINGS, str(weighting)))
-        check(self.evaluate_every >= 1, "evaluate_every", self.evaluate_every, "a whole number >= 1")
-        check(self.min_replies >= 1, "min_replies", self.min_replies, "a whole number >= 1")
-        super().__init__(fraction_train=self.fraction, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
+        super().__post_init__()
+        update = type(self).update
+        if self.client_update is None:
+            self.client_update = update()
+        half = type(self.client_update).__name__
+        allowed = f"an object of {update.__name__}, the client half of {type(self).__name__}"
+        check(isinstance(self.client_update, update), "client_update", half, allowed)
+        FlowerFedAvg.__init__(self, fraction_train=self.fraction, arrayrecord_key=ARRAYS, configrecord_key=CONFIG)
         self.postprocessors = tuple(self.postprocessors)
         self.state: dict[str, Tree] = {}
         self.report = RoundReport(0)

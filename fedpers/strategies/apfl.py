@@ -24,17 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
 from fedpers.cohort import Cohort, Reply, Step, Tree, mixed
 from fedpers.cohort.tree import expand_rows, flat_rows
-from fedpers.errors import check, one_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
-VARIANTS = ("paper", "pfllib")
 Values = dict[str, Tensor]
 Move = Callable[[Values, Values], None]
 """Takes one step of w and of v along their gradients."""
@@ -42,30 +41,12 @@ Move = Callable[[Values, Values], None]
 
 @dataclass(kw_only=True)
 class APFLUpdate(LocalUpdate):
-    """Train the common network, an own one, and how much of each to use.
-
-    Parameters
-    ----------
-    alpha : float
-        Initial share of the own network, in [0, 1].
-    adaptive : bool
-        Whether alpha is trained.
-    variant : {"paper", "pfllib"}
-    """
+    """Train the common network, a personal one, and how much of each to use."""
 
     personal = "all"
-    alpha: float = 0.5
-    adaptive: bool = True
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        check(0 <= self.alpha <= 1, "strategy.alpha", self.alpha, "a number >= 0 and <= 1")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
-
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """v_k is the initial network."""
-        alpha = next(module.parameters()).detach().new_tensor(self.alpha)
-        return super().initial_state(model, module).set("alpha", alpha)
+    alpha: Annotated[float, Field(ge=0, le=1, description="initial share of the personal network")] = 0.5
+    adaptive: Annotated[bool, Field(description="train alpha")] = True
+    variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""
@@ -127,9 +108,10 @@ class APFLUpdate(LocalUpdate):
         return mixed(alpha, personal, cohort.as_received(received["arrays"]), cohort.names("parameters"))
 
 
+@method("apfl")
 @dataclass(kw_only=True)
 class APFL(PersonalizedStrategy):
     """Uniform average of the common networks."""
 
     update = APFLUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedpers.client.app import CohortApp
 from fedpers.client.update import LocalUpdate, Received
 from fedpers.server.report import RoundReport
-from fedpers.server.strategy import PersonalizedStrategy
+from fedpers.server.strategy import PersonalizedStrategy, Weighting
+from fedpers.strategies.registry import method
 
-__all__ = ["CohortApp", "LocalUpdate", "PersonalizedStrategy", "Received", "RoundReport"]
+__all__ = ["CohortApp", "LocalUpdate", "PersonalizedStrategy", "Received", "RoundReport", "Weighting", "method"]

@@ -19,39 +19,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from fedpers.cohort import Cohort, Reply, Tree, proximal
-from fedpers.errors import check, one_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-
-VARIANTS = ("paper", "pfllib")
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
 @dataclass(kw_only=True)
 class DittoUpdate(LocalUpdate):
-    """Train the common network and, tied to it, an own one.
-
-    Parameters
-    ----------
-    mu : float
-        Strength of the tie (lambda in the paper), >= 0; 0 is local training.
-    personal_epochs : int, optional
-        Passes for the own network, >= 0; default ``training.epochs``.
-    variant : {"paper", "pfllib"}
-        What the own network starts from, see the head of this file.
-    """
+    """Train the common network and, tied to it, a personal one."""
 
     personal = "all"
-    mu: float = 0.1
-    personal_epochs: int | None = None
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        check(self.mu >= 0, "strategy.mu", self.mu, "a number >= 0")
-        epochs = self.personal_epochs
-        check(epochs is None or epochs >= 0, "strategy.personal_epochs", epochs, "a whole number >= 0, or null")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    mu: Annotated[float, Field(ge=0, description="strength of the tie, lambda in the paper; 0 is local training")] = 0.1
+    personal_epochs: Annotated[
+        int | None, Field(ge=0, description="passes for the personal network; null: training.epochs")
+    ] = None
+    variant: Annotated[
+        Literal["paper", "pfllib"],
+        Field(description="pfllib: the personal network is the initial one until the client trains"),
+    ] = "paper"
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train both networks from the same received one."""
@@ -63,7 +51,7 @@ class DittoUpdate(LocalUpdate):
         return cohort.reply(common, state={"model": personal.select(*cohort.names(self.personal))})
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """The own network v_k."""
+        """The personal network v_k."""
         return self._personal(cohort, received)
 
     def _personal(self, cohort: Cohort, received: Received) -> Tree:
@@ -71,9 +59,10 @@ class DittoUpdate(LocalUpdate):
         return cohort.state["model"] if self.variant == "pfllib" else cohort.assemble(received["arrays"])
 
 
+@method("ditto")
 @dataclass(kw_only=True)
 class Ditto(PersonalizedStrategy):
     """Uniform average of the common networks."""
 
     update = DittoUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"

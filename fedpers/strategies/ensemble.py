@@ -17,24 +17,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
 from flwr.serverapp import Grid
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Loss, Network, Records, Reply, Tree, entries, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check, one_of
+from fedpers.errors import check
 from fedpers.models.initial import fresh
 from fedpers.randomness import derive, sample_clients
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-
-INITS = ("common", "random")
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
 
 class Members(nn.Module):
@@ -52,23 +51,13 @@ class Members(nn.Module):
 
 @dataclass(kw_only=True)
 class EnsembleUpdate(LocalUpdate):
-    """Train those members that were sent.
-
-    Parameters
-    ----------
-    members : int
-        Networks of the ensemble, >= 1.
-    init : {"common", "random"}
-        What members start from.
-    """
+    """Train those members that were sent."""
 
     settles_parts = True
-    members: int = 2
-    init: str = "common"
-
-    def __post_init__(self) -> None:
-        check(self.members >= 1, "strategy.members", self.members, "a whole number >= 1")
-        check(self.init in INITS, "strategy.init", self.init, one_of(INITS, self.init))
+    members: Annotated[int, Field(ge=1, description="networks, each with sampled clients of its own")] = 2
+    init: Annotated[Literal["common", "random"], Field(description="what they start from: all the same, or not")] = (
+        "common"
+    )
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put as many networks as there are members in the place of one; the first keeps its values.
@@ -93,18 +82,14 @@ class EnsembleUpdate(LocalUpdate):
         return cohort.reply(params, share=[_under(i).rstrip(".") for i in own])
 
 
+@method("ensemble")
 @dataclass(kw_only=True)
 class Ensemble(PersonalizedStrategy):
-    """FedAvg's server, once for each member.
-
-    Parameters
-    ----------
-    members : int
-        See :class:`EnsembleUpdate`.
-    """
+    """FedAvg's server, once for each member."""
 
     update = EnsembleUpdate
-    members: int = 2
+    common_options = ("members",)
+    client_update: EnsembleUpdate = field(default_factory=EnsembleUpdate)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +97,7 @@ class Ensemble(PersonalizedStrategy):
 
     def sample(self, round: int) -> list[int]:
         """Clients of any member."""
-        return sorted({client for i in range(self.members) for client in self.sample_of(i, round)})
+        return sorted({client for i in range(self.client_update.members) for client in self.sample_of(i, round)})
 
     def sample_of(self, member: int, round: int) -> list[int]:
         """Clients of one member, ascending; those of the first are FedAvg's."""
@@ -122,7 +107,7 @@ class Ensemble(PersonalizedStrategy):
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """Settle who trains which members; in an evaluation everybody gets all."""
-        every = list(range(self.members))
+        every = list(range(self.client_update.members))
         if kind == "train":
             of = [set(self.sample_of(i, round)) for i in every]
             self._trained = {client: [i for i in every if client in of[i]] for client in clients}
@@ -132,7 +117,7 @@ class Ensemble(PersonalizedStrategy):
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
         """Send each client the members it trains."""
-        if all(len(self._trained[client]) == self.members for client in clients):
+        if all(len(self._trained[client]) == self.client_update.members for client in clients):
             return {ARRAYS: arrays}
         return [{ARRAYS: tree(self._part(arrays, client))} for client in clients]
 

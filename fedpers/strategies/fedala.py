@@ -27,51 +27,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flwr.app as flower
 import numpy as np
 import torch
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, select, tree
 from fedpers.cohort.plan import batches_per_epoch
-from fedpers.errors import check, one_of
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
-VARIANTS = ("paper", "pfllib")
 WEIGHTS = "weights"
 PASSES, SPREAD, MOST_PASSES = 10, 0.1, 100
 
 
 @dataclass(kw_only=True)
 class FedALAUpdate(LocalUpdate):
-    """Mix the received network into the former one, then train it.
-
-    Parameters
-    ----------
-    layers : int
-        Upper layers that are mixed, >= 1.
-    share : float
-        Of the samples on which the weights are trained, in (0, 1].
-    weight_lr : float
-        Rate of the weights, > 0.
-    """
+    """Mix the received network into the former one, then train it."""
 
     personal = "all"
     settles_parts = True
-    layers: int = 1
-    share: float = 0.8
-    weight_lr: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self.layers >= 1, "strategy.layers", self.layers, "a whole number >= 1")
-        check(0 < self.share <= 1, "strategy.share", self.share, "a number > 0 and <= 1")
-        check(0 < self.weight_lr < float("inf"), "strategy.weight_lr", self.weight_lr, "a number > 0")
+    layers: Annotated[int, Field(ge=1, description="upper layers that are mixed")] = 1
+    share: Annotated[
+        float, Field(gt=0, le=1, description="of a client's samples on which the weights of the mixture are trained")
+    ] = 0.8
+    weight_lr: Annotated[float, Field(gt=0, description="rate of the weights")] = 1.0
 
     def initial_state(self, model: Tree, module: nn.Module) -> Tree:
         """Weights of 1 take what is received."""
@@ -138,22 +124,13 @@ class FedALAUpdate(LocalUpdate):
         return generator(cohort.seed, "local aggregation", client, cohort.round).permutation(samples)[:count]
 
 
+@method("fedala")
 @dataclass(kw_only=True)
 class FedALA(PersonalizedStrategy):
-    """FedAvg's server.
-
-    Parameters
-    ----------
-    variant : {"paper", "pfllib"}
-        Who mixes in a round, see the module.
-    """
+    """FedAvg's server."""
 
     update = FedALAUpdate
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    variant: Annotated[Literal["paper", "pfllib"], Field(description="who mixes in a round, see the module")] = "paper"
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """In ``pfllib`` let the clients that do not train in this round mix."""

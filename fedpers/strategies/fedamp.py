@@ -26,47 +26,35 @@ network, which it predicts with.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, entries, proximal, tree
 from fedpers.cohort.tree import expand_rows, flat_rows
-from fedpers.errors import check, one_of
 from fedpers.records import ARRAYS
 from fedpers.server.tools import ClientTable
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
-VARIANTS = ("paper", "pfllib")
 NETWORKS, LAST = "networks", "last"
 """Roles of the server's state: the clients' networks, and whose came in the last round."""
 
 
 @dataclass(kw_only=True)
 class FedAMPUpdate(LocalUpdate):
-    """Train the client's network near its mixture.
-
-    Parameters
-    ----------
-    mu : float
-        Strength of the attraction, lambda / alpha in the paper, >= 0; 0 is local training.
-    variant : {"paper", "pfllib"}
-        See the module; both halves have the same.
-    """
+    """Train the client's network near its mixture."""
 
     shared = "parameters"
     personal = "all"
     settles_parts = True
-    mu: float = 0.1
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        check(0 <= self.mu < math.inf, "strategy.mu", self.mu, "a number >= 0")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    mu: Annotated[
+        float, Field(ge=0, description="strength of the attraction, lambda / alpha in the paper; 0 is local training")
+    ] = 0.1
+    variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Minimize the loss plus ``mu/2 * ||w_k - u_k||^2``."""
@@ -80,37 +68,25 @@ class FedAMPUpdate(LocalUpdate):
         return cohort.state["model"] if self.variant == "pfllib" else cohort.assemble(received[ARRAYS])
 
 
+@method("fedamp")
 @dataclass(kw_only=True)
 class FedAMP(PersonalizedStrategy):
-    """Keeps the clients' networks and mixes them anew for each client.
-
-    Parameters
-    ----------
-    alpha : float, optional
-        Step towards similar networks, > 0; null is sigma over the number of networks.
-    sigma : float
-        Squared distance at which the attention has fallen to 1/e, > 0.
-    variant : {"paper", "pfllib"}
-        See the module; both halves have the same.
-    """
+    """Keeps the clients' networks and mixes them anew for each client."""
 
     update = FedAMPUpdate
-    alpha: float | None = None
-    sigma: float = 10.0
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        alpha = self.alpha
-        check(alpha is None or 0 < alpha < math.inf, "strategy.alpha", alpha, "a number > 0, or null")
-        check(0 < self.sigma < math.inf, "strategy.sigma", self.sigma, "a number > 0")
+    common_options = ("variant",)
+    client_update: FedAMPUpdate = field(default_factory=FedAMPUpdate)
+    alpha: Annotated[
+        float | None, Field(gt=0, description="step towards similar networks; null: sigma over their number")
+    ] = None
+    sigma: Annotated[float, Field(gt=0, description="squared distance at which the attention has fallen to 1/e")] = 10.0
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
         """Send each client its mixture; before the first training, all the same."""
         if NETWORKS not in self.state:
             return {ARRAYS: arrays}
         table = self._table(arrays)
-        known = self.state[LAST]["client"].tolist() if self.variant == "pfllib" else table.clients
+        known = self.state[LAST]["client"].tolist() if self.client_update.variant == "pfllib" else table.clients
         others, networks = table.rows(known), table.rows(clients)  # a client without one gets a row of this table only
         weights = self.attention(networks, others, torch.tensor(clients)[:, None] == torch.tensor(known))
         kept = 1 - weights.sum(1)
@@ -136,7 +112,7 @@ class FedAMP(PersonalizedStrategy):
         table = self._table(arrays)
         table.put(clients, entries(means[ARRAYS]))
         self.state.update({NETWORKS: table.values, LAST: tree({"client": torch.tensor(clients)})})
-        return arrays if self.variant == "pfllib" else tree(table.mean())
+        return arrays if self.client_update.variant == "pfllib" else tree(table.mean())
 
     def _table(self, arrays: Tree) -> ClientTable:
         """The stored networks and, for other clients, the server's arrays."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, method
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,7 @@ class FedAvgUpdate(LocalUpdate):
     """Train what was received; all of it is shared."""
 
 
+@method("fedavg")
 @dataclass(kw_only=True)
 class FedAvg(PersonalizedStrategy):
     """Average of whole networks by number of training samples."""

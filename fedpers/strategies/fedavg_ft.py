@@ -14,28 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fedpers.cohort import Cohort, Tree
-from fedpers.errors import check
-from fedpers.strategies.base import PersonalizedStrategy, Received
+from fedpers.strategies.base import PersonalizedStrategy, Received, method
 from fedpers.strategies.fedavg import FedAvgUpdate
 
 
 @dataclass(kw_only=True)
 class FedAvgFTUpdate(FedAvgUpdate):
-    """FedAvg's training; fine-tuning before each evaluation.
+    """FedAvg's training; fine-tuning before each evaluation."""
 
-    Parameters
-    ----------
-    finetune_epochs : int
-        Passes of fine-tuning, >= 1.
-    """
-
-    finetune_epochs: int = 1
-
-    def __post_init__(self) -> None:
-        check(self.finetune_epochs >= 1, "strategy.finetune_epochs", self.finetune_epochs, "a whole number >= 1")
+    finetune_epochs: Annotated[int, Field(ge=1, description="passes before each prediction")] = 1
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
         """Fine-tune the received network on the client's training samples."""
@@ -44,6 +36,7 @@ class FedAvgFTUpdate(FedAvgUpdate):
         return params
 
 
+@method("fedavg_ft")
 @dataclass(kw_only=True)
 class FedAvgFT(PersonalizedStrategy):
     """FedAvg's server."""

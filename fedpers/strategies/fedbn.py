@@ -20,7 +20,7 @@ from torch import nn
 
 from fedpers.cohort import Tree, select
 from fedpers.errors import ConfigError
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Weighting, method
 
 
 @dataclass(kw_only=True)
@@ -41,9 +41,10 @@ class FedBNUpdate(LocalUpdate):
         return super().initial_state(model, module)
 
 
+@method("fedbn")
 @dataclass(kw_only=True)
 class FedBN(PersonalizedStrategy):
     """Uniform average of all other layers."""
 
     update = FedBNUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"

@@ -44,11 +44,12 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from flwr.serverapp import Grid
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,17 +70,15 @@ from fedpers.cohort import (
     tree,
 )
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.errors import ConfigError, check, one_of
+from fedpers.errors import ConfigError, check
 from fedpers.models.frozen import featured
 from fedpers.models.initial import drawing, fresh
 from fedpers.randomness import generator, sample_clients
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
 log = logging.getLogger(__name__)
-MIXTURES = ("probabilities", "unnormalized", "logits")
-INITS = ("random", "common")
 HELD = "held"
 """Record that names the experts a client is sent, int64 ``[K]``, under SLOTS, or the one of an anchor under ANCHOR."""
 SLOTS = "slots"
@@ -120,43 +119,29 @@ class HeldExperts(nn.Module):
 
 @dataclass(kw_only=True)
 class FedJETsUpdate(LocalUpdate):
-    """Choose experts by the gate; train them, or the anchor's own.
-
-    Parameters
-    ----------
-    experts : int
-        Experts in all (M), >= 1; so many clients must be there as anchors.
-    top_k : int
-        Experts of a client (K), >= 1 and <= `experts`.
-    mixture : {"probabilities", "unnormalized", "logits"}
-        Loss of clients that are no anchors.
-    init : {"random", "common"}
-        Initial values of the experts.
-    gate_hidden : int
-        Width of the gate's hidden layer, >= 1.
-    gate_lr : float, optional
-        Rate of the gate where ``training.groups`` has no other, > 0; None is ``training.lr``.
-    evaluate_mixture : bool
-        Also evaluate the mixture of the held experts, as metrics ``mixture-...``.
-    """
+    """Choose experts by the gate; train them, or the anchor's expert."""
 
     settles_parts = True
-    experts: int = 5
-    top_k: int = 2
-    mixture: str = "probabilities"
-    init: str = "random"
-    gate_hidden: int = 256
-    gate_lr: float | None = 0.001
-    evaluate_mixture: bool = False
+    experts: Annotated[
+        int, Field(ge=1, description="in all, M in the paper; each has an anchor among the clients, the first ones")
+    ] = 5
+    top_k: Annotated[int, Field(ge=1, description="experts of a client, K in the paper")] = 2
+    mixture: Annotated[
+        Literal["probabilities", "unnormalized", "logits"], Field(description="loss of clients that are no anchors")
+    ] = "probabilities"
+    init: Annotated[
+        Literal["random", "common"], Field(description="what experts start from; common: the common expert")
+    ] = "random"
+    gate_hidden: Annotated[int, Field(ge=1, description="width of the gate's hidden layer")] = 256
+    gate_lr: Annotated[
+        float | None, Field(gt=0, description="where training.groups has no other; null: training.lr")
+    ] = 0.001
+    evaluate_mixture: Annotated[bool, Field(description="also evaluate the mixture of a client's experts")] = False
 
     def __post_init__(self) -> None:
-        _check_counts(self.experts, self.top_k)
-        check(self.mixture in MIXTURES, "strategy.mixture", self.mixture, one_of(MIXTURES, self.mixture))
-        check(self.init in INITS, "strategy.init", self.init, one_of(INITS, self.init))
-        check(self.gate_hidden >= 1, "strategy.gate_hidden", self.gate_hidden, "a whole number >= 1")
-        check(self.gate_lr is None or self.gate_lr > 0, "strategy.gate_lr", self.gate_lr, "a number > 0, or null")
-
-    # ------------------------------------------------------------- before training
+        super().__post_init__()
+        allowed = f"a whole number >= 1 and <= strategy.experts={self.experts}"
+        check(self.top_k <= self.experts, "strategy.top_k", self.top_k, allowed)
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Embed all samples once with the common expert; return gate and slots, and rows [picture | embedding].
@@ -293,33 +278,26 @@ class FedJETsUpdate(LocalUpdate):
         return rows
 
 
+@method("fedjets")
 @dataclass(kw_only=True)
 class FedJETs(PersonalizedStrategy):
-    """Server that holds all experts, and asks clients which they want.
-
-    Parameters
-    ----------
-    experts, top_k : int
-        See :class:`FedJETsUpdate`.
-    anchor_share : float
-        Share of a round's clients that are anchors, in [0, 1]; with 0 anchors never train.
-    """
+    """Server that holds all experts, and asks clients which they want."""
 
     update = FedJETsUpdate
-    experts: int = 5
-    top_k: int = 2
-    anchor_share: float = 0.5
+    common_options = ("experts", "top_k")
+    client_update: FedJETsUpdate = field(default_factory=FedJETsUpdate)
+    anchor_share: Annotated[
+        float, Field(ge=0, le=1, description="of a round's clients; with 0 anchors never train")
+    ] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_counts(self.experts, self.top_k)
-        check(0 <= self.anchor_share <= 1, "strategy.anchor_share", self.anchor_share, "a number >= 0 and <= 1")
         self._held: dict[int, tuple[int, ...]] = {}  # experts of each client that was addressed last
         self._anchors: set[int] = set()  # who of them trains as an anchor
 
     def sample(self, round: int) -> list[int]:
         """Draw anchors and others, each without replacement."""
-        anchors = anchor_clients(self.experts, self.unseen)
+        anchors = anchor_clients(self.client_update.experts, self.unseen)
         able = [client for client in self.seen if client in anchors]
         others = [client for client in self.seen if client not in anchors]
         size = len(sample_clients(self.seed, round, len(self.seen), self.fraction))
@@ -334,12 +312,12 @@ class FedJETs(PersonalizedStrategy):
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """Ask all but the anchors of a round which experts they want."""
-        known = anchor_clients(self.experts, self.unseen)
+        known = anchor_clients(self.client_update.experts, self.unseen)
         self._anchors = {client for client in clients if kind == "train" and client in known}
         self._held = {client: (known[client],) for client in self._anchors}
         asked = [client for client in clients if client not in self._anchors]
         gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
-        schema: Schema = {(SELECTED, SLOTS): Entry((self.top_k,), "int64")}
+        schema: Schema = {(SELECTED, SLOTS): Entry((self.client_update.top_k,), "int64")}
         answers = self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind, schema)
         entropies = []
         for client, (records, metrics) in answers.items():
@@ -357,8 +335,9 @@ class FedJETs(PersonalizedStrategy):
     def _selected(self, records: Mapping[str, Tree]) -> tuple[int, ...]:
         """Experts a client asked for; ValueError says why they cannot be sent."""
         chosen = [int(i) for i in records[SELECTED][SLOTS].flatten().tolist()]
-        if len(chosen) != self.top_k or sorted(set(chosen) & set(range(self.experts))) != chosen:
-            raise ValueError(f"{chosen} are not {self.top_k} ascending numbers from 0 to {self.experts - 1}")
+        experts, top_k = self.client_update.experts, self.client_update.top_k
+        if len(chosen) != top_k or sorted(set(chosen) & set(range(experts))) != chosen:
+            raise ValueError(f"{chosen} are not {top_k} ascending numbers from 0 to {experts - 1}")
         return tuple(chosen)
 
     def _note_holders(self, round: int, arrays: Tree, entropies: list[float]) -> None:
@@ -367,7 +346,7 @@ class FedJETs(PersonalizedStrategy):
             parts = [v for n, v in entries(arrays).items() if n.startswith("experts.0.")]
             heads = [v for n, v in entries(arrays).items() if n.startswith("experts.0.head.")]
             self.report.bytes_down += self.num_clients * (sum(v.nbytes for v in parts) - sum(v.nbytes for v in heads))
-        for i in range(self.experts):
+        for i in range(self.client_update.experts):
             self.report.extra[f"holders_of_expert_{i}"] = float(sum(i in held for held in self._held.values()))
         if entropies:
             self.report.extra["gate_entropy"] = sum(entropies) / len(entropies)
@@ -475,12 +454,6 @@ def _draw(clients: Sequence[int], size: int, seed: int, purpose: str, round: int
     if not size:
         return []
     return [clients[place] for place in generator(seed, purpose, round).choice(len(clients), size, replace=False)]
-
-
-def _check_counts(experts: int, top_k: int) -> None:
-    check(experts >= 1, "strategy.experts", experts, "a whole number >= 1")
-    allowed = f"a whole number >= 1 and <= strategy.experts={experts}"
-    check(1 <= top_k <= experts, "strategy.top_k", top_k, allowed)
 
 
 def _check_anchors(experts: int, data: FederatedData) -> None:

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
 import torch
 from flwr.serverapp import Grid
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Fold, Records, Reply, Tree, View, entries, tree
@@ -47,7 +48,7 @@ from fedpers.models import fresh
 from fedpers.models.factorization import factorized
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 _PLAIN = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
 Values = Mapping[str, Tensor]
@@ -57,20 +58,10 @@ Values = Mapping[str, Tensor]
 class FedMFUpdate(LocalUpdate):
     """Move user vector and item table at once, on the visited rows.
 
-    Parameters
-    ----------
-    threshold : float
-        Entries of the table that are not larger are not sent, >= 0; 0 sends all.
-
     Attributes
     ----------
     shared_table : str
         Name of the table that all have.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of range, or data, network or training settings do not fit.
     """
 
     shared = "body"
@@ -78,10 +69,12 @@ class FedMFUpdate(LocalUpdate):
     settles_parts = True
     cohort_size = 16
     shared_table: ClassVar[str] = "body.weight"
-    threshold: float = 0.0
+    threshold: Annotated[
+        float, Field(ge=0, description="entries of the common table that are not larger are not sent; 0 sends all")
+    ] = 0.0
 
     def __post_init__(self) -> None:
-        check(self.threshold >= 0, "strategy.threshold", self.threshold, "a number >= 0")
+        super().__post_init__()
         for name, plain in _PLAIN.items():
             value = getattr(self.training, name)
             allowed = f"{'null' if plain is None else plain} for this method, which has an update of its own"
@@ -219,19 +212,15 @@ def logistic(
     return logs.sum(1) / -size, grads, slope.unsqueeze(2) * weight
 
 
+@method("fedmf")
 @dataclass(kw_only=True)
 class FedMF(PersonalizedStrategy):
-    """Server: unweighted mean of the item tables.
-
-    Parameters
-    ----------
-    threshold : float
-        See :class:`FedMFUpdate`.
-    """
+    """Server: unweighted mean of the item tables."""
 
     update: ClassVar[type[LocalUpdate]] = FedMFUpdate
-    weighting: str = "uniform"
-    threshold: float = 0.0
+    common_options = ("threshold",)
+    client_update: FedMFUpdate = field(default_factory=FedMFUpdate)
+    weighting: Weighting = "uniform"
 
     @property
     def shared_table(self) -> tuple[str, Tensor] | None:
@@ -240,8 +229,8 @@ class FedMF(PersonalizedStrategy):
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records:
         """Send the table, without its small entries if there is a threshold."""
-        tables = list(entries(arrays).values())
-        return {ARRAYS: tree(sparse(tables[0], self.threshold)) if self.threshold and tables else arrays}
+        tables, threshold = list(entries(arrays).values()), self.client_update.threshold
+        return {ARRAYS: tree(sparse(tables[0], threshold)) if threshold and tables else arrays}
 
     def reply_schema(self, clients: list[int]) -> Schema:
         """Rows, values and the factor; nothing where there is no common table."""
@@ -250,7 +239,7 @@ class FedMF(PersonalizedStrategy):
         _, table = self.shared_table
         kind = dtype_name(table)
         schema = {"rows": Entry((-1,), "int32"), "values": Entry((-1, table.shape[1]), kind), "factor": Entry((), kind)}
-        if self.threshold:
+        if self.client_update.threshold:
             schema |= {"values": Entry((-1,), kind), "places": Entry((-1,), "int32"), "shape": Entry((2,), "int64")}
         return {(ARRAYS, name): entry for name, entry in schema.items()}
 
@@ -270,9 +259,10 @@ class FedMF(PersonalizedStrategy):
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Take the mean; with a threshold its small entries are 0, and the share of the others is recorded."""
         new = means.get(ARRAYS, arrays)
-        if not self.threshold or ARRAYS not in means:
+        threshold = self.client_update.threshold
+        if not threshold or ARRAYS not in means:
             return new
-        kept = {name: torch.where(table.abs() > self.threshold, table, 0.0) for name, table in entries(new).items()}
+        kept = {name: torch.where(table.abs() > threshold, table, 0.0) for name, table in entries(new).items()}
         (table,) = kept.values()
         self.report.extra["sent_share"] = float((table != 0).double().mean())
         return tree(kept)

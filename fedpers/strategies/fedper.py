@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, method
 
 
 @dataclass(kw_only=True)
@@ -25,6 +25,7 @@ class FedPerUpdate(LocalUpdate):
     personal = "head"
 
 
+@method("fedper")
 @dataclass(kw_only=True)
 class FedPer(PersonalizedStrategy):
     """Average of the bodies by number of training samples."""

@@ -26,45 +26,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Tree, View, entries, select, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check, one_of
+from fedpers.errors import check
 from fedpers.server.collect import Schema, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
-VARIANTS = ("paper", "pfllib")
 TABLE, PROTOTYPES, SUMS = "table", "prototypes", "sums"
 """Name of the table, and the records in which it is sent and its sums come back."""
 
 
 @dataclass(kw_only=True)
 class FedProtoUpdate(LocalUpdate):
-    """Train the whole network with features near the global prototypes.
-
-    Parameters
-    ----------
-    lam : float
-        Strength of the attraction, >= 0; 0 is local training. The paper reports 1, with the penalty of ``pfllib``.
-    variant : {"paper", "pfllib"}
-        See the module; both halves have the same.
-    """
+    """Train the whole network with features near the global prototypes."""
 
     shared = "none"
     personal = "all"
     settles_parts = True
-    lam: float = 0.1
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        check(0 <= self.lam < math.inf, "strategy.lam", self.lam, "a number >= 0")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    lam: Annotated[
+        float,
+        Field(ge=0, description="strength of the attraction to the global prototypes; 0 is local; about 1 with pfllib"),
+    ] = 0.1
+    variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
@@ -142,23 +133,15 @@ def _by_class(features: Tensor, y: Tensor, classes: int, weight: Tensor | None =
     return (member if weight is None else member * weight[:, None]).T @ F.pad(features, (0, 1), value=1.0)
 
 
+@method("fedproto")
 @dataclass(kw_only=True)
 class FedProto(PersonalizedStrategy):
-    """Averages prototypes class by class.
-
-    Parameters
-    ----------
-    variant : {"paper", "pfllib"}
-        See the module; both halves have the same.
-    """
+    """Averages prototypes class by class."""
 
     update = FedProtoUpdate
-    weighting: str = "uniform"
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.weighting == "uniform", "strategy.weighting", self.weighting, "uniform for strategy=fedproto")
+    common_options = ("variant",)
+    client_update: FedProtoUpdate = field(default_factory=FedProtoUpdate)
+    weighting: Annotated[Literal["uniform"], Field(description="replies hold counts of their own")] = "uniform"
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records:
         """Send the table; no network travels."""
@@ -172,5 +155,5 @@ class FedProto(PersonalizedStrategy):
         """Divide features by counts, which makes 1 of the counts."""
         sums = means[SUMS][TABLE]
         fresh = sums[:, -1:] > 0
-        before = arrays[TABLE] if self.variant == "paper" else torch.zeros_like(sums)
+        before = arrays[TABLE] if self.client_update.variant == "paper" else torch.zeros_like(sums)
         return tree({TABLE: torch.where(fresh, sums / torch.where(fresh, sums[:, -1:], 1.0), before)})

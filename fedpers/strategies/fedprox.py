@@ -15,27 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fedpers.cohort import Cohort, Reply, proximal
-from fedpers.errors import check
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
 
 @dataclass(kw_only=True)
 class FedProxUpdate(LocalUpdate):
-    """Train near the received network.
+    """Train near the received network."""
 
-    Parameters
-    ----------
-    mu : float
-        Strength of the pull, >= 0; 0 is FedAvg.
-    """
-
-    mu: float = 0.1
-
-    def __post_init__(self) -> None:
-        check(self.mu >= 0, "strategy.mu", self.mu, "a number >= 0")
+    mu: Annotated[float, Field(ge=0, description="strength of the pull to the received network; 0 is fedavg")] = 0.1
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Minimize the loss plus ``mu/2 * ||w_k - w||^2``."""
@@ -44,6 +36,7 @@ class FedProxUpdate(LocalUpdate):
         return cohort.reply(params)
 
 
+@method("fedprox")
 @dataclass(kw_only=True)
 class FedProx(PersonalizedStrategy):
     """FedAvg's server."""

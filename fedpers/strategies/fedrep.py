@@ -19,32 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from fedpers.cohort import Cohort, Reply
-from fedpers.errors import check
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
 @dataclass(kw_only=True)
 class FedRepUpdate(LocalUpdate):
-    """First the head, then the body.
-
-    Parameters
-    ----------
-    head_epochs, body_epochs : int, optional
-        Passes, >= 0; default ``training.epochs``.
-    """
+    """First the head, then the body."""
 
     shared = "body"
     personal = "head"
-    head_epochs: int | None = None
-    body_epochs: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("head_epochs", "body_epochs"):
-            value = getattr(self, name)
-            check(value is None or value >= 0, f"strategy.{name}", value, "a whole number >= 0, or null")
+    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: training.epochs")] = None
+    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: training.epochs")] = None
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the head on the received body, then the body under that head."""
@@ -54,9 +44,10 @@ class FedRepUpdate(LocalUpdate):
         return cohort.reply(params)
 
 
+@method("fedrep")
 @dataclass(kw_only=True)
 class FedRep(PersonalizedStrategy):
     """Uniform average of the bodies."""
 
     update = FedRepUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"

@@ -62,9 +62,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -72,13 +73,11 @@ from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, t
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.tree import flat_rows
 from fedpers.data.federated import Part
-from fedpers.errors import check, one_of
+from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
-VARIANTS = ("official", "paper")
-BATCHNORMS = ("official", "fixed")
 MASK = "mask"
 COUNT = "count"
 Masks = dict[str, Tensor]
@@ -89,42 +88,28 @@ Masks = dict[str, Tensor]
 class FedSelectUpdate(LocalUpdate):
     """Train personal and global entries in turns, then let the mask grow.
 
-    Parameters
-    ----------
-    rate : float
-        Share of the global entries that become personal at an update, in (0, 1).
-    limit : float
-        Share of personal entries up to which masks grow, in (0, 1].
-    interval : int
-        Trainings of a client from one update of its mask to the next, >= 1.
-    batchnorm : {"official", "fixed"}, optional
-        Default: ``official`` with that variant, ``fixed`` with ``paper``.
-    variant : {"official", "paper"}
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range, or ``training`` has steps instead of epochs or a schedule: passes alternate, and
-        a schedule would begin anew with each.
+    Passes alternate: ``training.steps`` and schedules, which would begin anew with each pass, are refused.
     """
 
     shared = "parameters"
     personal = "all"
     settles_parts = True
-    rate: float = 0.25
-    limit: float = 0.8
-    interval: int = 1
-    batchnorm: str | None = None
-    variant: str = "official"
+    rate: Annotated[
+        float,
+        Field(gt=0, lt=1, description="share of the global entries that become personal at an update of the mask"),
+    ] = 0.25
+    limit: Annotated[float, Field(gt=0, le=1, description="share of personal entries up to which masks grow")] = 0.8
+    interval: Annotated[
+        int, Field(ge=1, description="trainings from one update of the mask to the next; 3 in the authors' code")
+    ] = 1
+    batchnorm: Annotated[
+        Literal["official", "fixed"] | None,
+        Field(description="official: frozen after the first training; null: official, or fixed with variant=paper"),
+    ] = None
+    variant: Annotated[Literal["official", "paper"], Field(description="see the module")] = "official"
 
     def __post_init__(self) -> None:
-        share = "a number > 0 and < 1, the share of global entries that become personal at an update"
-        check(0 < self.rate < 1, "strategy.rate", self.rate, share)
-        check(0 < self.limit <= 1, "strategy.limit", self.limit, "a number > 0 and <= 1")
-        check(self.interval >= 1, "strategy.interval", self.interval, "a whole number >= 1")
-        allowed = f"{one_of(BATCHNORMS, str(self.batchnorm))}, or null"
-        check(self.batchnorm in (None, *BATCHNORMS), "strategy.batchnorm", self.batchnorm, allowed)
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+        super().__post_init__()
         steps, schedule = self.training.steps, self.training.schedule
         check(steps is None, "training.steps", steps, "null for strategy=fedselect, which alternates whole passes")
         whole = "constant for strategy=fedselect, where the optimizer starts anew with each pass"
@@ -232,12 +217,13 @@ class FedSelectUpdate(LocalUpdate):
         return {ARRAYS: tree(kept), MASK: tree({name: to_bits(value) for name, value in mask.items()})}
 
 
+@method("fedselect")
 @dataclass(kw_only=True)
 class FedSelect(PersonalizedStrategy):
     """Mean of each entry over the clients for which it is global, uniform by default."""
 
     update = FedSelectUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"
 
     def reply_schema(self, clients: list[int]) -> Schema:
         """Any number of values and a bit for each entry."""

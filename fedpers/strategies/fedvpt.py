@@ -14,31 +14,23 @@ rates of their own. The head starts as it comes: see :func:`fedpers.models.froze
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from pydantic import Field
 from torch import nn
 
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.models.frozen import PROMPTS, prompted
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, method
 
 
 @dataclass(kw_only=True)
 class FedVPTUpdate(LocalUpdate):
-    """Train prompts and head; the backbone is one frozen copy for all clients.
-
-    Parameters
-    ----------
-    prompts : int
-        Number of prompts P, >= 1.
-    """
+    """Train prompts and head; the backbone is one frozen copy for all clients."""
 
     shared = PROMPTS
     personal = "head"
-    prompts: int = 10
-
-    def __post_init__(self) -> None:
-        check(self.prompts >= 1, "strategy.prompts", self.prompts, "a whole number >= 1")
+    prompts: Annotated[int, Field(ge=1, description="tokens given to the backbone, P in the paper")] = 10
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Freeze the backbone, add prompts, and compute the pictures' tokens once.
@@ -51,6 +43,7 @@ class FedVPTUpdate(LocalUpdate):
         return prompted(model, data, self.prompts, seed)
 
 
+@method("fedvpt")
 @dataclass(kw_only=True)
 class FedVPT(PersonalizedStrategy):
     """Average of the prompts."""

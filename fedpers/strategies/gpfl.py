@@ -49,24 +49,23 @@ test loader drops the tail too. They initialize from torch's global generator, h
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Training, Tree, View, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError, DataError, check, one_of
+from fedpers.errors import ConfigError, DataError, check
 from fedpers.models.initial import drawing
 from fedpers.records import ARRAYS
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
-VARIANTS = ("official", "paper")
 PREVIOUS = "previous"
 """Record of the server's table before its last average."""
 TABLE = "gce.weight"
@@ -127,29 +126,26 @@ def _tensors(given: Given) -> Mapping[str, Tensor]:
 
 @dataclass(kw_only=True)
 class GPFLUpdate(LocalUpdate):
-    """Train body, head, table and valve together, conditioned on mixtures of embeddings.
-
-    Parameters
-    ----------
-    lam : float
-        Weight of the magnitude-level loss, >= 0. The authors' is 0.01 for MLP and CNN, 1e-4 for ResNet-18.
-    mu : float
-        Regularization of table and valve, >= 0; in ``official`` their weight decay, in place of
-        ``training.weight_decay``. The authors' is 0.1 for MLP and CNN, 0 for ResNet-18.
-    variant : {"official", "paper"}
-        See the module.
-    """
+    """Train body, head, table and valve together, conditioned on mixtures of embeddings."""
 
     shared = ("parameters", "-head")
     personal = ("head", "buffers")
-    lam: float = 0.01
-    mu: float = 0.1
-    variant: str = "official"
-
-    def __post_init__(self) -> None:
-        check(0 <= self.lam < math.inf, "strategy.lam", self.lam, "a number >= 0")
-        check(0 <= self.mu < math.inf, "strategy.mu", self.mu, "a number >= 0")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    lam: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="weight of the magnitude-level loss; the authors': 0.01 (MLP, CNN), 0.0001 (ResNet-18)",
+        ),
+    ] = 0.01
+    mu: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="regularization of table and valve, in official in place of training.weight_decay; the "
+            "authors': 0.1 (MLP, CNN), 0 (ResNet-18)",
+        ),
+    ] = 0.1
+    variant: Annotated[Literal["official", "paper"], Field(description="see the module")] = "official"
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Add table and valve between the network's body and head.
@@ -287,22 +283,14 @@ class GPFLUpdate(LocalUpdate):
         return counts / sizes.to(cohort.device, torch.float64)[:, None]
 
 
+@method("gpfl")
 @dataclass(kw_only=True)
 class GPFL(PersonalizedStrategy):
-    """Average of body, table and valve; remembers the table before.
-
-    Parameters
-    ----------
-    variant : {"official", "paper"}
-        See the module; both halves have the same.
-    """
+    """Average of body, table and valve; remembers the table before."""
 
     update = GPFLUpdate
-    variant: str = "official"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    common_options = ("variant",)
+    client_update: GPFLUpdate = field(default_factory=GPFLUpdate)
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Mapping[str, Tree]:
         """Send the table before the last average too, once there is one."""
@@ -310,6 +298,6 @@ class GPFL(PersonalizedStrategy):
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Take the means and keep the former table."""
-        if self.variant == "official":
+        if self.client_update.variant == "official":
             self.state[PREVIOUS] = tree({TABLE: arrays[TABLE]})
         return means[ARRAYS]

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedpers.data.federated import FederatedData
 from fedpers.models.frozen import featured
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, method
 
 
 @dataclass(kw_only=True)
@@ -35,6 +35,7 @@ class HeadOnlyUpdate(LocalUpdate):
         return featured(model, data)
 
 
+@method("head_only")
 @dataclass(kw_only=True)
 class HeadOnly(PersonalizedStrategy):
     """Server that has nothing to average."""

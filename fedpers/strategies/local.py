@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, method
 
 
 @dataclass(kw_only=True)
@@ -22,6 +22,7 @@ class LocalOnlyUpdate(LocalUpdate):
     personal = "all"
 
 
+@method("local")
 @dataclass(kw_only=True)
 class Local(PersonalizedStrategy):
     """Server that has nothing to average."""

@@ -23,43 +23,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Tree, entries, select
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError, check, one_of
+from fedpers.errors import ConfigError
 from fedpers.records import ARRAYS
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
-VARIANTS = ("paper", "pfllib")
 PREVIOUS, RECEIVED = "previous", "received"
 
 
 @dataclass(kw_only=True)
 class MOONUpdate(LocalUpdate):
-    """Train the whole network with a contrastive term on its features.
+    """Train the whole network with a contrastive term on its features."""
 
-    Parameters
-    ----------
-    mu : float
-        Weight of the contrastive term, >= 0; 0 is FedAvg.
-    temperature : float
-        tau, > 0.
-    variant : {"paper", "pfllib"}
-        What p_k is before a client has trained, see the module.
-    """
-
-    mu: float = 1.0
-    temperature: float = 0.5
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        check(0 <= self.mu < float("inf"), "strategy.mu", self.mu, "a number >= 0")
-        check(0 < self.temperature < float("inf"), "strategy.temperature", self.temperature, "a number > 0")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+    mu: Annotated[float, Field(ge=0, description="weight of the contrastive term; 0 is fedavg")] = 1.0
+    temperature: Annotated[float, Field(gt=0, description="of the cosines in it, tau in the paper")] = 0.5
+    variant: Annotated[
+        Literal["paper", "pfllib"], Field(description="what p_k is before a client has trained, see the module")
+    ] = "paper"
 
     def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse a network without the part that computes features."""
@@ -100,6 +87,7 @@ def _features(network: Network, batch: Batch, name: str) -> Tensor:
     return network.replace(batch.given[name]).part("body").as_frozen()(batch.x).flatten(1)
 
 
+@method("moon")
 @dataclass(kw_only=True)
 class MOON(PersonalizedStrategy):
     """FedAvg's server."""

@@ -23,7 +23,7 @@ from fedpers.cohort import Cohort, Reply, Tree, View, tree
 from fedpers.data.federated import FederatedData, Part
 from fedpers.models.factorization import rated
 from fedpers.randomness import generator
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
 DRAWN = "drawn"
 
@@ -83,6 +83,7 @@ class NoLearningUpdate(LocalUpdate):
         return super().measure(cohort, mixed, part, config)
 
 
+@method("no_learning")
 @dataclass(kw_only=True)
 class NoLearning(PersonalizedStrategy):
     """Server: nothing to average."""

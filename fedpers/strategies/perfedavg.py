@@ -20,40 +20,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree
 from fedpers.cohort.plan import smallest_batch
 from fedpers.errors import check
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
 @dataclass(kw_only=True)
 class PerFedAvgUpdate(LocalUpdate):
-    """Train for what one step of adaptation will make of the network.
+    """Train for what one step of adaptation will make of the network."""
 
-    Parameters
-    ----------
-    inner_lr : float, optional
-        Rate of the adaptation (alpha in the paper), > 0; default ``training.lr`` (beta in the paper).
-    hessian : bool
-        Whether the gradient goes through the adaptation.
-    """
-
-    inner_lr: float | None = None
-    hessian: bool = False
+    inner_lr: Annotated[
+        float | None, Field(gt=0, description="rate of the adaptation, alpha in the paper; null: training.lr")
+    ] = None
+    hessian: Annotated[bool, Field(description="let the gradient go through the adaptation")] = False
 
     def __post_init__(self) -> None:
-        check(self.inner_lr is None or self.inner_lr > 0, "strategy.inner_lr", self.inner_lr, "a number > 0, or null")
-        check(
-            self.training.batch_size > 0,
-            "training.batch_size",
-            self.training.batch_size,
-            "a whole number >= 1 for strategy=perfedavg",
-        )
+        super().__post_init__()
+        size = self.training.batch_size
+        check(size > 0, "training.batch_size", size, "a whole number >= 1 for strategy=perfedavg")
 
     @property
     def _rate(self) -> float:
@@ -111,12 +102,13 @@ class PerFedAvgUpdate(LocalUpdate):
         return params
 
 
+@method("perfedavg")
 @dataclass(kw_only=True)
 class PerFedAvg(PersonalizedStrategy):
     """Uniform average of whole networks."""
 
     update = PerFedAvgUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:

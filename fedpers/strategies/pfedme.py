@@ -23,50 +23,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from pydantic import Field
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
-from fedpers.errors import check, one_of
 from fedpers.records import ARRAYS
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-
-VARIANTS = ("paper", "pfllib")
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
 @dataclass(kw_only=True)
 class PFedMeUpdate(LocalUpdate):
-    """Alternate between theta and w on every batch.
+    """Alternate between theta and w on every batch."""
 
-    Parameters
-    ----------
-    lam : float
-        Strength of the tie, > 0.
-    inner_steps : int
-        Steps on theta per batch (K in the paper), >= 1.
-    personal_lr : float, optional
-        Rate of theta, > 0; default ``training.lr``; ``training.lr_decay`` holds for both.
-    variant : {"paper", "pfllib"}
-    """
-
-    lam: float = 15.0
-    inner_steps: int = 5
-    personal_lr: float | None = None
-    variant: str = "paper"
-
-    def __post_init__(self) -> None:
-        check(self.lam > 0, "strategy.lam", self.lam, "a number > 0")
-        check(self.inner_steps >= 1, "strategy.inner_steps", self.inner_steps, "a whole number >= 1")
-        rate = self.personal_lr
-        check(rate is None or rate > 0, "strategy.personal_lr", rate, "a number > 0, or null")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
-
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Theta is the initial network."""
-        return super().initial_state(model, module).set("theta", model.clone())
+    lam: Annotated[float, Field(gt=0, description="strength of the tie; lr * lam below 1")] = 15.0
+    inner_steps: Annotated[int, Field(ge=1, description="steps on theta for each batch, K in the paper")] = 5
+    personal_lr: Annotated[
+        float | None, Field(gt=0, description="rate of theta, to which lr_decay applies; null: training.lr")
+    ] = None
+    variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves theta several times and w once."""
@@ -100,24 +77,17 @@ class PFedMeUpdate(LocalUpdate):
         return tree({n: torch.where(expand_rows(cohort.trained, v), sent[n], v) for n, v in theta.items()}, cohort.size)
 
 
+@method("pfedme")
 @dataclass(kw_only=True)
 class PFedMe(PersonalizedStrategy):
-    """Server that moves towards the average.
-
-    Parameters
-    ----------
-    beta : float
-        Step of the server, >= 0; 1 is the plain average. A common implementation defaults to 0, which never moves the
-        server; it is accepted for comparison.
-    """
+    """Server that moves towards the average."""
 
     update = PFedMeUpdate
-    weighting: str = "uniform"
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.beta >= 0, "strategy.beta", self.beta, "a number >= 0")
+    weighting: Weighting = "uniform"
+    beta: Annotated[
+        float,
+        Field(ge=0, description="step of the server; 1: the average; 0, in some codes the default, never moves it"),
+    ] = 1.0
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """``(1 - beta) * old + beta * mean``."""

@@ -48,29 +48,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flwr.app as flower
 import torch
 from flwr.serverapp import Grid
+from pydantic import Field
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, View, entries, leaves, tree
 from fedpers.cohort.fold import REPLIES
 from fedpers.cohort.tree import expand_rows
-from fedpers.errors import check, one_of
 from fedpers.identity import ADAPTING
 from fedpers.models.frozen import PROMPTS
 from fedpers.randomness import generator as numbers
 from fedpers.records import ARRAYS
 from fedpers.server.collect import checked, schema_of
 from fedpers.server.tools import ClientTable, ServerOptimizer
-from fedpers.strategies.base import PersonalizedStrategy, Received
+from fedpers.strategies.base import PersonalizedStrategy, Received, Weighting, method
 from fedpers.strategies.fedvpt import FedVPTUpdate
 
-GENERATORS = ("attention", "none")
-REDUCTIONS = ("mean", "sum")
 GENERATOR, DESCRIPTORS, MOMENTS = "generator", "descriptors", "moments"
 """Roles in the server's state."""
 MATRICES = ("query", "key", "value", "out")
@@ -166,48 +164,36 @@ def follow(
     return found, own / expand_rows(weights, own)
 
 
+@method("pfedpg")
 @dataclass(kw_only=True)
 class PFedPG(PersonalizedStrategy):
-    """Server with a generator, and a descriptor per client.
-
-    Parameters
-    ----------
-    generator : {"attention", "none"}
-        ``none`` sends the base to everybody, which still follows the changes (the paper's ablation).
-    inner : int, optional
-        Width of queries, keys and values, >= 1; default ``min(512, 8 * D)``.
-    descriptor_tokens : int, optional
-        Rows of a descriptor: 1, or as many as prompts (null).
-    server_optimizer : {"adam", "sgd", "momentum", "yogi"}
-        How base, generator and descriptors move along their directions
-        (:class:`~fedpers.server.tools.ServerOptimizer`), with a count of steps for each client's descriptor.
-    server_lr : float
-        Rate, > 0.
-    reduction : {"mean", "sum"}
-        Of directions over the clients of a round, for base and generator.
-    adapt_rounds : int
-        Steps of a new descriptor when a client that never trained adapts, >= 1.
-    """
+    """Server with a generator, and a descriptor per client, each with a count of its steps."""
 
     update = PFedPGUpdate
-    weighting: str = "uniform"
-    generator: str = "attention"
-    inner: int | None = None
-    descriptor_tokens: int | None = None
-    server_optimizer: str = "adam"
-    server_lr: float = 0.01
-    reduction: str = "mean"
-    adapt_rounds: int = 5
+    weighting: Weighting = "uniform"
+    generator: Annotated[
+        Literal["attention", "none"],
+        Field(description="none: everybody gets the base, which still follows the changes (the paper's ablation)"),
+    ] = "attention"
+    inner: Annotated[
+        int | None, Field(ge=1, description="width of the generator's queries, keys and values; null: min(512, 8 * D)")
+    ] = None
+    descriptor_tokens: Annotated[
+        Literal[1] | None, Field(description="rows of a descriptor: 1, or one for each prompt (null)")
+    ] = None
+    server_optimizer: Annotated[
+        Literal["adam", "sgd", "momentum", "yogi"], Field(description="of base, generator and descriptors")
+    ] = "adam"
+    server_lr: Annotated[float, Field(gt=0, description="of base, generator and descriptors")] = 0.01
+    reduction: Annotated[
+        Literal["mean", "sum"], Field(description="of directions over the clients of a round, for base and generator")
+    ] = "mean"
+    adapt_rounds: Annotated[
+        int, Field(ge=1, description="steps of a new descriptor when a client that never trained adapts")
+    ] = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("generator", GENERATORS), ("reduction", REDUCTIONS)):
-            value = getattr(self, name)
-            check(value in known, f"strategy.{name}", value, one_of(known, str(value)))
-        check(self.inner is None or self.inner >= 1, "strategy.inner", self.inner, "a whole number >= 1, or null")
-        tokens = self.descriptor_tokens
-        check(tokens in (None, 1), "strategy.descriptor_tokens", tokens, "1, or null for one per prompt")
-        check(self.adapt_rounds >= 1, "strategy.adapt_rounds", self.adapt_rounds, "a whole number >= 1")
         self._optimizer = ServerOptimizer(name=self.server_optimizer, lr=self.server_lr)
 
     # ------------------------------------------------------------------- a round

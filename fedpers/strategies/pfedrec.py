@@ -28,45 +28,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check, one_of
+from fedpers.errors import check
 from fedpers.models.factorization import factorized
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
-
-VARIANTS = ("default", "official")
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
 @dataclass(kw_only=True)
 class PFedRecUpdate(LocalUpdate):
-    """Per batch, a step of the score function and then one of the item table.
-
-    Parameters
-    ----------
-    item_rate : float
-        The item table's rate is `item_rate` times the number of items times ``training.lr``, > 0.
-    variant : {"default", "official"}
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of range, or data, network or training settings do not fit.
-    """
+    """Per batch, a step of the score function and then one of the item table."""
 
     shared = "body"
     personal = "all"
-    item_rate: float = 80.0
-    variant: str = "default"
+    item_rate: Annotated[
+        float, Field(gt=0, description="the items' rate is this times their number times training.lr")
+    ] = 80.0
+    variant: Annotated[Literal["default", "official"], Field(description="see the module")] = "default"
 
     def __post_init__(self) -> None:
-        check(self.item_rate > 0, "strategy.item_rate", self.item_rate, "a number > 0")
-        check(self.variant in VARIANTS, "strategy.variant", self.variant, one_of(VARIANTS, self.variant))
+        super().__post_init__()
         groups = self.training.groups
         allowed = "null for strategy=pfedrec; strategy.item_rate sets the rate of the items"
         check(not any("lr" in options for options in (groups or {}).values()), "training.groups", groups, allowed)
@@ -105,9 +93,10 @@ class PFedRecUpdate(LocalUpdate):
         return trained
 
 
+@method("pfedrec")
 @dataclass(kw_only=True)
 class PFedRec(PersonalizedStrategy):
     """Server: unweighted mean of the item tables."""
 
     update = PFedRecUpdate
-    weighting: str = "uniform"
+    weighting: Weighting = "uniform"

@@ -17,7 +17,7 @@ from torch import nn
 from fedpers.cohort import Cohort, Reply
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
 
 @dataclass(kw_only=True)
@@ -44,6 +44,7 @@ class PretrainedUpdate(LocalUpdate):
         return Reply({})
 
 
+@method("pretrained")
 @dataclass(kw_only=True)
 class Pretrained(PersonalizedStrategy):
     """Server that has nothing to do."""

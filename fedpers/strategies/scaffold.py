@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, select, shifted, tree
@@ -26,7 +27,7 @@ from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
 CONTROL = "control"
 _PLAIN = {
@@ -41,15 +42,10 @@ _PLAIN = {
 
 @dataclass(kw_only=True)
 class ScaffoldUpdate(LocalUpdate):
-    """SGD with drift correction.
-
-    Raises
-    ------
-    ConfigError
-        If the optimizer is not plain SGD with one constant rate: the control variates divide by ``S * lr``.
-    """
+    """SGD with drift correction; another optimizer is refused, for the control variates divide by ``S * lr``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, plain in _PLAIN.items():
             value = getattr(self.training, name)
             allowed = f"{'null' if plain is None else plain} for strategy=scaffold, which needs plain SGD"
@@ -75,24 +71,14 @@ class ScaffoldUpdate(LocalUpdate):
         return cohort.reply(params, state={CONTROL: new}, control=tree(change, cohort.size))
 
 
+@method("scaffold")
 @dataclass(kw_only=True)
 class Scaffold(PersonalizedStrategy):
-    """Server with a control variate of its own.
-
-    Parameters
-    ----------
-    server_lr : float
-        Step of the server, > 0.
-    """
+    """Server with a control variate of its own."""
 
     update = ScaffoldUpdate
-    weighting: str = "uniform"
-    server_lr: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.weighting == "uniform", "strategy.weighting", self.weighting, "uniform for strategy=scaffold")
-        check(self.server_lr > 0, "strategy.server_lr", self.server_lr, "a number > 0")
+    weighting: Annotated[Literal["uniform"], Field(description="of replies in the average")] = "uniform"
+    server_lr: Annotated[float, Field(gt=0, description="step of the server")] = 1.0
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Mapping[str, Tree]:
         """Send c too, once there is one; until then it is 0."""

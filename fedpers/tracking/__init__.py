@@ -1,15 +1,13 @@
 """Where the metrics of a run go while it runs: always ``rounds.jsonl``, and what the config asks for."""
 
+from fedpers.settings.run import TensorBoardConfig, TrackerConfig, WandbConfig
 from fedpers.tracking.trackers import (
     ConsoleTracker,
     JsonlTracker,
     Resumed,
-    TensorBoardConfig,
     TensorBoardTracker,
     Tracker,
-    TrackerConfig,
     Trackers,
-    WandbConfig,
     WandbTracker,
     make_trackers,
 )

@@ -20,78 +20,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
-from fedpers.errors import FedpersError, check, one_of
+from fedpers.errors import FedpersError
+from fedpers.settings.run import TensorBoardConfig, TrackerConfig, WandbConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 logger = logging.getLogger(__name__)
 
-_MODES = ("auto", "offline", "online")
 INIT_SECONDS = 20.0
 """Seconds that Weights & Biases may take to start a run."""
 FINISH_SECONDS = 60.0
 """Seconds it may take to upload the rest at the end; what is left stays on disk for ``wandb sync``."""
-
-
-@dataclass
-class WandbConfig:
-    """Settings of the Weights & Biases tracker.
-
-    Parameters
-    ----------
-    project : str
-    name : str, optional
-        Name of the run there; the run's own name if not given.
-    group : str, optional
-    mode : {"auto", "offline", "online"}
-        ``auto`` follows ``WANDB_MODE`` where it is set, else is online where there is a login and offline
-        where there is none.
-
-    Raises
-    ------
-    ConfigError
-        For another mode.
-    """
-
-    project: str = "fedpers"
-    name: str | None = None
-    group: str | None = None
-    mode: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check(self.mode in _MODES, "tracker.wandb.mode", self.mode, one_of(_MODES, self.mode))
-
-
-@dataclass
-class TensorBoardConfig:
-    """Settings of the TensorBoard tracker.
-
-    Parameters
-    ----------
-    flush_secs : int
-        Seconds after which events are on disk at the latest, >= 1.
-
-    Raises
-    ------
-    ConfigError
-        If `flush_secs` is below 1.
-    """
-
-    flush_secs: int = 10
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        check(self.flush_secs >= 1, "tracker.tensorboard.flush_secs", self.flush_secs, "an integer >= 1")
-
-
-@dataclass
-class TrackerConfig:
-    """Which trackers a run has besides ``rounds.jsonl`` and the progress bar; None is off."""
-
-    wandb: WandbConfig | None = None
-    tensorboard: TensorBoardConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -283,7 +223,7 @@ class WandbTracker:
         run_config: Mapping[str, Any],
         resumed: Resumed | None = None,
     ) -> None:
-        mode = config.mode
+        mode: str = config.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
         if mode == "online" and not _logged_in():

@@ -17,7 +17,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpers.app import _main
-from fedpers.config import Config, conf_folder
+from fedpers.settings import Config
+from fedpers.settings.groups import conf_folder
 from fedpers.data import PartitionConfig
 from fedpers.run import TIMES, run
 from fedpers.strategies import STRATEGIES, options_of
@@ -125,8 +126,8 @@ def test_the_selected_round_is_the_best_on_validation_never_on_test(tmp_path: Pa
 
 def test_same_run_twice_and_with_two_workers_is_identical_but_for_times(tmp_path: Path) -> None:
     found = []
-    for name, extra in (("a", []), ("b", []), ("c", ["runtime.workers=2", "runtime.cohort=2"]),
-                        ("d", ["runtime.workers=1", "runtime.cohort=2"])):  # fmt: skip
+    for name, extra in (("a", []), ("b", []), ("c", ["runtime.workers=2", "runtime.clients_at_once=2"]),
+                        ("d", ["runtime.workers=1", "runtime.clients_at_once=2"])):  # fmt: skip
         (folder,) = fedpers("strategy=ditto", "fraction=0.7", *SMALL, *extra, output=tmp_path / name)
         rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
         found.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
@@ -359,7 +360,7 @@ def test_a_client_with_one_class_and_a_batch_larger_than_any_client(tmp_path: Pa
 
 
 def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
-    (folder,) = fedpers(*SMALL, "runtime.cohort=1000", "runtime.workers=8", output=tmp_path)
+    (folder,) = fedpers(*SMALL, "runtime.clients_at_once=1000", "runtime.workers=8", output=tmp_path)
     assert json.loads((folder / "manifest.json").read_text())["runtime"]["cohort"] == 6
 
 

@@ -493,7 +493,7 @@ def test_the_command_writes_the_numbers_that_it_writes_here(tmp_path: Path) -> N
     common = [sys.executable, "-m", "fedpers", *settings, "runtime.device=cpu"]
     rows = {}
     for runtime in ("local", "flower"):
-        more = ["runtime.cohort=1"] if runtime == "local" else []
+        more = ["runtime.clients_at_once=1"] if runtime == "local" else []
         folder = tmp_path / runtime
         done = subprocess.run(
             [*common, f"runtime={runtime}", f"hydra.run.dir={folder}", *more],

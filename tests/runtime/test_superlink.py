@@ -22,7 +22,7 @@ import flwr.app as flower
 import pytest
 import torch
 
-from fedpers.app import composed
+from fedpers.app.compose import composed
 from fedpers.cohort import leaves
 from fedpers.flower_private import server_identity
 from fedpers.records import from_record

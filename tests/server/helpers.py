@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, tree
-from fedpers.config import Config, build
+from fedpers.settings import Config, build
 from fedpers.errors import ConfigError
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record

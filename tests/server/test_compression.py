@@ -398,7 +398,7 @@ def test_the_same_on_actors() -> None:
 def test_a_run_that_goes_on_equals_one_without_a_stop(tmp_path: Path) -> None:
     common = [
         "strategy=fedrep", "compression=topk", "compression.share=0.05", "fraction=0.5", "partition.num_clients=6",
-        "partition.alpha=1.0", "runtime.cohort=3", "runtime.workers=1",
+        "partition.alpha=1.0", "runtime.clients_at_once=3", "runtime.workers=1",
     ]  # fmt: skip
     for folder, rounds in (("whole", 4), ("parts", 2)):
         assert _main([*common, f"rounds={rounds}", f"hydra.run.dir={tmp_path / folder}"]) == 0
@@ -409,7 +409,7 @@ def test_a_run_that_goes_on_equals_one_without_a_stop(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
     common = ["strategy=fedavg", "compression=topk", "rounds=15", "checkpoint.every=1"]
-    common += ["runtime.cohort=5", "runtime.workers=1"]
+    common += ["runtime.clients_at_once=5", "runtime.workers=1"]
     folder = tmp_path / "killed"
     process = start([*common, f"hydra.run.dir={folder}"], tmp_path)
     while process.poll() is None and not any(folder.glob("checkpoints/round_*")):

@@ -20,7 +20,7 @@ from flwr.supercore.differential_privacy import compute_adaptive_noise_params
 from fedpers.client.results import ClientResult
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, leaves, tree
 from fedpers.cohort.tree import expand_rows
-from fedpers.config import Config, build
+from fedpers.settings import Config, build
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.randomness import generator

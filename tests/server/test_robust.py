@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from torch import Tensor
 
 from fedpers.cohort import WeightedMean, entries, tree
-from fedpers.config import Config, build
+from fedpers.settings import Config, build
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, METRICS, from_record, to_record

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fedpers.cohort import Fold, Tree
 from fedpers.errors import check
+from fedpers.settings.base import Settings
 
 if TYPE_CHECKING:
     from fedpers.server.collect import Schema
     from fedpers.server.strategy import PersonalizedStrategy
 
 
-class Postprocessor:
+class Postprocessor(Settings):
     """Something that is done to clients' replies and their mean, whatever the method.
 
     A subclass overrides what it needs: each default changes nothing. Where clients compute it may :meth:`encode` what
@@ -43,6 +44,7 @@ class Postprocessor:
     state: dict[str, Tensor]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.reset()
 
     @property

@@ -27,81 +27,27 @@ from torch import Tensor
 
 from fedpers.cohort import Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
-from fedpers.errors import check, one_of
+from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.postprocessors.base import Postprocessor, check_mean
+from fedpers.settings.server import TopKConfig
 
 if TYPE_CHECKING:
     from fedpers.server.collect import Schema
     from fedpers.server.strategy import PersonalizedStrategy
 
-COMPRESSIONS = ("none", "topk")
 VALUES, POSITIONS, STEPS = "values", "positions", "steps"
 """Records of a compressed reply; integers and empty tensors stay among its arrays."""
 _FLOAT_BITS = 32
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressionConfig:
-    """How replies are compressed, by the name typed as ``compression=``.
-
-    Parameters
-    ----------
-    name : {"none", "topk"}
-    share, bits, error_feedback
-        See :class:`TopK`.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
-    """
-
-    name: str = "none"
-    share: float = 0.01
-    bits: int = 8
-    error_feedback: bool = True
-
-    def __post_init__(self) -> None:
-        check(self.name in COMPRESSIONS, "compression", self.name, one_of(COMPRESSIONS, self.name))
-        self.postprocessor()
-
-    def postprocessor(self) -> TopK | None:
-        """What strategy and clients are given; None for none."""
-        made = TopK(share=self.share, bits=self.bits, error_feedback=self.error_feedback)
-        return None if self.name == "none" else made
-
-
 @dataclass(kw_only=True)
-class TopK(Postprocessor):
-    """The largest entries of each tensor, quantized, with error feedback.
-
-    Parameters
-    ----------
-    share : float
-        Of the entries of a tensor, > 0 and <= 1; one entry at least. With 1 all are sent, and no positions.
-    bits : int
-        Of a value: 2 to 8 (which travel as bytes), 16, or 32 for values as they are, in float32.
-    error_feedback : bool
-        Whether clients keep what they do not send; it takes as much personal state as the shared arrays.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
-    """
+class TopK(TopKConfig, Postprocessor):
+    """The largest entries of each tensor, quantized, with error feedback, which takes as much state as the arrays."""
 
     role: ClassVar[str] = "residual"
     setting: ClassVar[str] = "compression"
     encodes: ClassVar[bool] = True
-    share: float = 0.01
-    bits: int = 8
-    error_feedback: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 < self.share <= 1, "compression.share", self.share, "a number > 0 and <= 1")
-        check(self.bits in (*range(2, 9), 16, _FLOAT_BITS), "compression.bits", self.bits, "2 to 8, 16 or 32")
 
     @property
     def label(self) -> str:
@@ -276,4 +222,4 @@ def _tensors(records: Mapping[str, Tree], record: str) -> dict[str, Tensor]:
     return entries(records[record]) if record in records else {}
 
 
-__all__ = ["CompressionConfig", "TopK"]
+__all__ = ["TopK"]

@@ -20,7 +20,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,11 +28,12 @@ from torch import Tensor
 
 from fedpers.cohort import Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
-from fedpers.errors import check, one_of
+from fedpers.errors import check
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
 from fedpers.server.postprocessors.accounting import INSTALL, epsilon
 from fedpers.server.postprocessors.base import Postprocessor, check_mean
+from fedpers.settings.server import PRIVACIES, PrivacyConfig
 
 if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
@@ -40,64 +41,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CLIPPED = "clipped"
 """Metric of a reply: 1 if its change was longer than the clipping norm."""
-PRIVACIES = ("none", "fixed", "adaptive")
-SOURCES = ("seed", "system")
 NORM = "norm"
 
 
 @dataclass(kw_only=True)
-class Privacy(Postprocessor):
-    """Clipping and noise.
-
-    Parameters
-    ----------
-    name : {"none", "fixed", "adaptive"}
-        Whether the clipping norm stays or follows the changes' norms; ``none`` is the setting of a run without privacy.
-    noise : float
-        Noise multiplier z, >= 0: standard deviation of the noise, relative to what one client can change at most.
-    norm : float
-        Largest Euclidean norm of a client's change over all shared entries, > 0; if adaptive, that of the first round.
-    quantile : float
-        Adaptive: share of the changes that should be within the norm, in [0, 1].
-    norm_lr : float
-        Adaptive: rate of the norm, > 0.
-    count_noise : float, optional
-        Adaptive: standard deviation of the noise on the number of changes within the norm, > noise / 2; default a
-        twentieth of the sampled clients.
-    delta : float
-        Probability with which more than epsilon may be lost, in (0, 1), far below 1 / clients.
-    noise_source : {"seed", "system"}
-        Where the noise is drawn: from the run's seed, which can be repeated, or by the operating system.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
-    """
+class Privacy(PrivacyConfig, Postprocessor):
+    """Clipping and noise."""
 
     role: ClassVar[str] = "privacy"
     setting: ClassVar[str] = "privacy"
-    name: str = "fixed"
-    noise: float = 1.0
-    norm: float = 1.0
-    quantile: float = 0.5
-    norm_lr: float = 0.2
-    count_noise: float | None = None
-    delta: float = 1e-5
-    noise_source: str = "seed"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.name in PRIVACIES, "privacy", self.name, one_of(PRIVACIES, self.name))
-        check(0 <= self.noise < math.inf, "privacy.noise", self.noise, "a number >= 0")
-        check(0 < self.norm < math.inf, "privacy.norm", self.norm, "a number > 0")
-        check(0 <= self.quantile <= 1, "privacy.quantile", self.quantile, "a number >= 0 and <= 1")
-        check(0 < self.norm_lr < math.inf, "privacy.norm_lr", self.norm_lr, "a number > 0")
-        count = self.count_noise
-        check(count is None or 0 <= count < math.inf, "privacy.count_noise", count, "a number >= 0, or null")
-        check(0 < self.delta < 1, "privacy.delta", self.delta, "a number > 0 and < 1")
-        source = self.noise_source
-        check(source in SOURCES, "privacy.noise_source", source, one_of(SOURCES, source))
+    name: Annotated[str, PRIVACIES] = "fixed"
 
     @property
     def label(self) -> str:

@@ -14,73 +14,13 @@ from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum, Stra
 from torch import Tensor
 
 from fedpers.cohort import Collect, Tree, entries, tree
-from fedpers.errors import TrainingError, check, one_of
+from fedpers.errors import TrainingError, check
 from fedpers.records import ARRAYS, METRICS, from_record, to_record
 from fedpers.server.postprocessors.base import Postprocessor, check_mean
+from fedpers.settings.server import Aggregation
 
 if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
-
-AGGREGATIONS = ("mean", "median", "trimmed_mean", "krum")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aggregation:
-    """What takes the place of the mean, by the name typed as ``aggregation=``.
-
-    Parameters
-    ----------
-    name : {"mean", "median", "trimmed_mean", "krum"}
-        Median and trimmed mean are taken entry by entry and, like Krum, know no weights.
-    malicious : int
-        Krum: clients that may send anything, >= 0.
-    share : float
-        Trimmed mean: share of the replies that is left out at either end, > 0 and < 0.5.
-
-    Raises
-    ------
-    ConfigError
-        If a value is out of its range.
-    """
-
-    name: str = "mean"
-    malicious: int = 1
-    share: float = 0.2
-
-    def __post_init__(self) -> None:
-        check(self.name in AGGREGATIONS, "aggregation", self.name, one_of(AGGREGATIONS, self.name))
-        check(self.malicious >= 0, "aggregation.malicious", self.malicious, "a whole number >= 0")
-        check(0 < self.share < 0.5, "aggregation.share", self.share, "a number > 0 and < 0.5")
-
-    def postprocessor(self) -> Robust | None:
-        """What the strategy is given; None for the mean."""
-        if self.name == "krum":
-            return Robust(Krum(num_malicious_nodes=self.malicious))
-        if self.name == "trimmed_mean":
-            return Robust(FedTrimmedAvg(beta=self.share))
-        return Robust(FedMedian()) if self.name == "median" else None
-
-    def replies(self, sampled: int) -> int:
-        """Usable replies a round needs for the aggregate to be robust at all.
-
-        Raises
-        ------
-        ConfigError
-            If they are more than the `sampled` clients.
-        """
-        if self.name == "krum":
-            needed = 2 * self.malicious + 3
-            allowed = f"a whole number <= {(sampled - 3) // 2}, for Krum needs 2 * malicious + 3 of {sampled} clients"
-            enough = "aggregation=mean or median: Krum needs 3 clients or more"
-            check(needed <= sampled, "aggregation.malicious", self.malicious, allowed if sampled >= 3 else enough)
-            return needed
-        if self.name == "trimmed_mean":
-            needed = next((n for n in range(3, sampled + 1) if int(self.share * n) >= 1), sampled + 1)
-            allowed = f"a number >= {1 / sampled:g}, so that it leaves out at least one of {sampled} clients"
-            enough = "aggregation=mean or median: a trimmed mean needs 3 clients or more"
-            check(needed <= sampled, "aggregation.share", self.share, allowed if sampled >= 3 else enough)
-            return needed
-        return 1
 
 
 @dataclass
@@ -96,6 +36,15 @@ class Robust(Postprocessor):
     role: ClassVar[str] = "robust"
     setting: ClassVar[str] = "aggregation"
     aggregator: Strategy
+
+    @classmethod
+    def of(cls, settings: Aggregation) -> Robust | None:
+        """The one that settings mean; None for the mean."""
+        if settings.name == "krum":
+            return cls(Krum(num_malicious_nodes=settings.malicious))
+        if settings.name == "trimmed_mean":
+            return cls(FedTrimmedAvg(beta=settings.share))
+        return cls(FedMedian()) if settings.name == "median" else None
 
     @property
     def label(self) -> str:

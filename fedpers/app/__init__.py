@@ -1,0 +1,46 @@
+"""The ``fedpers`` command: one file for each subcommand. Nothing that is heavy is imported before it is used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fedpers import __version__
+from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
+
+SUBCOMMANDS = ("compare", "plot", "resume")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
+    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"fedpers {__version__}")
+        return 0
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            return int(import_module("fedpers.app.help").command(arguments[1:]))
+        first = arguments[0]
+        if "output=" in arguments:
+            raise ConfigError("output", "", "a folder")
+        if first in SUBCOMMANDS:
+            return int(import_module(f"fedpers.app.{first}").command(arguments[1:]))
+        if not first.startswith(("-", "~")) and "=" not in first:
+            known = one_of(SUBCOMMANDS, first)
+            raise FedpersError(f"'{first}' is neither a setting (key=value) nor a subcommand: {known}.")
+        return int(import_module("fedpers.app.run").command(arguments))
+    except FedpersError as error:
+        print(f"fedpers: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    except KeyboardInterrupt as stop:
+        reason = getattr(stop, "reason", "") or "interrupted; what a run has done so far is kept in its folder"
+        print(f"fedpers: {reason}.", file=sys.stderr)
+        return int(getattr(stop, "exit_code", 130))
+
+
+if __name__ == "__main__":
+    main()

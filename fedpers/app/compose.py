@@ -1,0 +1,119 @@
+"""Settings composed by Hydra from ``conf/`` and the options' own defaults, and its errors as one sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedpers.errors import ConfigError, FedpersError, one_of
+from fedpers.settings import Config, build
+from fedpers.settings.base import choices, options, plain
+from fedpers.settings.groups import GROUPS, RENAMED, TRACKERS, choice_values, conf_folder, group_names, method_names
+from fedpers.strategies.registry import options_of
+
+_CHOSEN = (*GROUPS, "strategy", "tracker")
+"""Fields of a run's settings that are chosen by name."""
+
+
+def register_choices(overrides: Sequence[str] = ()) -> None:
+    """Give Hydra every choice with its default values, as plain values.
+
+    A choice is known to Hydra as ``GROUP/NAME``, unless ``conf/`` has a file of that name, and as
+    ``options/GROUP/NAME`` for that file's own list of defaults. All other settings are ``settings``.
+
+    Parameters
+    ----------
+    overrides : sequence of str
+        What was typed: methods of one's own, as in ``strategy=module:Class``, are registered with the others.
+
+    Raises
+    ------
+    ConfigError
+        If a typed ``module:Class`` cannot be imported.
+    """
+    _register_known()
+    for text in overrides:
+        key, _, value = text.partition("=")
+        for name in value.split(",") if key == "strategy" else ():
+            if ":" in name:
+                _store("strategy", name, {"name": name, **options_of(name)})
+
+
+@cache
+def _register_known() -> None:
+    others = {name: plain(option.default) for name, option in options(Config).items() if name not in _CHOSEN}
+    ConfigStore.instance().store("settings", others)
+    for group, kind in GROUPS.items():
+        for name in choices(kind):
+            _store(group, name, choice_values(group, name))
+    for name in ("none", *TRACKERS):
+        _store("tracker", name, choice_values("tracker", name))
+    for name in method_names():
+        _store("strategy", name, {"name": name, **options_of(name)})
+
+
+def _store(group: str, name: str, values: dict[str, Any]) -> None:
+    node = {key: plain(value) for key, value in values.items()}
+    store = ConfigStore.instance()
+    store.store(name, node, group=f"options/{group}")
+    if not (conf_folder() / group / f"{name}.yaml").exists():
+        store.store(name, node, group=group)
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """Settings made of ``key=value`` overrides, as the command makes them, without starting a run.
+
+    Raises
+    ------
+    FedpersError
+        If an override cannot be used.
+    """
+    register_choices(overrides)
+    try:
+        with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
+            cfg = compose("config", overrides=list(overrides))
+        return build(Config, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise sentence(error, overrides) from error
+
+
+def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
+    """One sentence for what Hydra says in several lines."""
+    text = str(error)
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+        group, name = match.groups()
+        return ConfigError(group, name, one_of(group_names(group), name))
+    if match := re.search(r"Could not override '([^']+)'", text):
+        key = match.group(1)
+        given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
+        if key in RENAMED:
+            return ConfigError(key, given, f"{RENAMED[key]}, as it is called now")
+        *parents, name = key.split(".")
+        while parents and not _keys(".".join(parents), key, arguments):  # the mistake is further up
+            name = parents.pop()
+        return ConfigError(key, given, f"a known key: {one_of(_keys('.'.join(parents), key, arguments), name)}")
+    if isinstance(error, OverrideParseException):
+        hint = "values with special characters need quotes within quotes, as in 'output=\"my runs\"'"
+        return FedpersError(f"'{error.override}' cannot be read as key=value; {hint}.")
+    first = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return FedpersError(first.removesuffix(".") + ".")
+
+
+def _keys(parent: str, offending: str, arguments: Sequence[str]) -> list[str]:
+    """Keys that exist under `parent` when the offending override is left out."""
+    kept = [a for a in arguments if "=" in a and "," not in a and not a.startswith("-") and not a.startswith(offending)]
+    with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=kept)
+        except Exception:  # another override is wrong as well: name the keys of the defaults
+            cfg = compose("config")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []

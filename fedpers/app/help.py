@@ -1,0 +1,151 @@
+"""``fedpers --help``: what can be typed, and every option of a choice with its default, range and meaning."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING
+from typing import Any
+
+from fedpers.errors import ConfigError, one_of
+from fedpers.settings import CheckpointConfig, Training
+from fedpers.settings.base import Option, Settings, choice_options, choices, options, plain
+from fedpers.settings.groups import GROUPS, TRACKERS, conf_folder, group_names
+
+USAGE = """\
+fedpers - personalized federated learning
+
+Run (settings are key=value, see below):
+  fedpers strategy=ditto dataset=digits partition=dirichlet partition.alpha=0.1 seed=1
+  fedpers -m strategy=local,fedavg,fedrep seed=0,1,2        every combination
+  fedpers +experiment=demo                                  a preset
+
+Subcommands:
+  fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
+  fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
+  fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
+  fedpers --help strategy=fedrep [dataset=... training ...]   every option of a choice or a group, with its range
+  fedpers --version
+
+Settings people change (choose = one of the files of conf/KEY):
+  strategy    {strategy}
+              strategy.KEY=VALUE for a method's own settings
+  dataset     {dataset}      dataset.root=PATH
+  partition   {partition}
+              partition.alpha=0.1  partition.num_clients=20
+  heterogeneity
+              {heterogeneity}      split   {split}
+  model       {model}
+  training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
+  rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
+  compression {compression}      compression.share=0.01  compression.bits=8
+  privacy     {privacy}      privacy.noise=1  privacy.norm=1  privacy.delta=1e-5
+  aggregation {aggregation}
+  runtime     {runtime}
+              runtime.clients_at_once=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
+              runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5
+  checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1
+  tracker     none, wandb, tensorboard, [wandb,tensorboard]
+  +experiment {experiment}
+
+All settings with their values:  fedpers --cfg job [key=value ...]
+Further options of Hydra:        fedpers --hydra-help
+"""
+
+_GROUPS = (*GROUPS, "strategy", "tracker", "experiment")
+_WITHOUT_CHOICE: dict[str, type[Settings]] = {"training": Training, "checkpoint": CheckpointConfig}
+
+
+def command(arguments: list[str]) -> int:
+    """Print how the command is used, or the options of each ``group=choice`` or ``group`` that is typed.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such group or choice.
+    """
+    if not arguments:
+        print(USAGE.format(**{group: ", ".join(group_names(group)) for group in _GROUPS}))
+    for argument in arguments:
+        group, _, choice = argument.partition("=")
+        print("\n".join(_described(group, choice)))
+    return 0
+
+
+def _described(group: str, choice: str) -> Iterable[str]:
+    """Lines about a choice, or about a group."""
+    if group in _WITHOUT_CHOICE:
+        return [group, *_lines(options(_WITHOUT_CHOICE[group]))]
+    if group not in _GROUPS:
+        raise ConfigError("--help", group, one_of((*_GROUPS, *_WITHOUT_CHOICE), group))
+    names = group_names(group)
+    if not choice:
+        return [f"{group}=", *(f"  {name:<18} {_summary(group, name)}".rstrip() for name in names)]
+    if choice not in names and not (group == "strategy" and ":" in choice):
+        raise ConfigError(group, choice, one_of(names, choice))
+    title = f"{group}={choice}  {_summary(group, choice)}".rstrip()
+    return [title, *_lines(_options(group, choice)), *_brought(group, choice)]
+
+
+def _options(group: str, choice: str) -> Mapping[str, Option]:
+    """Options of a choice by name, its name left out."""
+    if group == "strategy":
+        from fedpers.strategies.registry import method_options
+
+        return method_options(choice)
+    if group == "tracker":
+        return options(TRACKERS[choice]) if choice in TRACKERS else {}
+    if group in GROUPS and choice in choices(GROUPS[group]):
+        return {name: option for name, option in choice_options(GROUPS[group], choice).items() if name != "name"}
+    return {}
+
+
+def _lines(known: Mapping[str, Option]) -> list[str]:
+    width = max((len(f"{option.key}={_typed(option.default)}") for option in known.values()), default=0)
+    return [
+        f"  {f'{option.key}={_typed(option.default)}':<{width}}  {option.help or '-'}  [{option.allowed}]"
+        for option in known.values()
+    ]
+
+
+def _typed(value: Any) -> str:
+    """A default as it would be typed."""
+    value = "" if value is MISSING else plain(value)
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return f"[{','.join(map(_typed, value))}]" if isinstance(value, list) else str(value)
+
+
+def _summary(group: str, choice: str) -> str:
+    """One line on a choice."""
+    if group == "strategy" and ":" not in choice:  # the first line of its file, which need not be imported
+        from fedpers.settings.groups import method_file
+
+        text = ast.get_docstring(ast.parse(method_file(choice).read_text(encoding="utf-8"))) or ""
+        return text.partition("\n")[0]
+    kind: type[Settings] | None = GROUPS.get(group)
+    return "" if kind is None else choices(kind).get(choice, "")
+
+
+def _brought(group: str, choice: str) -> list[str]:
+    """What a file of ``conf/`` sets beside or in place of the defaults."""
+    import yaml
+
+    file = conf_folder() / group / f"{choice}.yaml"
+    if not file.exists():
+        return []
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    chosen = [entry for entry in content.pop("defaults", []) if isinstance(entry, dict)]
+    overrides = {key.removeprefix("override /"): value for entry in chosen for key, value in entry.items()}
+    overrides = {key: value for key, value in overrides.items() if not key.startswith("/")}
+    content.pop("hydra", None)
+    prefix = "" if "@package _global_" in file.read_text(encoding="utf-8") else f"{group}."
+    settings = [f"{key}={_typed(value)}" for key, value in (overrides | _flat(content, prefix)).items()]
+    return [f"  sets {' '.join(settings)}"] if settings else []
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat

@@ -1,0 +1,40 @@
+"""``fedpers resume``: go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import logging.config
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedpers.app.result import print_result
+from fedpers.resume import FinishedError, check_contents
+from fedpers.run import resume
+from fedpers.settings.groups import conf_folder
+
+
+def command(arguments: list[str]) -> int:
+    """Go on with a run."""
+    parser = argparse.ArgumentParser(prog="fedpers resume", description="Go on with a run after its last checkpoint.")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="run folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="rounds, runtime, runtime.*, tracker, tracker.*, checkpoint.*"
+    )
+    options = parser.parse_args(arguments)
+    check_contents(options.folder)
+    _log_into(options.folder)
+    try:
+        print_result(resume(options.folder, options.overrides), options.folder.resolve())
+    except FinishedError as error:
+        print(error)
+    return 0
+
+
+def _log_into(folder: Path) -> None:
+    """Set up logging as Hydra does for a run in `folder`."""
+    file = conf_folder() / "hydra" / "job_logging" / "fedpers.yaml"
+    settings: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    settings["handlers"]["file"]["filename"] = str(folder.resolve() / "run.log")
+    logging.config.dictConfig(settings)

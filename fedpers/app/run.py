@@ -1,0 +1,68 @@
+"""``fedpers key=value ...``: compose the settings with Hydra and run, once or for every combination of a sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedpers.app.compose import register_choices, sentence
+from fedpers.app.result import print_result
+from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
+from fedpers.run import run
+from fedpers.settings import Config, build
+from fedpers.settings.groups import conf_folder, group_names
+
+
+def command(arguments: list[str]) -> int:
+    """Compose with Hydra and run, once or for every combination of a sweep."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here
+    before = sys.argv
+    sys.argv = ["fedpers", *arguments]
+    exit_codes: list[int] = []
+    composed = False
+
+    def job(cfg: Any) -> float | None:
+        nonlocal composed
+        composed = True
+        try:
+            return _job(cfg)
+        except FedpersError as error:  # printed at once: Hydra would add lines, and end a sweep at its first failure
+            print(f"fedpers: {error}", file=sys.stderr)
+            exit_codes.append(1 if isinstance(error, TrainingError) else 2)
+            return None
+
+    try:
+        register_choices(arguments)
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise sentence(error, arguments) from error
+    except (TypeError, ValueError) as error:
+        if composed:  # else Hydra's way of saying that it cannot make anything of an argument
+            raise
+        for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments):
+            names = group_names(key) if key else []
+            if names and value not in names:
+                raise ConfigError(key, value, one_of(names, value)) from error
+        raise FedpersError(f"the settings cannot be read: {str(error).splitlines()[0].removesuffix('.')}.") from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise FedpersError(f"{error.filename}: {error.strerror}; choose another folder with output=.") from error
+    finally:
+        sys.argv = before
+    return max(exit_codes, default=0)
+
+
+def _job(cfg: Any) -> float | None:
+    """One job; returns the validation score of the selected round, for sweepers that optimize."""
+    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    return print_result(run(build(Config, resolved), folder, resolved), folder)

@@ -1,0 +1,40 @@
+"""What can be set: one dataclass for each group, each option written once. Imports neither torch nor Flower."""
+
+from fedpers.settings.base import Option, Settings, build, options
+from fedpers.settings.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
+from fedpers.settings.model import ModelConfig
+from fedpers.settings.run import (
+    CheckpointConfig,
+    Config,
+    RoundsConfig,
+    RuntimeConfig,
+    TensorBoardConfig,
+    TrackerConfig,
+    WandbConfig,
+)
+from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, TopKConfig
+from fedpers.settings.training import Training
+
+__all__ = [
+    "Aggregation",
+    "CheckpointConfig",
+    "CompressionConfig",
+    "Config",
+    "DatasetConfig",
+    "HeterogeneityConfig",
+    "ModelConfig",
+    "Option",
+    "PartitionConfig",
+    "PrivacyConfig",
+    "RoundsConfig",
+    "RuntimeConfig",
+    "Settings",
+    "SplitConfig",
+    "TensorBoardConfig",
+    "TopKConfig",
+    "TrackerConfig",
+    "Training",
+    "WandbConfig",
+    "build",
+    "options",
+]

@@ -1,0 +1,114 @@
+"""Which network, and whether it is pretrained: the group ``model``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fedpers.errors import check, one_of
+from fedpers.settings.base import Choices, OnlyFor, Settings, choice_options, options
+
+_PRETRAINED = ("mlp", "cnn", "resnet18", "vit", "vit_b16")
+_Size = Annotated[int, Field(ge=1)]
+
+
+@dataclass
+class ModelConfig(Settings, group="model"):
+    """Settings of a network; an option left at None takes the network's default, one that it lacks is refused."""
+
+    name: Annotated[
+        str,
+        Choices(
+            mlp="fully connected layers",
+            cnn="two convolutions, as in the federated learning literature",
+            resnet18="a residual network for small pictures",
+            vit="a small vision transformer",
+            vit_b16="ViT-B/16 with weights from torchvision or a file",
+            factorization="a table of items and a vector of the user, for ratings",
+        ),
+    ] = "mlp"
+    hidden: Annotated[
+        tuple[_Size, ...] | None,
+        Field(
+            min_length=1,
+            title="one or more whole numbers >= 1, e.g. [64,32]",
+            description="sizes of the fully connected layers before the head",
+        ),
+        OnlyFor(mlp=(64,), cnn=(512,)),
+    ] = None
+    width: Annotated[
+        int | None, Field(ge=1, description="channels of the first convolution"), OnlyFor(cnn=32, resnet18=64)
+    ] = None
+    norm: Annotated[
+        Literal["none", "batch", "group"] | None,
+        Field(description="normalization; of cnn none or batch, of resnet18 group or batch"),
+        OnlyFor(cnn="none", resnet18="group"),
+    ] = None
+    groups: Annotated[int | None, Field(ge=1, description="of norm=group; must divide width"), OnlyFor(resnet18=2)] = (
+        None
+    )
+    patch: Annotated[
+        int | None,
+        Field(ge=1, description="pixels a side; null: the smallest >= 2 that gives at most 64 patches"),
+        OnlyFor("vit"),
+    ] = None
+    dim: Annotated[int | None, Field(ge=1, description="features"), OnlyFor(vit=64, factorization=32)] = None
+    depth: Annotated[int | None, Field(ge=1, description="blocks"), OnlyFor(vit=4)] = None
+    heads: Annotated[int | None, Field(ge=1, description="of attention; must divide dim"), OnlyFor(vit=4)] = None
+    mlp_ratio: Annotated[
+        float | None, Field(gt=0, description="hidden width of a block in multiples of dim"), OnlyFor(vit=2.0)
+    ] = None
+    bias: Annotated[bool | None, Field(description="whether a user has a bias"), OnlyFor(factorization=True)] = None
+    weights: Annotated[
+        str | None,
+        Field(min_length=1, title="imagenet, random, timm:NAME or the path of a file",
+              description="initial values of the body"),
+        OnlyFor(vit_b16="imagenet"),
+    ] = None  # fmt: skip
+    head: Annotated[
+        str | None,
+        Field(min_length=1, title="the dotted name of a layer, or null",
+              description="the layer that is the head; null: the one called head"),
+    ] = None  # fmt: skip
+    pretrained: Annotated[
+        Literal["public"] | None,
+        Field(description="public: the whole network is trained first on the public share of the data"),
+        OnlyFor(*_PRETRAINED),
+    ] = None
+    pretrain_epochs: Annotated[int, Field(ge=1, description="passes at most"), OnlyFor(*_PRETRAINED)] = 20
+    pretrain_lr: Annotated[float, Field(gt=0, description="of AdamW at the start"), OnlyFor(*_PRETRAINED)] = 1e-3
+    pretrain_batch_size: Annotated[int, Field(ge=1), OnlyFor(*_PRETRAINED)] = 32
+    pretrain_accuracy: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="stop at this accuracy on a held-out tenth of the share"),
+        OnlyFor(*_PRETRAINED),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = choice_options(type(self), self.name)
+        for name, option in options(type(self)).items():
+            value = getattr(self, name)
+            allowed = f"no value: {self.name} has the options {', '.join(n for n in known if n != 'name')}"
+            check(name in known or value == option.default, option.key, value, allowed)
+        if self.norm is not None:
+            kinds = ("none", "batch") if self.name == "cnn" else ("batch", "group")
+            check(self.norm in kinds, "model.norm", self.norm, one_of(kinds, self.norm))
+        allowed = "no value with model.norm=batch (model=resnet18_bn sets none)"
+        check(self.groups is None or self.norm != "batch", "model.groups", self.groups, allowed)
+        for name, option in options(type(self)).items():
+            if name.startswith("pretrain_") and self.pretrained is None:
+                value = getattr(self, name)
+                allowed = f"{'null' if option.default is None else option.default} unless model.pretrained=public"
+                check(value == option.default, option.key, value, allowed)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of the network by name: what was given, else the network's defaults."""
+        chosen: dict[str, Any] = {}
+        for name, option in choice_options(type(self), self.name).items():
+            if name not in ("name", "head") and not name.startswith("pretrain"):
+                value = getattr(self, name)
+                chosen[name] = option.default if value is None else value
+        return chosen

@@ -24,7 +24,8 @@ from fedpers.checkpoint import Checkpoint, Checkpoints
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.progress import exactly
 from fedpers.settings import Config, RuntimeConfig, build
-from fedpers.settings.groups import RENAMED, choice_values, group_names
+from fedpers.settings.base import RENAMED
+from fedpers.settings.groups import choice_values, group_names
 
 GROUPS = ("runtime", "tracker")
 """Groups that may be replaced as a whole, by their files in ``conf/``."""

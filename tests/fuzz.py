@@ -34,10 +34,10 @@ from torch import Tensor
 
 from fedpers.app import _main
 from fedpers.cohort import leaves
-from fedpers.settings import Config
 from fedpers.flower_private import server_identity
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
+from fedpers.settings import Config
 from fedpers.strategies import STRATEGIES, PersonalizedStrategy, make_strategy, option_types
 from fedpers.threads import one_thread
 from tests.problems import problem
@@ -323,7 +323,13 @@ def fuzz_replies(cases: int, seed: int) -> int:
 
 # -------------------------------------------------------------------- configs
 
-SMALL = ["rounds=1", "partition.num_clients=4", "partition.alpha=10.0", "runtime.clients_at_once=4", "runtime.workers=1"]
+SMALL = [
+    "rounds=1",
+    "partition.num_clients=4",
+    "partition.alpha=10.0",
+    "runtime.clients_at_once=4",
+    "runtime.workers=1",
+]
 GROUPS = ("strategy", "dataset", "partition", "heterogeneity", "split", "model", "runtime", "tracker")
 WRONG_TYPE: dict[type, list[str]] = {
     int: ["abc", "1.5", "[1,2]", "{a:1}", "nan", "true", "''"],

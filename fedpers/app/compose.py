@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
-from fedpers.settings.base import choices, options, plain
-from fedpers.settings.groups import GROUPS, RENAMED, TRACKERS, choice_values, conf_folder, group_names, method_names
+from fedpers.settings.base import RENAMED, choices, options, plain
+from fedpers.settings.groups import GROUPS, TRACKERS, choice_values, conf_folder, group_names, method_names
 from fedpers.strategies.registry import options_of
 
 _CHOSEN = (*GROUPS, "strategy", "tracker")

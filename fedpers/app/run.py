@@ -23,6 +23,7 @@ from fedpers.settings.groups import conf_folder, group_names
 
 def command(arguments: list[str]) -> int:
     """Compose with Hydra and run, once or for every combination of a sweep."""
+    register_choices(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here
     before = sys.argv
     sys.argv = ["fedpers", *arguments]
@@ -40,7 +41,6 @@ def command(arguments: list[str]) -> int:
             return None
 
     try:
-        register_choices(arguments)
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise sentence(error, arguments) from error

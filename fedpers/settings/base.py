@@ -24,6 +24,8 @@ _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 """Kinds of pydantic's errors that are about a range."""
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 
+RENAMED = {"runtime.cohort": "runtime.clients_at_once"}
+"""Keys that have another name now."""
 _KNOWN: dict[type, dict[str, Option]] = {}
 """Options by settings class, kept here rather than in the class, which may travel."""
 
@@ -233,6 +235,8 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     given: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
+            if (key := kind.key(name)) in RENAMED:
+                raise ConfigError(key, value, f"{RENAMED[key]}, as it is called now")
             raise ConfigError(kind.key(name), value, f"a known key: {one_of(known, name)}")
         nested = known[name].nested
         given[name] = build(nested, value) if nested is not None and isinstance(value, Mapping) else value

@@ -26,8 +26,6 @@ GROUPS: dict[str, type[Settings]] = {
 """Groups with one choice in a run."""
 TRACKERS: dict[str, type[Settings]] = {"wandb": WandbConfig, "tensorboard": TensorBoardConfig}
 """Choices of ``tracker``, beside ``none``; a run may have several."""
-RENAMED = {"runtime.cohort": "runtime.clients_at_once"}
-"""Keys that have another name now."""
 _NO_METHODS = ("base", "registry")
 """Files beside those of methods."""
 _PACKAGE = Path(__file__).parent.parent

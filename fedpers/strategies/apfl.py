@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Step, Tree, mixed
 from fedpers.cohort.tree import expand_rows, flat_rows
@@ -47,6 +47,11 @@ class APFLUpdate(LocalUpdate):
     alpha: Annotated[float, Field(ge=0, le=1, description="initial share of the personal network")] = 0.5
     adaptive: Annotated[bool, Field(description="train alpha")] = True
     variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """v_k is the initial network."""
+        alpha = next(module.parameters()).detach().new_tensor(self.alpha)
+        return super().initial_state(model, module).set("alpha", alpha)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""

@@ -96,7 +96,12 @@ class FedSelectUpdate(LocalUpdate):
     settles_parts = True
     rate: Annotated[
         float,
-        Field(gt=0, lt=1, description="share of the global entries that become personal at an update of the mask"),
+        Field(
+            gt=0,
+            lt=1,
+            title="a number > 0 and < 1, the share of global entries that become personal at an update",
+            description="share of the global entries that become personal at an update of the mask",
+        ),
     ] = 0.25
     limit: Annotated[float, Field(gt=0, le=1, description="share of personal entries up to which masks grow")] = 0.8
     interval: Annotated[

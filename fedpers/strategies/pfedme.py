@@ -27,6 +27,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
@@ -44,6 +45,10 @@ class PFedMeUpdate(LocalUpdate):
         float | None, Field(gt=0, description="rate of theta, to which lr_decay applies; null: training.lr")
     ] = None
     variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
+
+    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+        """Theta is the initial network."""
+        return super().initial_state(model, module).set("theta", model.clone())
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves theta several times and w once."""

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,11 +16,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpers.app import _main
-from fedpers.settings import Config
-from fedpers.settings.groups import conf_folder
 from fedpers.data import PartitionConfig
 from fedpers.run import TIMES, run
-from fedpers.strategies import STRATEGIES, options_of
+from fedpers.settings import Config
+from fedpers.settings.groups import conf_folder
+from fedpers.strategies import STRATEGIES
 
 SMALL = ["rounds=3", "partition.num_clients=6", "partition.alpha=1.0"]
 
@@ -207,16 +206,6 @@ def test_help_names_every_option_and_subcommand(capsys: pytest.CaptureFixture[st
     assert _main([]) == 0
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
-def test_the_yaml_of_a_strategy_lists_all_its_settings_with_their_defaults(name: str) -> None:
-    listed: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "strategy" / f"{name}.yaml"))
-    listed = listed.get("strategy", listed)  # a file that brings data and model along is a @package _global_ one
-    expected = {"name": name, **options_of(name)}
-    if name == "local":  # averages nothing
-        del expected["weighting"]
-    assert listed == expected
-
-
 def test_installed_command(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "fedpers"), "strategy=fedavg", *SMALL, f"output={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
@@ -256,7 +245,7 @@ def test_installed_command(tmp_path: Path) -> None:
         (["dataset=npz"], "dataset.root"),
         (["dataset=npz", "dataset.root=missing.npz"], "missing.npz"),
         (["dataset=mnist", "dataset.download=false", "dataset.root=missing"], "missing"),
-        (["model=cnn", "model.width=0"], "model.width=0: expected an integer >= 1."),
+        (["model=cnn", "model.width=0"], "model.width=0: expected a whole number >= 1, or null."),
         (["strategy=fedbn"], "model=MLP: expected a network with normalization layers for strategy=fedbn"),
         (["strategy=scaffold", "training.momentum=0.9"], "training.momentum=0.9: expected 0.0 for strategy=scaffold"),
         (["strategy=fedavg,local"], "--multirun"),

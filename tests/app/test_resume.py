@@ -24,7 +24,13 @@ from fedpers.resume import locked, reopen
 from fedpers.strategies import FedAvg
 from tests.resume import killed_runs, results
 
-SMALL = ["partition.num_clients=6", "partition.alpha=1.0", "fraction=0.5", "runtime.clients_at_once=3", "runtime.workers=1"]
+SMALL = [
+    "partition.num_clients=6",
+    "partition.alpha=1.0",
+    "fraction=0.5",
+    "runtime.clients_at_once=3",
+    "runtime.workers=1",
+]
 
 
 def run(folder: Path, *arguments: str) -> Path:

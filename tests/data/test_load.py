@@ -1,31 +1,18 @@
 """Settings to the data of all clients, and the settings files."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedpers.data import PARTS, DatasetConfig, FederatedData, PartitionConfig, SplitConfig, load_federated
-from fedpers.data.datasets import DATASETS, RATINGS
-from fedpers.data.partition import PARTITIONS
-from fedpers.data.split import SPLITS, take_public
+from fedpers.data.split import take_public
 from fedpers.errors import ConfigError, DataError
 from fedpers.tasks import Regression
-
-CONF = Path(__file__).parents[2] / "conf"
-GROUPS: dict[str, tuple[Any, Any]] = {
-    "dataset": (DatasetConfig, [*DATASETS, *RATINGS]),
-    "partition": (PartitionConfig, PARTITIONS),
-    "split": (SplitConfig, SPLITS),
-}
-RATINGS_NEED = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
 
 
 def disjoint(data: FederatedData) -> bool:
@@ -129,26 +116,6 @@ def test_official_needs_an_official_part() -> None:
 def test_more_clients_than_samples() -> None:
     with pytest.raises(DataError, match=r"partition\.num_clients=1798 is more than the 1797 samples of digits"):
         load_federated(DatasetConfig(), PartitionConfig("dirichlet", 1798), SplitConfig(), 0)
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_settings_files(group: str) -> None:
-    config, names = GROUPS[group]
-    files = {path.stem: yaml.safe_load(path.read_text()) for path in (CONF / group).glob("*.yaml")}
-    assert set(files) == set(names)
-    known = {field.name for field in fields(config)}
-    for name, values in files.items():
-        if name in RATINGS:  # they bring along what fits them
-            overrides = [{f"override /{key}": value} for key, value in RATINGS_NEED.items()]
-            assert values.pop("defaults") == overrides
-            assert (CONF / group / f"{name}.yaml").read_text().startswith("# @package _global_\n")
-            values = values["dataset"]
-        assert values["name"] == name
-        assert next(iter(values)) == "name"
-        assert set(values) <= known
-        needed = {"npz": {"root": "a.npz"}, "ratings": {"root": "a.csv"}, "index": {"file": "a.json"}}.get(name, {})
-        # The files say what the classes say, so a run from Python and one from the command line are the same.
-        assert config(**{**values, **needed}) == config(name=name, **needed)
 
 
 # --- public samples and unseen clients ---

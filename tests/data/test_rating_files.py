@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fedpers.data import DatasetConfig, PartitionConfig, load_dataset
-from fedpers.settings.data import RATINGS
 from fedpers.data.rating_files import FILES, SOURCES, Ratings, read_ratings
 from fedpers.errors import ConfigError, DataError
+from fedpers.settings.data import RATINGS
 
 ROWS = [(3, 7, 5, 100), (3, 9, 1, 101), (4, 7, 2, 99)]
 
@@ -229,13 +229,13 @@ def test_published_minimum() -> None:
             {"protocol": "offical"},
             r"dataset\.protocol=offical: expected one of clean, official \(did you mean 'official'",
         ),
-        ({"min_interactions": 2}, r"dataset\.min_interactions=2: expected a whole number >= 3\."),
+        ({"min_interactions": 2}, r"dataset\.min_interactions=2: expected a whole number >= 3, or null\."),
         ({"negatives": 0}, r"dataset\.negatives=0: expected a whole number >= 1\."),
         ({"eval_negatives": 0}, r"dataset\.eval_negatives=0: "),
         ({"top_k": True}, r"dataset\.top_k=True: "),
-        ({"max_users": 0}, r"dataset\.max_users=0: expected a whole number >= 1 or null\."),
+        ({"max_users": 0}, r"dataset\.max_users=0: expected a whole number >= 1, or null\."),
         ({"num_items": 39}, r"dataset\.num_items=39: expected a whole number >= 40\."),
-        ({"num_users": None}, r"dataset\.num_users=None: expected a whole number >= 1\."),
+        ({"num_users": None}, r"dataset\.num_users=None: expected a whole number\."),
     ],
 )
 def test_bad_values(values: dict[str, Any], message: str) -> None:

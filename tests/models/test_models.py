@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 from fedpers.errors import ConfigError
-from fedpers.models import MODELS, ModelConfig, build_model
+from fedpers.models import ModelConfig, build_model
 
 RESNET = {"name": "resnet18", "width": 4}
 CASES = [
@@ -120,24 +119,27 @@ def test_norm_decides_the_buffers():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"name": "resnet"}, r"model\.name=resnet: expected one of .*did you mean 'resnet18'"),
+        ({"name": "resnet"}, r"model=resnet: expected one of .*did you mean 'resnet18'"),
         ({"hidden": ()}, r"model\.hidden=\(\)"),
         ({"hidden": (64, 0)}, r"model\.hidden=\(64, 0\): expected .* >= 1"),
         ({"hidden": 64}, r"model\.hidden=64"),
         ({"width": 8}, r"model\.width=8: expected no value: mlp has the options hidden"),
-        ({"name": "cnn", "width": 0}, r"model\.width=0: expected an integer >= 1"),
+        ({"name": "cnn", "width": 0}, r"model\.width=0: expected a whole number >= 1"),
         ({"name": "resnet18", "norm": "layer"}, r"model\.norm=layer: expected one of batch, group"),
         ({"name": "resnet18", "norm": "batch", "groups": 4}, r"model\.groups=4: expected no value"),
-        ({"name": "vit", "depth": 0}, r"model\.depth=0: expected an integer >= 1"),
+        ({"name": "vit", "depth": 0}, r"model\.depth=0: expected a whole number >= 1"),
         ({"name": "vit", "mlp_ratio": 0.0}, r"model\.mlp_ratio=0\.0: expected a number > 0"),
         ({"name": "vit", "weights": "imagenet"}, r"model\.weights=imagenet: expected no value: vit has"),
         ({"name": "vit_b16", "weights": ""}, r"model\.weights=: expected imagenet, random"),
         ({"name": "factorization", "bias": 1}, r"model\.bias=1: expected true or false"),
-        ({"name": "factorization", "pretrained": "public"}, r"model\.pretrained=public: expected null"),
-        ({"pretrained": "private"}, r"model\.pretrained=private: expected null or public"),
+        (
+            {"name": "factorization", "pretrained": "public"},
+            r"model\.pretrained=public: expected no value: ",
+        ),
+        ({"pretrained": "private"}, r"model\.pretrained=private: expected public, or null"),
         ({"pretrain_epochs": 5}, r"model\.pretrain_epochs=5: expected 20 unless model\.pretrained=public"),
         ({"pretrain_accuracy": 0.9}, r"model\.pretrain_accuracy=0\.9: expected null unless"),
-        ({"pretrained": "public", "pretrain_epochs": 0}, r"model\.pretrain_epochs=0: expected an integer >= 1"),
+        ({"pretrained": "public", "pretrain_epochs": 0}, r"model\.pretrain_epochs=0: expected a whole number >= 1"),
         ({"pretrained": "public", "pretrain_lr": 0.0}, r"model\.pretrain_lr=0\.0: expected a number > 0"),
         ({"pretrained": "public", "pretrain_accuracy": 1.5}, r"model\.pretrain_accuracy=1\.5: expected .* <= 1"),
     ],
@@ -168,29 +170,3 @@ def test_bad_options_are_refused(options, sentence):
 def test_models_that_cannot_be_built_are_refused(config, shape, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build_model(config, shape, 10, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("file", "expected"),
-    [
-        ("mlp", ModelConfig("mlp", hidden=(64,))),
-        ("cnn", ModelConfig("cnn", width=32, hidden=(512,), norm="none")),
-        ("cnn_bn", ModelConfig("cnn", width=32, hidden=(512,), norm="batch")),
-        ("resnet18_gn", ModelConfig("resnet18", norm="group", groups=2, width=64)),
-        ("resnet18_bn", ModelConfig("resnet18", norm="batch", width=64)),
-        ("vit", ModelConfig("vit", dim=64, depth=4, heads=4, mlp_ratio=2.0)),
-        ("vit_b16", ModelConfig("vit_b16", weights="imagenet")),
-        ("factorization", ModelConfig("factorization", dim=32, bias=True)),
-    ],
-)
-def test_every_model_of_conf_fits_the_typed_schema(file, expected):
-    merged = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / f"{file}.yaml"))
-    config = OmegaConf.to_object(merged)
-    assert config == expected
-    # what the file spells out are the defaults of the code
-    assert config.options().items() <= MODELS[config.name][1].items() | {("norm", "batch")}
-
-
-def test_conf_has_no_other_models():
-    small = {"mlp", "cnn", "cnn_bn", "vit", "factorization"}
-    assert {path.stem for path in CONF.glob("*.yaml")} == small | {"resnet18_gn", "resnet18_bn", "vit_b16"}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, entries, tree
-from fedpers.settings import Config, build
 from fedpers.errors import ConfigError
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record
@@ -21,6 +20,7 @@ from fedpers.run import run_rounds
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Postprocessor
 from fedpers.server.report import RoundReport
+from fedpers.settings import Config, build
 from fedpers.strategies import STRATEGIES, CohortApp, FedAvg, FedAvgUpdate, PersonalizedStrategy, make_strategy
 from tests.problems import Problem, SmallNetwork, problem
 
@@ -157,7 +157,7 @@ def settings(**values: Any) -> Config:
         "strategy": {"name": "fedrep", "weighting": "uniform"},
         "partition": {"num_clients": 8, "alpha": 1.0},
         "rounds": 2,
-        "runtime": {"device": "cpu", "cohort": 8, "workers": 1},
+        "runtime": {"device": "cpu", "clients_at_once": 8, "workers": 1},
         **values,
     }
     return build(Config, plain)

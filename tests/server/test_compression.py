@@ -30,7 +30,8 @@ from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.ray import RayGrid
 from fedpers.server.collect import ReplyCollector, ReplyRules, schema_of
-from fedpers.server.postprocessors import CompressionConfig, Privacy, Robust, TopK
+from fedpers.server.postprocessors import CompressionConfig, Privacy, Robust, TopK, make_postprocessors
+from fedpers.settings import Config
 from fedpers.strategies import STRATEGIES, CohortApp
 from tests.cohort.helpers import assert_same
 from tests.resume import results, start
@@ -445,7 +446,7 @@ def test_a_compressed_run(tmp_path: Path) -> None:
         ({"name": "topkk"}, "compression=topkk: expected one of none, topk (did you mean 'topk'?)."),
         ({"share": 0.0}, "compression.share=0.0: expected a number > 0 and <= 1."),
         ({"share": 1.5}, "compression.share=1.5: expected a number > 0 and <= 1."),
-        ({"share": math.nan}, "compression.share=nan: expected a number > 0 and <= 1."),
+        ({"share": math.nan}, "compression.share=nan: expected a number."),
         ({"bits": 1}, "compression.bits=1: expected 2 to 8, 16 or 32."),
         ({"bits": 12}, "compression.bits=12: expected 2 to 8, 16 or 32."),
     ],
@@ -457,9 +458,9 @@ def test_settings_out_of_range(values: dict[str, Any], sentence: str) -> None:
 
 
 def test_settings_make_a_postprocessor() -> None:
-    assert CompressionConfig().postprocessor() is None
-    made = CompressionConfig(name="topk", share=0.1, bits=4, error_feedback=False).postprocessor()
-    assert made == TopK(share=0.1, bits=4, error_feedback=False)
+    assert make_postprocessors(Config()) == ()
+    settings = CompressionConfig(name="topk", share=0.1, bits=4, error_feedback=False)
+    assert make_postprocessors(Config(compression=settings)) == (TopK(share=0.1, bits=4, error_feedback=False),)
 
 
 def test_what_compression_does_not_go_with() -> None:

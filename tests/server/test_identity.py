@@ -99,14 +99,15 @@ def test_a_wrong_pair_is_refused_before_anybody_trains(grid_of: type[LocalGrid])
         ({"experts": 5, "top_k": 3}, {"experts": 5, "top_k": 2}, "strategy.top_k=3: expected 2, as"),
     ],
 )
-def test_an_option_that_both_halves_have_must_agree(
+def test_an_option_that_both_halves_read_must_agree(
     servers: dict[str, int], clients: dict[str, int], sentence: str
 ) -> None:
     app = FedJETsUpdate(**clients).client_app(NETWORK, gaussian_data())  # type: ignore[arg-type]
+    strategy = FedJETs(client_update=FedJETsUpdate(**servers))  # type: ignore[arg-type]
     with server_identity(RUN_ID), pytest.raises(ConfigError, match=f"^{sentence}"):
-        FedJETs(**servers).start(LocalGrid(app, 7), app.initial_arrays(), num_rounds=1)  # type: ignore[arg-type]
+        strategy.start(LocalGrid(app, 7), app.initial_arrays(), num_rounds=1)
     with pytest.raises(ConfigError, match=f"^{sentence}"):
-        FedJETs(**servers).attach(app)  # type: ignore[arg-type]
+        strategy.attach(app)
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,6 @@ from flwr.supercore.differential_privacy import compute_adaptive_noise_params
 from fedpers.client.results import ClientResult
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, leaves, tree
 from fedpers.cohort.tree import expand_rows
-from fedpers.settings import Config, build
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.randomness import generator
@@ -31,6 +30,7 @@ from fedpers.server.collect import ReplyCollector, ReplyRules, result_of, schema
 from fedpers.server.postprocessors import Privacy, Robust
 from fedpers.server.postprocessors.accounting import epsilon
 from fedpers.server.postprocessors.privacy import CLIPPED, SystemNoise
+from fedpers.settings import Config, build
 from fedpers.strategies import STRATEGIES
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork

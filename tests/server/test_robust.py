@@ -27,7 +27,6 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from torch import Tensor
 
 from fedpers.cohort import WeightedMean, entries, tree
-from fedpers.settings import Config, build
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, METRICS, from_record, to_record
@@ -36,6 +35,7 @@ from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.postprocessors import Aggregation, Robust
 from fedpers.server.postprocessors.robust import KeptReplies
+from fedpers.settings import Config, build
 from fedpers.strategies import STRATEGIES, FedAvg
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork
@@ -186,7 +186,7 @@ def test_an_aggregator_that_fails(aggregator: Strategy, sentence: str) -> None:
 
 @pytest.mark.parametrize(
     "aggregator",
-    [FedAdam(), FedAvg(), "krum", DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 0.1, 1.0, 7)],
+    [FedAdam(), FedAvg(), DifferentialPrivacyServerSideFixedClipping(FlowerFedAvg(), 0.1, 1.0, 7)],
     ids=lambda aggregator: type(aggregator).__name__,
 )
 def test_aggregators_that_need_more_than_replies(aggregator: Any) -> None:
@@ -197,6 +197,11 @@ def test_aggregators_that_need_more_than_replies(aggregator: Any) -> None:
     assert str(caught.value) == (
         f"aggregation={name}: expected a Flower strategy that needs replies and nothing else, such as Krum."
     )
+
+
+def test_an_aggregator_that_is_no_strategy() -> None:
+    with pytest.raises(ConfigError, match=r"^aggregation\.aggregator=krum: expected a Flower strategy "):
+        Robust("krum")  # type: ignore[arg-type]
 
 
 def test_two_aggregators() -> None:
@@ -242,7 +247,7 @@ def test_an_aggregate_needs_so_many_replies() -> None:
     assert Aggregation(name="krum", malicious=2).replies(20) == 7
     assert Aggregation(name="trimmed_mean", share=0.3).replies(20) == 4
     assert Aggregation(name="median").replies(1) == 1
-    assert Aggregation().postprocessor() is None
+    assert Robust.of(Aggregation()) is None
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_small_entries_are_not_sent_and_counted() -> None:
 def sparse_table(found: Any, round: int) -> Tensor:
     """The server's table after fewer rounds of the same run."""
     table: Tensor = finished(rounds=round, mu=3.0, threshold=0.05).arrays["common.weight"]
-    assert found.strategy.threshold == 0.05
+    assert found.strategy.client_update.threshold == 0.05
     return table
 
 

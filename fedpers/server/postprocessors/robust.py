@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 import flwr.app as flower
 import torch
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg, FedMedian, FedTrimmedAvg, Krum, Strategy
+from pydantic import Field
 from torch import Tensor
 
 from fedpers.cohort import Collect, Tree, entries, tree
@@ -22,9 +23,11 @@ from fedpers.settings.server import Aggregation
 if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
 
+_SUITABLE = "a Flower strategy that needs replies and nothing else, such as Krum"
+
 
 @dataclass
-class Robust(Postprocessor):
+class Robust(Postprocessor, group="aggregation"):
     """A Flower strategy aggregates the replies in place of the mean.
 
     Parameters
@@ -35,7 +38,7 @@ class Robust(Postprocessor):
 
     role: ClassVar[str] = "robust"
     setting: ClassVar[str] = "aggregation"
-    aggregator: Strategy
+    aggregator: Annotated[Strategy, Field(title=_SUITABLE)]
 
     @classmethod
     def of(cls, settings: Aggregation) -> Robust | None:
@@ -55,7 +58,7 @@ class Robust(Postprocessor):
         """Refuse methods that average more than arrays, and aggregators that send something of their own."""
         check_mean(self, strategy, "mean")
         plain = getattr(type(self.aggregator), "configure_train", None) is FedAvg.configure_train
-        check(plain, self.setting, self.label, "a Flower strategy that needs replies and nothing else, such as Krum")
+        check(plain, self.setting, self.label, _SUITABLE)
 
     def fold(self, arrays: Tree, round: int) -> KeptReplies:
         """Keep the replies until all have come."""

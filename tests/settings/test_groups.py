@@ -1,0 +1,181 @@
+"""Every choice as Hydra composes it is what the classes say, so that runs from Python and by command are the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpers.app import _main
+from fedpers.app.compose import composed
+from fedpers.data.datasets import DATASETS
+from fedpers.errors import ConfigError
+from fedpers.models import MODELS
+from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConfig, WandbConfig
+from fedpers.settings.base import choices, options
+from fedpers.settings.data import RATINGS, DatasetConfig
+from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
+from fedpers.strategies import STRATEGIES, options_of, strategy_class
+
+NEEDED = {"npz": ["dataset.root=a.npz"], "ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"]}
+BROUGHT = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
+PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfig("resnet18", norm="batch"),
+           "resnet18_gn": ModelConfig("resnet18")}  # fmt: skip
+CHOSEN = [(group, name) for group in GROUPS for name in group_names(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOSEN)
+def test_every_choice_composes_to_the_values_of_its_class(group: str, name: str) -> None:
+    config = composed([f"{group}={name}", *NEEDED.get(name, [])])
+    given = dict(argument.removeprefix(f"{group}.").split("=") for argument in NEEDED.get(name, []))
+    made: Any = getattr(config, group)
+    if group == "model":
+        expected = PRESETS.get(name) or ModelConfig(name)
+        assert (made.name, made.options()) == (expected.name, expected.options())
+        return
+    expected = GROUPS[group](name=name, **given)  # type: ignore[call-arg]
+    for option in options(GROUPS[group]).values():
+        only = option.only_for
+        default = getattr(expected, option.name) if only is None else only.default(name, getattr(expected, option.name))
+        assert getattr(made, option.name) == default, option.key
+
+
+@pytest.mark.parametrize("name", RATINGS)
+def test_ratings_bring_along_what_fits_them(name: str) -> None:
+    config = composed([f"dataset={name}", *NEEDED.get(name, [])])
+    assert {group: getattr(config, group).name for group in BROUGHT} == BROUGHT
+    assert (config.training.epochs, config.training.batch_size) == (10, 2048)
+    rates = {"lastfm2k": (0.01, 100), "movielens1m": (0.5, 1000)}.get(name, (0.5, 200))
+    assert config.training.groups is not None
+    assert (config.training.lr, config.training.groups["body"]["lr"]) == rates
+
+
+def test_the_defaults_are_those_of_the_classes() -> None:
+    config, plain = composed([]), Config()
+    for name in (
+        "rounds",
+        "fraction",
+        "seed",
+        "evaluate_every",
+        "min_replies",
+        "auc",
+        "output",
+        "checkpoint",
+        "training",
+    ):
+        assert getattr(config, name) == getattr(plain, name)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_method_is_its_file_and_has_all_its_options(name: str) -> None:
+    assert strategy_class(name).__module__ == f"fedpers.strategies.{name}"
+    assert composed([f"strategy={name}"]).strategy == {"name": name, **options_of(name)}
+
+
+def test_names_are_written_once_where_they_are_looked_up() -> None:
+    assert {*DATASETS, *RATINGS} == set(choices(DatasetConfig))
+    assert set(MODELS) == set(choices(ModelConfig))
+    assert set(method_names()) == set(STRATEGIES)
+
+
+def test_files_are_there_only_for_choices_that_bring_something_along() -> None:
+    for path in conf_folder().rglob("*.yaml"):
+        if path.parent.name in ("strategy", "dataset"):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            assert lines[0] == "# @package _global_", path
+            assert f"  - /options/{path.parent.name}@{path.parent.name}: {path.stem}" in lines, path
+
+
+BOTH = TrackerConfig(wandb=WandbConfig(), tensorboard=TensorBoardConfig())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], TrackerConfig()),
+        (["tracker=none"], TrackerConfig()),
+        (["tracker=wandb"], TrackerConfig(wandb=WandbConfig())),
+        (["tracker=tensorboard"], TrackerConfig(tensorboard=TensorBoardConfig())),
+        (["tracker=[wandb]"], TrackerConfig(wandb=WandbConfig())),
+        (["tracker=[wandb,tensorboard]"], BOTH),
+        (["tracker=wandb", "tracker.wandb.project=other"], TrackerConfig(wandb=WandbConfig(project="other"))),
+        (
+            ["tracker=[wandb,tensorboard]", "tracker.tensorboard.flush_secs=3", "tracker.wandb.mode=offline"],
+            TrackerConfig(wandb=WandbConfig(mode="offline"), tensorboard=TensorBoardConfig(flush_secs=3)),
+        ),
+    ],
+)
+def test_trackers_compose(overrides: list[str], expected: TrackerConfig) -> None:
+    assert composed(overrides).tracker == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["tracker=tensorbord"], "tracker=tensorbord: expected one of none, tensorboard, wandb (did you mean"),
+        (["tracker=wandb", "tracker.wandb.projekt=x"], "tracker.wandb.projekt=x: expected a known key: "),
+        (["tracker=wandb", "tracker.wandb.mode=on"], "tracker.wandb.mode=on: expected one of auto, offline, online"),
+        (["tracker=tensorboard", "tracker.tensorboard.flush_secs=0"], "tracker.tensorboard.flush_secs=0: expected "),
+        (["runtime.cohort=3"], "runtime.cohort=3: expected runtime.clients_at_once, as it is called now."),
+        (["partition=iid", "partition.alpha=1"], "partition.alpha=1: expected a known key: "),
+    ],
+)
+def test_what_does_not_compose_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(overrides)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_help_lists_every_option_of_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["--help", "strategy=fedrap", "partition=dirichlet", "training", "tracker=wandb", "model"]) == 0
+    text = capsys.readouterr().out
+    for name, default in options_of("fedrap").items():
+        assert f"strategy.{name}={default}" in text
+    for line in (
+        "strategy=fedrap  FedRAP: ",
+        "what mu weighs  [one of inf, l1, l2, none, nuc]",
+        "sets dataset=synthetic_ratings",
+        "partition.alpha=0.1",
+        "[a number > 0]",
+        "training.steps=null",
+        "tracker.wandb.mode=auto",
+        "resnet18_bn",
+    ):
+        assert line in text
+    assert _main(["--help", "strategy=fedrepp"]) == 2
+    assert "did you mean 'fedrep'?" in capsys.readouterr().err
+    assert _main(["--help", "strategi"]) == 2
+    assert "--help=strategi: expected one of aggregation, " in capsys.readouterr().err
+
+
+MINE = """
+from dataclasses import dataclass
+from fedpers.strategies import LocalUpdate, PersonalizedStrategy
+
+
+@dataclass(kw_only=True)
+class MineUpdate(LocalUpdate):
+    mu: float = 0.25
+
+
+@dataclass(kw_only=True)
+class Mine(PersonalizedStrategy):
+    update = MineUpdate
+"""
+
+
+def test_a_method_of_ones_own_is_a_choice_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_method.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    assert composed(["strategy=own_method:Mine", "strategy.mu=3"]).strategy == {
+        "name": "own_method:Mine",
+        "weighting": "samples",
+        "mu": 3,
+    }
+    assert _main(["--help", "strategy=own_method:Mine"]) == 0
+    assert "strategy.mu=0.25" in capsys.readouterr().out
+    assert _main(["strategy=own_method:Nobody"]) == 2
+    assert "expected module:Class of a subclass of PersonalizedStrategy" in capsys.readouterr().err

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from fedpers.client.app import CohortApp
 from fedpers.cohort import Tree, entries, leaves, tree
 from fedpers.cohort.state import Block
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
 from fedpers.progress import exactly, restored, whole
 from fedpers.runtime.states import DamagedError, check_states, write_states, write_tensors

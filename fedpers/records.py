@@ -14,10 +14,10 @@ import flwr.app as flower
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 
 from fedpers.cohort import Tree, entries, leaves, tree
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.flower_private import SType
 
 ARRAYS = "arrays"

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from flwr.clientapp.typing import Mod
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select
 from fedpers.cohort.plan import smallest_batch
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.settings.base import Settings
 

@@ -10,7 +10,6 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -18,6 +17,7 @@ from fedpers.cohort.modules import has_dropout
 from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, map_tensors, select, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
+from fedpers.cohort.tensordicts import MemoryMappedTensor, TensorDict
 from fedpers.cohort.tree import Tree, leaves
 
 BLOCK_BYTES = 2**26

@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from fedpers.cohort.modules import canonical_names
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import ConfigError, one_of
 
 Tree = TensorDict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import importlib.util
 import lzma
 import os
 import socket
@@ -131,12 +132,18 @@ def load_dataset(config: DatasetConfig) -> Dataset:
 
 
 def _digits(config: DatasetConfig) -> Dataset:
-    """1,797 pictures of 8x8 pixels (UCI optical digits), shipped with scikit-learn."""
-    from sklearn.datasets import load_digits
+    """1,797 pictures of 8x8 pixels (UCI optical digits), shipped with scikit-learn.
 
-    bunch = load_digits()
-    pictures = bunch.images.astype(np.uint8)[..., None]  # whole numbers 0..16
-    return Dataset(_normalized(pictures, len(pictures)), torch.from_numpy(bunch.target).long(), 10, config.name)
+    They are read from its file: importing scikit-learn, with pandas and scipy, takes longer than a round.
+    """
+    package = importlib.util.find_spec("sklearn")
+    folder = Path(next(iter(package.submodule_search_locations or ()))) if package else Path()
+    path = folder / "datasets" / "data" / "digits.csv.gz"
+    if not path.is_file():
+        raise DataError("digits: scikit-learn, which they come with, is not installed as expected.")
+    rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # 64 whole numbers 0..16 and the digit
+    pictures = rows[:, :64].reshape(-1, 8, 8, 1)
+    return Dataset(_normalized(pictures, len(pictures)), torch.from_numpy(rows[:, 64]).long(), 10, config.name)
 
 
 # --- torchvision ----------------------------------------------------------------------------------------------------

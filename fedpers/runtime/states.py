@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tensordict import TensorDict
 from torch import Tensor
 
 from fedpers.cohort import Tree, leaves
 from fedpers.cohort.state import Block
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
 
 CLIENTS = "clients"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tensordict import MemoryMappedTensor
 from torch import Tensor
 
 from fedpers.cohort import Collect, Tree, entries, tree
+from fedpers.cohort.tensordicts import MemoryMappedTensor
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check, one_of
 

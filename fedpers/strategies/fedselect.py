@@ -66,11 +66,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, tree
 from fedpers.cohort.plan import batches_per_epoch
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import flat_rows
 from fedpers.data.federated import Part
 from fedpers.errors import check

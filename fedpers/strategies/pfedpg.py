@@ -54,11 +54,11 @@ import flwr.app as flower
 import torch
 from flwr.serverapp import Grid
 from pydantic import Field
-from tensordict import TensorDict
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, View, entries, leaves, tree
 from fedpers.cohort.fold import REPLIES
+from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import expand_rows
 from fedpers.identity import ADAPTING
 from fedpers.models.frozen import PROMPTS

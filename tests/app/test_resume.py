@@ -18,7 +18,8 @@ import pytest
 import torch
 import yaml
 
-import fedpers.run as module
+import fedpers.run.execute as module
+import fedpers.run.setup as setup_module
 from fedpers.app import _main
 from fedpers.resume import locked, reopen
 from fedpers.strategies import FedAvg
@@ -240,7 +241,7 @@ def test_a_frozen_backbone_that_is_another_is_refused(tmp_path: Path, capsys: py
     found = run(tmp_path / "run", *settings)
     assert _main(["resume", str(found), "rounds=2"]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        build = module.build_model
+        build = setup_module.build_model
 
         def other(*arguments: Any, **more: Any) -> Any:
             model = build(*arguments, **more)
@@ -248,7 +249,7 @@ def test_a_frozen_backbone_that_is_another_is_refused(tmp_path: Path, capsys: py
                 next(model.body.parameters()).add_(1e-6)
             return model
 
-        patch.setattr(module, "build_model", other)
+        patch.setattr(setup_module, "build_model", other)
         assert error_of(capsys, "resume", str(found), "rounds=3").startswith("the initial network made here differs")
 
 
@@ -432,7 +433,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     script = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in the background
-from fedpers import run as module
+from fedpers.run import execute as module
 from fedpers.app import main
 slow = module.run_rounds
 def rounds(*arguments, **more):
@@ -490,7 +491,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path: 
     """A limit on the size of files stands for it: the server's arrays fit, then all of a sudden no longer."""
     script = """
 import resource, sys
-from fedpers import run as module
+from fedpers.run import execute as module
 from fedpers.app import main
 save = module.Checkpoints.save
 def limited(self, round, *arguments):

@@ -1,0 +1,327 @@
+"""A run from its beginning or from a checkpoint to its end: rounds, checkpoints, signals, results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import flwr.app as flower
+import torch
+import yaml
+from flwr.serverapp import Grid
+from omegaconf import OmegaConf
+
+from fedpers import __version__
+from fedpers.checkpoint import Checkpoint, Checkpoints
+from fedpers.cohort import Tree
+from fedpers.data import FederatedData
+from fedpers.errors import ConfigError, FedpersError
+from fedpers.progress import Progress, report_from_json, report_to_json
+from fedpers.randomness import sample_clients
+from fedpers.records import from_record, to_record
+from fedpers.resume import FinishedError, clear_leftovers, locked, reopen
+from fedpers.run.results import (
+    is_finished,
+    make_manifest,
+    postprocessor_summary,
+    read_json,
+    summarize,
+    write_clients,
+    write_text,
+    writing,
+)
+from fedpers.run.rounds import metrics_of, run_rounds
+from fedpers.run.setup import Setup, client_half, prepare_run
+from fedpers.runtime.launch import launch
+from fedpers.runtime.states import DamagedError, read_states
+from fedpers.settings import Config
+from fedpers.signals import Interrupted, StopSignals
+from fedpers.strategies import CohortApp, RoundReport
+from fedpers.tracking import Resumed, Trackers, make_trackers
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run and write the run folder.
+
+    It holds ``config.yaml``, ``manifest.json``, ``rounds.jsonl``, ``clients.parquet``, ``summary.json`` and the last
+    checkpoint. On Ctrl-C or SIGTERM the round ends, what is done so far is written, and
+    :class:`~fedpers.signals.Interrupted` raised; a second signal, or one of a run without checkpoints, stops at once.
+
+    Parameters
+    ----------
+    config : Config
+    folder : Path
+        Made if it does not exist.
+    resolved : mapping, optional
+        The composed configuration, kept as ``config.yaml``.
+
+    Returns
+    -------
+    dict
+        What is in ``summary.json``.
+
+    Raises
+    ------
+    FedpersError
+        If settings, data or the folder cannot be used or the folder holds a run, or too few clients reply.
+    """
+    began = time.perf_counter()
+    setup = prepare_run(config)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if (folder / "rounds.jsonl").exists():
+            raise FedpersError(f"{folder} holds a run already; choose another folder, or go on with 'fedpers resume'.")
+        plain = dict(resolved) if resolved else asdict(config)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        return _Run(config, folder, plain, setup, began).go()
+
+
+def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Go on with a run that stopped, in its folder, after its last checkpoint.
+
+    The folder may come from anywhere: nothing in it is executed, and nothing outside of it is written.
+
+    Parameters
+    ----------
+    folder : Path
+    overrides : sequence of str
+        ``key=value``, see :func:`fedpers.resume.reopen`.
+
+    Returns
+    -------
+    dict
+        What is in ``summary.json``.
+
+    Raises
+    ------
+    FinishedError
+        If the run has done all its rounds.
+    FedpersError
+        If there is no checkpoint, or settings, data or network are not those of the run.
+    """
+    began = time.perf_counter()
+    with locked(folder):
+        opened = reopen(folder, overrides)
+        config = opened.config
+        for checkpoint in opened.checkpoints(folder):
+            opened.check_settings(checkpoint)
+            rounds = config.rounds
+            if rounds < checkpoint.round:
+                raise ConfigError("rounds", rounds, f"a whole number >= {checkpoint.round}, the rounds done")
+            if checkpoint.round == rounds and is_finished(folder, rounds):
+                raise FinishedError(
+                    f"{folder} has done its {rounds} rounds; 'fedpers resume {folder} rounds=N' goes on to round N."
+                )
+            setup = prepare_run(config)
+            for name, checksum in (("data", setup.data.checksum), ("network", setup.network)):
+                if checkpoint.content.get(name) != checksum:
+                    what = "data made here differ" if name == "data" else "initial network made here differs"
+                    raise FedpersError(f"the {what} from the run's in {folder}, by checksum: it cannot be resumed.")
+            try:
+                start = _Start.read(checkpoint, setup.app, opened.tracker_ids(checkpoint))
+                progress = _progress(setup.data)
+                progress.restore(checkpoint.content["progress"])
+            except DamagedError as error:
+                log.warning("%s This checkpoint is not used.", error)
+                continue
+            except (KeyError, TypeError, ValueError, AttributeError):
+                log.warning("%s does not describe a run. This checkpoint is not used.", checkpoint.folder)
+                continue
+            clear_leftovers(folder)
+            if opened.typed:
+                write_text(folder / "config.yaml", yaml.safe_dump(opened.plain, sort_keys=False))
+            config = replace(config, runtime=opened.runtime_as_before(checkpoint))
+            return _Run(config, folder, opened.plain, setup, began, start, progress).go()
+        raise opened.nothing_left(folder)
+
+
+@dataclass
+class _Start:
+    """Where a resumed run goes on."""
+
+    checkpoint: Checkpoint
+    report: RoundReport
+    arrays: Tree
+    state: dict[str, Tree]
+    seconds: float
+    tracker_ids: dict[str, str]
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, app: CohortApp, tracker_ids: dict[str, str]) -> _Start:
+        """Read and check a checkpoint."""
+        arrays, state = checkpoint.read_server(app)
+        checkpoint.check_clients(app)
+        report = report_from_json(checkpoint.content["report"])
+        if report.round != checkpoint.round:
+            raise ValueError(f"a report of round {report.round} in the checkpoint of round {checkpoint.round}")
+        return cls(checkpoint, report, arrays, state, float(checkpoint.content["seconds"]), tracker_ids)
+
+
+class _Run:
+    """The rounds of one process, from the beginning or from a checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        plain: dict[str, Any],
+        setup: Setup,
+        began: float,
+        start: _Start | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config, self.folder, self.plain, self.setup, self.start = config, folder, plain, setup, start
+        self.progress = _progress(setup.data) if progress is None else progress
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+        self.summary: dict[str, Any] = {}
+        self.began = began
+        self.saved_round: int | None = None if start is None else start.report.round
+        self.warned = False
+
+    @property
+    def seconds(self) -> float:
+        """Of all processes that worked on the run."""
+        return time.perf_counter() - self.began + (0.0 if self.start is None else self.start.seconds)
+
+    def go(self) -> dict[str, Any]:
+        """Run all rounds and write the results."""
+        config, data = self.config, self.setup.data
+        trainable = data.num_clients - len(data.unseen)
+        sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
+        if config.min_replies > sampled:
+            raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
+        make_app = partial(client_half, asdict(config))
+        launch(config.runtime, self.setup.app, self.main, sampled=sampled, folder=self.folder, make_app=make_app)
+        return self.summary
+
+    def main(self, grid: Grid) -> None:
+        """What the server does."""
+        config, setup, start, progress = self.config, self.setup, self.start, self.progress
+        log.info("runtime: %s", grid)
+        if sys.stderr.isatty():
+            print(f"runtime: {grid}", file=sys.stderr)
+        saves = config.checkpoint.every > 0
+        if saves and not hasattr(grid, "blocks"):
+            log.info("no checkpoints are written: on this runtime clients keep their state themselves")
+            saves = False
+        arrays = setup.app.initial_arrays()
+        resumed = None
+        if start is not None:
+            log.info("resumed after round %d", start.report.round)
+            if not hasattr(grid, "load"):
+                raise FedpersError(f"runtime={config.runtime.name} cannot take over clients' personal state.")
+            grid.load(read_states(start.checkpoint.folder, setup.app.initial_state))
+            arrays, setup.strategy.state = to_record(start.arrays), start.state
+            resumed = Resumed(start.report.round, start.tracker_ids)
+        name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
+        headline = setup.data.task.headline
+        with (
+            make_trackers(
+                config.tracker, self.folder, name, self.plain, config.rounds, f"validation/{headline}", resumed
+            ) as trackers,
+            StopSignals(patient=saves) as signals,
+        ):
+            self._write_manifest(grid)
+            stopping = False
+
+            def keep(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+                nonlocal stopping
+                stopping = signals.received is not None
+                signals.round = report.round + 1
+                due = report.round and report.round % config.checkpoint.every == 0
+                if due or stopping or report.round == config.rounds:
+                    self._save(report, arrays, grid, trackers)
+
+            signals.round = 0 if start is None else start.report.round + 1
+            try:
+                for report in run_rounds(
+                    setup.strategy,
+                    grid,
+                    arrays,
+                    config.rounds,
+                    auc=config.auc,
+                    timeout=config.runtime.timeout,
+                    done=None if start is None else start.report,
+                    keep=keep if saves else None,
+                ):
+                    metrics = metrics_of(report, headline)
+                    trackers.log(report.round, metrics)
+                    progress.take(report, metrics)
+                    if stopping:
+                        break
+            except FedpersError as error:
+                progress.error = str(error)
+                raise
+            finally:
+                self.summary.update(summarize(config, setup, progress, self.seconds))
+                write_clients(self.folder / "clients.parquet", setup.data, progress)
+                write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+                trackers.summary({f"selected/{k}": v for k, v in self.summary["selected"].items() if v is not None})
+        if signals.received is not None:
+            raise Interrupted(signals.received, self._stopped())
+
+    def _stopped(self) -> str:
+        done = self.progress.rounds_done
+        if done == self.config.rounds:
+            return f"stopped after the last round, {done}; the run is complete"
+        if self.saved_round is None:
+            return f"stopped after round {done}; there is no checkpoint"
+        return f"stopped after round {done}; 'fedpers resume {self.folder}' goes on after round {self.saved_round}"
+
+    def _save(self, report: RoundReport, arrays: flower.ArrayRecord, grid: Grid, trackers: Trackers) -> None:
+        """Write a checkpoint; one that cannot be written is no reason to lose the run."""
+        described: dict[str, Any] = getattr(grid, "described", dict)()
+        content = {
+            "versions": {"fedpers": __version__, "torch": torch.__version__},
+            "settings": self.plain,
+            "data": self.setup.data.checksum,
+            "network": self.setup.network,
+            "runtime": {"name": self.config.runtime.name, "cohort": described.get("cohort")},
+            "device": self.setup.app.device.type,
+            "progress": self.progress.to_json(),  # without this round
+            "report": report_to_json(report),
+            "seconds": self.seconds,
+            "trackers": trackers.ids,
+        }
+        try:
+            trackers.sync()
+            blocks = cast(Any, grid).blocks()
+            saved = self.checkpoints.save(report.round, content, from_record(arrays), self.setup.strategy.state, blocks)
+            self.saved_round = report.round
+            if hasattr(grid, "saved"):
+                grid.saved(saved)
+            self.checkpoints.prune(saved)
+        except OSError as error:
+            text = f"round {report.round}: no checkpoint could be written ({error.strerror or error})"
+            if not self.warned:
+                log.warning("%s; the run goes on, and the last one before it stays.", text)
+            else:
+                log.info("%s", text)
+            self.warned = True
+
+    def _write_manifest(self, grid: Grid) -> None:
+        """Write what ran where; a resumed run adds what goes on where."""
+        path = self.folder / "manifest.json"
+        manifest = make_manifest(self.setup) | postprocessor_summary(self.config, self.setup, self.config.rounds)
+        manifest["runtime"] = getattr(grid, "described", dict)()
+        if self.start is not None:
+            before = read_json(path)
+            resumed = before.get("resumed")
+            continued = {"after_round": self.start.report.round, **manifest}
+            manifest = {**(before or manifest), "resumed": [*(resumed if isinstance(resumed, list) else []), continued]}
+        write_text(path, json.dumps(manifest, indent=1))
+
+
+def _progress(data: FederatedData) -> Progress:
+    task = data.task
+    return Progress(f"{task.selected_on}/{task.headline}", task.latest_wins, data.unseen)

@@ -1,0 +1,117 @@
+"""The rounds of a run, whatever they run on, and the metrics of each by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import flwr.app as flower
+import numpy as np
+from flwr.serverapp import Grid
+
+from fedpers.data.federated import PARTS
+from fedpers.evaluation.metrics import distribution
+from fedpers.strategies import PersonalizedStrategy, RoundReport
+
+TIMES = ("seconds", "train_seconds", "samples_per_second")
+"""Metrics that differ between two runs of the same settings."""
+GROUPS = (*PARTS[1:], "unseen", "adapted")
+"""What the names of measured metrics begin with: parts of the clients that train, and the unseen ones' test part."""
+_SPREAD = {"mean": "", "weighted": "_weighted", "std": "_std", "worst_decile": "_worst_decile", "min": "_min"}
+
+
+def run_rounds(
+    strategy: PersonalizedStrategy,
+    grid: Grid,
+    arrays: flower.ArrayRecord,
+    rounds: int,
+    *,
+    auc: bool = False,
+    timeout: float | None = None,
+    done: RoundReport | None = None,
+    keep: Callable[[RoundReport, flower.ArrayRecord], None] | None = None,
+) -> Iterator[RoundReport]:
+    """Train and evaluate round by round.
+
+    Round 0 is an evaluation of the initial state; the last round is always evaluated, and then the unseen clients
+    once more, after they adapted.
+
+    Parameters
+    ----------
+    strategy : PersonalizedStrategy
+    grid : Grid
+    arrays : ArrayRecord
+        What the server starts from.
+    rounds : int
+    auc : bool
+    timeout : float, optional
+    done : RoundReport, optional
+        Of the last round that ran already, as `keep` was given it; `arrays`, ``strategy.state`` and the clients' state
+        are those after it.
+    keep : callable, optional
+        Called with the report and the arrays after each round, before what is done only after the last one.
+
+    Yields
+    ------
+    RoundReport
+        After each round, that of `done` first.
+    """
+    evaluation = flower.ConfigRecord({"auc": auc})
+    if done is None:
+        strategy.begin(timeout)
+    else:
+        strategy.restore(done, strategy.state, timeout)
+    grid = strategy.folding(grid)
+    for round in range(0 if done is None else done.round, rounds + 1):
+        if done is None or round > done.round:
+            if round:
+                messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
+                new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
+                arrays = arrays if new is None else new
+            if round % strategy.evaluate_every == 0:
+                messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
+                strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
+            if keep is not None:
+                keep(strategy.report, arrays)
+        if round == rounds and round % strategy.evaluate_every:
+            messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
+            strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
+        if round == rounds and strategy.unseen:
+            strategy.evaluate_adapted(arrays, evaluation, grid)
+        yield strategy.report
+
+
+def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
+    """Metrics of a round by the names used everywhere, e.g. ``test/accuracy_worst_decile``.
+
+    Parameters
+    ----------
+    report : RoundReport
+    headline : str
+        The metric whose distribution over clients is described too (``data.task.headline``).
+    """
+    metrics: dict[str, float] = {}
+    if report.round:
+        metrics["train/loss"] = report.train_loss
+        metrics.update({f"train/{name}": value for name, value in report.extra.items()})
+    for group in GROUPS:
+        rows = list({"unseen": report.unseen, "adapted": report.adapted}.get(group, report.clients).values())
+        part = group if group in PARTS else "test"
+        weights = np.array([row.get(f"{part}-examples", 0.0) for row in rows])
+        names = dict.fromkeys(name.removeprefix(f"{part}-") for row in rows for name in row if name.startswith(part))
+        for name in names:
+            if name == "examples":
+                continue
+            statistics = distribution(np.array([row.get(f"{part}-{name}", math.nan) for row in rows]), weights)
+            for statistic, ending in (_SPREAD if name == headline else {"mean": ""}).items():
+                metrics[f"{group}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
+    metrics["clients/sampled"] = len(report.sampled)
+    metrics["clients/failed"] = len(report.failures) + len(report.evaluation_failures)
+    adapted = [row.get("adaptation-gradients", 0.0) for row in report.clients.values()]
+    if any(adapted):
+        metrics["adaptation_gradients"] = sum(adapted)
+    for name in ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds"):
+        metrics[name] = getattr(report, name)
+    if report.train_seconds:
+        metrics["samples_per_second"] = report.samples / report.train_seconds
+    return metrics

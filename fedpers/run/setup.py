@@ -1,0 +1,95 @@
+"""From settings to everything a run consists of; whatever cannot be used is refused here, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedpers.checkpoint import network_checksum
+from fedpers.client.update import LocalUpdate
+from fedpers.data import FederatedData, apply_heterogeneity, load_federated
+from fedpers.errors import ConfigError
+from fedpers.models import build_model
+from fedpers.randomness import sample_clients
+from fedpers.records import from_record
+from fedpers.server.postprocessors import make_postprocessors
+from fedpers.settings import Config, build
+from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
+
+
+@dataclass
+class Setup:
+    """Everything a run consists of, made from its settings; `network` is the digest of the initial network."""
+
+    data: FederatedData
+    strategy: PersonalizedStrategy
+    app: CohortApp
+    network: str
+    pretrained_accuracy: float | None = None
+
+
+def prepare_run(config: Config) -> Setup:
+    """Load data and make network, strategy and client app; all settings are checked here, before training.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If settings or data cannot be used.
+    """
+    device = config.runtime.torch_device()
+    if device.type == "cuda":  # the same digits for every cohort size and in every run are worth some speed
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+    strategy, update = make_halves(config)
+    data = load_federated(config.dataset, config.partition, config.split, config.seed)
+    shift_seed = config.seed if config.partition.seed is None else config.partition.seed
+    data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
+    strategy.unseen = data.unseen
+    sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
+    strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
+    try:
+        public = None if data.public is None else (data.x[data.public], data.y[data.public])
+        model = build_model(
+            config.model,
+            tuple(data.x.shape[1:]),
+            data.num_classes,
+            config.seed,
+            num_items=data.num_items or None,
+            public=public,
+            device=device,
+        )
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
+    app = update.client_app(model, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
+    strategy.attach(app)
+    strategy.check_arrays(from_record(app.initial_arrays()), sampled)
+    return Setup(data, strategy, app, network_checksum(model), model.pretrained_accuracy)
+
+
+def make_halves(config: Config) -> tuple[PersonalizedStrategy, LocalUpdate]:
+    """Make both halves of a run's method, without data.
+
+    Raises
+    ------
+    ConfigError
+        If a setting of the method cannot be used.
+    """
+    name = str(config.strategy["name"])
+    options = {key: value for key, value in config.strategy.items() if key != "name"}
+    server = {
+        "fraction": config.fraction,
+        "seed": config.seed,
+        "evaluate_every": config.evaluate_every,
+        "min_replies": config.min_replies,
+        "postprocessors": make_postprocessors(config),
+    }
+    return make_strategy(name, options, server=server, training=config.training)
+
+
+def client_half(settings: Mapping[str, Any]) -> CohortApp:
+    """Make the client app of a run in another process, from ``asdict`` of its :class:`Config`."""
+    return prepare_run(build(Config, settings)).app

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from fedpers.evaluation.compare import find_runs
+from fedpers.evaluation.runs import find_runs
 
 
 def curves(folder: str) -> dict[str, np.ndarray]:

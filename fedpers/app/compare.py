@@ -9,7 +9,9 @@ import logging
 from pathlib import Path
 
 from fedpers.errors import FedpersError
-from fedpers.evaluation.compare import find_runs, leaderboard_rows, print_leaderboard
+from fedpers.evaluation.leaderboard import leaderboard_rows
+from fedpers.evaluation.runs import find_runs
+from fedpers.evaluation.tables import print_leaderboard
 
 
 def command(arguments: list[str]) -> int:

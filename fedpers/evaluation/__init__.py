@@ -1,1 +1,1 @@
-"""Metrics of clients, distributions over clients (metrics.py), and comparisons of runs (compare.py)."""
+"""Metrics of clients, and runs: read from their folders, compared in leaderboards, drawn."""

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedpers.evaluation.compare import find_runs, leaderboard, leaderboard_rows, print_leaderboard
+from fedpers.evaluation.leaderboard import leaderboard, leaderboard_rows
+from fedpers.evaluation.runs import find_runs
+from fedpers.evaluation.tables import print_leaderboard
 
 
 def metrics(accuracy):

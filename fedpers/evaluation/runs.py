@@ -1,0 +1,159 @@
+"""Runs read from their folders, and what must be equal for two of them to be compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+IGNORED = frozenset({"strategy", "training", "seed", "runtime", "tracker", "output", "hydra"})
+"""Top-level config keys in which comparable runs may differ, besides where a data set is found."""
+
+DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "none"}
+"""What a run without these settings has; any other stands in a table of its own."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished (or interrupted) run.
+
+    Parameters
+    ----------
+    folder : Path
+        The run folder.
+    config : dict
+        Its resolved ``config.yaml``.
+    summary : dict
+        Its ``summary.json``.
+    finished : float
+        When the summary was written, seconds since the epoch.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    finished: float = 0.0
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        return str(self.summary["strategy"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.summary["seed"])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the strategy, nested keys joined by dots."""
+        strategy = self.config.get("strategy")
+        flat = _flatten(strategy) if isinstance(strategy, Mapping) else {}
+        return {key: value for key, value in flat.items() if key != "name"}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of local training, which a study may tune for each method."""
+        training = self.config.get("training")
+        return _flatten(training) if isinstance(training, Mapping) else {}
+
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """What must be equal for two runs to stand in one table, nested keys joined by dots."""
+        flat = _flatten({key: value for key, value in self.config.items() if key not in IGNORED})
+        flat.pop("dataset.download", None)
+        if flat.get("dataset.name") not in ("npz", "ratings"):  # there the path says what the data are, not only where
+            flat.pop("dataset.root", None)
+        for key, usual in DEFAULT_CHOICES.items():
+            if flat.get(f"{key}.name", usual) == usual:  # nothing else of it matters then
+                flat = {name: value for name, value in flat.items() if not name.startswith(f"{key}.")}
+        return flat | {"protocol": self.summary.get("protocol", "validation-selected")}
+
+    def metric(self, name: str, round: str = "selected") -> float:
+        """One metric at the ``"selected"`` or ``"last"`` round; NaN when it was not measured."""
+        return number(self.summary[round].get(name))
+
+
+def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[RunRecord]:
+    """Read all runs at or below the given folders, sorted by folder.
+
+    A folder that cannot be used (it does not exist, its run has no summary yet, a file of it is damaged) is
+    named in a logged warning and left out.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        if not Path(path).is_dir():
+            logger.warning("%s is not a folder and is left out.", path)
+        for name, subfolders, files in os.walk(path):
+            if "summary.json" in files or "config.yaml" in files:
+                folders.setdefault(Path(name).resolve(), Path(name))
+                subfolders.clear()  # trackers keep files of the same names inside a run folder
+            else:
+                subfolders[:] = sorted(sub for sub in subfolders if sub != ".hydra")
+    records = []
+    for _, folder in sorted(folders.items()):
+        try:
+            records.append(_read(folder))
+        except Exception as error:  # whatever is wrong with one folder must not hide the others
+            logger.warning("%s is left out: %s", folder, error)
+    return records
+
+
+def _read(folder: Path) -> RunRecord:
+    from omegaconf import OmegaConf
+
+    path = folder / "summary.json"
+    if not path.exists():
+        raise FileNotFoundError("it has no summary.json; the run is going on or was killed.")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"its summary.json is damaged ({error}).") from error
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+    except Exception as error:
+        raise ValueError(f"its config.yaml is missing or damaged ({' '.join(str(error).split())}).") from error
+    if not isinstance(config, dict) or not isinstance(summary, dict):
+        raise ValueError("its config.yaml or summary.json does not hold named values.")
+    missing = [key for key in ("strategy", "seed", "selected", "last") if summary.get(key) is None]
+    if missing:
+        raise ValueError(f"its summary.json lacks {', '.join(missing)}.")
+    if not (isinstance(summary["selected"], dict) and isinstance(summary["last"], dict)):
+        raise ValueError("its summary.json does not hold metrics by name under selected and last.")
+    try:
+        int(summary["seed"])
+        for value in (*summary["selected"].values(), *summary["last"].values()):
+            number(value)
+        for key in ("bytes_up", "bytes_down", "gradients", "seconds", "failures", "privacy_epsilon", "privacy_delta"):
+            number(summary.get(key))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
+    return RunRecord(folder, {str(k): v for k, v in config.items()}, summary, path.stat().st_mtime)
+
+
+def differing(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:
+    """``key=value`` of `settings` for every key in which `others` have another value somewhere."""
+    keys = sorted(set().union(*others))
+    return [f"{k}={settings.get(k)}" for k in keys if any(other.get(k) != settings.get(k) for other in others)]
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def number(value: Any) -> float:
+    """A number of a summary; NaN for null."""
+    return math.nan if value is None else float(value)

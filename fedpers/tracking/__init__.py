@@ -1,16 +1,12 @@
-"""Where the metrics of a run go while it runs: always ``rounds.jsonl``, and what the config asks for."""
+"""Where the metrics of a run go while it runs: always ``rounds.jsonl``, and what the settings ask for."""
 
 from fedpers.settings.run import TensorBoardConfig, TrackerConfig, WandbConfig
-from fedpers.tracking.trackers import (
-    ConsoleTracker,
-    JsonlTracker,
-    Resumed,
-    TensorBoardTracker,
-    Tracker,
-    Trackers,
-    WandbTracker,
-    make_trackers,
-)
+from fedpers.tracking.base import Resumed, Tracker
+from fedpers.tracking.console import ConsoleTracker
+from fedpers.tracking.jsonl import JsonlTracker
+from fedpers.tracking.tensorboard import TensorBoardTracker
+from fedpers.tracking.trackers import Trackers, make_trackers
+from fedpers.tracking.weights_and_biases import WandbTracker
 
 __all__ = [
     "ConsoleTracker",

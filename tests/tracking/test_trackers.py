@@ -29,7 +29,7 @@ from fedpers.tracking import (
     WandbTracker,
     make_trackers,
 )
-from fedpers.tracking.trackers import _logged_in
+from fedpers.tracking.weights_and_biases import _logged_in
 
 METRICS = {"validation/accuracy": 0.5, "test/accuracy_worst_decile": 0.25, "bytes_up": 1000}
 
@@ -275,7 +275,7 @@ SILENT = """
 import sys
 from pathlib import Path
 from fedpers.tracking import TrackerConfig, WandbConfig, make_trackers
-from fedpers.tracking import trackers as module
+from fedpers.tracking import weights_and_biases as module
 module.INIT_SECONDS = 4.0
 with make_trackers(TrackerConfig(wandb=WandbConfig(mode="online")), Path(sys.argv[1]), "run", {}, 1) as trackers:
     assert trackers.names == ["console"], trackers.names

@@ -1,0 +1,54 @@
+"""What a tracker is: it takes the metrics of every round, under the same names, e.g. ``validation/accuracy``."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where trackers go on when a run is resumed.
+
+    Attributes
+    ----------
+    round : int
+        The first round that will be logged, perhaps again.
+    ids : mapping of str to str
+        :attr:`Trackers.ids` of the run so far.
+    """
+
+    round: int
+    ids: Mapping[str, str] = field(default_factory=dict)
+
+
+class Tracker(Protocol):
+    """Takes the metrics of a run while it runs."""
+
+    def log(self, round: int, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one round.
+
+        Parameters
+        ----------
+        round : int
+            1 for the first training round; 0 for an evaluation before it. Ascending.
+        metrics : mapping of str to float
+            Numbers by name; NaN or infinite where undefined.
+        """
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Take the final numbers of the run."""
+
+    def close(self) -> None:
+        """Write what is left and let go of files; a second call does nothing."""
+
+
+def plain_number(value: float, undefined: float | None = None) -> float | None:
+    """Turn a NumPy or torch number into a Python one, and NaN or an infinity into `undefined`."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else undefined

@@ -1,0 +1,70 @@
+"""A progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class ConsoleTracker:
+    """Progress bar with a validation score and rounds per second; nothing where there is no terminal.
+
+    Parameters
+    ----------
+    total_rounds : int
+    run_name : str
+        Shown before the bar.
+    headline : str
+        Metric shown, a share.
+    console : rich.console.Console, optional
+        Standard error if not given.
+    done : int
+        Rounds that an earlier process ran.
+    """
+
+    def __init__(
+        self,
+        total_rounds: int,
+        run_name: str,
+        headline: str = "validation/accuracy",
+        console: Console | None = None,
+        done: int = 0,
+    ) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[score]}{task.fields[rate]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(escape(run_name), total=total_rounds, completed=done, score="", rate="")
+        self._headline = headline
+        self._progress.start()
+
+    def log(self, round: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar to `round`; a round without a score keeps the one before."""
+        self._progress.update(self._task, completed=round)
+        if self._headline in metrics:
+            self._progress.update(self._task, score=f"val {100 * float(metrics[self._headline]):.1f} %")
+        task = self._progress.tasks[0]
+        speed = task.finished_speed or task.speed
+        if speed:
+            self._progress.update(self._task, rate=f", {speed:.1f} rounds/s")
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """Do nothing: the command prints the result itself."""
+
+    def close(self) -> None:
+        """Leave the bar as it is and give the terminal back."""
+        self._progress.stop()

@@ -32,6 +32,8 @@ BAD: list[tuple[str, str, Any]] = [
     ("moon", "mu", math.nan),
     ("moon", "temperature", 0.0),
     ("moon", "variant", "papers"),
+    ("fedntd", "beta", -0.1),
+    ("fedntd", "temperature", 0.0),
     ("fedala", "layers", 0),
     ("fedala", "share", 0.0),
     ("fedala", "share", 1.1),

@@ -1,4 +1,4 @@
-"""MOON, FedALA, FedProto and FedAMP as their papers have them, against plain loops over clients and batches."""
+"""MOON, FedNTD, FedALA, FedProto and FedAMP as their papers have them, against plain loops over clients and batches."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def descend(values: Values, loss: Any, lr: float = 0.1) -> None:
         values[name] = values[name] - lr * slope
 
 
-def test_moon_without_contrast_is_fedavg() -> None:
-    assert_same(run("moon", {"mu": 0.0}).arrays, run("fedavg").arrays)
+@pytest.mark.parametrize(("method", "strength"), [("moon", "mu"), ("fedntd", "beta")])
+def test_without_its_own_term_a_method_is_fedavg(method: str, strength: str) -> None:
+    assert_same(run(method, {strength: 0.0}).arrays, run("fedavg").arrays)
 
 
 @pytest.mark.parametrize(("method", "strength"), [("fedproto", "lam"), ("fedamp", "mu")])
@@ -106,6 +107,32 @@ def test_moon_contrasts_received_and_previous_features(variant: str) -> None:
         body = under("previous", result.state(client))
         assert body.keys() == {name for name in server if name not in HEAD}
         assert_same(body, {name: previous.get(client, initial())[name] for name in body})
+
+
+def test_fedntd_distils_all_classes_but_the_true_one() -> None:
+    beta, tau = 0.8, 2.0
+    result = run("fedntd", {"beta": beta, "temperature": tau}, rounds=3, fraction=0.5)
+    server = initial()
+    for r in range(1, 4):
+        parts = []
+        for client in drawn(r, 0.5):
+            values = copied(server)
+            for x, y in passes(client, 2, r):
+
+                def loss(at: Values, x: Tensor = x, y: Tensor = y, w: Values = server) -> Tensor:
+                    logits, teacher = head(at, features(at, x, training=True)), head(w, features(w, x))
+                    total = F.cross_entropy(logits, y)
+                    for row, target, label in zip(logits, teacher, y.tolist(), strict=True):
+                        others = [c for c in range(DATA.num_classes) if c != label]
+                        p = torch.softmax(target[others] / tau, 0)
+                        q = torch.softmax(row[others] / tau, 0)
+                        total = total + beta * tau**2 * (p * (p.log() - q.log())).sum() / len(y)
+                    return total
+
+                descend(values, loss)
+            parts.append(values)
+        server = average(parts, sizes(drawn(r, 0.5)))
+    assert_same(result.arrays, server)
 
 
 def aggregated(

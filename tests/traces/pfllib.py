@@ -72,6 +72,7 @@ METHODS: dict[str, Traced] = {
     "perfedavg": Traced("PerAvg", SAMPLES),
     "apfl": Traced("APFL", {**SAMPLES, **PFLLIB}, {"alpha": "alpha"}, {"model_per": "model", "alpha": "alpha"}),
     "moon": Traced("MOON", PFLLIB, {"mu": "mu", "tau": "temperature"}, {"old_model": "previous"}),
+    "fedntd": Traced("FedNTD", {"weighting": "uniform"}, {"beta": "beta", "tau": "temperature"}),
     "fedala": Traced(
         "FedALA",
         PFLLIB,

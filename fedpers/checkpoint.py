@@ -235,7 +235,7 @@ def _read(folder: Path) -> Checkpoint:
     body = _read_index(folder / INDEX)
     try:
         number, roles, files, content = body["round"], body["roles"], body["files"], body["content"]
-        listed = {str(name): (whole(own["bytes"]), str(own["blake2b"])) for name, own in files.items()}
+        listed = {str(name): (whole(entry["bytes"]), str(entry["blake2b"])) for name, entry in files.items()}
         good = whole(number) == _number(folder) and isinstance(content, dict)
         good = good and all(isinstance(role, str) and role for role in roles) and SERVER in listed
         good = good and all(_FILE.fullmatch(name) for name in listed)
@@ -243,8 +243,8 @@ def _read(folder: Path) -> Checkpoint:
         good = False
     if not good:
         raise DamagedError(f"{folder / INDEX} does not describe a checkpoint.")
-    found = {path.name for path in folder.iterdir()}
-    for name in sorted(found ^ {INDEX, *listed}):
+    file_names = {path.name for path in folder.iterdir()}
+    for name in sorted(file_names ^ {INDEX, *listed}):
         raise DamagedError(f"{folder / name} is {'missing' if name in listed else 'no part of the checkpoint'}.")
     for name, (size, digest) in listed.items():
         path = folder / name
@@ -268,9 +268,9 @@ def _read_index(path: Path) -> dict[str, Any]:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_INDEX:
             raise DamagedError(f"{path} is no file of a checkpoint.")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        body = found["checkpoint"]
-        if found["blake2b"] != _digest(json.dumps(body, sort_keys=True).encode()):
+        index = json.loads(path.read_text(encoding="utf-8"))
+        body = index["checkpoint"]
+        if index["blake2b"] != _digest(json.dumps(body, sort_keys=True).encode()):
             raise DamagedError(f"{path} is damaged: it has another checksum than when it was written.")
         read = restored(body)
     except OSError as error:
@@ -301,9 +301,9 @@ def _digest_of(path: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    assert found is not None
-    return int(found.group(1))
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
 
 
 def _sync(folder: Path) -> None:

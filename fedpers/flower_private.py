@@ -75,8 +75,8 @@ def kill_simulated_clients() -> None:
     if not ray.is_initialized():
         return
     job = ray.get_runtime_context().get_job_id()
-    for actor, told in actors().items():
-        if told["State"] != "DEAD" and told["JobID"] == job:
+    for actor, info in actors().items():
+        if info["State"] != "DEAD" and info["JobID"] == job:
             global_worker.core_worker.kill_actor(ray.ActorID.from_hex(actor), True)
 
 

@@ -73,66 +73,66 @@ class Progress:
             "best": None if self.best is None else self.best[0],
             "last": None if self.last is None else self.last[0],
             "evaluations": {
-                str(found[0]): {"metrics": found[1], "report": report_to_json(found[2])}
-                for found in (self.best, self.last)
-                if found is not None
+                str(evaluation[0]): {"metrics": evaluation[1], "report": report_to_json(evaluation[2])}
+                for evaluation in (self.best, self.last)
+                if evaluation is not None
             },
         }
 
-    def restore(self, kept: Mapping[str, Any]) -> None:
+    def restore(self, saved: Mapping[str, Any]) -> None:
         """Undo :meth:`to_json`.
 
         Raises
         ------
         KeyError, TypeError, ValueError, AttributeError
-            If `kept` is something else.
+            If `saved` is something else.
         """
         evaluations: dict[int, Evaluation] = {
-            int(number): (int(number), _numbers(own["metrics"]), report_from_json(own["report"]))
-            for number, own in kept["evaluations"].items()
+            int(number): (int(number), _numbers(entry["metrics"]), report_from_json(entry["report"]))
+            for number, entry in saved["evaluations"].items()
         }
-        self.rounds_done = whole(kept["rounds_done"])
-        self.totals = _numbers(kept["totals"])
-        self.trained = Counter({int(client): whole(count) for client, count in kept["trained"].items()})
-        self.best = None if kept["best"] is None else evaluations[kept["best"]]
-        self.last = None if kept["last"] is None else evaluations[kept["last"]]
+        self.rounds_done = whole(saved["rounds_done"])
+        self.totals = _numbers(saved["totals"])
+        self.trained = Counter({int(client): whole(count) for client, count in saved["trained"].items()})
+        self.best = None if saved["best"] is None else evaluations[saved["best"]]
+        self.last = None if saved["last"] is None else evaluations[saved["last"]]
 
 
 def report_to_json(report: RoundReport) -> dict[str, Any]:
     """All fields of a report, clients as text; see :func:`exactly` for its numbers."""
-    found = asdict(report)
+    values = asdict(report)
     for name in (*_BY_CLIENT, *_REASONS):
-        found[name] = {str(client): value for client, value in found[name].items()}
-    return found
+        values[name] = {str(client): value for client, value in values[name].items()}
+    return values
 
 
-def report_from_json(kept: Mapping[str, Any]) -> RoundReport:
+def report_from_json(saved: Mapping[str, Any]) -> RoundReport:
     """Undo :func:`report_to_json`; a KeyError, TypeError, ValueError or AttributeError says that it is none."""
     names = {f.name for f in fields(RoundReport)}
-    if set(kept) != names:
+    if set(saved) != names:
         raise ValueError(f"a report has {sorted(names)}")
-    found: dict[str, Any] = {}
-    for name, value in kept.items():
+    values: dict[str, Any] = {}
+    for name, value in saved.items():
         if name in _BY_CLIENT:
-            found[name] = {int(client): _numbers(own) for client, own in value.items()}
+            values[name] = {int(client): _numbers(numbers) for client, numbers in value.items()}
         elif name in _REASONS:
-            found[name] = {int(client): str(reason) for client, reason in value.items()}
+            values[name] = {int(client): str(reason) for client, reason in value.items()}
         elif name == "sampled":
-            found[name] = [whole(client) for client in value]
+            values[name] = [whole(client) for client in value]
         elif name == "extra":
-            found[name] = _numbers(value)
+            values[name] = _numbers(value)
         else:
-            found[name] = _number(value)
-    whole(found["round"])
-    return RoundReport(**found)
+            values[name] = _number(value)
+    whole(values["round"])
+    return RoundReport(**values)
 
 
 def exactly(value: Any) -> Any:
     """Plain values as standard JSON can hold them: NaN and infinities become objects, tuples lists."""
     if isinstance(value, Mapping):
-        return {str(key): exactly(own) for key, own in value.items()}
+        return {str(key): exactly(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [exactly(own) for own in value]
+        return [exactly(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -146,7 +146,7 @@ def restored(value: Any) -> Any:
     """Undo :func:`exactly`, but for tuples."""
     if isinstance(value, dict):
         return float(value[_FLOAT]) if value.keys() == {_FLOAT} else {key: restored(v) for key, v in value.items()}
-    return [restored(own) for own in value] if isinstance(value, list) else value
+    return [restored(item) for item in value] if isinstance(value, list) else value
 
 
 def whole(value: Any) -> int:
@@ -162,5 +162,5 @@ def _number(value: Any) -> float:
     return value
 
 
-def _numbers(kept: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): _number(value) for name, value in kept.items()}
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): _number(value) for name, value in values.items()}

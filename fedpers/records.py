@@ -44,8 +44,8 @@ class LiveArray(flower.Array):
         """The array in NumPy's file format."""
         if "data" not in self.__dict__:
             self.__dict__["data"] = flower.Array(self.__dict__["tensor"].cpu().contiguous().numpy()).data
-        found: bytes = self.__dict__["data"]
-        return found
+        data: bytes = self.__dict__["data"]
+        return data
 
     @data.setter
     def data(self, value: bytes) -> None:
@@ -64,8 +64,8 @@ class LiveArray(flower.Array):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, flower.Array):
             return NotImplemented
-        mine, theirs = ((a.dtype, tuple(a.shape), a.stype) for a in (self, other))
-        return mine == theirs and self.data == other.data
+        layout, other_layout = ((a.dtype, tuple(a.shape), a.stype) for a in (self, other))
+        return layout == other_layout and self.data == other.data
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -101,17 +101,17 @@ def _layout(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     """Shape, whether columns come first, and dtype, from the start of a file in NumPy's format 1.0 or 2.0."""
     read = np.lib.format.read_array_header_1_0 if header[6] == 1 else np.lib.format.read_array_header_2_0
     try:
-        found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(BytesIO(header[8:]))
+        layout: tuple[tuple[int, ...], bool, np.dtype[Any]] = read(BytesIO(header[8:]))
     except (SyntaxError, TypeError, MemoryError, RecursionError, TokenError) as error:
         raise ValueError(f"its header cannot be read ({error})") from error
-    if any(length < 0 for length in found[0]):
-        raise ValueError(f"its shape is {list(found[0])}")
-    return found
+    if any(length < 0 for length in layout[0]):
+        raise ValueError(f"its shape is {list(layout[0])}")
+    return layout
 
 
 def own_copy(content: flower.RecordDict) -> flower.RecordDict:
     """Records of one's own around shared memory: whatever is done to them is not seen in `content`."""
-    own = content.copy()
+    copied = content.copy()
     for name, record in content.items():
         fresh: Any = record.copy()
         for key, value in record.items():
@@ -119,16 +119,16 @@ def own_copy(content: flower.RecordDict) -> flower.RecordDict:
                 fresh[key] = _own_array(value)
             elif isinstance(value, list):
                 fresh[key] = list(value)
-        own[name] = fresh
-    return own
+        copied[name] = fresh
+    return copied
 
 
 def _own_array(array: flower.Array) -> flower.Array:
     if type(array) not in (flower.Array, LiveArray):  # somebody's subclass
         return copy(array)
-    own = LiveArray.__new__(LiveArray)
-    own.__dict__.update(array.__dict__)
-    return own
+    copied = LiveArray.__new__(LiveArray)
+    copied.__dict__.update(array.__dict__)
+    return copied
 
 
 def to_record(values: Tree) -> flower.ArrayRecord:

@@ -112,10 +112,10 @@ class CohortApp(ClientApp):
         arrays = self.update.initial_arrays(self.template, self.module)
         roles = set(state.keys())
         for encoder in self.encoders:
-            kept, allowed = encoder.client_state(arrays), f"a role that {type(self.update).__name__} does not keep"
+            initial, allowed = encoder.client_state(arrays), f"a role that {type(self.update).__name__} does not keep"
             check(encoder.role not in roles, "postprocessors", encoder.role, allowed)
-            if kept is not None:
-                state.set(encoder.role, kept)
+            if initial is not None:
+                state.set(encoder.role, initial)
         if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
             name = type(self.update).__name__
             raise ConfigError("strategy", name, f"no role '{TRAINED}' in initial_state; use cohort.trainings")
@@ -247,7 +247,7 @@ class CohortApp(ClientApp):
             core = {role: state[role] for role in (TRAINED, *(e.role for e in self.encoders)) if role in state.keys()}  # noqa: SIM118
             new = Tree({**dict(new.items()), **core}, batch_size=[cohort.size])
         if trains:
-            kept = {} if new is None else dict(new.items())
+            state_by_role = {} if new is None else dict(new.items())
             for encoder in () if config.get(ADAPTING) else self.encoders:
                 result.records, changed = encoder.encode(
                     result.records,
@@ -258,11 +258,13 @@ class CohortApp(ClientApp):
                     clients=cohort.clients,
                 )
                 if changed is not None:
-                    kept[encoder.role] = changed
-            kept.update({e.role: state[e.role] for e in self.encoders if e.role not in kept and e.role in state.keys()})  # noqa: SIM118
+                    state_by_role[encoder.role] = changed
+            state_by_role.update(
+                {e.role: state[e.role] for e in self.encoders if e.role not in state_by_role and e.role in state.keys()}  # noqa: SIM118
+            )
             if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
-                kept[TRAINED] = state[TRAINED] + 1
-            new = Tree(kept, batch_size=[cohort.size]) if kept else None
+                state_by_role[TRAINED] = state[TRAINED] + 1
+            new = Tree(state_by_role, batch_size=[cohort.size]) if state_by_role else None
         return result, new, finite
 
     def _check_state(self, answer: Reply, trains: bool) -> None:
@@ -270,19 +272,19 @@ class CohortApp(ClientApp):
         if answer.state is None and not trains:
             return
         core = {TRAINED, *(encoder.role for encoder in self.encoders)}
-        wanted = {name for name in leaves(self.initial_state) if name.partition("/")[0] not in core}
-        kept = set() if answer.state is None else set(leaves(answer.state))
+        expected = {name for name in leaves(self.initial_state) if name.partition("/")[0] not in core}
+        returned = set() if answer.state is None else set(leaves(answer.state))
         name = type(self.update).__name__
-        if missing := sorted(wanted - kept):
+        if missing := sorted(expected - returned):
             raise ValueError(f"{name} does not keep '{missing[0]}', which its initial state declares as personal")
-        if unknown := sorted(kept - wanted):
+        if unknown := sorted(returned - expected):
             raise ValueError(f"{name} keeps '{unknown[0]}', which its initial state does not declare as personal")
         first = leaves(self.initial_state)
         for entry, value in ({} if answer.state is None else leaves(answer.state)).items():
             is_now, was = (value.dtype, value.shape[1:]), (first[entry].dtype, first[entry].shape)
             if is_now != was:
-                found, declared = (f"{kind} {list(shape)}" for kind, shape in (is_now, was))
-                raise ValueError(f"{name} keeps '{entry}' as {found}, which its initial state declares as {declared}")
+                actual, declared = (f"{kind} {list(shape)}" for kind, shape in (is_now, was))
+                raise ValueError(f"{name} keeps '{entry}' as {actual}, which its initial state declares as {declared}")
 
     def _metrics(self, cohort: Cohort, losses: Sequence[float], answer: Reply) -> list[dict[str, float]]:
         """Counts, losses and the method's own metrics of each client."""
@@ -348,13 +350,13 @@ def config_of(content: flower.RecordDict) -> dict[str, Any]:
 def _measured(clients: list[int], rows: Sequence[Mapping[str, float]]) -> CohortResult:
     """Answers to an evaluation; NaN is right only where the client has no samples of a part."""
     result = CohortResult(clients, [])
-    kept = []
+    client_metrics = []
     for client, metrics in zip(clients, rows, strict=True):
         for name, value in metrics.items():
             if math.isnan(value) and metrics.get(f"{name.partition('-')[0]}-examples", 1.0):
                 result.errors.setdefault(client, f"{name} is {value}")
-        known = {name: value for name, value in metrics.items() if value == value}
-        examples = known.get("validation-examples", 0.0) + known.get("test-examples", 0.0)
-        kept.append({"num-examples": examples, **known})
-    result.metrics = kept
+        measured = {name: value for name, value in metrics.items() if value == value}
+        examples = measured.get("validation-examples", 0.0) + measured.get("test-examples", 0.0)
+        client_metrics.append({"num-examples": examples, **measured})
+    result.metrics = client_metrics
     return result

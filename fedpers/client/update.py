@@ -202,8 +202,8 @@ class LocalUpdate(Settings, group="strategy"):
                         continue
                     for row, value in zip(rows, column.tolist(), strict=True):
                         row[f"{part}-{prefix}{name}"] = value
-        for row, taken in zip(rows, cohort.gradients_taken.tolist(), strict=True):
-            row["adaptation-gradients"] = float(taken)
+        for row, count in zip(rows, cohort.gradients_taken.tolist(), strict=True):
+            row["adaptation-gradients"] = float(count)
         return rows
 
     # -------------------------------------------------------------------- the app

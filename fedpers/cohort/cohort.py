@@ -176,20 +176,20 @@ class Cohort:
 
     def names(self, what: Selection) -> tuple[str, ...]:
         """Names of the network's entries that a selection stands for."""
-        known: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_names", {})
+        cache: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_names", {})
         key = what if isinstance(what, str) else tuple(what)
-        if key not in known:
-            known[key] = select(self.module, what)
-        return known[key]
+        if key not in cache:
+            cache[key] = select(self.module, what)
+        return cache[key]
 
     def trainable(self, only: Selection = "parameters") -> tuple[str, ...]:
         """Names of the selected parameters that training may move: those that require a gradient in the network."""
-        known: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_trainable", {})
+        cache: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_trainable", {})
         key = only if isinstance(only, str) else tuple(only)
-        if key not in known:
-            free = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-            known[key] = tuple(name for name in self.names(only) if name in free)
-        return known[key]
+        if key not in cache:
+            unfrozen = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+            cache[key] = tuple(name for name in self.names(only) if name in unfrozen)
+        return cache[key]
 
     def sizes(self, part: Part = "train") -> Tensor:
         """Samples of each client, int64 ``[K]`` on the CPU."""
@@ -244,18 +244,18 @@ class Cohort:
         if personal is None:
             personal = self.state.get("model", None)
         per_client = received.batch_size == torch.Size([self.size])
-        kept = {} if personal is None else entries(personal)
+        personal_values = {} if personal is None else entries(personal)
         sent = entries(received)
         stacked = set(sent) if per_client else set()
         tensors = {name: value.to(self.device) for name, value in {**entries(self.template), **sent}.items()}
-        trained = self.trained if kept.keys() & sent.keys() else None
-        for name, value in kept.items():
-            mine = value.to(self.device)
+        trained = self.trained if personal_values.keys() & sent.keys() else None
+        for name, value in personal_values.items():
+            personal_value = value.to(self.device)
             if name in sent and trained is not None and not bool(trained.all()):
                 if not bool(trained.any()):
                     continue
-                mine = torch.where(expand_rows(trained, mine), mine, tensors[name])
-            tensors[name] = mine
+                personal_value = torch.where(expand_rows(trained, personal_value), personal_value, tensors[name])
+            tensors[name] = personal_value
             stacked.add(name)
         return View({name: tensors[name] for name in self.names("all")}, frozenset(stacked))
 
@@ -285,13 +285,13 @@ class Cohort:
         **records : Tree ``[K]``
             Further records for the server.
         """
-        kept: dict[str, Any] = dict(state or {})
+        personal_state: dict[str, Any] = dict(state or {})
         names = self.names(self.personal if keep is None else keep)
-        if names and "model" not in kept:
-            kept["model"] = params.select(*names)
+        if names and "model" not in personal_state:
+            personal_state["model"] = params.select(*names)
         return Reply(
             records={"arrays": params.select(*self.names(self.shared if share is None else share)), **records},
-            state=TensorDict(kept, batch_size=[self.size]) if kept else None,
+            state=TensorDict(personal_state, batch_size=[self.size]) if personal_state else None,
             metrics=dict(metrics or {}),
         )
 
@@ -344,7 +344,7 @@ class Cohort:
     def steps(self, plan: BatchPlan) -> Iterator[Step]:
         """Batches of a plan, step by step."""
         counts = plan.count.to(self.device, torch.float32)
-        places = torch.arange(plan.index.shape[2], device=self.device)
+        positions = torch.arange(plan.index.shape[2], device=self.device)
         rows = None if plan.order is None else plan.order
         keys = self._keys(plan)
         dtype = self.data.x.dtype if self.data.x.is_floating_point() else torch.float32
@@ -358,7 +358,7 @@ class Cohort:
                 index=index,
                 x=self.data.x.index_select(0, flat).view(a, width, *self.data.x.shape[1:]),
                 y=self.data.y.index_select(0, flat).view(a, width, *self.data.y.shape[1:]),
-                weight=(places[:width] < count[:, None]).to(dtype) if plan.ragged[t] else None,
+                weight=(positions[:width] < count[:, None]).to(dtype) if plan.ragged[t] else None,
                 count=count,
                 key=None if keys is None else keys[:a] + t,
                 rows=None if rows is None else rows[:a],
@@ -367,8 +367,8 @@ class Cohort:
     def _keys(self, plan: BatchPlan) -> Tensor | None:
         if not self._dropout:
             return None
-        own = [derive(self.seed, "dropout", c, self.round) for c in self.clients]
-        keys = torch.tensor(own) + self.steps_taken
+        seeds = [derive(self.seed, "dropout", c, self.round) for c in self.clients]
+        keys = torch.tensor(seeds) + self.steps_taken
         return (keys if plan.order is None else keys[plan.order]).to(self.device)
 
     def walk(self, *trees: Mapping[str, Tensor] | Tree, **options: Unpack[PlanOptions]) -> Walk:
@@ -422,19 +422,19 @@ class Cohort:
         self._mode(training=not frozen)
         rows = slice(0, step.active) if step.rows is None else step.rows
         self.gradients_taken[rows] += 1
-        free = set(names)
+        differentiated = set(names)
         extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
         extra["given"] = self._rows_of(step, given)
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
-            tensors = {n: leaves[n] if n in free else params[n][0] for n in params}
+            tensors = {n: leaves[n] if n in differentiated else params[n][0] for n in params}
             total = self._loss(loss, tensors, step.x[0], step.y[0], map_tensors(extra, lambda value: value[0]))
-            found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            grads = {n: g.unsqueeze(0) for n, g in zip(names, found, strict=True) if g is not None}
+            raw_grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+            grads = {n: g.unsqueeze(0) for n, g in zip(names, raw_grads, strict=True) if g is not None}
             return total.detach().unsqueeze(0), grads
 
         leaves = {n: params[n].detach().requires_grad_() for n in names}
-        rest = {n: params[n] for n in params if n not in free}
+        rest = {n: params[n] for n in params if n not in differentiated}
 
         def one(
             leaves: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor, extra: dict[str, Any]
@@ -442,8 +442,8 @@ class Cohort:
             return self._loss(loss, {**leaves, **rest}, x, y, extra)
 
         losses = vmap(one)(leaves, rest, step.x, step.y, extra)
-        found = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        return losses.detach(), {n: g for n, g in zip(names, found, strict=True) if g is not None}
+        raw_grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        return losses.detach(), {n: g for n, g in zip(names, raw_grads, strict=True) if g is not None}
 
     def _rows_of(self, step: Step, given: Given | None) -> dict[str, Any]:
         """Rows of what is given that belong to a step's clients; ValueError if it has none for each client."""
@@ -472,9 +472,9 @@ class Cohort:
         rows = slice(0, step.active) if step.rows is None else step.rows.to(self.device)
         self.loss_sum[rows] += losses * step.count
 
-    def book(self, plan: BatchPlan, taken: int) -> None:
-        """Book the first `taken` steps of a plan and their samples."""
-        count = plan.count[:taken]
+    def book(self, plan: BatchPlan, num_steps: int) -> None:
+        """Book the first `num_steps` steps of a plan and their samples."""
+        count = plan.count[:num_steps]
         rows = slice(None) if plan.order is None else plan.order
         self.steps_taken[rows] += (count > 0).sum(0)
         self.samples_seen[rows] += count.sum(0)

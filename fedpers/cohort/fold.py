@@ -98,14 +98,14 @@ class WeightedMean(Fold):
     def merge(self, other: Self) -> None:
         """Take in what `other` took in."""
         for record, sums in other.sums.items():
-            own = self.sums.setdefault(record, {})
+            totals = self.sums.setdefault(record, {})
             for name, value in sums.items():
                 weight = other.weights[record][name]
-                if name in own:
-                    own[name].add_(value.to(own[name].device))
+                if name in totals:
+                    totals[name].add_(value.to(totals[name].device))
                     self.weights[record][name] += weight
                 else:
-                    own[name] = value.clone()
+                    totals[name] = value.clone()
                     self.weights.setdefault(record, {})[name] = weight
                     self.dtypes.setdefault(record, {})[name] = other.dtypes[record][name]
 

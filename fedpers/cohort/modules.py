@@ -78,7 +78,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
 
     whole_channels = False
     key: Tensor | None = None  # one int64 number for this client and step
-    place = 0  # tells the dropout layers of one network apart
+    layer_index = 0  # tells the dropout layers of one network apart
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -89,7 +89,7 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         count = 1
         for length in shape:
             count *= length
-        bits = _hash(torch.arange(count, device=input.device) + self.place * 0x51ED270B, self.key)
+        bits = _hash(torch.arange(count, device=input.device) + self.layer_index * 0x51ED270B, self.key)
         keep = (bits >= int(self.p * 2**32)).view(*shape, *([1] * (input.dim() - len(shape))))
         return input * keep.to(input.dtype) / (1 - self.p)
 
@@ -144,12 +144,12 @@ def prepare(module: nn.Module) -> nn.Module:
         allowed = f"a network in which only frozen parameters are tied, not '{tied[0]}' and '{tied[1]}'"
         raise ConfigError("model", type(module).__name__, allowed)
     prepared = copy_network(module)
-    for place, (name, layer) in enumerate(prepared.named_modules()):
+    for layer_index, (name, layer) in enumerate(prepared.named_modules()):
         if allowed := _objection(layer):
             raise ConfigError("model", f"{type(layer).__name__} at '{name}'", allowed)
         if type(layer) in _REPLACED:
             layer.__class__ = _REPLACED[type(layer)]
-            layer.__dict__["place"] = place
+            layer.__dict__["layer_index"] = layer_index
     return prepared
 
 
@@ -261,8 +261,8 @@ def part_tensors(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) ->
     inside = facts.parts.get(name)
     if inside is None:
         within = canonical_names(module.get_submodule(name))
-        places = {facts.names[f"{name}.{n}"]: first for n, first in within.items()}
-        inside = {n: places[canonical] for n, canonical in facts.names.items() if canonical in places}
+        local_names = {facts.names[f"{name}.{n}"]: first for n, first in within.items()}
+        inside = {n: local_names[canonical] for n, canonical in facts.names.items() if canonical in local_names}
         facts.parts[name] = inside
     return {inside[n]: tensor for n, tensor in tensors.items() if n in inside}
 
@@ -297,9 +297,9 @@ class _Facts:
 
 
 def _facts(module: nn.Module) -> _Facts:
-    known = module.__dict__.get("_cohort_facts")
-    if isinstance(known, _Facts) and known.owner == id(module):  # a copy of a module looks again
-        return known
+    cached = module.__dict__.get("_cohort_facts")
+    if isinstance(cached, _Facts) and cached.owner == id(module):  # a copy of a module looks again
+        return cached
     slots = {
         f"{prefix}.{name}" if prefix else name: (holder, name)
         for prefix, layer in module.named_modules(remove_duplicate=False)

@@ -96,16 +96,16 @@ class Optimizer:
             rate = self.lr[name] * factor
             if isinstance(rate, Tensor):
                 rate = expand_rows(rate.to(value.dtype), value)
-            free = None if mask is None else mask.get(name)
+            entry_mask = None if mask is None else mask.get(name)
             if decay and training.optimizer == "adamw":
-                value.mul_(1 - rate * decay if free is None else 1 - rate * decay * free)
+                value.mul_(1 - rate * decay if entry_mask is None else 1 - rate * decay * entry_mask)
             move = (
                 self._sgd(name, params[name], grad)
                 if training.optimizer == "sgd"
                 else self._adam(name, params[name], grad)
             )
-            if free is not None:
-                move = move * free
+            if entry_mask is not None:
+                move = move * entry_mask
             if isinstance(rate, Tensor):
                 value.sub_(rate * move)
             else:

@@ -112,26 +112,26 @@ def plan_batches(
     per_epoch = [batches_per_epoch(len(s), batch_size, drop_last) for s in samples]
     if steps is None:
         assert epochs is not None
-        wanted = [epochs * n for n in per_epoch]
+        num_steps = [epochs * n for n in per_epoch]
     else:
-        wanted = [steps] * clients if isinstance(steps, int) else [int(n) for n in steps]
-    if min(wanted) < 0:
+        num_steps = [steps] * clients if isinstance(steps, int) else [int(n) for n in steps]
+    if min(num_steps) < 0:
         raise ConfigError("epochs, steps", (epochs, steps), "numbers >= 0")
 
-    total = max(wanted)
+    total = max(num_steps)
     width = max(min(batch_size, len(s)) if batch_size else len(s) for s in samples)
     index = np.zeros((total, clients, width), dtype=np.int64)
     count = np.zeros((total, clients), dtype=np.int64)
-    for k, own in enumerate(samples):
-        size = min(batch_size, len(own)) if batch_size else len(own)
+    for k, positions in enumerate(samples):
+        size = min(batch_size, len(positions)) if batch_size else len(positions)
         cut = np.arange(per_epoch[k] * size).reshape(per_epoch[k], size)
-        sizes = np.minimum(len(own) - cut[:, 0], size)
-        inside = np.where(cut < len(own), cut, cut[:, :1])  # beyond the end: the batch's first sample again
+        sizes = np.minimum(len(positions) - cut[:, 0], size)
+        inside = np.where(cut < len(positions), cut, cut[:, :1])  # beyond the end: the batch's first sample again
         done = 0
         epoch = 0
-        while done < wanted[k]:
-            order = own if draw is None else own[draw(k, epoch).permutation(len(own))]
-            take = min(per_epoch[k], wanted[k] - done)
+        while done < num_steps[k]:
+            order = positions if draw is None else positions[draw(k, epoch).permutation(len(positions))]
+            take = min(per_epoch[k], num_steps[k] - done)
             index[done : done + take, k, :size] = order[inside[:take]]
             index[done : done + take, k, size:] = order[inside[:take, :1]]
             count[done : done + take, k] = sizes[:take]
@@ -139,8 +139,8 @@ def plan_batches(
             epoch += 1
 
     order_rows: Tensor | None = None
-    if any(a < b for a, b in pairwise(wanted)):
-        by_steps = np.argsort([-n for n in wanted], kind="stable")
+    if any(a < b for a, b in pairwise(num_steps)):
+        by_steps = np.argsort([-n for n in num_steps], kind="stable")
         index, count = index[:, by_steps], count[:, by_steps]
         order_rows = torch.from_numpy(by_steps)
     active = (count > 0).sum(1)

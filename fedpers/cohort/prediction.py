@@ -109,14 +109,14 @@ def _of_many(
     width = max(1, EVALUATION_SAMPLES // len(lists))
     pieces: list[list[Tensor]] = [[] for _ in lists]
     start, rows = 0, list(range(len(lists)))
-    while places := [place for place, k in enumerate(rows) if sizes[k] > start]:
-        if 4 * len(places) > 3 * (places[-1] + 1):  # the first rows need no copy, and few of them run in vain
-            places = list(range(places[-1] + 1))
-        if len(places) < len(rows):
-            prefix = places[-1] < len(places)
-            stay = slice(len(places)) if prefix else torch.tensor(places, device=data.device)
+    while active := [row for row, k in enumerate(rows) if sizes[k] > start]:
+        if 4 * len(active) > 3 * (active[-1] + 1):  # the first rows need no copy, and few of them run in vain
+            active = list(range(active[-1] + 1))
+        if len(active) < len(rows):
+            prefix = active[-1] < len(active)
+            stay = slice(len(active)) if prefix else torch.tensor(active, device=data.device)
             per_client = map_tensors(per_client, itemgetter(stay))
-            index, rows = index[stay], [rows[p] for p in places]
+            index, rows = index[stay], [rows[p] for p in active]
         ahead = min(sizes[k] - start for k in rows if sizes[k] > start)  # until the next of them is through
         end = start + max(width, min(ahead, EVALUATION_SAMPLES // len(rows)))
         chunk = index[:, start:end]

@@ -60,11 +60,11 @@ class VisitedRows:
         visited = torch.full((cohort.size, data.num_items), everything, device=device)
         owner = torch.arange(cohort.size).repeat_interleave(sizes).to(device)
         visited[owner, data.x[torch.from_numpy(np.concatenate(drawn)).to(device)]] = True
-        self._place = visited.cumsum(1) - 1  # of an id among its client's rows
+        self._row_index = visited.cumsum(1) - 1  # of an id among its client's rows
         client, row = visited.nonzero(as_tuple=True)
-        self.rows = row.new_full((cohort.size, int(self._place[:, -1].max()) + 1), data.num_items)
-        self.rows[client, self._place[client, row]] = row
-        self._in_rows = client * self.rows.shape[1] + self._place[client, row]
+        self.rows = row.new_full((cohort.size, int(self._row_index[:, -1].max()) + 1), data.num_items)
+        self.rows[client, self._row_index[client, row]] = row
+        self._in_rows = client * self.rows.shape[1] + self._row_index[client, row]
         self._in_tables = client * data.num_items + row
         self._dtype = next(v.dtype for v in entries(cohort.template).values() if v.is_floating_point())
         self._counts: tuple[Tensor, Tensor] | None = None
@@ -99,10 +99,10 @@ class VisitedRows:
         if self._counts is not None:
             positives, samples = self._counts
             return step.take(positives), step.take(samples)
-        place = step.take(self._place).gather(1, step.x)
+        index = step.take(self._row_index).gather(1, step.x)
         weight = torch.ones_like(step.y) if step.weight is None else step.weight
         empty = self.rows.new_zeros(step.active, self.rows.shape[1], dtype=self._dtype)
-        positives, samples = (empty.scatter_add(1, place, value.to(self._dtype)) for value in (weight * step.y, weight))
+        positives, samples = (empty.scatter_add(1, index, value.to(self._dtype)) for value in (weight * step.y, weight))
         if self.whole and step.rows is None and step.active == len(self.rows):  # all later steps are the same
             self._counts = positives, samples
         return positives, samples
@@ -117,7 +117,7 @@ class VisitedRows:
         factor : Tensor ``[K]``
             What weight decay left of each of the others.
         """
-        real = self.rows < self._place.shape[1]
+        real = self.rows < self._row_index.shape[1]
         rows = torch.where(real, self.rows, -1).int()
         return tree({"rows": rows, "values": values, "factor": factor}, len(rows))
 
@@ -176,8 +176,8 @@ def packed(message: Mapping[str, Tensor], threshold: float = 0.0) -> Tree:
     """
     real = message["rows"] >= 0
     values = message["values"][real]
-    kept = sparse(values, threshold) if threshold else {"values": values}
-    return tree({"rows": message["rows"][real], **kept, "factor": message["factor"]})
+    coded = sparse(values, threshold) if threshold else {"values": values}
+    return tree({"rows": message["rows"][real], **coded, "factor": message["factor"]})
 
 
 def sparse(table: Tensor, threshold: float) -> dict[str, Tensor]:
@@ -233,14 +233,14 @@ class RowMean(Fold):
         self.change: Tensor | None = None
 
     @property
-    def _known(self) -> Tensor:
+    def _received_table(self) -> Tensor:
         assert self.table is not None, "this part of a fold can be merged only"
         return self.table
 
     def decode(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
         """Check rows, and fill in the small values that were not sent."""
         message = dict(entries(records[RECORD]))
-        rows, (size, width) = message["rows"], self._known.shape
+        rows, (size, width) = message["rows"], self._received_table.shape
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size:
             raise ValueError(f"'rows' name items outside 0..{size - 1}")
         if not bool((rows.diff() > 0).all()):
@@ -248,12 +248,12 @@ class RowMean(Fold):
         shape = message["shape"].tolist() if "places" in message else list(message["values"].shape)
         if shape != [len(rows), width]:
             raise ValueError(f"'values' has shape {shape}, expected {[len(rows), width]}")
-        kept = {"rows": rows, "values": dense(message), "factor": message["factor"]}
-        return {**records, RECORD: tree(kept)}
+        decoded = {"rows": rows, "values": dense(message), "factor": message["factor"]}
+        return {**records, RECORD: tree(decoded)}
 
     def add(self, records: Records, weight: float, client: int) -> None:
         """Take in ``rows`` ``[r]``, ``values`` ``[r, dim]`` and ``factor`` of a client."""
-        message, table = entries(records[RECORD]), self._known
+        message, table = entries(records[RECORD]), self._received_table
         rows, factor = message["rows"].long().to(table.device), float(message["factor"])
         self.rest += weight * factor
         self.total += weight
@@ -268,7 +268,7 @@ class RowMean(Fold):
             return
         self.rest += other.rest
         self.total += other.total
-        change = other.change.to(self._known.device)
+        change = other.change.to(self._received_table.device)
         self.change = change if self.change is None else self.change + change
 
     def partial(self) -> Self:
@@ -281,5 +281,5 @@ class RowMean(Fold):
         """Return the mean table."""
         if not self.total or self.change is None:
             return {}
-        mean = (self._known.double() * self.rest + self.change) / self.total
-        return {RECORD: tree({self.name: mean.to(self._known.dtype)})}
+        mean = (self._received_table.double() * self.rest + self.change) / self.total
+        return {RECORD: tree({self.name: mean.to(self._received_table.dtype)})}

@@ -40,7 +40,7 @@ class StateStore:
         self.clients = torch.as_tensor(list(clients), dtype=torch.int64)
         self.initial = initial
         self.written = torch.zeros(len(self.clients), dtype=torch.bool)
-        self._place = {client: place for place, client in enumerate(self.clients.tolist())}
+        self._row_of_client = {client: row for row, client in enumerate(self.clients.tolist())}
         first = leaves(initial)
         self.bytes_per_client = sum(value.nbytes for value in first.values())
         needed = len(self.clients) * self.bytes_per_client
@@ -78,12 +78,12 @@ class StateStore:
 
     def scatter(self, clients: Sequence[int], state: Tree, keep: Tensor) -> None:
         """Store the rows of `state` (``[K]``) for which `keep` (bool ``[K]``) holds."""
-        kept = keep.nonzero().flatten().cpu()
-        index = self._places(clients)[kept]
+        kept_rows = keep.nonzero().flatten().cpu()
+        index = self._places(clients)[kept_rows]
         new = leaves(state)
         for name, rows in leaves(self.rows).items():
             values = new[name]
-            rows[index.to(rows.device)] = values[kept.to(values.device)].to(rows.device)
+            rows[index.to(rows.device)] = values[kept_rows.to(values.device)].to(rows.device)
         self.written[index] = True
 
     def blocks(self) -> Iterator[Block]:
@@ -109,4 +109,4 @@ class StateStore:
             self._files.cleanup()
 
     def _places(self, clients: Sequence[int]) -> Tensor:
-        return torch.tensor([self._place[int(client)] for client in clients], dtype=torch.int64)
+        return torch.tensor([self._row_of_client[int(client)] for client in clients], dtype=torch.int64)

@@ -35,8 +35,8 @@ def entries(values: Tree) -> dict[str, Tensor]:
 
 def leaves(values: Tree) -> dict[str, Tensor]:
     """All tensors of a tree, those under a role by ``role/name``."""
-    found = values.items(include_nested=True, leaves_only=True)
-    return {p if isinstance(p, str) else "/".join(p): v for p, v in found if isinstance(v, Tensor)}
+    items = values.items(include_nested=True, leaves_only=True)
+    return {p if isinstance(p, str) else "/".join(p): v for p, v in items if isinstance(v, Tensor)}
 
 
 def state_names(module: nn.Module) -> list[str]:

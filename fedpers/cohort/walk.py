@@ -74,17 +74,17 @@ class Walk:
         if order is not None:  # those that take no step at all need not be moved
             work = [{name: value[order.to(value.device)] for name, value in stack.items()} for stack in work]
         rows: tuple[Rows, ...] = ()
-        taken, active = 0, -1
+        num_steps, active = 0, -1
         try:
             for step in self.cohort.steps(plan):
                 if step.active != active:
                     active = step.active
                     rows = tuple(_Rows({n: value[:active] for n, value in stack.items()}) for stack in work)
-                taken += 1
+                num_steps += 1
                 yield step, rows[0] if len(rows) == 1 else rows
         finally:
             if order is not None:
                 for values, stack in zip(self.trees, work, strict=True):
                     for name, value in stack.items():
                         values[name].index_copy_(0, order.to(value.device), value)
-            self.cohort.book(plan, taken)
+            self.cohort.book(plan, num_steps)

@@ -158,15 +158,15 @@ def _idx_files(config: DatasetConfig, kind: str) -> Dataset:
     cls: Any = getattr(datasets, kind)
     root = data_root(config)
     names = [Path(resource).stem for resource, _ in cls.resources]  # the four files, unpacked
-    own = root / kind / "raw"
+    raw_folder = root / kind / "raw"
 
     def missing(folder: Path) -> list[Path]:
         return [folder / n for n in names if not ((folder / n).is_file() or (folder / f"{n}.gz").is_file())]
 
-    folder = next((f for f in (own, root) if not missing(f)), None)
+    folder = next((f for f in (raw_folder, root) if not missing(f)), None)
     if folder is None:
-        _download(config, f"{missing(own)[0]} is missing", lambda: cls(root, download=True))
-        folder = own
+        _download(config, f"{missing(raw_folder)[0]} is missing", lambda: cls(root, download=True))
+        folder = raw_folder
     arrays = []
     for name in names:
         read = read_image_file if "images" in name else read_label_file
@@ -265,8 +265,8 @@ def _reason(error: BaseException) -> str:
 def _npz(config: DatasetConfig) -> Dataset:
     """Any arrays on disk; nothing is unpickled."""
     path = Path(config.root or "").expanduser()
-    wanted = [name for name in (config.x, config.y, config.client, config.n_train) if name is not None]
-    arrays = read_npz(path, wanted)
+    array_names = [name for name in (config.x, config.y, config.client, config.n_train) if name is not None]
+    arrays = read_npz(path, array_names)
     x, y = arrays[config.x], arrays[config.y]
     classes = y.ndim == 1 and y.dtype.kind in "iu"
     if not classes and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):

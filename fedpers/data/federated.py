@@ -96,11 +96,11 @@ class FederatedData:
     def _check_public(self, public: Tensor) -> None:
         if len(public) == 0 or int(public.min()) < 0 or int(public.max()) >= len(self.x):
             raise DataError(f"{self.name}: public must list positions in 0..{len(self.x) - 1}, at least one.")
-        free = torch.ones(len(self.x), dtype=torch.bool)
+        unassigned = torch.ones(len(self.x), dtype=torch.bool)
         for part in PARTS:
-            free[torch.cat(list(self.part(part))).cpu()] = False
-        if not bool(free[public.cpu()].all()):
-            count = int((~free[public.cpu()]).sum())
+            unassigned[torch.cat(list(self.part(part))).cpu()] = False
+        if not bool(unassigned[public.cpu()].all()):
+            count = int((~unassigned[public.cpu()]).sum())
             raise DataError(f"{self.name}: {count} public samples also belong to a client.")
 
     def part(self, part: Part) -> Sequence[Tensor]:
@@ -157,21 +157,26 @@ class FederatedData:
 
     def restrict(self, clients: Sequence[int]) -> Self:
         """Keep the samples of some clients only, under the same client numbers; without the public ones."""
-        kept = set(clients)
+        selected = set(clients)
         nothing = torch.zeros(0, dtype=torch.int64)
         lists: dict[Part, list[Tensor]] = {
-            part: [own if client in kept else nothing for client, own in enumerate(self.part(part))] for part in PARTS
+            part: [positions if client in selected else nothing for client, positions in enumerate(self.part(part))]
+            for part in PARTS
         }
-        elsewhere = tuple(client for client in range(self.num_clients) if client not in kept)
+        elsewhere = tuple(client for client in range(self.num_clients) if client not in selected)
         return replace(self, elsewhere=elsewhere, public=None, **self._compact(lists))
 
     def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
         """Fields of data with these index lists, without samples that are in none of them."""
-        used = torch.unique(torch.cat([own for part in PARTS for own in lists[part]]))
-        place = torch.zeros(len(self.x), dtype=torch.int64)
-        place[used] = torch.arange(len(used))
+        used = torch.unique(torch.cat([positions for part in PARTS for positions in lists[part]]))
+        new_positions = torch.zeros(len(self.x), dtype=torch.int64)
+        new_positions[used] = torch.arange(len(used))
         rows = used.to(self.device)
-        return {"x": self.x[rows], "y": self.y[rows], **{part: [place[i] for i in own] for part, own in lists.items()}}
+        return {
+            "x": self.x[rows],
+            "y": self.y[rows],
+            **{part: [new_positions[positions] for positions in index_lists] for part, index_lists in lists.items()},
+        }
 
     @cached_property
     def checksum(self) -> str:

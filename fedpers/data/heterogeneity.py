@@ -44,16 +44,18 @@ def _shifted(data: FederatedData, strength: float, seed: int) -> Tensor:
     x = data.x.clone()
     for client in range(data.num_clients):
         contrast, brightness = generator(seed, "feature_shift", client).normal(size=2)
-        own = torch.cat([data.part(part)[client] for part in PARTS])
-        x[own] = x[own] * float(torch.tensor(strength * contrast).exp()) + strength * brightness
+        positions = torch.cat([data.part(part)[client] for part in PARTS])
+        x[positions] = x[positions] * float(torch.tensor(strength * contrast).exp()) + strength * brightness
     return x
 
 
 def _noisy(data: FederatedData, strength: float, seed: int) -> Tensor:
     y = data.y.clone()
-    for client, own in enumerate(data.train):
+    for client, positions in enumerate(data.train):
         rng = generator(seed, "label_noise", client)
-        wrong = own[torch.from_numpy(rng.permutation(len(own))[: round(strength * rng.random() * len(own))])]
+        wrong = positions[
+            torch.from_numpy(rng.permutation(len(positions))[: round(strength * rng.random() * len(positions))])
+        ]
         other = torch.from_numpy(rng.integers(1, data.num_classes, len(wrong)))
         y[wrong] = (y[wrong] + other) % data.num_classes
     return y

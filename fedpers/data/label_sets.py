@@ -71,21 +71,21 @@ def deal_label_sets(
     for client, labels in enumerate(sets):
         rng = generator(seed, "label_sets", client)
         for part, pool in by_label.items():
-            own = [pool[label] for label in labels]
+            candidates = [pool[label] for label in labels]
             if part == "test" and client in unseen:
-                drawn = np.concatenate(own)
+                drawn = np.concatenate(candidates)
             else:
                 shares = np.full(len(labels), sizes[part] // len(labels))
                 shares[rng.permutation(len(labels))[: sizes[part] % len(labels)]] += 1
-                lacking = [k for k, there in enumerate(own) if len(there) < shares[k]]
+                lacking = [k for k, positions in enumerate(candidates) if len(positions) < shares[k]]
                 if part == "train" and lacking:
-                    label, there, share = labels[lacking[0]], len(own[lacking[0]]), shares[lacking[0]]
+                    label, available, share = labels[lacking[0]], len(candidates[lacking[0]]), shares[lacking[0]]
                     raise DataError(
                         f"partition=label_sets: client {client} is to have {share} training samples of class {label}, "
-                        f"but there are {there}; lower partition.samples_per_client."
+                        f"but there are {available}; lower partition.samples_per_client."
                     )
                 drawn = np.concatenate(
-                    [rng.permutation(there)[:share] for there, share in zip(own, shares, strict=True)]
+                    [rng.permutation(positions)[:share] for positions, share in zip(candidates, shares, strict=True)]
                 )
             if len(drawn) == 0:
                 raise DataError(
@@ -104,9 +104,9 @@ def _pools(dataset: Dataset, split: SplitConfig, seed: int) -> dict[Part, NDArra
     y = dataset.y.numpy()[:start]
     parts: list[Lists] = [[] for _ in range(len(fractions) + 1)]
     for label in range(dataset.num_classes):
-        own = generator(seed, "label_sets_pools", label).permutation(np.flatnonzero(y == label))
-        ends = (np.cumsum([0.0, *fractions]) * len(own) + 0.5).astype(np.int64)
-        *held, rest = np.split(own, ends[1:])
+        shuffled = generator(seed, "label_sets_pools", label).permutation(np.flatnonzero(y == label))
+        ends = (np.cumsum([0.0, *fractions]) * len(shuffled) + 0.5).astype(np.int64)
+        *held, rest = np.split(shuffled, ends[1:])
         for part, positions in zip(parts, (rest, *held), strict=True):
             part.append(positions)
     train, validation, *test = (np.concatenate(part) for part in parts)
@@ -118,22 +118,22 @@ def _label_sets(dataset: Dataset, config: PartitionConfig, seed: int) -> tuple[l
     classes = dataset.num_classes
     clients = int(config.num_clients or 0)
     count, size, extra = config.anchors, config.labels_per_client, config.unseen_label_sets
-    there = f"the classes of {dataset.name}"
-    check(count <= classes, "partition.anchors", count, f"at most {classes}, {there}")
-    check(size <= classes, "partition.labels_per_client", size, f"at most {classes}, {there}")
+    description = f"the classes of {dataset.name}"
+    check(count <= classes, "partition.anchors", count, f"at most {classes}, {description}")
+    check(size <= classes, "partition.labels_per_client", size, f"at most {classes}, {description}")
     rng = generator(seed, "label_sets")
     anchors = [tuple(sorted(part.tolist())) for part in np.array_split(rng.permutation(classes), max(count, 1))][:count]
-    taken = set(anchors)
-    free = math.comb(classes, size) - sum(len(labels) == size for labels in taken) - (clients > count)
-    allowed = f"at most {max(free, 0)}, the sets of {size} among {classes} labels that other clients can spare"
-    if extra > free:
+    used_sets = set(anchors)
+    num_available = math.comb(classes, size) - sum(len(labels) == size for labels in used_sets) - (clients > count)
+    allowed = f"at most {max(num_available, 0)}, the sets of {size} among {classes} labels that other clients can spare"
+    if extra > num_available:
         raise ConfigError("partition.unseen_label_sets", extra, allowed)
     unseen: list[tuple[int, ...]] = []
     while len(unseen) < extra:
         labels = _draw(rng, classes, size)
-        if labels not in taken:
+        if labels not in used_sets:
             unseen.append(labels)
-            taken.add(labels)
+            used_sets.add(labels)
     normal: list[tuple[int, ...]] = []
     while len(normal) < clients - count:
         labels = _draw(rng, classes, size)

@@ -100,14 +100,14 @@ def _listed(
     num_samples: int, config: PartitionConfig, split: SplitConfig, seed: int
 ) -> dict[Part, list[NDArray[np.int64]]] | None:
     """Parts named by an index file; None if it leaves the split to us."""
-    given = read_index(str(config.file), num_samples, config.num_clients, config.min_samples)
-    if OWNED in given:
+    lists = read_index(str(config.file), num_samples, config.num_clients, config.min_samples)
+    if OWNED in lists:
         return None
-    if "validation" not in given:
-        held = [hold_out(positions, [split.validation], seed, k) for k, positions in enumerate(given["train"])]
-        given["train"], given["validation"] = map(list, zip(*held, strict=True))
+    if "validation" not in lists:
+        held = [hold_out(positions, [split.validation], seed, k) for k, positions in enumerate(lists["train"])]
+        lists["train"], lists["validation"] = map(list, zip(*held, strict=True))
     for part in PARTS:
-        for client, positions in enumerate(given[part]):
+        for client, positions in enumerate(lists[part]):
             if len(positions) == 0:
                 raise DataError(f"{config.file}: the {part} list of client {client} is empty.")
-    return {part: given[part] for part in PARTS}
+    return {part: lists[part] for part in PARTS}

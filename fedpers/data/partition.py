@@ -62,7 +62,7 @@ def partition_samples(dataset: Dataset, config: PartitionConfig, seed: int) -> l
         lists = _natural(dataset, config, seed)
     elif config.name == "index":
         parts = read_index(str(config.file), len(dataset), config.num_clients, config.min_samples)
-        lists = [np.sort(np.concatenate(own)) for own in zip(*parts.values(), strict=True)]
+        lists = [np.sort(np.concatenate(client_parts)) for client_parts in zip(*parts.values(), strict=True)]
     else:
         lists = _drawn(dataset, config, seed)
     unused = len(dataset) - sum(len(positions) for positions in lists)
@@ -95,12 +95,12 @@ def _natural(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArr
     starts = np.unique(owner[order], return_index=True)[1]
     owners = np.split(order, starts[1:])
     lists = [positions for positions in owners if len(positions) >= config.min_samples]
-    wanted = config.num_clients
-    if not lists or (wanted is not None and wanted > len(lists)):
+    num_clients = config.num_clients
+    if not lists or (num_clients is not None and num_clients > len(lists)):
         raise DataError(
             f"partition=natural: {len(lists)} of the {len(owners)} owners in {dataset.name} have at least "
-            f"partition.min_samples={config.min_samples} samples, expected {wanted or 'some'}; lower it"
-            f"{' or partition.num_clients' if wanted else ''}."
+            f"partition.min_samples={config.min_samples} samples, expected {num_clients or 'some'}; lower it"
+            f"{' or partition.num_clients' if num_clients else ''}."
         )
     if len(lists) < len(owners):
         logger.warning(
@@ -109,8 +109,8 @@ def _natural(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArr
             len(owners),
             config.min_samples,
         )
-    if wanted is not None and wanted < len(lists):
-        chosen = np.sort(generator(seed, "owners").choice(len(lists), wanted, replace=False))
+    if num_clients is not None and num_clients < len(lists):
+        chosen = np.sort(generator(seed, "owners").choice(len(lists), num_clients, replace=False))
         lists = [lists[k] for k in chosen]
     return lists
 

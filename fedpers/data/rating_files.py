@@ -132,22 +132,22 @@ def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
     if separator == "::":
         text, first, separator = text.replace("::", "\t"), first.replace("::", "\t"), "\t"
     cells = [cell.strip().strip('"') for cell in first.split(separator)]
-    known = [_SAME.get(cell.lower().replace("_", ""), cell.lower()) for cell in cells]
-    header = config.name == "ratings" or "user" in known or "item" in known
+    column_names = [_SAME.get(cell.lower().replace("_", ""), cell.lower()) for cell in cells]
+    header = config.name == "ratings" or "user" in column_names or "item" in column_names
     if not text.strip():
         raise DataError(f"{path} is empty, expected rows of user, item, rating and time.")
     if header:
         for column in ("user", "item"):
-            if column not in known:
+            if column not in column_names:
                 raise DataError(f"{path} has no column '{column}'; its first line names {', '.join(cells)}.")
     elif not 3 <= len(cells) <= len(COLUMNS):
         raise DataError(f"{path} has {len(cells)} columns, expected user, item, rating and perhaps time.")
-    names = known if header else list(COLUMNS[: len(cells)])
+    names = column_names if header else list(COLUMNS[: len(cells)])
     doubled = [column for column in COLUMNS if names.count(column) > 1]
     if doubled:
         raise DataError(f"{path} has more than one column '{doubled[0]}'.")
     as_text = {"user": str, "item": str} if config.name == "amazon_video" else None  # ids like 0000143502
-    names = [column if column in COLUMNS else f"other {place}" for place, column in enumerate(names)]  # each once
+    names = [column if column in COLUMNS else f"other {index}" for index, column in enumerate(names)]  # each once
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)

@@ -99,12 +99,13 @@ class RankingData(FederatedData):
         """
         items = torch.arange(num_items)
         held = [
-            [torch.from_numpy(np.r_[own[:1] + num_items, own[1:]]) for own in lists] for lists in (validation, test)
+            [torch.from_numpy(np.r_[item_ids[:1] + num_items, item_ids[1:]]) for item_ids in lists]
+            for lists in (validation, test)
         ]
         return cls(
             x=torch.cat([items, items]),
             y=torch.arange(2).repeat_interleave(num_items).float(),
-            train=[torch.from_numpy(own + num_items) for own in train],
+            train=[torch.from_numpy(item_ids + num_items) for item_ids in train],
             validation=held[0],
             test=held[1],
             num_classes=1,
@@ -148,11 +149,11 @@ class RankingData(FederatedData):
     def label_counts(self, part: Part = "train") -> Tensor:
         """Count positives per user, int64 ``[num_clients, 1]``."""
         y = self.y.cpu()
-        return torch.stack([y[own].sum().long().reshape(1) for own in self.part(part)])
+        return torch.stack([y[positions].sum().long().reshape(1) for positions in self.part(part)])
 
     def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
         """Keep all items: any of them may be drawn as a negative."""
-        return {str(part): own for part, own in lists.items()}
+        return {str(part): index_lists for part, index_lists in lists.items()}
 
     def _rules(self) -> str:
         return f"{self.num_items}/{self.negatives}/{self.task.protocol_name}"
@@ -191,18 +192,20 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
         time = item
     order = np.lexsort((np.arange(len(user)), -time, user))  # each user's rows, latest first
     by_user = np.split(item[order], np.cumsum(np.bincount(user))[:-1])
-    train = [own[:1:-1] for own in by_user]
-    negatives = [_eval_negatives(k, own, num_items, config, seed, ratings.name) for k, own in enumerate(by_user)]
+    train = [history[:1:-1] for history in by_user]
+    negatives = [
+        _eval_negatives(k, history, num_items, config, seed, ratings.name) for k, history in enumerate(by_user)
+    ]
     unseen = draw_unseen(len(by_user), split, seed)
-    held = np.array([own[:2] for own in by_user])
-    new = np.setdiff1d(held, np.concatenate([own for k, own in enumerate(train) if k not in unseen]))
+    held = np.array([history[:2] for history in by_user])
+    new = np.setdiff1d(held, np.concatenate([train_items for k, train_items in enumerate(train) if k not in unseen]))
     if len(new):
         logger.info("%s: %d items are held out by a user and trained on by nobody.", ratings.name, len(new))
     return RankingData.of_items(
         num_items,
-        [np.ascontiguousarray(own) for own in train],
-        [np.r_[own[1], drawn[0]] for own, drawn in zip(by_user, negatives, strict=True)],
-        [np.r_[own[0], drawn[1]] for own, drawn in zip(by_user, negatives, strict=True)],
+        [np.ascontiguousarray(train_items) for train_items in train],
+        [np.r_[history[1], drawn[0]] for history, drawn in zip(by_user, negatives, strict=True)],
+        [np.r_[history[0], drawn[1]] for history, drawn in zip(by_user, negatives, strict=True)],
         name=ratings.name,
         unseen=unseen,
         negatives=config.negatives,

@@ -105,16 +105,16 @@ def take_public(
     if config.public == 0:
         return list(train), None
     rng = generator(seed, "public")
-    kept = [rng.choice(positions) for positions in train]
+    reserved = [rng.choice(positions) for positions in train]
     shared = np.unique(np.concatenate([positions for k, positions in enumerate(train) if k not in set(unseen)]))
-    free = np.setdiff1d(shared, kept)
+    available = np.setdiff1d(shared, reserved)
     count = max(1, int(config.public * len(shared) + 0.5))
     allowed = (
-        f"at most {len(free) / len(shared):.4g}, because of the {len(shared)} training samples each of the "
+        f"at most {len(available) / len(shared):.4g}, because of the {len(shared)} training samples each of the "
         f"{len(train)} clients keeps one"
     )
-    check(count <= len(free), "split.public", config.public, allowed)
-    public = np.sort(rng.permutation(free)[:count])
+    check(count <= len(available), "split.public", config.public, allowed)
+    public = np.sort(rng.permutation(available)[:count])
     return [positions[~np.isin(positions, public)] for positions in train], public
 
 
@@ -181,17 +181,17 @@ def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: in
     """
     start = len(dataset.training_part())
     y = dataset.y.numpy()
-    own = np.stack([np.bincount(y[positions], minlength=dataset.num_classes) for positions in owned])
+    label_counts = np.stack([np.bincount(y[positions], minlength=dataset.num_classes) for positions in owned])
     dealt: list[Lists] = [[] for _ in owned]
     left_out = 0
     for label in range(dataset.num_classes):
         rng = generator(seed, "deal", label)
         samples = start + rng.permutation(np.flatnonzero(y[start:] == label))
-        total = own[:, label].sum()
+        total = label_counts[:, label].sum()
         if total == 0:
             left_out += len(samples)
             continue
-        shares, remainders = np.divmod(own[:, label] * len(samples), total)  # whole numbers, so ties are exact
+        shares, remainders = np.divmod(label_counts[:, label] * len(samples), total)  # whole numbers, so ties are exact
         first = np.lexsort((rng.permutation(len(owned)), -remainders))
         shares[first[: len(samples) - shares.sum()]] += 1
         for client, part in enumerate(np.split(samples, np.cumsum(shares)[:-1])):

@@ -39,9 +39,9 @@ def distribution(values: Array, weights: Array) -> dict[str, float]:
         raise ValueError(f"expected values and weights of one shape [n], got {v.shape} and {w.shape}.")
     if not (np.isfinite(w) & (w >= 0)).all():
         raise ValueError("expected finite weights >= 0.")
-    known = ~np.isnan(v)
-    missing = float(len(v) - known.sum())
-    v, w = np.sort(v[known]), w[known][np.argsort(v[known])]
+    valid = ~np.isnan(v)
+    missing = float(len(v) - valid.sum())
+    v, w = np.sort(v[valid]), w[valid][np.argsort(v[valid])]
     if len(v) == 0:
         return dict.fromkeys(("mean", "weighted", "std", "worst_decile", "min"), math.nan) | {"missing": missing}
     return {

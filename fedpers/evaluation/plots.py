@@ -51,8 +51,8 @@ class Rounds:
     @property
     def layers(self) -> list[str]:
         """Layers with masks, by name, numbers in it as numbers."""
-        found = {n.removeprefix(f"{SHARE}/") for row in self.rows for n in row if n.startswith(f"{SHARE}/")}
-        return sorted(found, key=lambda name: [(p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")])
+        names = {n.removeprefix(f"{SHARE}/") for row in self.rows for n in row if n.startswith(f"{SHARE}/")}
+        return sorted(names, key=lambda name: [(p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")])
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Rounds in which a metric was measured, and its values."""
@@ -69,20 +69,20 @@ def read_rounds(folder: Path) -> Rounds:
         If there is no run, more than one, or its ``rounds.jsonl`` is damaged or empty.
     """
     folder = Path(folder)
-    found = sorted(folder.rglob("rounds.jsonl"))
-    if not found:
+    paths = sorted(folder.rglob("rounds.jsonl"))
+    if not paths:
         raise FedpersError(f"no run was found in {folder}.")
-    if len(found) > 1:
-        raise FedpersError(f"{folder} holds {len(found)} runs; choose one of them, e.g. {found[0].parent}.")
+    if len(paths) > 1:
+        raise FedpersError(f"{folder} holds {len(paths)} runs; choose one of them, e.g. {paths[0].parent}.")
     try:
-        rows = [json.loads(line) for line in found[0].read_text(encoding="utf-8").splitlines()]
-        summary = found[0].with_name("summary.json")
-        known = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+        rows = [json.loads(line) for line in paths[0].read_text(encoding="utf-8").splitlines()]
+        summary_path = paths[0].with_name("summary.json")
+        summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
         if not rows or not all("round" in row for row in rows):
             raise ValueError("it has no rounds")
     except (OSError, ValueError, TypeError) as error:
-        raise FedpersError(f"{found[0].parent} cannot be read: {error}.") from error
-    return Rounds(found[0].parent, rows, known)
+        raise FedpersError(f"{paths[0].parent} cannot be read: {error}.") from error
+    return Rounds(paths[0].parent, rows, summary)
 
 
 def plot_run(folder: Path, file: Path) -> None:
@@ -181,9 +181,9 @@ def _draw_masks(figure: Figure, axes: Axes, run: Rounds) -> None:
     layers = run.layers
     if len(layers) <= LINES:
         colors = colormaps["viridis"]
-        for place, layer in enumerate(layers):
+        for index, layer in enumerate(layers):
             rounds, values = run.curve(f"{SHARE}/{layer}")
-            part = place / max(1, len(layers) - 1)
+            part = index / max(1, len(layers) - 1)
             # lines often coincide, since every layer grows by the same rate: thinner ones lie on top
             axes.plot(rounds, values, label=layer, color=colors(0.9 * part), linewidth=5 - 3.5 * part)
         rounds, values = run.curve(SHARE)
@@ -192,8 +192,8 @@ def _draw_masks(figure: Figure, axes: Axes, run: Rounds) -> None:
         _as_shares(axes, run)
         return
     rounds = sorted({round for layer in layers for round in run.curve(f"{SHARE}/{layer}")[0]})
-    known = [dict(zip(*run.curve(f"{SHARE}/{layer}"), strict=True)) for layer in layers]
-    grid = [[own.get(round, math.nan) for round in rounds] for own in known]
+    curves = [dict(zip(*run.curve(f"{SHARE}/{layer}"), strict=True)) for layer in layers]
+    grid = [[curve.get(round, math.nan) for round in rounds] for curve in curves]
     first, last = rounds[0] - 0.5, rounds[-1] + 0.5
     picture = axes.imshow(
         grid, aspect="auto", interpolation="nearest", vmin=0, vmax=1, cmap="viridis",
@@ -224,9 +224,9 @@ def _save(figure: Figure, run: Rounds, file: Path) -> None:
     title = [str(run.summary[key]) for key in ("strategy", "dataset", "partition") if key in run.summary]
     if title:
         figure.suptitle(f"{', '.join(title)}, seed {run.summary.get('seed')}", fontsize=11)
-    known = sorted(figure.canvas.get_supported_filetypes())
-    if file.suffix.removeprefix(".") not in known:
-        raise ConfigError("--out", file, f"a file that ends in one of .{', .'.join(known)}")
+    file_types = sorted(figure.canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".") not in file_types:
+        raise ConfigError("--out", file, f"a file that ends in one of .{', .'.join(file_types)}")
     try:
         figure.savefig(file, dpi=150)
     except OSError as error:

@@ -66,8 +66,8 @@ def fresh(model: M, seed: int, *ids: int) -> M:
 
 def _reset_of(layer: nn.Module) -> Callable[[], object] | None:
     for method in ("reset_parameters", "_reset_parameters"):  # nn.MultiheadAttention hides its own
-        found = getattr(layer, method, None)
-        if callable(found):
-            reset: Callable[[], object] = found
+        bound_method = getattr(layer, method, None)
+        if callable(bound_method):
+            reset: Callable[[], object] = bound_method
             return reset
     return None

@@ -77,9 +77,9 @@ def pretrain(
     device = device or torch.device("cpu")
     path = cache_root() / "pretrained" / f"{_key(model, x, y, settings, seed, device)}.safetensors"
     start = time.perf_counter()
-    known = _read(path, model.state_dict())
-    if known is not None:
-        values, reached = known
+    cached = _read(path, model.state_dict())
+    if cached is not None:
+        values, reached = cached
         model.load_state_dict(values)
         how = f"from {path}"
     else:

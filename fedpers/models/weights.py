@@ -57,12 +57,12 @@ def load_weights(model: Network, weights: str) -> None:
         If the weights can neither be found nor downloaded.
     """
     if weights == "imagenet":
-        found = _imagenet()
+        state = _imagenet()
     elif weights.startswith("timm:"):
-        found = _timm(weights)
+        state = _timm(weights)
     else:
-        found = _file(weights)
-    _fill(model, found, weights)
+        state = _file(weights)
+    _fill(model, state, weights)
 
 
 def _imagenet() -> Mapping[str, Tensor]:
@@ -118,26 +118,26 @@ def _file(weights: str) -> Mapping[str, Tensor]:
     return state
 
 
-def _fill(model: Network, found: Mapping[str, Tensor], weights: str) -> None:
+def _fill(model: Network, state: Mapping[str, Tensor], weights: str) -> None:
     """Rename, check and copy."""
-    own = {name: value for name, value in model.state_dict().items() if name.startswith("body.")}
-    renamed = {_rename(name): value for name, value in found.items() if not name.startswith(_HEADS)}
-    wrong = [f"{name} is missing" for name in own if name not in renamed]
-    wrong += [f"{name} is unknown" for name in renamed if name not in own]
-    for name, value in own.items():
+    body_state = {name: value for name, value in model.state_dict().items() if name.startswith("body.")}
+    renamed = {_rename(name): value for name, value in state.items() if not name.startswith(_HEADS)}
+    wrong = [f"{name} is missing" for name in body_state if name not in renamed]
+    wrong += [f"{name} is unknown" for name in renamed if name not in body_state]
+    for name, value in body_state.items():
         if name in renamed and renamed[name].numel() != value.numel():
             wrong.append(f"{name} has shape {tuple(renamed[name].shape)} instead of {tuple(value.shape)}")
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         kind = "weights of a ViT-B/16 for 224x224 pictures in torchvision's or timm's layout"
         raise ConfigError("model.weights", weights, f"{kind} ({wrong[0]}{more})")
-    for name, value in own.items():
+    for name, value in body_state.items():
         value.copy_(renamed[name].reshape(value.shape))  # state_dict() shares memory with the parameters
 
 
 def _rename(name: str) -> str:
-    for pattern, ours in _NAMES:
-        new, matches = re.subn(pattern, ours, name)
+    for pattern, replacement in _NAMES:
+        new, matches = re.subn(pattern, replacement, name)
         if matches:
             return new
     return name

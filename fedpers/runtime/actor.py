@@ -182,8 +182,8 @@ class Worker:
         clients: list[int],
         which: list[int],
         sent: Packed,
-        own: Packed,
-        wanted: bool,
+        shard_contents: Packed,
+        awaited: bool,
     ) -> Packed | None:
         """Compute a message for clients of a shard.
 
@@ -194,12 +194,12 @@ class Worker:
             Message type.
         clients : list of int
         which : list of int
-            For each of them, which of `sent` it received, or of `own` counted from behind (-1 is the first).
+            For each of them, which of `sent` it received, or of `shard_contents` counted from behind (-1 is the first).
         sent : (list of RecordDict, ReplyRules or None), packed
             What clients of several shards receive, and how their replies are folded; None returns them.
-        own : list of RecordDict, packed
+        shard_contents : list of RecordDict, packed
             What clients of this shard alone receive.
-        wanted : bool
+        awaited : bool
             Whether anybody waits for the answer; if not, only personal state is brought up to date.
 
         Returns
@@ -208,7 +208,7 @@ class Worker:
         """
         rules: ReplyRules | None
         contents, rules = unpack(sent)
-        more: list[flower.RecordDict] = unpack(own)
+        more: list[flower.RecordDict] = unpack(shard_contents)
         engine = self.shards[shard]
         engine.changed = False
         if rules is not None:  # what a fold sums up in must not lie in memory that other actors read
@@ -219,4 +219,4 @@ class Worker:
             received = [contents[i] if i >= 0 else more[-1 - i] for i in which]
             results = engine.run(kind, clients, received, collector)
         collected = None if collector is None else collector.partial()
-        return pack(Answer(results, collected, engine.changed)) if wanted else None
+        return pack(Answer(results, collected, engine.changed)) if awaited else None

@@ -29,22 +29,22 @@ def connect(address: str | None) -> bool:
     """Connect to a cluster, or start Ray here; whether there was no connection before."""
     if ray.is_initialized():
         return False
-    given = address or os.environ.get("RAY_ADDRESS")
+    cluster_address = address or os.environ.get("RAY_ADDRESS")
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     try:
-        if given:
-            _check_address(given)
-            ray.init(address=given, log_to_driver=False, logging_level=logging.ERROR)
+        if cluster_address:
+            _check_address(cluster_address)
+            ray.init(address=cluster_address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
                 logging_level=logging.ERROR,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
-        if given is None:
+        if cluster_address is None:
             raise TrainingError(f"Ray cannot be started on this machine: {first_line(error)}") from error
         raise ConfigError(
-            "runtime.address", given, f"the address of a running Ray cluster ({first_line(error)})"
+            "runtime.address", cluster_address, f"the address of a running Ray cluster ({first_line(error)})"
         ) from error
     return True
 
@@ -78,19 +78,19 @@ def ship_by_value(folder: Path) -> list[ModuleType]:
     """Let code from the working folder travel with what uses it, since actors elsewhere cannot import it."""
     paths = sysconfig.get_paths()
     installed = {Path(paths[kind]) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    found = []
+    modules = []
     for name, module in list(sys.modules.items()):
         file, top = getattr(module, "__file__", None), name.partition(".")[0]
         if not file or module.__name__ != name or top in ("__main__", "fedpers", *sys.stdlib_module_names):
             continue
         path = Path(file)
         elsewhere = path.is_relative_to(folder) and not {"site-packages", "dist-packages"} & set(path.parts)
-        if elsewhere and not any(path.is_relative_to(place) for place in installed):
+        if elsewhere and not any(path.is_relative_to(root) for root in installed):
             _shipped[name] += 1
             if _shipped[name] == 1:
                 ray.cloudpickle.register_pickle_by_value(module)
-            found.append(module)
-    return found
+            modules.append(module)
+    return modules
 
 
 def ship_no_more(modules: Collection[ModuleType]) -> None:

@@ -143,9 +143,9 @@ class CohortEngine:
         choice = self.choose(len(clients) if kind.startswith("train") else len(self.clients))
         results: dict[int, ClientResult] = {}
         tasks: list[tuple[list[int], Callable[[], Received], Mapping[str, Any]]] = []
-        for places, received, config in _groups(contents, self.app.device):
+        for positions, received, config in _groups(contents, self.app.device):
             self.app.check_config(config)
-            by_size = sorted(places, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
+            by_size = sorted(positions, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
             for start in range(0, len(by_size), choice.cohort):
                 chunk = by_size[start : start + choice.cohort]
                 tasks.append(([clients[p] for p in chunk], received(chunk), config))
@@ -227,24 +227,24 @@ def _groups(
     """Messages that can be computed together: all with one content, or with contents of the same form."""
     kinds: dict[Any, list[int]] = {}
     times = Counter(id(content) for content in contents)
-    for place, content in enumerate(contents):
+    for position, content in enumerate(contents):
         # what several clients received alike need not be stacked
-        kinds.setdefault(id(content) if times[id(content)] > 1 else _form(content), []).append(place)
-    for places in kinds.values():
-        config = config_of(contents[places[0]])
-        if all(contents[p] is contents[places[0]] for p in places):
-            common = trees(contents[places[0]], device)
+        kinds.setdefault(id(content) if times[id(content)] > 1 else _form(content), []).append(position)
+    for positions in kinds.values():
+        config = config_of(contents[positions[0]])
+        if all(contents[p] is contents[positions[0]] for p in positions):
+            common = trees(contents[positions[0]], device)
 
-            def for_all(own: list[int], common: Received = common) -> Callable[[], Received]:
+            def for_all(indices: list[int], common: Received = common) -> Callable[[], Received]:
                 return lambda: common
 
-            yield places, for_all, config
+            yield positions, for_all, config
         else:
 
-            def for_each(own: list[int]) -> Callable[[], Received]:
-                return lambda: stack([trees(contents[p], device) for p in own])
+            def for_each(indices: list[int]) -> Callable[[], Received]:
+                return lambda: stack([trees(contents[p], device) for p in indices])
 
-            yield places, for_each, config
+            yield positions, for_each, config
 
 
 def _form(content: flower.RecordDict) -> tuple[Any, ...]:

@@ -42,7 +42,7 @@ PATIENCE = 180.0
 KEPT = "query.kept"
 """Message by which the server of a simulation reads the personal state a client keeps, or puts other in its place."""
 _MARK = "fedpers.run"
-_made: dict[str, CohortApp] = {}
+_apps: dict[str, CohortApp] = {}
 """The app of this process, by what it was made from."""
 
 
@@ -101,10 +101,10 @@ class RemoteApp(ClientApp):
                 context.state[_MARK] = mark
             if message.metadata.message_type == KEPT and self.simulated:
                 return _kept(message, context)
-            if key not in _made:
-                _made.clear()
-                _made[key] = self.make(context.run_config)
-            return _made[key](message, context)
+            if key not in _apps:
+                _apps.clear()
+                _apps[key] = self.make(context.run_config)
+            return _apps[key](message, context)
         except Exception as error:  # whatever a client's code raises becomes its answer
             log.debug("client on node %d raised", context.node_id, exc_info=True)
             named = str(error) if isinstance(error, FedpersError) else f"{type(error).__name__}: {error}"
@@ -180,16 +180,16 @@ class FlowerGrid(Grid):
         """
         waiting = {message_id for message_id in self.push_messages(messages) if message_id}
         deadline = None if timeout is None else time.monotonic() + timeout
-        found: list[flower.Message] = []
+        replies: list[flower.Message] = []
         while waiting:
             for reply in self.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
-                found.append(reply)
+                replies.append(reply)
             if waiting and deadline is not None and time.monotonic() >= deadline:
                 break
             if waiting:
                 time.sleep(self._interval)
-        return found
+        return replies
 
     def described(self) -> dict[str, Any]:
         """How clients are computed, for manifests."""
@@ -224,9 +224,9 @@ class SimulationGrid(FlowerGrid):
         if not size:
             return
         for nodes in self._chunks(max(1, BLOCK_BYTES // size)):
-            found = self._exchange({client: (node, flower.RecordDict()) for client, node in nodes.items()})
+            answers = self._exchange({client: (node, flower.RecordDict()) for client, node in nodes.items()})
             records = {
-                c: content.array_records[STATE] for c, content in found.items() if STATE in content.array_records
+                c: content.array_records[STATE] for c, content in answers.items() if STATE in content.array_records
             }
             if records:
                 states = [unflatten_state(record, self._like) for record in records.values()]
@@ -239,9 +239,9 @@ class SimulationGrid(FlowerGrid):
         self._exchange({c: (node, flower.RecordDict({CONFIG: change})) for c, node in nodes.items()})
         for clients, states in blocks:
             contents = {}
-            for place, client in enumerate(clients.tolist()):
-                kept = flower.RecordDict({CONFIG: change, STATE: flatten_state(states[place : place + 1])})
-                contents[client] = (nodes[client], kept)
+            for row, client in enumerate(clients.tolist()):
+                content = flower.RecordDict({CONFIG: change, STATE: flatten_state(states[row : row + 1])})
+                contents[client] = (nodes[client], content)
             self._exchange(contents)
 
     def _chunks(self, size: int) -> Iterator[dict[int, int]]:
@@ -254,13 +254,13 @@ class SimulationGrid(FlowerGrid):
         """Answers of clients on the state they keep."""
         messages = [flower.Message(content, node, KEPT) for node, content in contents.values()]
         answered = {reply.metadata.src_node_id: reply for reply in self.send_and_receive(messages)}
-        found = {}
+        answers = {}
         for client, (node, _) in contents.items():
             result = result_of(answered.get(node))
             if result.content is None:
                 raise TrainingError(f"client {client} does not give its personal state: {result.error}.")
-            found[client] = result.content
-        return found
+            answers[client] = result.content
+        return answers
 
 
 class FlowerSimulation:
@@ -337,10 +337,10 @@ class FlowerSimulation:
         """
         if self._grid is None:
             raise RuntimeError("FlowerSimulation.run outside of its with block")
-        made = app or make_app()
+        cohort_app = app or make_app()
         self._app.make, self._app.key = partial(_made_by, make_app), uuid4().hex
-        self._app.identify = partial(_identity, made.identity)
-        main(SimulationGrid(self._grid, self._watch, made.initial_state))
+        self._app.identify = partial(_identity, cohort_app.identity)
+        main(SimulationGrid(self._grid, self._watch, cohort_app.initial_state))
 
     def _nodes(self) -> Iterable[int]:
         assert self._grid is not None
@@ -375,8 +375,8 @@ class FlowerSimulation:
             reason = self._failure
             while reason is not None and (reason.__cause__ or reason.__context__) is not None:
                 reason = reason.__cause__ or reason.__context__
-            told = f" ({type(reason).__name__}: {reason})" if reason is not None else ""
-            raise TrainingError(f"Flower's simulation has ended{told}.")
+            cause = f" ({type(reason).__name__}: {reason})" if reason is not None else ""
+            raise TrainingError(f"Flower's simulation has ended{cause}.")
 
     def _await(self, happened: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -449,14 +449,14 @@ def await_clients(grid: Grid, strategy: PersonalizedStrategy, num_clients: int, 
                 "client (in Flower's simulation: --federation-config num-supernodes=N)."
             )
         time.sleep(min(0.5, seconds / 10))
-    known = strategy.nodes(grid)
-    if missing := sorted(set(range(num_clients)) - set(known)):
+    node_of = strategy.nodes(grid)
+    if missing := sorted(set(range(num_clients)) - set(node_of)):
         names = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise TrainingError(
             f"no node holds client {names} of {num_clients}; each needs a SuperNode with "
             f'--node-config "partition-id=N num-partitions={num_clients}".'
         )
-    if strange := sorted(set(known) - set(range(num_clients))):
+    if strange := sorted(set(node_of) - set(range(num_clients))):
         raise TrainingError(f"a node has partition-id {strange[0]}, but the data have {num_clients} clients.")
 
 
@@ -467,8 +467,8 @@ def _kept(message: flower.Message, context: flower.Context) -> flower.Message:
         if STATE in message.content.array_records:
             context.state[STATE] = message.content.array_records[STATE]
         return flower.Message(flower.RecordDict(), reply_to=message)
-    found = {STATE: context.state[STATE]} if STATE in context.state.array_records else {}
-    return flower.Message(flower.RecordDict(found), reply_to=message)
+    records = {STATE: context.state[STATE]} if STATE in context.state.array_records else {}
+    return flower.Message(flower.RecordDict(records), reply_to=message)
 
 
 def _nothing(run_config: Mapping[str, Any]) -> CohortApp:

@@ -92,8 +92,8 @@ class LocalGrid(ClientGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[flower.Message]:
         """Replies to the messages with these ids, each once; an error for an id that has none (any more)."""
-        wanted = dict.fromkeys(message_ids)
-        return [self._replies.pop(i) if i in self._replies else unavailable(i, self._run.run_id) for i in wanted]
+        unique_ids = dict.fromkeys(message_ids)
+        return [self._replies.pop(i) if i in self._replies else unavailable(i, self._run.run_id) for i in unique_ids]
 
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
@@ -197,9 +197,9 @@ class LocalGrid(ClientGrid):
         )
         try:
             reply = self.client_app(delivered(message, own_copy(message.content)), context)
-            own = isinstance(reply, flower.Message)
-            if not own or reply.metadata.reply_to_message_id != message.metadata.message_id:
-                if own and reply.has_error():  # Flower's mods give theirs as a reply to the reply
+            is_message = isinstance(reply, flower.Message)
+            if not is_message or reply.metadata.reply_to_message_id != message.metadata.message_id:
+                if is_message and reply.has_error():  # Flower's mods give theirs as a reply to the reply
                     return error_reply(message, reply.error.reason or f"error {reply.error.code}")
                 raise TypeError(f"a client app must return a reply to its message, not {reply!r:.100}")
         except (Exception, SystemExit) as error:  # whatever a client's code raises becomes its answer

@@ -188,8 +188,8 @@ def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
 def available_memory(device: torch.device) -> float:
     """Bytes that this process can still take from the machine or the GPU; infinite where that is not known."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return float("inf")
     limits = [_read(Path(file)).strip() for file in _LIMITS]
@@ -229,31 +229,35 @@ def bytes_per_client(app: CohortApp, size: int = 1) -> int:
         return app.update.predict(network, batch.x).sum()
 
     try:
-        kept = _kept_bytes(partial(trial.gradients, app.update.loss), [*common, *stacked], [trial.step.x, trial.step.y])
+        saved_bytes = _kept_bytes(
+            partial(trial.gradients, app.update.loss), [*common, *stacked], [trial.step.x, trial.step.y]
+        )
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError:  # transforms of torch.func, such as a gradient inside the loss, allow no hooks: two passes
-        kept = 2 * _kept_bytes(partial(trial.gradients, plain), [*common, *stacked], [trial.step.x, trial.step.y])
+        saved_bytes = 2 * _kept_bytes(
+            partial(trial.gradients, plain), [*common, *stacked], [trial.step.x, trial.step.y]
+        )
     grads = {name: torch.zeros_like(trial.rows[name]) for name in trial.cohort.trainable()}
     trial.optimizer.update(trial.rows, grads)
     moments = [moment for pair in trial.optimizer.moments.values() for moment in pair]
-    return -(-(kept + sum(value.nbytes for value in [*stacked, *grads.values(), *moments])) // size)
+    return -(-(saved_bytes + sum(value.nbytes for value in [*stacked, *grads.values(), *moments])) // size)
 
 
 def _kept_bytes(compute: Callable[[], object], held: Iterable[Tensor], batch: Iterable[Tensor]) -> int:
     """Bytes of `batch` and of all that is saved for a backward pass in `compute`, without what lies in `held`."""
-    known = {value.untyped_storage().data_ptr() for value in held}
-    kept = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in batch}
+    held_pointers = {value.untyped_storage().data_ptr() for value in held}
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in batch}
 
     def note(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held on to, so that no other takes its place
+        if storage.data_ptr() not in held_pointers:
+            storages[storage.data_ptr()] = storage  # held on to, so that no other takes its place
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
         compute()
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def cores() -> int:
@@ -384,10 +388,10 @@ def _read_sweep(key: str) -> _Sweep | None:
 
 def _read_cache() -> dict[str, Any]:
     try:
-        kept = json.loads((cache_root() / "probe.json").read_text())
+        cached = json.loads((cache_root() / "probe.json").read_text())
     except (OSError, ValueError):  # nothing kept yet, or damaged: measure again
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return cached if isinstance(cached, dict) else {}
 
 
 def _write_cache(key: str, value: Any) -> None:

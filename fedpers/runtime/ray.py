@@ -11,26 +11,16 @@ from __future__ import annotations
 
 import heapq
 import logging
-import pickle
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import flwr.app as flower
 import ray
-from ray.exceptions import (
-    GetTimeoutError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    WorkerCrashedError,
-)
 
 from fedpers.client.app import IDENTIFY, CohortApp, config_of
 from fedpers.cohort.plan import batches_per_epoch
@@ -39,38 +29,23 @@ from fedpers.cohort.tree import leaves
 from fedpers.errors import ConfigError, TrainingError, check
 from fedpers.flower_private import give_id, unavailable
 from fedpers.records import num_bytes
-from fedpers.runtime.actor import Answer, Packed, Worker, pack, unpack
-from fedpers.runtime.cluster import connect, first_line, kill, ship_by_value, ship_no_more, supply
+from fedpers.runtime.actor import Answer, Packed, unpack
 from fedpers.runtime.engine import check_counts
 from fedpers.runtime.grid import ClientGrid, reply_of
 from fedpers.runtime.probe import Choice
+from fedpers.runtime.ray_actors import Actor, ActorDied, ActorPool, get, put, some
 from fedpers.runtime.states import read_states, write_states
 from fedpers.server.collect import ReplyCollector, ReplyRules
 
 log = logging.getLogger(__name__)
-_DIED = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
 DEATHS = 3
 """Actors that a shard may lose on one message before the run is given up."""
-PATIENCE = 60.0
-"""Seconds an actor may take to start."""
 SAVE_AFTER = 32
 """Messages of a shard that are kept for computing them again before the grid saves personal state by itself."""
 SAVE_AFTER_BYTES = 2**30
 """What these messages may hold."""
 MEASURED = 64
 """Clients, the largest ones, whose data an actor gets to measure cohort sizes and costs."""
-
-
-class _Lost(Exception):
-    """An actor died."""
-
-
-@dataclass(eq=False)
-class _Host:
-    """An actor, as the driver sees it."""
-
-    actor: Any
-    alive: bool = True
 
 
 @dataclass(eq=False)
@@ -80,7 +55,7 @@ class _Shard:
     number: int
     clients: list[int]
     cost: float
-    host: _Host
+    actor: Actor
     jobs: list[_Job] = field(default_factory=list)
     deaths: int = 0
 
@@ -96,7 +71,7 @@ class _Job:
     arguments: tuple[Any, ...]
     size: int
     unread: int
-    host: _Host | None = None
+    actor: Actor | None = None
     reference: Any = None
     done: bool = False
     answer: Answer | None = None
@@ -130,7 +105,7 @@ class RayGrid(ClientGrid):
         Number of actors and of shards; ``auto`` is as many as the cluster has room for.
     cpus_per_actor, gpus_per_actor : float
         What an actor reserves; a share of a GPU is fine. Actors with GPUs compute on them.
-    cohort : int or "auto"
+    clients_at_once : int or "auto"
         Clients that are computed together; ``auto`` is measured on an actor.
     memory : float, optional
         Bytes that personal state of a shard may take before it lies in memory-mapped files; the actor's share of half
@@ -170,33 +145,19 @@ class RayGrid(ClientGrid):
         check(whole, "runtime.actors", actors, "a whole number >= 1, or auto")
         self.client_app = client_app
         self.memory = memory
-        self.folder = folder
         self.shards: list[_Shard] = []
         self.choice: Choice | None = None
         self.costs: tuple[float, float] | None = None
-        self._cohort = cohort
+        self._clients_at_once = cohort
         self._keeps_state = bool(leaves(client_app.initial_state))
         self._saved: Path | None = None  # where personal state was last written to
-        self._saved_here: tempfile.TemporaryDirectory[str] | None = None
+        self._saved_by_grid: tempfile.TemporaryDirectory[str] | None = None
         self._waiting: dict[str, tuple[_Job, int, flower.Message]] = {}  # by message id: its place in which job
         self._known: dict[str, flower.Message] = {}  # replies that needed no actor
         self._app: Any = None  # the app without data, in the object store once
-        self._hosts: list[_Host] = []
-        self._resources = {"num_cpus": cpus_per_actor, "num_gpus": gpus_per_actor}
-        self._ships: list[ModuleType] = []
-        self._connected_here = connect(address)
-        try:
-            self._remote = ray.remote(Worker)
-            room = self._room()
-            check(room >= 1, "runtime.cpus_per_actor", cpus_per_actor, f"less than the cluster has ({supply()})")
-            if actors != "auto" and int(actors) > room:
-                allowed = f"at most {room}, for which the cluster has room ({supply()})"
-                raise ConfigError("runtime.actors", actors, allowed)
-            self._wanted = min(room if actors == "auto" else int(actors), self.num_clients)
-            self._ships = ship_by_value(Path.cwd())
-        except BaseException:
-            self.close()
-            raise
+        self._pool = ActorPool(
+            address, actors, self.num_clients, cpus=cpus_per_actor, gpus=gpus_per_actor, folder=folder
+        )
 
     # ------------------------------------------------------------------ messages
 
@@ -308,7 +269,7 @@ class RayGrid(ClientGrid):
         common = {id(m.content): m.content for m in messages if len(shards_of[id(m.content)]) > 1}
         places = {key: place for place, key in enumerate(common)}
         size = sum(num_bytes(content) for content in common.values())
-        sent = self._put((list(common.values()), rules))
+        sent = put((list(common.values()), rules))
         jobs = []
         for number, group in sorted(by_shard.items()):
             own = {id(m.content): m.content for m in group if id(m.content) not in common}
@@ -316,32 +277,17 @@ class RayGrid(ClientGrid):
             which = [places[key] if key in common else behind[key] for key in (id(m.content) for m in group)]
             clients = [self.client_of(message) for message in group]
             # as they are now: whoever sent them may change them before they have to be computed again
-            arguments = (kind, clients, which, sent, self._put(list(own.values())))
+            arguments = (kind, clients, which, sent, put(list(own.values())))
             job = _Job(self.shards[number], arguments, size + sum(map(num_bytes, own.values())), len(group))
             for place, message in enumerate(group):
                 self._waiting[message.metadata.message_id] = (job, place, message)
             jobs.append(job)
         return jobs
 
-    def _put(self, value: Any) -> Any:
-        """Put something into the object store.
-
-        Raises
-        ------
-        TrainingError
-            If it cannot travel or there is no room.
-        """
-        try:
-            return ray.put(pack(value))
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
-            raise TrainingError(f"something cannot be sent to a Ray actor: {first_line(error)}") from error
-        except RayError as error:
-            raise TrainingError(f"Ray's object store takes no more: {first_line(error)}") from error
-
     def _submit(self, job: _Job) -> None:
         """Send a job to its shard's actor; the answer of one that is done is not wanted again."""
-        job.host = job.shard.host
-        reference = job.host.actor.run.remote(job.shard.number, *job.arguments, not job.done)
+        job.actor = job.shard.actor
+        reference = job.actor.remote.run.remote(job.shard.number, *job.arguments, not job.done)
         job.reference = None if job.done else reference
 
     def _collect(self, jobs: Sequence[_Job], timeout: float | None) -> None:
@@ -358,34 +304,24 @@ class RayGrid(ClientGrid):
     def _take(self, job: _Job) -> None:
         """Take a job's answer; if its actor died, others take its shards over and compute it again."""
         shard = job.shard
-        assert job.host is not None
+        assert job.actor is not None
         try:
-            packed: Packed = self._get(shard, job.reference)
-        except _Lost as reason:
-            self._died(shard, job.host, reason)
+            packed: Packed = get(job.reference, shard.clients)
+        except ActorDied as reason:
+            self._died(shard, job.actor, reason)
             return
         job.answer, job.done, job.reference, shard.deaths = unpack(packed), True, None, 0
         if not job.answer.changed:
             shard.jobs.remove(job)
-
-    def _get(self, shard: _Shard | None, reference: Any) -> Any:
-        """Result of a call; :class:`_Lost` if its actor died."""
-        try:
-            return ray.get(reference)
-        except _DIED as reason:
-            raise _Lost(first_line(reason)) from reason
-        except RayError as error:
-            whose = "these clients" if shard is None else f"clients {_some(shard.clients)}"
-            raise TrainingError(f"{whose} failed on a Ray actor: {first_line(error)}") from error
 
     def _give_up(self, jobs: Sequence[_Job]) -> None:
         """Replace the actors of jobs whose time is over: they would hold up everything that comes after."""
         late = [job for job in jobs if not job.done]
         for job in late:
             job.shard.jobs.remove(job)
-        for host in {job.host for job in late if job.host is not None and job.host.alive}:
+        for actor in {job.actor for job in late if job.actor is not None and job.actor.alive}:
             log.warning("a Ray actor took longer than the timeout and is replaced")
-            self._lose(host)
+            self._replace(actor)
 
     # -------------------------------------------------------------------- shards
 
@@ -395,135 +331,83 @@ class RayGrid(ClientGrid):
             return
         self._check_open()
         app = self.client_app
-        self._hosts = self._new_hosts(self._wanted)
-        self._app = self._put(app.restrict(()).to("cpu"))
-        self.choice, self.costs = self._measured(max(1, -(-sampled // self._wanted)))
+        self._pool.start()
+        self._app = put(app.restrict(()).to("cpu"))
+        self.choice, self.costs = self._measured(max(1, -(-sampled // self._pool.size)))
         base, step = self.costs or (0.0, 1.0)  # else in proportion to steps
         expected = [base + step * _steps(app, client) for client in range(self.num_clients)]
         self.shards = [
-            _Shard(number, clients, sum(expected[c] for c in clients), self._hosts[number])
-            for number, clients in enumerate(deal(expected, self._wanted))
+            _Shard(number, clients, sum(expected[c] for c in clients), self._pool.actors[number])
+            for number, clients in enumerate(deal(expected, self._pool.size))
         ]
-        asked = [(shard, shard.host, self._hosting(shard)) for shard in self.shards]
-        for shard, host, reference in asked:
+        hosting = [(shard, shard.actor, self._hosting(shard)) for shard in self.shards]
+        for shard, actor, reference in hosting:
             try:
-                self._get(shard, reference)
-            except _Lost as reason:
-                self._died(shard, host, reason)
+                get(reference, shard.clients)
+            except ActorDied as reason:
+                self._died(shard, actor, reason)
 
     def _measured(self, sampled: int) -> tuple[Choice, tuple[float, float] | None]:
-        """Cohort size and costs, as the first actor finds them."""
+        """Cohort size and costs, as the first actor measures them."""
         app = self.client_app
         largest = sorted(range(self.num_clients), key=lambda c: (-app.sizes[c], c))[:MEASURED]
-        part = self._put(app.data.restrict(largest).to("cpu"))
+        part = put(app.data.restrict(largest).to("cpu"))
         for _ in range(DEATHS):
             try:
-                reference = self._hosts[0].actor.measure.remote(self._app, part, sampled, self._cohort)
-                found: tuple[Choice, tuple[float, float] | None] = self._get(None, reference)
-                return found
-            except _Lost as reason:
+                first = self._pool.actors[0].remote
+                measured: tuple[Choice, tuple[float, float] | None] = get(
+                    first.measure.remote(self._app, part, sampled, self._clients_at_once)
+                )
+                return measured
+            except ActorDied as reason:
                 log.warning("a Ray actor died while it measured (%s)", reason)
-                self._hosts[:1] = self._new_hosts(1)
+                self._pool.restart_first()
         raise TrainingError(f"{DEATHS} Ray actors in a row died while they measured how long clients take.")
 
     def _hosting(self, shard: _Shard) -> Any:
         """Send a shard's data to its actor, and what all shards share."""
-        part = self._put(self.client_app.data.restrict(shard.clients).to("cpu"))
-        return shard.host.actor.host.remote(shard.number, self._app, part, shard.clients, self.choice, self.memory)
+        part = put(self.client_app.data.restrict(shard.clients).to("cpu"))
+        return shard.actor.remote.host.remote(shard.number, self._app, part, shard.clients, self.choice, self.memory)
 
-    def _new_hosts(self, count: int) -> list[_Host]:
-        """Start actors, spread over the nodes."""
-        made = [self._new_actor() for _ in range(count)]
-        asked = [actor.node.remote() for actor in made]
-        ready, late = ray.wait(asked, num_returns=count, timeout=PATIENCE)
-        if late:
-            for actor in made:
-                kill(actor)
-            raise TrainingError(
-                f"{len(ready)} of {count} Ray actors started within {PATIENCE:g} s; the cluster has {supply()}, of "
-                f"which others may use a part: set runtime.actors."
-            )
-        try:
-            ray.get(asked)
-        except RayError as error:
-            raise TrainingError(f"a Ray actor cannot start: {first_line(error)}") from error
-        return [_Host(actor) for actor in made]
-
-    def _new_actor(self) -> Any:
-        return self._remote.options(scheduling_strategy="SPREAD", **self._resources).remote(self.folder)
-
-    def _died(self, shard: _Shard, host: _Host, reason: _Lost) -> None:
+    def _died(self, shard: _Shard, actor: Actor, reason: ActorDied) -> None:
         """Let others take over the shards of an actor that died, unless that has happened already."""
-        if shard.host is not host:
+        if shard.actor is not actor:
             return
         shard.deaths += 1
         if shard.deaths > DEATHS:
             raise TrainingError(
-                f"{shard.deaths} Ray actors in a row died while they computed clients {_some(shard.clients)}: {reason}"
+                f"{shard.deaths} Ray actors in a row died while they computed clients {some(shard.clients)}: {reason}"
             ) from reason
-        lost = sum(len(other.clients) for other in self.shards if other.host is host)
+        lost = sum(len(other.clients) for other in self.shards if other.actor is actor)
         log.warning("a Ray actor died (%s); its %d clients are computed again by others", reason, lost)
-        self._lose(host)
+        self._replace(actor)
 
-    def _lose(self, host: _Host) -> None:
+    def _replace(self, actor: Actor) -> None:
         """Let other actors compute the shards of one that is, or shall be, no more."""
-        host.alive = False
-        kill(host.actor)
-        for shard in [shard for shard in self.shards if shard.host is host]:
+        self._pool.end(actor)
+        for shard in [shard for shard in self.shards if shard.actor is actor]:
             self._restore(shard)
 
     def _restore(self, shard: _Shard) -> None:
         """Give a shard to another actor: with its state as last saved, and all messages since then once more."""
-        host = shard.host = self._replacement()
+        actor = shard.actor = self._pool.replacement(self._cost_of)
         try:
-            self._get(shard, self._hosting(shard))
+            get(self._hosting(shard), shard.clients)
             self._load_saved(shard)
-        except _Lost as reason:
-            self._died(shard, host, reason)
+        except ActorDied as reason:
+            self._died(shard, actor, reason)
             return
         for job in shard.jobs:  # in their order, which is that in which an actor works
             self._submit(job)
 
+    def _cost_of(self, actor: Actor) -> float:
+        """Cost of all that an actor has to compute."""
+        return sum(shard.cost for shard in self.shards if shard.actor is actor)
+
     def _load_saved(self, shard: _Shard) -> None:
         if self._saved is not None:
             for block in read_states(self._saved, self.client_app.initial_state, shard.clients):
-                self._get(shard, shard.host.actor.load.remote(shard.number, self._put(block)))
-
-    def _replacement(self) -> _Host:
-        """Return a new actor if there is room for one, else the one with the least to do."""
-        alive = [host for host in self._hosts if host.alive]
-        actor, asked = None, None
-        end = time.monotonic() + PATIENCE
-        while self._room() > len(alive) and time.monotonic() < end:
-            if actor is None:
-                actor = self._new_actor()
-                asked = actor.node.remote()
-            try:
-                ray.get(asked, timeout=2.0)
-            except GetTimeoutError:
-                continue  # the node that is gone may still be counted as room
-            except RayError as error:
-                log.info("an actor could not be started: %s", first_line(error))
-                break
-            self._hosts.append(_Host(actor))
-            return self._hosts[-1]
-        if actor is not None:
-            kill(actor)
-        if not alive:
-            raise TrainingError(
-                f"the last Ray actor died, and there is no room for another: the cluster has {supply()}."
-            )
-        return min(alive, key=lambda host: sum(shard.cost for shard in self.shards if shard.host is host))
-
-    def _room(self) -> int:
-        """Actors for which there is room on the nodes that are alive."""
-        total = 0
-        for node in ray.nodes():
-            if node["Alive"]:
-                has = {"num_cpus": node["Resources"].get("CPU", 0.0), "num_gpus": node["Resources"].get("GPU", 0.0)}
-                fits = [int(has[kind] / need + 1e-6) for kind, need in self._resources.items() if need]
-                total += min(fits, default=1)
-        return total
+                get(shard.actor.remote.load.remote(shard.number, put(block)), shard.clients)
 
     # --------------------------------------------------------------------- state
 
@@ -546,13 +430,13 @@ class RayGrid(ClientGrid):
         self._save_here(blocks)  # first: an actor may die while it is loaded
         for shard in self.shards:
             while True:
-                host = shard.host
+                actor = shard.actor
                 try:
-                    self._get(shard, host.actor.clear.remote(shard.number))
+                    get(actor.remote.clear.remote(shard.number), shard.clients)
                     self._load_saved(shard)
                     break
-                except _Lost as reason:
-                    self._died(shard, host, reason)
+                except ActorDied as reason:
+                    self._died(shard, actor, reason)
 
     def saved(self, folder: Path) -> None:
         """Be told that personal state as :meth:`blocks` gave it last lies in a folder, until told of another.
@@ -562,9 +446,9 @@ class RayGrid(ClientGrid):
         self._saved = folder
         for shard in self.shards:
             shard.jobs = [job for job in shard.jobs if not job.done]
-        if self._saved_here is not None and folder != Path(self._saved_here.name):
-            self._saved_here.cleanup()
-            self._saved_here = None
+        if self._saved_by_grid is not None and folder != Path(self._saved_by_grid.name):
+            self._saved_by_grid.cleanup()
+            self._saved_by_grid = None
 
     def _save_here(self, blocks: Iterable[Block] | None = None) -> None:
         """Save personal state in a folder of this grid's own, so that messages need not be kept."""
@@ -575,7 +459,7 @@ class RayGrid(ClientGrid):
             new.cleanup()
             reason = error.strerror or error
             raise TrainingError(f"personal state cannot be kept in {new.name} ({reason}); set TMPDIR.") from error
-        before, self._saved_here = self._saved_here, new
+        before, self._saved_by_grid = self._saved_by_grid, new
         self.saved(Path(new.name))
         if before is not None:
             before.cleanup()
@@ -583,11 +467,11 @@ class RayGrid(ClientGrid):
     def _call(self, shard: _Shard, method: str, *arguments: Any) -> Any:
         """Call an actor about one of its shards, whichever actor that is."""
         while True:
-            host = shard.host
+            actor = shard.actor
             try:
-                return self._get(shard, getattr(host.actor, method).remote(shard.number, *arguments))
-            except _Lost as reason:
-                self._died(shard, host, reason)
+                return get(getattr(actor.remote, method).remote(shard.number, *arguments), shard.clients)
+            except ActorDied as reason:
+                self._died(shard, actor, reason)
 
     # ---------------------------------------------------------------------- rest
 
@@ -614,16 +498,10 @@ class RayGrid(ClientGrid):
             return
         super().close()
         try:
-            if ray.is_initialized():
-                for host in self._hosts:
-                    if host.alive:
-                        kill(host.actor)
+            self._pool.close()
         finally:
-            ship_no_more(self._ships)
-            if self._saved_here is not None:
-                self._saved_here.cleanup()
-            if self._connected_here:
-                ray.shutdown()
+            if self._saved_by_grid is not None:
+                self._saved_by_grid.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -664,9 +542,3 @@ def _steps(app: CohortApp, client: int) -> int:
     if training.steps is not None:
         return training.steps
     return training.epochs * batches_per_epoch(app.sizes[client], training.batch_size, training.drop_last)
-
-
-def _some(clients: Sequence[int]) -> str:
-    """A few of many numbers."""
-    shown = ", ".join(str(client) for client in clients[:3])
-    return shown if len(clients) <= 3 else f"{shown} and {len(clients) - 3} more"

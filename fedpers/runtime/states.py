@@ -108,19 +108,19 @@ def read_states(folder: Path, initial: Tree, clients: Collection[int] | None = N
     if not folder.is_dir():
         raise DamagedError(f"{folder}, which holds personal state, is missing.")
     first = leaves(initial)
-    wanted = None if clients is None else torch.tensor(sorted(clients), dtype=torch.int64)
+    selected = None if clients is None else torch.tensor(sorted(clients), dtype=torch.int64)
     for path in state_files(folder):
         with _opened(path) as file:
             numbers = _check_file(path, file, initial)
-            rows = None if wanted is None else torch.isin(numbers, wanted).nonzero().flatten()
+            rows = None if selected is None else torch.isin(numbers, selected).nonzero().flatten()
             if rows is not None and not len(rows):
                 continue
             picked = numbers.clone() if rows is None else numbers[rows]
             state = TensorDict({}, batch_size=[len(picked)])
             for name, like in first.items():
                 value = file.get_tensor(_STATE + name)  # mapped: rows that are not taken are not read
-                own = value.clone() if rows is None else value[rows]
-                state.set(tuple(name.split("/")), own.to(like.device))
+                picked_values = value.clone() if rows is None else value[rows]
+                state.set(tuple(name.split("/")), picked_values.to(like.device))
         yield picked, state
 
 
@@ -142,11 +142,11 @@ def check_states(folder: Path, initial: Tree, num_clients: int) -> None:
     for path in state_files(folder):
         with _opened(path) as file:
             numbers = _check_file(path, file, initial)
-        found = numbers.tolist()
-        strange = [client for client in found if not 0 <= client < num_clients or client in seen]
-        if strange or len(set(found)) < len(found):
+        clients = numbers.tolist()
+        strange = [client for client in clients if not 0 <= client < num_clients or client in seen]
+        if strange or len(set(clients)) < len(clients):
             raise DamagedError(f"{path} holds clients that are not in the data, or one of them twice.")
-        seen.update(found)
+        seen.update(clients)
 
 
 @contextmanager

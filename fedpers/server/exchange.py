@@ -64,13 +64,13 @@ class Exchange:
         clients : sequence of int
         """
         each = [sent] * len(clients) if isinstance(sent, Mapping) else sent
-        made: dict[int, flower.RecordDict] = {}
+        contents: dict[int, flower.RecordDict] = {}
         for records in each:
-            if id(records) not in made:  # what several are sent is made once
-                made[id(records)] = content_of(records, config)
-        sizes = {key: num_bytes(content) for key, content in made.items()}
+            if id(records) not in contents:  # what several are sent is made once
+                contents[id(records)] = content_of(records, config)
+        sizes = {key: num_bytes(content) for key, content in contents.items()}
         pairs = zip(clients, each, strict=True)
-        messages = [flower.Message(made[id(records)], self.node_of[client], kind) for client, records in pairs]
+        messages = [flower.Message(contents[id(records)], self.node_of[client], kind) for client, records in pairs]
         return messages, sum(sizes[id(records)] for records in each)
 
     def answers(self, replies: Iterable[flower.Message], clients: Iterable[int]) -> dict[int, ClientResult]:

@@ -34,7 +34,7 @@ class Nodes:
     def __init__(self) -> None:
         self.identities: list[flower.ConfigRecord] = []
         self._clients: dict[int, int] = {}
-        self._asked: dict[int, str] = {}  # node without a client -> the question it has not answered, if there is one
+        self._questions: dict[int, str] = {}  # node without a client -> its unanswered question, if there is one
         self._numbered = False  # whether clients are numbered in order of node ids
 
     def clients(self, grid: Grid) -> dict[int, int]:
@@ -47,20 +47,22 @@ class Nodes:
         """
         ids = set(grid.get_node_ids())
         if self._numbered and ids != set(self._clients):
-            self._clients, self._asked, self._numbered = {}, {}, False
-        known = {node: client for node, client in self._clients.items() if node in ids}
-        self._asked = {node: question for node, question in self._asked.items() if node in ids}
-        found: dict[int, int] = {}
-        if waiting := [question for question in self._asked.values() if question]:
-            found = self._identified(grid.pull_messages(waiting))
-        if new := sorted(ids - known.keys() - found.keys() - self._asked.keys()):
-            found.update(self._identify(grid, new))
-            if not known and not found and "" in self._asked.values():
-                found, self._asked, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
-        if doubled := [node for node, client in known.items() if client in found.values()]:
+            self._clients, self._questions, self._numbered = {}, {}, False
+        known_clients = {node: client for node, client in self._clients.items() if node in ids}
+        self._questions = {node: question for node, question in self._questions.items() if node in ids}
+        new_clients: dict[int, int] = {}
+        if waiting := [question for question in self._questions.values() if question]:
+            new_clients = self._identified(grid.pull_messages(waiting))
+        if new := sorted(ids - known_clients.keys() - new_clients.keys() - self._questions.keys()):
+            new_clients.update(self._identify(grid, new))
+            if not known_clients and not new_clients and "" in self._questions.values():
+                new_clients, self._questions, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
+        if doubled := [node for node, client in known_clients.items() if client in new_clients.values()]:
             alive = self._identify(grid, doubled)  # a node that ended without saying so is listed for a while
-            known = {node: client for node, client in known.items() if node not in doubled or node in alive}
-        self._clients = {**known, **found}
+            known_clients = {
+                node: client for node, client in known_clients.items() if node not in doubled or node in alive
+            }
+        self._clients = {**known_clients, **new_clients}
         if len(set(self._clients.values())) < len(self._clients):
             raise TrainingError("two nodes hold the same partition-id.")
         return self._clients
@@ -69,28 +71,28 @@ class Nodes:
         """Ask nodes which client they hold; those that do not say are kept in mind."""
         questions = [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in nodes]
         replies = list(grid.send_and_receive(questions, timeout=IDENTIFY_SECONDS))
-        self._asked.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
-        found = self._identified(replies)
-        if self._clients or found or not replies:
-            for silent in (node for node in nodes if node not in found):
+        self._questions.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
+        clients = self._identified(replies)
+        if self._clients or clients or not replies:
+            for silent in (node for node in nodes if node not in clients):
                 log.warning("node %d does not say which client it holds and is left out", silent)
-        return found
+        return clients
 
     def _identified(self, replies: Iterable[flower.Message]) -> dict[int, int]:
         """Client of each node that says so; one that answers something else is not asked again."""
-        found: dict[int, int] = {}
+        clients: dict[int, int] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             number = None
             if reply.has_content() and METRICS in reply.content.metric_records:
                 number = reply.content.metric_records[METRICS].get("partition-id")
             if isinstance(number, int) and number >= 0:
-                found[node] = number
+                clients[node] = number
                 self._remember(reply.content.config_records.get(CONFIG))
-                self._asked.pop(node, None)
-            elif node in self._asked:
-                self._asked[node] = ""
-        return found
+                self._questions.pop(node, None)
+            elif node in self._questions:
+                self._questions[node] = ""
+        return clients
 
     def _remember(self, identity: flower.ConfigRecord | None) -> None:
         if identity is not None and METHOD in identity and identity not in self.identities:

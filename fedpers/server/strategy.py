@@ -308,8 +308,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     def sample(self, round: int) -> list[int]:
         """Clients that train in a round, ascending: the same for every method under one seed."""
-        known = self.seen
-        return [known[place] for place in sample_clients(self.seed, round, len(known), self.fraction)]
+        seen = self.seen
+        return [seen[i] for i in sample_clients(self.seed, round, len(seen), self.fraction)]
 
     def ask(
         self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str, schema: Schema
@@ -428,9 +428,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     def _check_sent(self, sent: Records | Sequence[Records]) -> None:
         """Refuse postprocessors, which go by the server's arrays, where clients are sent others."""
         same = isinstance(sent, Mapping) and sent.get(ARRAYS) is self._arrays
-        given = [postprocessor.setting for postprocessor in self.postprocessors]
+        setting_names = [postprocessor.setting for postprocessor in self.postprocessors]
         allowed = f"none for {type(self).__name__}, which sends clients other arrays than the server's"
-        check(same or not given, "postprocessors", given, allowed)
+        check(same or not setting_names, "postprocessors", setting_names, allowed)
 
     def _check_config(self, config: Mapping[str, Any]) -> None:
         """Refuse a configuration that the clients would not read."""
@@ -468,9 +468,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """
         collected, self._collected = self._collected, None
         if collected is None:  # the grid left it to us
-            asked = self.asked
-            collector = ReplyCollector(self.reply_rules(asked))
-            collector.take(self.exchange.answers(replies, asked))
+            clients = self.asked
+            collector = ReplyCollector(self.reply_rules(clients))
+            collector.take(self.exchange.answers(replies, clients))
             collected = collector.collected
         arrays = self._conclude(server_round, collected)
         report = self.report

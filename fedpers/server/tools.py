@@ -107,14 +107,14 @@ class ServerOptimizer:
         state : Tree or None
             Of the step before; None before the first.
         """
-        known = {} if state is None else entries(state)
-        taken: dict[str, Tensor] = {}
-        kept: dict[str, Tensor] = {}
+        old_moments = {} if state is None else entries(state)
+        steps: dict[str, Tensor] = {}
+        new_moments: dict[str, Tensor] = {}
         for name, value in entries(directions).items():
             start = self.moments(value)
-            taken[name], after = self.step(value, {m: known.get(f"{name}.{m}", start[m]) for m in start})
-            kept.update({f"{name}.{m}": moment for m, moment in after.items()})
-        return tree(taken), tree(kept)
+            steps[name], after = self.step(value, {m: old_moments.get(f"{name}.{m}", start[m]) for m in start})
+            new_moments.update({f"{name}.{m}": moment for m, moment in after.items()})
+        return tree(steps), tree(new_moments)
 
 
 class ClientTable:
@@ -143,15 +143,15 @@ class ClientTable:
         self.first = first
         self.memory = memory
         self._files: tempfile.TemporaryDirectory[str] | None = None
-        known = {} if values is None else dict(entries(values))
-        self._clients: Tensor = known.pop("client", torch.zeros(0, dtype=torch.int64)).cpu()
-        self._columns = self._stored(known)
+        columns = {} if values is None else dict(entries(values))
+        self._clients: Tensor = columns.pop("client", torch.zeros(0, dtype=torch.int64)).cpu()
+        self._columns = self._stored(columns)
 
     @property
     def clients(self) -> list[int]:
         """Clients that have a row, ascending."""
-        found: list[int] = self._clients.tolist()
-        return found
+        clients: list[int] = self._clients.tolist()
+        return clients
 
     @property
     def values(self) -> Tree:
@@ -183,19 +183,19 @@ class ClientTable:
     def rows(self, clients: Sequence[int]) -> dict[str, Tensor]:
         """Copies of the rows ``[n, ...]`` of some clients by column, in their order; new ones are made."""
         self.add(clients)
-        places = self._places(clients)
-        return {n: torch.index_select(v.as_subclass(Tensor), 0, places.to(v.device)) for n, v in self._columns.items()}
+        index = self._places(clients)
+        return {n: torch.index_select(v.as_subclass(Tensor), 0, index.to(v.device)) for n, v in self._columns.items()}
 
     def put(self, clients: Sequence[int], rows: Mapping[str, Tensor]) -> None:
         """Store rows ``[n, ...]`` of some clients, those that :meth:`rows` returned for them."""
         self.add(clients)
-        places = self._places(clients)
+        index = self._places(clients)
         for name, value in rows.items():
             column = self._columns[name]
             if self.mapped:
-                column[places.to(column.device)] = value.to(column)
+                column[index.to(column.device)] = value.to(column)
             else:  # whoever took `values` before keeps what they were
-                self._columns[name] = column.index_copy(0, places.to(column.device), value.to(column))
+                self._columns[name] = column.index_copy(0, index.to(column.device), value.to(column))
 
     def mean(self) -> dict[str, Tensor]:
         """Mean over all rows, by column of floats."""
@@ -210,17 +210,17 @@ class ClientTable:
         size = sum(value.nbytes for value in columns.values())
         before = self._files
         if self.memory is None or size <= self.memory:
-            kept = {name: value.clone() if before is not None else value for name, value in columns.items()}
+            stored = {name: value.clone() if before is not None else value for name, value in columns.items()}
             self._files = None
         else:
             self._files = tempfile.TemporaryDirectory(prefix="clients-", ignore_cleanup_errors=True)
-            kept = {
+            stored = {
                 name: MemoryMappedTensor.from_tensor(value.cpu(), filename=str(Path(self._files.name) / f"{i}.memmap"))
                 for i, (name, value) in enumerate(columns.items())
             }
         if before is not None:
             before.cleanup()
-        return kept
+        return stored
 
 
 __all__ = ["ClientTable", "Collect", "ServerOptimizer"]

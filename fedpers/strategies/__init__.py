@@ -25,9 +25,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"fedpers.strategies.{name}")
     for file in () if name.startswith("_") else STRATEGIES:
         module = importlib.import_module(f"fedpers.strategies.{file}")
-        found = vars(module).get(name)
-        if getattr(found, "__module__", None) == module.__name__:
-            return found
+        attribute = vars(module).get(name)
+        if getattr(attribute, "__module__", None) == module.__name__:
+            return attribute
     raise AttributeError(f"module 'fedpers.strategies' has no attribute '{name}'")
 
 

@@ -69,8 +69,8 @@ class APFLUpdate(LocalUpdate):
             cohort.count_loss(step, one_step(cohort, step, at_w, at_v, share["alpha"], move))
         if self.variant == "pfllib":
             v = mixed(alpha, v, w, cohort.names("parameters"))
-        kept = v.select(*cohort.names(self.personal))
-        return cohort.reply(w, state={"model": kept, "alpha": alpha})
+        personal_values = v.select(*cohort.names(self.personal))
+        return cohort.reply(w, state={"model": personal_values, "alpha": alpha})
 
     def _personal(self, cohort: Cohort, received: Received) -> Tree:
         """v_k before a training."""

@@ -45,8 +45,8 @@ class Members(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logarithm of the mean of the members' class probabilities."""
-        every = torch.stack([F.log_softmax(member(x), 1) for member in self.members])
-        return torch.logsumexp(every, 0) - torch.tensor(float(len(self.members))).log().item()
+        log_probs = torch.stack([F.log_softmax(member(x), 1) for member in self.members])
+        return torch.logsumexp(log_probs, 0) - torch.tensor(float(len(self.members))).log().item()
 
 
 @dataclass(kw_only=True)
@@ -76,10 +76,10 @@ class EnsembleUpdate(LocalUpdate):
         """Train the members that are in the message, one after another."""
         sent = entries(received[ARRAYS])
         params = cohort.assemble(received[ARRAYS])
-        own = [i for i in range(self.members) if any(name.startswith(_under(i)) for name in sent)]
-        for i in own:
+        sent_members = [i for i in range(self.members) if any(name.startswith(_under(i)) for name in sent)]
+        for i in sent_members:
             cohort.fit(params, _loss_of(i), only=_under(i).rstrip("."))
-        return cohort.reply(params, share=[_under(i).rstrip(".") for i in own])
+        return cohort.reply(params, share=[_under(i).rstrip(".") for i in sent_members])
 
 
 @method("ensemble")
@@ -102,17 +102,17 @@ class Ensemble(PersonalizedStrategy):
     def sample_of(self, member: int, round: int) -> list[int]:
         """Clients of one member, ascending; those of the first are FedAvg's."""
         seed = self.seed if member == 0 else derive(self.seed, "member", member)
-        known = self.seen
-        return [known[place] for place in sample_clients(seed, round, len(known), self.fraction)]
+        seen = self.seen
+        return [seen[i] for i in sample_clients(seed, round, len(seen), self.fraction)]
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """Settle who trains which members; in an evaluation everybody gets all."""
-        every = list(range(self.client_update.members))
+        all_members = list(range(self.client_update.members))
         if kind == "train":
-            of = [set(self.sample_of(i, round)) for i in every]
-            self._trained = {client: [i for i in every if client in of[i]] for client in clients}
+            clients_of = [set(self.sample_of(i, round)) for i in all_members]
+            self._trained = {client: [i for i in all_members if client in clients_of[i]] for client in clients}
         else:
-            self._trained = dict.fromkeys(clients, every)
+            self._trained = dict.fromkeys(clients, all_members)
         return clients
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
@@ -128,8 +128,8 @@ class Ensemble(PersonalizedStrategy):
     def reply_schema(self, clients: list[int]) -> Sequence[Schema]:
         """The members each was sent."""
         lists = {tuple(self._trained[client]): client for client in clients}
-        made = {members: schema_of(ARRAYS, self._part(self.sent_arrays, c)) for members, c in lists.items()}
-        return [made[tuple(self._trained[client])] for client in clients]
+        schemas = {members: schema_of(ARRAYS, self._part(self.sent_arrays, c)) for members, c in lists.items()}
+        return [schemas[tuple(self._trained[client])] for client in clients]
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Each member is the mean over its own clients; one whose clients all failed stays as it is."""

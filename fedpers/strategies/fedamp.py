@@ -86,12 +86,12 @@ class FedAMP(PersonalizedStrategy):
         if NETWORKS not in self.state:
             return {ARRAYS: arrays}
         table = self._table(arrays)
-        known = self.state[LAST]["client"].tolist() if self.client_update.variant == "pfllib" else table.clients
-        others, networks = table.rows(known), table.rows(clients)  # a client without one gets a row of this table only
-        weights = self.attention(networks, others, torch.tensor(clients)[:, None] == torch.tensor(known))
-        kept = 1 - weights.sum(1)
+        peers = self.state[LAST]["client"].tolist() if self.client_update.variant == "pfllib" else table.clients
+        others, networks = table.rows(peers), table.rows(clients)  # a client without one gets a row of this table only
+        weights = self.attention(networks, others, torch.tensor(clients)[:, None] == torch.tensor(peers))
+        self_weights = 1 - weights.sum(1)
         mixtures = {
-            name: expand_rows(kept, value) * value + torch.tensordot(weights, others[name], 1)
+            name: expand_rows(self_weights, value) * value + torch.tensordot(weights, others[name], 1)
             for name, value in networks.items()
         }
         return [{ARRAYS: tree({name: value[k] for name, value in mixtures.items()})} for k in range(len(clients))]

@@ -238,8 +238,8 @@ class FedJETsUpdate(LocalUpdate):
         scores, outputs = self._scores(network, x)
         if self.mixture == "unnormalized":
             _, embedding = _held(network.module).split(x)
-            every = F.log_softmax(network.part("gate")(embedding), 1)
-            shares = every.gather(1, _slots(network.given).expand(len(x), -1))
+            log_probs = F.log_softmax(network.part("gate")(embedding), 1)
+            shares = log_probs.gather(1, _slots(network.given).expand(len(x), -1))
         else:
             shares = F.log_softmax(scores, 1)
         if self.mixture == "logits":
@@ -249,8 +249,8 @@ class FedJETsUpdate(LocalUpdate):
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Class scores ``[B, C]`` of the one held expert with the highest gate score, for each sample."""
         scores, outputs = self._scores(network, x)
-        place = scores.argmax(1).view(-1, 1, 1).expand(-1, 1, outputs.shape[2])
-        return outputs.gather(1, place).squeeze(1)
+        best_slot = scores.argmax(1).view(-1, 1, 1).expand(-1, 1, outputs.shape[2])
+        return outputs.gather(1, best_slot).squeeze(1)
 
     def _scores(self, network: Network, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate scores before softmax ``[B, K]`` and class scores ``[B, K, C]`` of the held experts."""
@@ -312,13 +312,13 @@ class FedJETs(PersonalizedStrategy):
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """Ask all but the anchors of a round which experts they want."""
-        known = anchor_clients(self.client_update.experts, self.unseen)
-        self._anchors = {client for client in clients if kind == "train" and client in known}
-        self._held = {client: (known[client],) for client in self._anchors}
-        asked = [client for client in clients if client not in self._anchors]
+        anchors = anchor_clients(self.client_update.experts, self.unseen)
+        self._anchors = {client for client in clients if kind == "train" and client in anchors}
+        self._held = {client: (anchors[client],) for client in self._anchors}
+        non_anchors = [client for client in clients if client not in self._anchors]
         gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
         schema: Schema = {(SELECTED, SLOTS): Entry((self.client_update.top_k,), "int64")}
-        answers = self.ask(grid, "select", round, asked, {ARRAYS: gate}, kind, schema)
+        answers = self.ask(grid, "select", round, non_anchors, {ARRAYS: gate}, kind, schema)
         entropies = []
         for client, (records, metrics) in answers.items():
             try:
@@ -356,8 +356,8 @@ class FedJETs(PersonalizedStrategy):
         if not self._anchors and len({self._held[client] for client in clients}) == 1:
             return self._records(arrays, clients[0])
         same = {(self._held[c], c in self._anchors): c for c in clients}  # clients with the same experts share records
-        made = {key: self._records(arrays, client) for key, client in same.items()}
-        return [made[self._held[c], c in self._anchors] for c in clients]
+        records = {key: self._records(arrays, client) for key, client in same.items()}
+        return [records[self._held[c], c in self._anchors] for c in clients]
 
     def _records(self, arrays: Tree, client: int) -> Records:
         held = self._held[client]
@@ -368,11 +368,11 @@ class FedJETs(PersonalizedStrategy):
 
     def reply_schema(self, clients: list[int]) -> Sequence[Schema]:
         """Gate and the experts each was sent; clients that were sent the same share a schema."""
-        made: dict[tuple[int, ...], Schema] = {}
+        schemas: dict[tuple[int, ...], Schema] = {}
         for held in {self._held[client] for client in clients}:
             names = _slot_names(self.sent_arrays, held)
-            made[held] = schema_of(ARRAYS, {name: self.sent_arrays[source] for name, source in names.items()})
-        return [made[self._held[client]] for client in clients]
+            schemas[held] = schema_of(ARRAYS, {name: self.sent_arrays[source] for name, source in names.items()})
+        return [schemas[self._held[client]] for client in clients]
 
     def fold(self) -> ExpertMean:
         """Mean of the gate over all, of each expert over its holders."""
@@ -404,10 +404,10 @@ class ExpertMean(WeightedMean):
         rows: dict[tuple[int, ...], list[int]] = {}
         for k, client in enumerate(clients):
             rows.setdefault(self.held[client], []).append(k)
-        for held, places in rows.items():
-            index = torch.tensor(places)
+        for held, positions in rows.items():
+            index = torch.tensor(positions)
             named = {name: value[index.to(value.device)] for name, value in _at_server(records, held).items()}
-            super().add_stack({ARRAYS: tree(named, len(places))}, weights[index])
+            super().add_stack({ARRAYS: tree(named, len(positions))}, weights[index])
 
 
 def gate_scores(network: Network, x: Tensor) -> Tensor:
@@ -453,7 +453,7 @@ def _slot_names(arrays: Tree, held: Sequence[int]) -> dict[str, str]:
 def _draw(clients: Sequence[int], size: int, seed: int, purpose: str, round: int) -> list[int]:
     if not size:
         return []
-    return [clients[place] for place in generator(seed, purpose, round).choice(len(clients), size, replace=False)]
+    return [clients[i] for i in generator(seed, purpose, round).choice(len(clients), size, replace=False)]
 
 
 def _check_anchors(experts: int, data: FederatedData) -> None:

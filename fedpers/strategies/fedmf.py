@@ -105,15 +105,15 @@ class FedMFUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Move the visited rows; decay the others by one factor."""
         visited = self.visited(cohort)
-        kept, sent = entries(cohort.state["model"]), entries(self.common(received))
+        personal_values, sent = entries(cohort.state["model"]), entries(self.common(received))
         tables = cohort.names("body")
-        moved = {n: visited.gather(v) if n in tables else v.clone() for n, v in {**kept, **sent}.items()}
+        moved = {n: visited.gather(v) if n in tables else v.clone() for n, v in {**personal_values, **sent}.items()}
         one = moved["head.weight"].new_ones(cohort.size)
         factors = {name: one.clone() for name in tables}
         metrics = self.descend(cohort, visited, moved, factors)
         cohort.gradients_taken += cohort.steps_taken
         # tables are written where they are: the state was gathered for this cohort
-        new = {n: visited.put(v, moved[n], factors[n]) if n in tables else moved[n] for n, v in kept.items()}
+        new = {n: visited.put(v, moved[n], factors[n]) if n in tables else moved[n] for n, v in personal_values.items()}
         records = {ARRAYS: visited.message(moved[self.shared_table], factors[self.shared_table])} if sent else {}
         return Reply(records, Tree({"model": tree(new, cohort.size)}, batch_size=[cohort.size]), metrics)
 
@@ -262,7 +262,7 @@ class FedMF(PersonalizedStrategy):
         threshold = self.client_update.threshold
         if not threshold or ARRAYS not in means:
             return new
-        kept = {name: torch.where(table.abs() > threshold, table, 0.0) for name, table in entries(new).items()}
-        (table,) = kept.values()
+        thresholded = {name: torch.where(table.abs() > threshold, table, 0.0) for name, table in entries(new).items()}
+        (table,) = thresholded.values()
         self.report.extra["sent_share"] = float((table != 0).double().mean())
-        return tree(kept)
+        return tree(thresholded)

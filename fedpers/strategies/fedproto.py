@@ -75,25 +75,25 @@ class FedProtoUpdate(LocalUpdate):
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train, then sum up the features of each class."""
-        params, given = cohort.state["model"], cohort.spread(received[PROTOTYPES])
+        params, prototypes = cohort.state["model"], cohort.spread(received[PROTOTYPES])
         if self.variant == "pfllib":
-            sums = self._fit(cohort, params, given)
+            sums = self._fit(cohort, params, prototypes)
             sums = sums / sums[:, :, -1:].clamp(min=1)
         else:
-            cohort.fit(params, self.loss, given=entries(given))
+            cohort.fit(params, self.loss, given=entries(prototypes))
             features = cohort.logits(params, "train", lambda network, x: network.part("body")(x))
             pairs = zip(features, cohort.labels("train"), strict=True)
-            sums = torch.stack([_by_class(rows, y, given[TABLE].shape[1]) for rows, y in pairs])
+            sums = torch.stack([_by_class(rows, y, prototypes[TABLE].shape[1]) for rows, y in pairs])
         return cohort.reply(params, sums=tree({TABLE: sums}, cohort.size))
 
-    def _fit(self, cohort: Cohort, params: Tree, given: Tree) -> Tensor:
+    def _fit(self, cohort: Cohort, params: Tree, prototypes: Tree) -> Tensor:
         """Train; return the sums ``[K, C, F + 1]`` of what was seen: the gradient by zeros that the loss multiplies."""
-        seen, names = torch.zeros_like(given[TABLE]), cohort.trainable()
+        seen, names = torch.zeros_like(prototypes[TABLE]), cohort.trainable()
         walk = cohort.walk(params, {SUMS: seen})
         optimizer = walk.optimizer(names)
         for step, (rows, sums) in walk:
             with_zeros = {**rows, SUMS: torch.zeros_like(sums[SUMS])}
-            losses, grads = cohort.gradients(step, with_zeros, self.loss, (*names, SUMS), given=entries(given))
+            losses, grads = cohort.gradients(step, with_zeros, self.loss, (*names, SUMS), given=entries(prototypes))
             sums[SUMS] += grads.pop(SUMS)
             optimizer.update(rows, grads)
             cohort.count_loss(step, losses)
@@ -121,10 +121,12 @@ class FedProtoUpdate(LocalUpdate):
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Scores ``[B, C]``: negative distances from the prototypes, those of the head while there are none."""
         features, table = network.part("body")(x), cast(Tensor, network.given[TABLE])
-        known = table[:, -1] > 0
+        has_prototype = table[:, -1] > 0
         scores = -torch.cdist(features, table[:, :-1])
-        lowest = scores.masked_fill(~known, math.inf).amin(1, keepdim=True)
-        return torch.where(known.any(), torch.where(known, scores, lowest - 1), network.part("head")(features))
+        lowest = scores.masked_fill(~has_prototype, math.inf).amin(1, keepdim=True)
+        return torch.where(
+            has_prototype.any(), torch.where(has_prototype, scores, lowest - 1), network.part("head")(features)
+        )
 
 
 def _by_class(features: Tensor, y: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:

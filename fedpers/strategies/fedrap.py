@@ -74,15 +74,15 @@ class AdditiveFactorization(nn.Module):
 
     Parameters
     ----------
-    own, common : nn.Module or None
+    personal, common : nn.Module or None
         Item tables with `weight` ``[m, dim]``; at least one.
     head : nn.Linear
         From ``[B, dim]`` to ``[B, 1]``.
     """
 
-    def __init__(self, own: nn.Module | None, common: nn.Module | None, head: nn.Module) -> None:
+    def __init__(self, personal: nn.Module | None, common: nn.Module | None, head: nn.Module) -> None:
         super().__init__()
-        self.own = own
+        self.own = personal
         self.common = common
         self.head = head
 

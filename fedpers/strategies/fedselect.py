@@ -159,18 +159,18 @@ class FedSelectUpdate(LocalUpdate):
 
     def _alternate(self, cohort: Cohort, params: Tree, mask: Masks) -> None:
         """Passes that move what is personal and what is not, in turns."""
-        own = {name: value.to(params[name].dtype) for name, value in mask.items()}
-        rest = {name: 1 - value for name, value in own.items()}
+        personal_mask = {name: value.to(params[name].dtype) for name, value in mask.items()}
+        global_mask = {name: 1 - value for name, value in personal_mask.items()}
         later = cohort.trained.cpu()
         frozen = later & (self.batchnorm == "official" or (self.batchnorm is None and self.variant == "official"))
         for _ in range(cohort.training.epochs):
-            for free in (own, rest):
+            for trained_mask in (personal_mask, global_mask):
                 if bool(frozen.all()) or not bool(frozen.any()):
-                    cohort.fit(params, self.loss, epochs=1, mask=free, frozen=bool(frozen[0]))
+                    cohort.fit(params, self.loss, epochs=1, mask=trained_mask, frozen=bool(frozen[0]))
                     continue
                 for mode in (False, True):  # some train for the first time
                     steps = [n if chosen == mode else 0 for n, chosen in zip(_pass(cohort), frozen, strict=True)]
-                    cohort.fit(params, self.loss, steps=steps, mask=free, frozen=mode)
+                    cohort.fit(params, self.loss, steps=steps, mask=trained_mask, frozen=mode)
 
     def _selectable(self, names: Sequence[str]) -> list[str]:
         """Parameters that may have personal entries."""
@@ -187,12 +187,12 @@ class FedSelectUpdate(LocalUpdate):
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
         """Own values where the mask that was last sent by is 1, received ones where it is 0; own statistics."""
         held = cohort.state["used" if self.variant == "official" else MASK]
-        own, given = entries(cohort.state["model"]), received[ARRAYS]
+        personal_values, shared = entries(cohort.state["model"]), received[ARRAYS]
         names = set(cohort.names("parameters"))
         return tree(
             {
-                name: torch.where(held[name].bool(), value, given[name].to(value.device)) if name in names else value
-                for name, value in own.items()
+                name: torch.where(held[name].bool(), value, shared[name].to(value.device)) if name in names else value
+                for name, value in personal_values.items()
             },
             cohort.size,
         ).to(cohort.device)
@@ -218,8 +218,8 @@ class FedSelectUpdate(LocalUpdate):
     def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
         """Global entries in a row, and the mask as bits."""
         mask = entries(records[MASK])
-        kept = {name: value[mask[name] == 0] for name, value in entries(records[ARRAYS]).items()}
-        return {ARRAYS: tree(kept), MASK: tree({name: to_bits(value) for name, value in mask.items()})}
+        global_values = {name: value[mask[name] == 0] for name, value in entries(records[ARRAYS]).items()}
+        return {ARRAYS: tree(global_values), MASK: tree({name: to_bits(value) for name, value in mask.items()})}
 
 
 @method("fedselect")
@@ -277,13 +277,13 @@ class MaskedMean(WeightedMean):
         arrays, count = {}, {}
         for name, shape in self.shapes.items():
             values, size = records[ARRAYS][name], shape.numel()
-            free = from_bits(records[MASK][name], size) == 0
-            if int(free.sum()) != len(values):
-                raise ValueError(f"'{name}' has {len(values)} values for {int(free.sum())} global entries")
+            is_global = from_bits(records[MASK][name], size) == 0
+            if int(is_global.sum()) != len(values):
+                raise ValueError(f"'{name}' has {len(values)} values for {int(is_global.sum())} global entries")
             whole = values.new_zeros(size)
-            whole[free] = values
+            whole[is_global] = values
             arrays[name] = whole.view(shape)
-            count[name] = free.to(values.dtype).view(shape)
+            count[name] = is_global.to(values.dtype).view(shape)
         return {ARRAYS: tree(arrays), COUNT: tree(count)}
 
 
@@ -313,10 +313,10 @@ def grow_by_tensor(mask: Masks, change: Mapping[str, Tensor], rate: float, limit
         size = personal.shape[1]
         left = size - personal.sum(1)
         share = personal.sum(1).float() / max(1, size)
-        place = torch.round((1 - rate) * left.double()).long()
-        grows = (share.double() <= limit) & (place < left)
+        cut_index = torch.round((1 - rate) * left.double()).long()
+        grows = (share.double() <= limit) & (cut_index < left)
         ordered = moved.masked_fill(personal, math.nan).sort(dim=1).values  # NaN, so personal ones, come last
-        cut = ordered.gather(1, place.clamp(max=max(0, size - 1))[:, None]) if size else moved
+        cut = ordered.gather(1, cut_index.clamp(max=max(0, size - 1))[:, None]) if size else moved
         grown[name] = (personal | (grows[:, None] & (moved >= cut))).view_as(old).to(torch.uint8)
     return grown
 
@@ -325,11 +325,11 @@ def grow_together(mask: Masks, change: Mapping[str, Tensor], rate: float, limit:
     """Let masks grow over all tensors at once, exactly up to the limit; parameters as in :func:`grow_by_tensor`."""
     personal = torch.cat([flat_rows(value) for value in mask.values()], dim=1).bool()
     moved = torch.cat([flat_rows(change[name]) for name in mask], dim=1)
-    size, taken = personal.shape[1], personal.sum(1)
-    wanted = torch.round(rate * (size - taken).double()).long()
-    wanted = torch.minimum(wanted, math.floor(limit * size + 1e-9) - taken).clamp(min=0)
+    size, num_personal = personal.shape[1], personal.sum(1)
+    num_new = torch.round(rate * (size - num_personal).double()).long()
+    num_new = torch.minimum(num_new, math.floor(limit * size + 1e-9) - num_personal).clamp(min=0)
     order = moved.masked_fill(personal, -1).sort(dim=1, descending=True, stable=True).indices
-    first = torch.arange(size, device=order.device) < wanted[:, None]
+    first = torch.arange(size, device=order.device) < num_new[:, None]
     chosen = torch.zeros_like(personal).scatter_(1, order, first)
     new = (personal | (chosen & (moved > 0))).to(torch.uint8)
     parts = torch.split(new, [value[0].numel() for value in mask.values()], dim=1)
@@ -345,8 +345,8 @@ def to_bits(mask: Tensor) -> Tensor:
 
 def from_bits(bits: Tensor, size: int) -> Tensor:
     """Undo :func:`to_bits`: uint8 ``[size]``."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits[:, None] >> places) & 1).flatten()[:size]
+    bit_positions = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> bit_positions) & 1).flatten()[:size]
 
 
 def batch_accuracy(outputs: Sequence[Tensor], labels: Sequence[Tensor], batch_size: int) -> Tensor:
@@ -364,15 +364,15 @@ def batch_accuracy(outputs: Sequence[Tensor], labels: Sequence[Tensor], batch_si
     Tensor ``[K]``
         float64 on the CPU; NaN without samples.
     """
-    sizes = torch.tensor([len(own) for own in labels])
+    sizes = torch.tensor([len(client_labels) for client_labels in labels])
     scores, y = torch.cat(list(outputs)), torch.cat(list(labels))
     right = ((scores.argmax(1) == y) & scores.isfinite().all(1)).double().cpu()
     width = sizes.clamp(min=1) if batch_size == 0 else torch.full_like(sizes, batch_size)
     batches = -(-sizes // width)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    place = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner]
+    positions = torch.arange(len(owner)) - (sizes.cumsum(0) - sizes)[owner]
     last = (batches - 1) * width  # where the last batch begins
-    within = torch.where(place < last[owner], width[owner], (sizes - last)[owner])
+    within = torch.where(positions < last[owner], width[owner], (sizes - last)[owner])
     total = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, owner, right / within)
     return torch.where(sizes > 0, total / batches.clamp(min=1), math.nan)
 

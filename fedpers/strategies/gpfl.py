@@ -251,12 +251,12 @@ class GPFLUpdate(LocalUpdate):
         """Conditional inputs ``[K, F]`` by name, after round `last`."""
         if self.variant == "paper":
             return self._inputs(cohort, cohort.spread(received[ARRAYS], [TABLE])[TABLE])
-        kept = {name: value.to(cohort.device) for name, value in entries(cohort.state[CONDITIONS]).items()}
+        conditions = {name: value.to(cohort.device) for name, value in entries(cohort.state[CONDITIONS]).items()}
         if PREVIOUS not in received:  # nothing has been averaged yet
-            return kept
+            return conditions
         just_trained = (cohort.state[LAST_ROUND] == last).to(cohort.device)
         before = self._inputs(cohort, cohort.spread(received[PREVIOUS])[TABLE])
-        return {n: torch.where(expand_rows(just_trained, v), v, before[n]) for n, v in kept.items()}
+        return {n: torch.where(expand_rows(just_trained, v), v, before[n]) for n, v in conditions.items()}
 
     def _inputs(self, cohort: Cohort, tables: Tensor) -> dict[str, Tensor]:
         """Conditional inputs ``[K, F]`` of tables ``[K, U, F]``."""

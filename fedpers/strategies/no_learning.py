@@ -76,8 +76,8 @@ class NoLearningUpdate(LocalUpdate):
         """Rank with random order among items drawn equally often."""
         mixed = []
         for client, scores in zip(cohort.clients, outputs, strict=True):
-            own = generator(cohort.seed, f"ties {part}", client, cohort.round).random(len(scores))
-            ties = torch.from_numpy(own).to(scores.device, scores.dtype).unsqueeze(1)
+            noise = generator(cohort.seed, f"ties {part}", client, cohort.round).random(len(scores))
+            ties = torch.from_numpy(noise).to(scores.device, scores.dtype).unsqueeze(1)
             # counts differ by at least 1; divided, so that float32 probabilities tell them apart
             mixed.append((scores + ties) / (1 + scores.abs().max()))
         return super().measure(cohort, mixed, part, config)

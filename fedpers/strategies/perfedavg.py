@@ -74,8 +74,8 @@ class PerFedAvgUpdate(LocalUpdate):
         buffers = {name: value for name, value in network.tensors.items() if name not in trained}
 
         def inner(tensors: dict[str, Tensor]) -> Tensor:
-            own = {name: value.clone() for name, value in buffers.items()}  # adaptation leaves the statistics alone
-            return self.loss(network.replace({**tensors, **own}).seeing(first), first)
+            copies = {name: value.clone() for name, value in buffers.items()}  # adaptation leaves the statistics alone
+            return self.loss(network.replace({**tensors, **copies}).seeing(first), first)
 
         grads = torch.func.grad(inner)(start)
         rate = self._rate

@@ -113,20 +113,20 @@ class PFedPGUpdate(FedVPTUpdate):
         before = params[PROMPTS].clone()
         cohort.fit(params, self.loss)
         change = params[PROMPTS] - before
-        kept = {
+        personal_state = {
             "model": params.select(*cohort.names(self.personal)),
             "adapted": params.select(PROMPTS),
         }
         return Reply(
             {ARRAYS: tree({PROMPTS: change}, cohort.size)},
-            TensorDict(kept, batch_size=[cohort.size]),
+            TensorDict(personal_state, batch_size=[cohort.size]),
             {"prompt_change": change.flatten(1).norm(dim=1)},
         )
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
         """Own head with the prompts as adapted last, or as received before the first training."""
-        kept = {**entries(cohort.state["model"]), **entries(cohort.state["adapted"])}
-        return cohort.view(received[ARRAYS], personal=tree(kept, cohort.size))
+        personal_values = {**entries(cohort.state["model"]), **entries(cohort.state["adapted"])}
+        return cohort.view(received[ARRAYS], personal=tree(personal_values, cohort.size))
 
     def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
         """``generated``: own head with the prompts as received."""
@@ -154,14 +154,14 @@ def follow(
     Tensor ``[n, T, D]``
         ``(dP_n/dd_n)^T D_n``, without weight.
     """
-    free = {PROMPTS: base, **matrices, DESCRIPTORS: descriptors}
-    free = {name: value.detach().requires_grad_() for name, value in free.items()}
+    inputs = {PROMPTS: base, **matrices, DESCRIPTORS: descriptors}
+    inputs = {name: value.detach().requires_grad_() for name, value in inputs.items()}
     with torch.enable_grad():
-        prompts = generate(free[PROMPTS], free, free[DESCRIPTORS])
+        prompts = generate(inputs[PROMPTS], inputs, inputs[DESCRIPTORS])
         total = ((prompts * changes).flatten(1).sum(1) * weights).sum()
-    found = dict(zip(free, torch.autograd.grad(total, list(free.values())), strict=True))
-    own = found.pop(DESCRIPTORS)
-    return found, own / expand_rows(weights, own)
+    gradients = dict(zip(inputs, torch.autograd.grad(total, list(inputs.values())), strict=True))
+    descriptor_grads = gradients.pop(DESCRIPTORS)
+    return gradients, descriptor_grads / expand_rows(weights, descriptor_grads)
 
 
 @method("pfedpg")
@@ -243,11 +243,11 @@ class PFedPG(PersonalizedStrategy):
         rows = []
         parts = (torch.split(values, _AT_ONCE) for values in (descriptors, changes, weights))
         for some, their_changes, their_weights in zip(*parts, strict=True):
-            found, of_descriptors = follow(
+            directions, of_descriptors = follow(
                 arrays[PROMPTS], entries(self.state[GENERATOR]), some, their_changes, their_weights
             )
             rows.append(of_descriptors)
-            for name, value in found.items():
+            for name, value in directions.items():
                 sums[name] = sums[name] + value.double() if name in sums else value.double()
         return sums, torch.cat(rows)
 
@@ -266,13 +266,13 @@ class PFedPG(PersonalizedStrategy):
     def _rows(self, arrays: Tree, clients: list[int]) -> Rows:
         """What is known of `clients`; clients that never train have the mean of all that do, and no moments."""
         table = self._descriptors(arrays, clients)
-        known = table.rows([client for client in clients if client not in self.unseen])
+        stored = table.rows([client for client in clients if client not in self.unseen])
         mean = table.mean()["value"]
         new = {"value": mean, **self._optimizer.moments(mean)}
-        place = iter(range(len(clients)))
-        order = [None if client in self.unseen else next(place) for client in clients]
+        row_ids = iter(range(len(clients)))
+        order = [None if client in self.unseen else next(row_ids) for client in clients]
         return {
-            n: torch.stack([new[n].to(v.device) if at is None else v[at] for at in order]) for n, v in known.items()
+            n: torch.stack([new[n].to(v.device) if at is None else v[at] for at in order]) for n, v in stored.items()
         }
 
     def _matrices(self, arrays: Tree) -> dict[str, Tensor]:
@@ -282,10 +282,10 @@ class PFedPG(PersonalizedStrategy):
             width = base.shape[1]
             inner = min(512, 8 * width) if self.inner is None else self.inner
             drawn = {}
-            for place, name in enumerate(MATRICES):
+            for index, name in enumerate(MATRICES):
                 shape = (inner, width) if name == "out" else (width, inner)
                 bound = 1 / math.sqrt(shape[0])
-                values = numbers(self.seed, "generator", place).uniform(-bound, bound, shape)
+                values = numbers(self.seed, "generator", index).uniform(-bound, bound, shape)
                 drawn[name] = torch.from_numpy(values).to(base)
             self.state[GENERATOR] = tree(drawn)
         return entries(self.state[GENERATOR])
@@ -324,8 +324,8 @@ class PFedPG(PersonalizedStrategy):
                     changes[client] = checked(results[client], schema)[0][ARRAYS][PROMPTS].to(base)
                 except ValueError as problem:
                     self.leave_out(client, f"it did not adapt: {problem}", "evaluate")
-            stay = [place for place, client in enumerate(able) if client in changes]
-            able = [able[place] for place in stay]
+            stay = [i for i, client in enumerate(able) if client in changes]
+            able = [able[i] for i in stay]
             if not able:
                 return [], []
             if rows:

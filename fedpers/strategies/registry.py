@@ -144,10 +144,10 @@ def make_strategy(
     """
     known = method_options(name)
     kind = strategy_class(name)
-    given = dict(options or {})
-    for key, value in given.items():
+    remaining = dict(options or {})
+    for key, value in remaining.items():
         if key not in known:
             raise ConfigError(f"strategy.{key}", value, f"one of the settings of {name}: {one_of(known, key)}")
-    of_client = {key: given.pop(key) for key in list(given) if key in settings.options(kind.update)}
+    of_client = {key: remaining.pop(key) for key in list(remaining) if key in settings.options(kind.update)}
     update = kind.update(**of_client, **client)
-    return kind(**given, **(server or {}), client_update=update), update
+    return kind(**remaining, **(server or {}), client_update=update), update

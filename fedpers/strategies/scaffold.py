@@ -61,13 +61,13 @@ class ScaffoldUpdate(LocalUpdate):
         """Train with ``grad - c_k + c``; send the network and the change of c_k."""
         params = cohort.assemble(received["arrays"])
         start = params.clone()
-        own = entries(cohort.state[CONTROL])
-        names = tuple(own)
+        controls = entries(cohort.state[CONTROL])
+        names = tuple(controls)
         common = cohort.spread(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
-        cohort.fit(params, self.loss, adjust=shifted({n: common[n] - own[n] for n in names}))
+        cohort.fit(params, self.loss, adjust=shifted({n: common[n] - controls[n] for n in names}))
         steps = cohort.steps_taken.clamp(min=1).to(cohort.device)
         change = {n: (start[n] - params[n]) / expand_rows(steps, params[n]) / cohort.rate - common[n] for n in names}
-        new = tree({n: own[n] + change[n] for n in names}, cohort.size)
+        new = tree({n: controls[n] + change[n] for n in names}, cohort.size)
         return cohort.reply(params, state={CONTROL: new}, control=tree(change, cohort.size))
 
 
@@ -87,9 +87,9 @@ class Scaffold(PersonalizedStrategy):
     def reply_schema(self, clients: list[int]) -> Schema:
         """The network, and the change of c_k: an entry for each parameter."""
         arrays = entries(self.sent_arrays)
-        known = self.state.get(CONTROL)
-        control = schema_of(CONTROL, arrays if known is None else entries(known))
-        if known is None:  # the first round tells parameters from buffers, which have no control variate
+        server_control = self.state.get(CONTROL)
+        control = schema_of(CONTROL, arrays if server_control is None else entries(server_control))
+        if server_control is None:  # the first round tells parameters from buffers, which have no control variate
             control = {key: entry._replace(optional=True) for key, entry in control.items()}
         return {**schema_of(ARRAYS, arrays), **control}
 

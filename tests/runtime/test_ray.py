@@ -135,7 +135,7 @@ def test_a_grid_that_nobody_saves_saves_itself(machine: None, tmp_path: Path, mo
     most = []
     with RayGrid(app, actors=2, cohort=2) as grid:
         found, _ = rounds(grid, app, after=lambda r: most.append(max(len(shard.jobs) for shard in grid.shards)))
-        folder = grid._saved_here
+        folder = grid._saved_by_grid
         assert folder is not None
         assert list(Path(folder.name).iterdir())
     assert max(most) <= 2

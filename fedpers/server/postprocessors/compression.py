@@ -188,12 +188,12 @@ def _compressible(value: Tensor) -> bool:
 def _largest(magnitudes: Tensor, count: int) -> Tensor:
     """Ascending positions ``[K, count]`` of the largest entries in each row of ``[K, n]``, the first of equal ones."""
     smallest = magnitudes.topk(count, dim=1).values[:, -1:]  # which of several equal entries it takes is not settled
-    places = (magnitudes >= smallest).nonzero()[:, 1]
-    if len(places) > count * len(magnitudes):
+    positions = (magnitudes >= smallest).nonzero()[:, 1]
+    if len(positions) > count * len(magnitudes):
         above, equal = magnitudes > smallest, magnitudes == smallest
         first = equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True))
-        places = (above | first).nonzero()[:, 1]
-    return places.view(len(magnitudes), count)
+        positions = (above | first).nonzero()[:, 1]
+    return positions.view(len(magnitudes), count)
 
 
 def _int32(positions: Tensor | None) -> Tensor | None:

@@ -92,12 +92,12 @@ def check_wrapped(strategy: PersonalizedStrategy, wrapper: Strategy, arrays: Tre
     """
     for private in _private(wrapper):
         _check_method(strategy, private)  # again, for whoever changed the strategy since
-        given, name = type(private).__name__, type(strategy).__name__
-        check(bool(entries(arrays)), "wrapper", given, f"none around {name}, whose clients send nothing")
-        check_floats(arrays, given)
+        wrapper_name, name = type(private).__name__, type(strategy).__name__
+        check(bool(entries(arrays)), "wrapper", wrapper_name, f"none around {name}, whose clients send nothing")
+        check_floats(arrays, wrapper_name)
         for entry, value in entries(arrays).items():
             allowed = f"none around arrays like '{entry}', a single number, which it does not clip"
-            check(value.dim() > 0, "wrapper", given, allowed)
+            check(value.dim() > 0, "wrapper", wrapper_name, allowed)
 
 
 def _private(wrapper: Strategy) -> Iterator[Strategy]:
@@ -112,16 +112,21 @@ def _private(wrapper: Strategy) -> Iterator[Strategy]:
 def _check_method(strategy: PersonalizedStrategy, wrapper: Strategy) -> None:
     from fedpers.server.strategy import PersonalizedStrategy
 
-    given, name = type(wrapper).__name__, type(strategy).__name__
+    wrapper_name, name = type(wrapper).__name__, type(strategy).__name__
     allowed = f"none around {name}, whose aggregate is more than a mean of the server's arrays"
-    check(strategy.plain_mean(), "wrapper", given, allowed)
+    check(strategy.plain_mean(), "wrapper", wrapper_name, allowed)
     for postprocessor in strategy.postprocessors:
         setting = postprocessor.setting
         if setting != "aggregation":  # which check_share names
-            check(False, "wrapper", given, f"none around a {name} that has {setting} of its own")
+            check(False, "wrapper", wrapper_name, f"none around a {name} that has {setting} of its own")
     check_share(strategy)
     more = isinstance(wrapper, CLIENT_SIDE) and type(strategy).send is not PersonalizedStrategy.send
-    check(not more, "wrapper", given, f"a ServerSide one around {name}, which sends its clients more than its arrays")
+    check(
+        not more,
+        "wrapper",
+        wrapper_name,
+        f"a ServerSide one around {name}, which sends its clients more than its arrays",
+    )
 
 
 __all__ = ["check_wrapped", "within"]

@@ -100,24 +100,24 @@ class KeptReplies(Collect):
             If the strategy cannot aggregate the replies, or what it makes does not have the arrays' form.
         """
         before = entries(self.arrays)
-        kept = [self.kept[client] for client in self.clients]
-        replies = [(entries(records[ARRAYS]), weight) for records, weight in kept if ARRAYS in records]
+        weighted_records = [self.kept[client] for client in self.clients]
+        replies = [(entries(records[ARRAYS]), weight) for records, weight in weighted_records if ARRAYS in records]
         if not replies:
             return {}
         moved = [name for name, value in before.items() if value.is_floating_point()]
         changes = self._aggregate(
             [({n: values[n] - before[n].to(values[n].device) for n in moved}, weight) for values, weight in replies]
         )
-        made = {}
+        aggregate = {}
         for name, value in before.items():
             if name not in moved:
-                made[name] = torch.stack([values[name] for values, _ in replies]).median(0).values
+                aggregate[name] = torch.stack([values[name] for values, _ in replies]).median(0).values
                 continue
             if name not in changes or changes[name].shape != value.shape:
                 kind, shape = type(self.aggregator).__name__, list(value.shape)
                 raise TrainingError(f"round {self.round}: {kind} gave no '{name}' of shape {shape}.")
-            made[name] = value + changes[name].to(value)
-        return {ARRAYS: tree(made)}
+            aggregate[name] = value + changes[name].to(value)
+        return {ARRAYS: tree(aggregate)}
 
     def _aggregate(self, replies: list[tuple[dict[str, Tensor], float]]) -> dict[str, Tensor]:
         if not replies[0][0]:

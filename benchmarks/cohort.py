@@ -55,7 +55,7 @@ def cohort_round(
     """Seconds per round in the in-process runtime."""
     update = FedAvgUpdate(training=Training(lr=0.05, batch_size=BATCH))
     app = update.client_app(model, data, device=device)
-    grid = LocalGrid(app, data.num_clients, cohort=cohort, workers=workers)
+    grid = LocalGrid(app, data.num_clients, clients_at_once=cohort, workers=workers)
     strategy = FedAvg()
     arrays = app.initial_arrays()
     with server_identity(1):
@@ -70,7 +70,7 @@ def cohort_round(
     assert not strategy.report.failures
     choice = grid.engine.choice
     assert choice is not None
-    return seconds, f"K={choice.cohort} workers={choice.workers}"
+    return seconds, f"K={choice.clients_at_once} workers={choice.workers}"
 
 
 def plain_round(model: nn.Module, data: FederatedData, device: str, rounds: int) -> float:

@@ -106,7 +106,7 @@ class Reopened:
         config, kept = self.config.runtime, checkpoint.content.get("runtime")
         if not isinstance(kept, dict) or kept.get("name") != config.name or config.clients_at_once != "auto":
             return config
-        size, device = kept.get("cohort"), checkpoint.content.get("device")
+        size, device = kept.get("clients_at_once"), checkpoint.content.get("device")
         if isinstance(size, int) and size >= 1 and device == config.torch_device().type:
             return replace(config, clients_at_once=size)
         return config

@@ -48,7 +48,7 @@ def outcome(
     """What is there after the last round in this process, by name (:func:`outcome_on`)."""
 
     def local(app: CohortApp) -> LocalGrid:
-        return LocalGrid(app, app.data.num_clients, cohort=cohort, workers=workers)
+        return LocalGrid(app, app.data.num_clients, clients_at_once=cohort, workers=workers)
 
     return outcome_on(method, dtype, local, device=device, label=label)
 
@@ -143,9 +143,9 @@ def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
     """Print the table of differences between cohort sizes and workers; 1 when one is over its tolerance."""
     pairs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-        ("K=1 / K=3", {"cohort": 1, "workers": 1}, {"cohort": 3, "workers": 1}),
-        ("K=1 / K=all", {"cohort": 1, "workers": 1}, {"cohort": 1000, "workers": 1}),
-        ("1 / 2 workers", {"cohort": 3, "workers": 1}, {"cohort": 3, "workers": 2}),
+        ("K=1 / K=3", {"clients_at_once": 1, "workers": 1}, {"clients_at_once": 3, "workers": 1}),
+        ("K=1 / K=all", {"clients_at_once": 1, "workers": 1}, {"clients_at_once": 1000, "workers": 1}),
+        ("1 / 2 workers", {"clients_at_once": 3, "workers": 1}, {"clients_at_once": 3, "workers": 2}),
     ]
     titles = "".join(f"{title:>16}" for title, _, _ in pairs)
     print(f"{'method':<12}{'settings':<20}{'precision':<10}{titles}{'tolerance':>12}")

@@ -254,7 +254,7 @@ def prepared(method: str) -> Prepared:
         method, given.options, server={"unseen": given.data.unseen, "seed": 1}, training=given.training
     )
     app = update.client_app(given.network, given.data, seed=1)
-    grid = LocalGrid(app, given.data.num_clients, cohort=100, workers=1)
+    grid = LocalGrid(app, given.data.num_clients, clients_at_once=100, workers=1)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()
     new, _ = strategy.aggregate_train(1, grid.send_and_receive(strategy.configure_train(1, arrays, config, grid)))

@@ -56,11 +56,13 @@ def on_one_machine(cpus: int = 2) -> Iterator[None]:
 
 
 def local(cohort: int | str) -> Callable[[CohortApp], LocalGrid]:
-    return lambda app: LocalGrid(app, app.data.num_clients, cohort=cohort, workers=1 if cohort == 1 else "auto")
+    return lambda app: LocalGrid(
+        app, app.data.num_clients, clients_at_once=cohort, workers=1 if cohort == 1 else "auto"
+    )
 
 
 def on_ray(app: CohortApp) -> RayGrid:
-    return RayGrid(app, actors=2, cohort=2)
+    return RayGrid(app, actors=2, clients_at_once=2)
 
 
 def under_flower(engine: FlowerSimulation, method: str, dtype: torch.dtype) -> dict[str, Tensor]:

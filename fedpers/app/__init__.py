@@ -40,7 +40,3 @@ def _main(arguments: list[str]) -> int:
         reason = getattr(stop, "reason", "") or "interrupted; what a run has done so far is kept in its folder"
         print(f"fedpers: {reason}.", file=sys.stderr)
         return int(getattr(stop, "exit_code", 130))
-
-
-if __name__ == "__main__":
-    main()

@@ -96,7 +96,7 @@ class CohortApp(ClientApp):
         model, data = copy.deepcopy(model).to(self.device), data.to(self.device)
         if head is not None:
             model = with_head(model, head, data.x[:2])
-        model, data = update.extend(model, data, seed)
+        model, data = update.adapt_model(model, data, seed)
         self.data = data.to(self.device)
         self.module = prepare(model).to(self.device)
         self.template = model_tree(self.module)

@@ -65,7 +65,7 @@ class LocalUpdate(Settings, group="strategy"):
 
     # ------------------------------------------------------------- before training
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """What clients work with: network and data, with what the method adds to them.
 
         A method with modules or parameters of its own returns a network around a copy of `model` that holds them as
@@ -116,7 +116,7 @@ class LocalUpdate(Settings, group="strategy"):
         template : Tree
             The initial network, batch size [].
         module : nn.Module
-            The network that :meth:`extend` returned, prepared.
+            The network that :meth:`adapt_model` returned, prepared.
         """
         return template.select(*select(module, self.shared))
 
@@ -171,7 +171,7 @@ class LocalUpdate(Settings, group="strategy"):
         """Class scores ``[B, C]`` of one client, or what else the data's task measures."""
         return network(x)
 
-    def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
+    def extra_models(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
         """Further networks to be evaluated, by a name that goes before their metrics; none by default."""
         return {}
 
@@ -189,10 +189,10 @@ class LocalUpdate(Settings, group="strategy"):
         -------
         list of dict
             ``{part}-{metric}`` of :meth:`measure` for :meth:`personalize`, ``{part}-{name}-{metric}`` for those of
-            :meth:`others`; and ``adaptation-gradients``, the gradients computed to personalize before predicting.
+            :meth:`extra_models`; and ``adaptation-gradients``, the gradients computed to personalize before predicting.
         """
         networks = {"": self.personalize(cohort, received, config)}
-        networks.update({f"{name}-": network for name, network in self.others(cohort, received, config).items()})
+        networks.update({f"{name}-": network for name, network in self.extra_models(cohort, received, config).items()})
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
         for part in PARTS[1:]:
             for prefix, params in networks.items():

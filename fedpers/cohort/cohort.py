@@ -202,7 +202,7 @@ class Cohort:
             self._samples[client] = self.data.samples(client, self.seed, self.round)
         return self._samples[client]
 
-    def spread(self, source: Mapping[str, Tensor] | Tree, names: Sequence[str] | None = None) -> Tree:
+    def per_client(self, source: Mapping[str, Tensor] | Tree, names: Sequence[str] | None = None) -> Tree:
         """Give each client its own copy of `source`: of one tree, or of its row of a stacked tree; batch size [K]."""
         stacked = isinstance(source, TensorDict) and source.batch_size == torch.Size([self.size])
         tensors = entries(source) if isinstance(source, TensorDict) else source

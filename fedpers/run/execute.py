@@ -286,7 +286,7 @@ class _Run:
             "settings": self.plain,
             "data": self.setup.data.checksum,
             "network": self.setup.network,
-            "runtime": {"name": self.config.runtime.name, "cohort": described.get("cohort")},
+            "runtime": {"name": self.config.runtime.name, "clients_at_once": described.get("clients_at_once")},
             "device": self.setup.app.device.type,
             "progress": self.progress.to_json(),  # without this round
             "report": report_to_json(report),

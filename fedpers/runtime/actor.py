@@ -106,12 +106,12 @@ class Worker:
         return str(ray.get_runtime_context().get_node_id())
 
     def measure(
-        self, app: Packed, data: Packed, sampled: int, cohort: int | str
+        self, app: Packed, data: Packed, sampled: int, clients_at_once: int | str
     ) -> tuple[Choice, tuple[float, float] | None]:
         """Choose a cohort size; measure costs (:func:`fedpers.runtime.probe.costs`)."""
         part = self._taken(app, data)
-        choice = probe(part, sampled, cohort, 1, part=self._share())
-        return choice, costs(part, choice.cohort)
+        choice = probe(part, sampled, clients_at_once, 1, part=self._share())
+        return choice, costs(part, choice.clients_at_once)
 
     def host(
         self, shard: int, app: Packed, data: Packed, clients: list[int], choice: Choice, memory: float | None
@@ -133,7 +133,7 @@ class Worker:
         part = self._taken(app, data)
         if memory is None and (whole := half_the_memory(part.device)) is not None:
             memory = whole * self._share()
-        engine = CohortEngine(part, choice.cohort, 1, clients=clients, memory=memory, folder=self.folder)
+        engine = CohortEngine(part, choice.clients_at_once, 1, clients=clients, memory=memory, folder=self.folder)
         engine.choose(len(clients))
         if shard in self.shards:
             self.shards[shard].close()

@@ -32,9 +32,9 @@ AHEAD = 2
 """Cohorts per worker that are computed or wait to be folded at once: what is not folded yet takes memory."""
 
 
-def check_counts(cohort: int | str, workers: int | str) -> None:
+def check_counts(clients_at_once: int | str, workers: int | str) -> None:
     """Refuse what is no cohort size or number of workers."""
-    for key, value in (("runtime.clients_at_once", cohort), ("runtime.workers", workers)):
+    for key, value in (("runtime.clients_at_once", clients_at_once), ("runtime.workers", workers)):
         good = value == "auto" or (isinstance(value, int) and value >= 1)
         check(good, key, value, "a whole number >= 1, or auto")
 
@@ -54,7 +54,7 @@ class CohortEngine:
     Parameters
     ----------
     app : CohortApp
-    cohort : int or "auto"
+    clients_at_once : int or "auto"
         Clients that are computed together. ``auto`` measures (see :mod:`fedpers.runtime.probe`).
     workers : int or "auto"
         Threads that compute cohorts side by side, each with one intra-op thread. They never change a result.
@@ -77,16 +77,16 @@ class CohortEngine:
     def __init__(
         self,
         app: CohortApp,
-        cohort: int | str = "auto",
+        clients_at_once: int | str = "auto",
         workers: int | str = "auto",
         *,
         clients: Sequence[int] | None = None,
         memory: float | None = None,
         folder: Path | None = None,
     ) -> None:
-        check_counts(cohort, workers)
+        check_counts(clients_at_once, workers)
         self.app = app
-        self.cohort = cohort
+        self.clients_at_once = clients_at_once
         self.workers = workers
         self.choice: Choice | None = None
         self.clients = list(range(app.data.num_clients)) if clients is None else list(clients)
@@ -100,7 +100,7 @@ class CohortEngine:
     def choose(self, num_clients: int) -> Choice:
         """Settle cohort size and number of workers for rounds of `num_clients` clients."""
         if self.choice is None:
-            self.choice = probe(self.app, num_clients, self.cohort, self.workers)
+            self.choice = probe(self.app, num_clients, self.clients_at_once, self.workers)
             for _ in range(self.choice.workers):  # a module is changed while it computes, so none is shared
                 self._modules.put(copy_network(self.app.module))
             if self.choice.workers > 1:
@@ -146,8 +146,8 @@ class CohortEngine:
         for positions, received, config in _groups(contents, self.app.device):
             self.app.check_config(config)
             by_size = sorted(positions, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
-            for start in range(0, len(by_size), choice.cohort):
-                chunk = by_size[start : start + choice.cohort]
+            for start in range(0, len(by_size), choice.clients_at_once):
+                chunk = by_size[start : start + choice.clients_at_once]
                 tasks.append(([clients[p] for p in chunk], received(chunk), config))
         with one_thread():
             for answers in self._answers(kind, tasks):

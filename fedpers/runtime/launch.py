@@ -61,14 +61,14 @@ def launch(
             actors=config.actors,
             cpus_per_actor=config.cpus_per_actor,
             gpus_per_actor=config.gpus_per_actor,
-            cohort=config.clients_at_once,
+            clients_at_once=config.clients_at_once,
             memory=memory,
         )
     else:
         grid = LocalGrid(
             app,
             app.data.num_clients,
-            cohort=config.clients_at_once,
+            clients_at_once=config.clients_at_once,
             workers=config.workers,
             memory=memory,
             folder=folder,

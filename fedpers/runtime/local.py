@@ -40,7 +40,7 @@ class LocalGrid(ClientGrid):
     client_app : ClientApp
     num_supernodes : int
         Number of clients, >= 1.
-    cohort : int or "auto"
+    clients_at_once : int or "auto"
         Clients that are computed together. ``auto`` measures (see :mod:`fedpers.runtime.probe`).
     workers : int or "auto"
         Threads that compute cohorts side by side, each with one intra-op thread. They never change a result.
@@ -55,18 +55,18 @@ class LocalGrid(ClientGrid):
         client_app: ClientApp,
         num_supernodes: int,
         *,
-        cohort: int | str = "auto",
+        clients_at_once: int | str = "auto",
         workers: int | str = "auto",
         run_config: Mapping[str, Any] | None = None,
         memory: float | None = None,
         folder: Path | None = None,
     ) -> None:
         super().__init__(num_supernodes, client_app.data.num_clients if isinstance(client_app, CohortApp) else None)
-        check_counts(cohort, workers)
+        check_counts(clients_at_once, workers)
         self.client_app = client_app
         self.engine: CohortEngine | None = None
         if isinstance(client_app, CohortApp) and not client_app.mods:
-            self.engine = CohortEngine(client_app, cohort, workers, memory=memory, folder=folder)
+            self.engine = CohortEngine(client_app, clients_at_once, workers, memory=memory, folder=folder)
         self.contexts = {
             FIRST_NODE + client: context_of(client, num_supernodes, run_config or {})
             for client in range(num_supernodes)
@@ -129,7 +129,7 @@ class LocalGrid(ClientGrid):
             return {"name": "local"}
         return {
             "name": "local",
-            "cohort": choice.cohort,
+            "clients_at_once": choice.clients_at_once,
             "workers": choice.workers,
             "chosen": choice.how,
             "microseconds_per_client_step": choice.microseconds,
@@ -220,7 +220,7 @@ def simulate(
     enable_tf_gpu_growth: bool = False,
     verbose_logging: bool = False,
     *,
-    cohort: int | str = "auto",
+    clients_at_once: int | str = "auto",
     workers: int | str = "auto",
     run_config: Mapping[str, Any] | None = None,
     grid: ClientGrid | None = None,
@@ -242,13 +242,13 @@ def simulate(
         warning says so when one is.
     verbose_logging : bool
         Show Flower's debug messages.
-    cohort, workers
+    clients_at_once, workers
         See :class:`LocalGrid`.
     run_config : mapping, optional
         What server and clients find in ``context.run_config``.
     grid : ClientGrid, optional
         Where clients run instead of this process, e.g. :class:`fedpers.runtime.ray.RayGrid`, with settings of its own
-        in place of `cohort` and `workers`; closed at the end.
+        in place of `clients_at_once` and `workers`; closed at the end.
     """
     if backend_config or enable_tf_gpu_growth:
         warnings.warn("fedpers.simulate runs in this process: backend settings have no effect", stacklevel=2)
@@ -260,7 +260,9 @@ def simulate(
             grid.num_clients == num_supernodes, "num_supernodes", num_supernodes, f"{grid.num_clients}, as in the grid"
         )
     else:
-        grid = LocalGrid(client_app, num_supernodes, cohort=cohort, workers=workers, run_config=config)
+        grid = LocalGrid(
+            client_app, num_supernodes, clients_at_once=clients_at_once, workers=workers, run_config=config
+        )
     context = flower.Context(RUN_ID, SERVER_NODE, {}, flower.RecordDict(), config)
     try:
         with server_identity(RUN_ID):

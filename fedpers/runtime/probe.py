@@ -56,14 +56,14 @@ class Choice:
 
     Attributes
     ----------
-    cohort, workers : int
+    clients_at_once, workers : int
     how : str
         How the cohort size was chosen: ``given``, ``measured``, ``cached`` or ``as the method says``.
     microseconds : dict
         Time per client and step by cohort size, as measured.
     """
 
-    cohort: int
+    clients_at_once: int
     workers: int
     how: str
     microseconds: dict[str, float] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Choice:
     def __str__(self) -> str:
         times = ", ".join(f"{size}: {us:.0f} us" for size, us in self.microseconds.items())
         measured = f" (per client and step {times})" if times else ""
-        clients = "1 client" if self.cohort == 1 else f"{self.cohort} clients"
+        clients = "1 client" if self.clients_at_once == 1 else f"{self.clients_at_once} clients"
         return f"cohorts of {clients}, {self.workers} worker{'s' * (self.workers > 1)}, {self.how}{measured}"
 
 
@@ -100,7 +100,7 @@ class _Sweep:
 
 
 def probe(
-    app: CohortApp, num_clients: int, cohort: int | str, workers: int | str, *, part: float | None = None
+    app: CohortApp, num_clients: int, clients_at_once: int | str, workers: int | str, *, part: float | None = None
 ) -> Choice:
     """Choose what is ``auto`` and keep what is given.
 
@@ -111,7 +111,7 @@ def probe(
     app : CohortApp
     num_clients : int
         Clients that train in a round.
-    cohort, workers : int or "auto"
+    clients_at_once, workers : int or "auto"
     part : float, optional
         Part of this machine, or of its GPU, that one cohort may count on, in (0, 1]; if not given, that of one core on
         a CPU and all of a GPU.
@@ -121,14 +121,14 @@ def probe(
     memory = MEMORY_SHARE * available_memory(app.device)
     with one_thread():
         times: dict[str, float] = {}
-        if cohort == "auto" and size_of_method is not None:
+        if clients_at_once == "auto" and size_of_method is not None:
             size, how = min(size_of_method, app.data.num_clients), "as the method says"
-        elif cohort == "auto":
+        elif clients_at_once == "auto":
             if part is None:
                 part = 1 / cores() if on_cpu else 1.0
             size, how, times = _cohort_size(app, num_clients, part * memory)
         else:
-            size, how = min(int(cohort), app.data.num_clients), "given"
+            size, how = min(int(clients_at_once), app.data.num_clients), "given"
         most = -(-len(_clients(app)) // size)  # more workers than cohorts would have nothing to do
         if workers != "auto":
             return Choice(size, min(int(workers), most), how, times)
@@ -316,7 +316,7 @@ def _begin(app: CohortApp, size: int, module: nn.Module | None = None) -> _Trial
     clients.sort(key=lambda c: (-app.sizes[c], c))
     state = app.initial_state.expand(size).clone()
     cohort = app.cohort(clients, state, {}, copy_network(app.module) if module is None else module)
-    rows = entries(cohort.spread(app.template))
+    rows = entries(cohort.per_client(app.template))
     given = Tree(dict(app.update.example_given(app.template, app.data)), batch_size=[]).expand(size).clone()
     walk = cohort.walk(rows, steps=1)
     return _Trial(cohort, next(cohort.steps(walk.plan)), rows, given, walk.optimizer(cohort.trainable()))

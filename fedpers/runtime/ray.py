@@ -128,7 +128,7 @@ class RayGrid(ClientGrid):
         actors: int | str = "auto",
         cpus_per_actor: float = 1,
         gpus_per_actor: float = 0,
-        cohort: int | str = "auto",
+        clients_at_once: int | str = "auto",
         memory: float | None = None,
         folder: str | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ class RayGrid(ClientGrid):
             raise ConfigError("mods", names, "none on Ray; client mods run in process or under Flower")
         most = client_app.data.num_clients
         super().__init__(most if num_clients is None else num_clients, most)
-        check_counts(cohort, 1)
+        check_counts(clients_at_once, 1)
         whole = actors == "auto" or (isinstance(actors, int) and actors >= 1)
         check(whole, "runtime.actors", actors, "a whole number >= 1, or auto")
         self.client_app = client_app
@@ -148,7 +148,7 @@ class RayGrid(ClientGrid):
         self.shards: list[_Shard] = []
         self.choice: Choice | None = None
         self.costs: tuple[float, float] | None = None
-        self._clients_at_once = cohort
+        self._clients_at_once = clients_at_once
         self._keeps_state = bool(leaves(client_app.initial_state))
         self._saved: Path | None = None  # where personal state was last written to
         self._saved_by_grid: tempfile.TemporaryDirectory[str] | None = None
@@ -480,7 +480,7 @@ class RayGrid(ClientGrid):
         base, step = (None, None) if self.costs is None else (1e6 * self.costs[0], 1e6 * self.costs[1])
         return {
             "name": "ray",
-            "cohort": self.choice.cohort if self.choice else None,
+            "clients_at_once": self.choice.clients_at_once if self.choice else None,
             "chosen": self.choice.how if self.choice else None,
             "actors": len(self.shards),
             "nodes": sum(node["Alive"] for node in ray.nodes()),

@@ -208,7 +208,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     # -------------------------------------------------- what a method overrides
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
-        """Find out from the clients what must be known before they are sent anything (:meth:`ask`).
+        """Find out from the clients what must be known before they are sent anything (:meth:`query_clients`).
 
         Parameters
         ----------
@@ -311,7 +311,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         seen = self.seen
         return [seen[i] for i in sample_clients(self.seed, round, len(seen), self.fraction)]
 
-    def ask(
+    def query_clients(
         self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str, schema: Schema
     ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
         """Put a question to clients, which the client half answers with its method ``query_{question}``.

@@ -59,7 +59,7 @@ class EnsembleUpdate(LocalUpdate):
         "common"
     )
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put as many networks as there are members in the place of one; the first keeps its values.
 
         Raises

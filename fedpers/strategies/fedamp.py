@@ -59,7 +59,7 @@ class FedAMPUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Minimize the loss plus ``mu/2 * ||w_k - u_k||^2``."""
         params = self.personalize(cohort, received, config)
-        pull = [proximal(self.mu, cohort.spread(received[ARRAYS]))] if self.variant == "paper" else []
+        pull = [proximal(self.mu, cohort.per_client(received[ARRAYS]))] if self.variant == "paper" else []
         cohort.fit(params, self.loss, adjust=pull)
         return cohort.reply(params)
 

@@ -143,7 +143,7 @@ class FedJETsUpdate(LocalUpdate):
         allowed = f"a whole number >= 1 and <= strategy.experts={self.experts}"
         check(self.top_k <= self.experts, "strategy.top_k", self.top_k, allowed)
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Embed all samples once with the common expert; return gate and slots, and rows [picture | embedding].
 
         Raises
@@ -204,7 +204,7 @@ class FedJETsUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train gate and held experts together; an anchor trains the gate and its expert, each for itself."""
         params = cohort.assemble(received[ARRAYS])
-        held, training = cohort.spread(received[HELD]), self._training(cohort.training)
+        held, training = cohort.per_client(received[HELD]), self._training(cohort.training)
         if ANCHOR in held:
             trained = ("gate", "experts.0")
             cohort.fit(params, self.anchor_loss, only=trained, training=training, given={SLOTS: held[ANCHOR]})
@@ -263,7 +263,7 @@ class FedJETsUpdate(LocalUpdate):
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
         """Gate and experts as received, and which experts they are."""
-        return replace(cohort.view(received[ARRAYS]), given={SLOTS: cohort.spread(received[HELD])[SLOTS]})
+        return replace(cohort.view(received[ARRAYS]), given={SLOTS: cohort.per_client(received[HELD])[SLOTS]})
 
     def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
         """As inherited; with `evaluate_mixture` also the mixture instead of one expert for each sample."""
@@ -318,7 +318,7 @@ class FedJETs(PersonalizedStrategy):
         non_anchors = [client for client in clients if client not in self._anchors]
         gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
         schema: Schema = {(SELECTED, SLOTS): Entry((self.client_update.top_k,), "int64")}
-        answers = self.ask(grid, "select", round, non_anchors, {ARRAYS: gate}, kind, schema)
+        answers = self.query_clients(grid, "select", round, non_anchors, {ARRAYS: gate}, kind, schema)
         entropies = []
         for client, (records, metrics) in answers.items():
             try:

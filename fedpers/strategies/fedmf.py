@@ -80,7 +80,7 @@ class FedMFUpdate(LocalUpdate):
             allowed = f"{'null' if plain is None else plain} for this method, which has an update of its own"
             check(value == plain, f"training.{name}", value, allowed)
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Draw the common table for itself."""
         network, data = factorized(model, data)
         network = deepcopy(network)

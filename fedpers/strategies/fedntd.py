@@ -41,7 +41,7 @@ class FedNTDUpdate(LocalUpdate):
     beta: Annotated[float, Field(ge=0, description="weight of the distillation; 0 is fedavg")] = 1.0
     temperature: Annotated[float, Field(gt=0, description="of the logits in it, tau in the paper")] = 1.0
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse data without classes."""
         allowed = f"another method for {data.name}, whose samples have no class labels"
         check(data.task.classes and data.y.dtype == torch.int64, "strategy", "fedntd", allowed)

@@ -57,7 +57,7 @@ class FedProtoUpdate(LocalUpdate):
     ] = 0.1
     variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
         allowed = f"another method for {data.name}, whose samples have no class labels"
         check(data.task.classes and data.y.dtype == torch.int64, "strategy", "fedproto", allowed)
@@ -75,7 +75,7 @@ class FedProtoUpdate(LocalUpdate):
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train, then sum up the features of each class."""
-        params, prototypes = cohort.state["model"], cohort.spread(received[PROTOTYPES])
+        params, prototypes = cohort.state["model"], cohort.per_client(received[PROTOTYPES])
         if self.variant == "pfllib":
             sums = self._fit(cohort, params, prototypes)
             sums = sums / sums[:, :, -1:].clamp(min=1)
@@ -116,7 +116,7 @@ class FedProtoUpdate(LocalUpdate):
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
         """The client's network, given the global prototypes."""
         tensors = entries(cohort.state["model"])
-        return View(tensors, frozenset(tensors), entries(cohort.spread(received[PROTOTYPES])))
+        return View(tensors, frozenset(tensors), entries(cohort.per_client(received[PROTOTYPES])))
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Scores ``[B, C]``: negative distances from the prototypes, those of the head while there are none."""

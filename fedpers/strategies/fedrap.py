@@ -186,7 +186,7 @@ class FedRAPUpdate(FedMFUpdate):
         """All the rest."""
         return ("all", "-common") if self.tables == "both" else "all" if self.tables == "own" else "head"
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put a second table, drawn for itself, beside the first."""
         network, data = factorized(model, data)
         personal = None if self.tables == "common" else deepcopy(network.body)

@@ -197,7 +197,7 @@ class FedSelectUpdate(LocalUpdate):
             cohort.size,
         ).to(cohort.device)
 
-    def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree]:
+    def extra_models(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree]:
         """Evaluate also the network as the client last trained it, before averaging: what the authors' code does.
 
         Of a client that has not trained yet it is the one it predicts with.

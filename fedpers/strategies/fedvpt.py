@@ -32,7 +32,7 @@ class FedVPTUpdate(LocalUpdate):
     personal = "head"
     prompts: Annotated[int, Field(ge=1, description="tokens given to the backbone, P in the paper")] = 10
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Freeze the backbone, add prompts, and compute the pictures' tokens once.
 
         Raises

@@ -147,7 +147,7 @@ class GPFLUpdate(LocalUpdate):
     ] = 0.1
     variant: Annotated[Literal["official", "paper"], Field(description="see the module")] = "official"
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Add table and valve between the network's body and head.
 
         Raises
@@ -250,12 +250,12 @@ class GPFLUpdate(LocalUpdate):
     def _conditions(self, cohort: Cohort, received: Received, last: int) -> dict[str, Tensor]:
         """Conditional inputs ``[K, F]`` by name, after round `last`."""
         if self.variant == "paper":
-            return self._inputs(cohort, cohort.spread(received[ARRAYS], [TABLE])[TABLE])
+            return self._inputs(cohort, cohort.per_client(received[ARRAYS], [TABLE])[TABLE])
         conditions = {name: value.to(cohort.device) for name, value in entries(cohort.state[CONDITIONS]).items()}
         if PREVIOUS not in received:  # nothing has been averaged yet
             return conditions
         just_trained = (cohort.state[LAST_ROUND] == last).to(cohort.device)
-        before = self._inputs(cohort, cohort.spread(received[PREVIOUS])[TABLE])
+        before = self._inputs(cohort, cohort.per_client(received[PREVIOUS])[TABLE])
         return {n: torch.where(expand_rows(just_trained, v), v, before[n]) for n, v in conditions.items()}
 
     def _inputs(self, cohort: Cohort, tables: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class HeadOnlyUpdate(LocalUpdate):
     shared = "none"
     personal = "head"
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Freeze the body and compute the samples' features once.
 
         Raises

@@ -48,7 +48,7 @@ class MOONUpdate(LocalUpdate):
         Literal["paper", "pfllib"], Field(description="what p_k is before a client has trained, see the module")
     ] = "paper"
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse a network without the part that computes features."""
         if not all(isinstance(getattr(model, part, None), nn.Module) for part in ("body", "head")):
             raise ConfigError("model", type(model).__name__, "a network with a 'body' and a 'head' for strategy=moon")

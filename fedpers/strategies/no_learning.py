@@ -51,7 +51,7 @@ class NoLearningUpdate(LocalUpdate):
     settles_parts = True
     cohort_size = 64  # there is no step to be measured
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Replace the network by counts."""
         return Counts(rated(data).num_items), data
 

@@ -128,7 +128,7 @@ class PFedPGUpdate(FedVPTUpdate):
         personal_values = {**entries(cohort.state["model"]), **entries(cohort.state["adapted"])}
         return cohort.view(received[ARRAYS], personal=tree(personal_values, cohort.size))
 
-    def others(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
+    def extra_models(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
         """``generated``: own head with the prompts as received."""
         return {"generated": cohort.view(received[ARRAYS])}
 

@@ -59,7 +59,7 @@ class PFedRecUpdate(LocalUpdate):
         allowed = "null for strategy=pfedrec; strategy.item_rate sets the rate of the items"
         check(not any("lr" in options for options in (groups or {}).values()), "training.groups", groups, allowed)
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Check that there are items to be rated."""
         return factorized(model, data)
 

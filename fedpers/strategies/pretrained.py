@@ -27,7 +27,7 @@ class PretrainedUpdate(LocalUpdate):
     shared = "none"
     settles_parts = True
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse one of our networks that has not been pretrained.
 
         Raises

@@ -63,7 +63,7 @@ class ScaffoldUpdate(LocalUpdate):
         start = params.clone()
         controls = entries(cohort.state[CONTROL])
         names = tuple(controls)
-        common = cohort.spread(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
+        common = cohort.per_client(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
         cohort.fit(params, self.loss, adjust=shifted({n: common[n] - controls[n] for n in names}))
         steps = cohort.steps_taken.clamp(min=1).to(cohort.device)
         change = {n: (start[n] - params[n]) / expand_rows(steps, params[n]) / cohort.rate - common[n] for n in names}

@@ -94,7 +94,7 @@ def test_run_folder_holds_everything(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["versions"]) >= {"fedpers", "python", "flwr", "torch"}
     assert manifest["data"]["samples"]["train"] > 500
-    assert manifest["runtime"]["cohort"] >= 1
+    assert manifest["runtime"]["clients_at_once"] >= 1
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rounds] == [0, 1, 2, 3]
     assert rounds[1]["clients/sampled"] == 3
@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_clients_named(
 
 
 def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fedpers.app", "rounds=100000", *SMALL[1:], f"output={tmp_path}"]
+    command = [sys.executable, "-m", "fedpers", "rounds=100000", *SMALL[1:], f"output={tmp_path}"]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -350,7 +350,7 @@ def test_a_client_with_one_class_and_a_batch_larger_than_any_client(tmp_path: Pa
 
 def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
     (folder,) = fedpers(*SMALL, "runtime.clients_at_once=1000", "runtime.workers=8", output=tmp_path)
-    assert json.loads((folder / "manifest.json").read_text())["runtime"]["cohort"] == 6
+    assert json.loads((folder / "manifest.json").read_text())["runtime"]["clients_at_once"] == 6
 
 
 @pytest.mark.parametrize(

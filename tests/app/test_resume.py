@@ -136,12 +136,12 @@ def test_a_finished_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_the_cohort_size_of_the_run_is_kept(tmp_path: Path) -> None:
     found = run(tmp_path / "run", "strategy=fedper", "rounds=1")  # cohorts of 3
     settings = yaml.safe_load((found / "config.yaml").read_text())
-    settings["runtime"]["cohort"] = "auto"
+    settings["runtime"]["clients_at_once"] = "auto"
     (found / "config.yaml").write_text(yaml.safe_dump(settings))
     assert _main(["resume", str(found), "rounds=2"]) == 0
     (resumed,) = json.loads((found / "manifest.json").read_text())["resumed"]
-    assert resumed["runtime"]["cohort"] == 3
-    assert yaml.safe_load((found / "config.yaml").read_text())["runtime"]["cohort"] == "auto"
+    assert resumed["runtime"]["clients_at_once"] == 3
+    assert yaml.safe_load((found / "config.yaml").read_text())["runtime"]["clients_at_once"] == "auto"
 
 
 def test_trackers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,9 @@ def test_proximal_is_the_gradient_of_the_penalty() -> None:
 
     cohort = make_cohort(NETWORK, DATA, training=Training(lr=0.1, batch_size=8, epochs=2))
     params = start(cohort)
-    cohort.fit(params, cross_entropy, adjust=proximal(0.7, cohort.spread({n: v.detach() for n, v in anchor.items()})))
+    cohort.fit(
+        params, cross_entropy, adjust=proximal(0.7, cohort.per_client({n: v.detach() for n, v in anchor.items()}))
+    )
     for row, client in enumerate(by_size(DATA)):
         steps = int(cohort.steps_taken[row])
         alone = train_alone(NETWORK, DATA, client, plain_sgd, steps=steps, size=8, penalty=penalty)
@@ -181,7 +183,7 @@ def test_what_is_given_is_mapped_over_clients(steps: list[int] | None, clients: 
     count = None if steps is None else steps[: len(chosen)]
     first, second = (make_cohort(NETWORK, DATA, clients, training=SMALL) for _ in range(2))
     torch.manual_seed(0)
-    anchor = first.spread({n: v.detach() + 0.3 for n, v in NETWORK.named_parameters()})
+    anchor = first.per_client({n: v.detach() + 0.3 for n, v in NETWORK.named_parameters()})
     anchor = tree({n: v + torch.randn_like(v) for n, v in anchor.items()}, first.size)
     strength = torch.linspace(0.1, 0.9, first.size, dtype=torch.float64)
 
@@ -240,7 +242,7 @@ def test_a_loop_over_a_walk_is_a_fit(settings: dict[str, Any], steps: list[int] 
 @pytest.mark.parametrize("steps", ORDERS, ids=["by size", "reordered"])
 def test_a_walk_over_two_trees_changes_the_rows_of_who_trains(steps: list[int] | None) -> None:
     cohort = make_cohort(NETWORK, DATA, training=SMALL)
-    count = cohort.spread({"n": torch.zeros(2, dtype=torch.int64)})
+    count = cohort.per_client({"n": torch.zeros(2, dtype=torch.int64)})
     seen = {"samples": torch.zeros(cohort.size)}
     sizes = set()
     for step, (steps_of, samples_of) in cohort.walk(count, seen, steps=steps):
@@ -289,7 +291,7 @@ def remembering(trainings: list[int]) -> Cohort:
     """Two clients that keep a whole network of nines."""
     cohort = make_cohort(NETWORK, DATA, [2, 0])
     kept = {n: torch.full_like(v, 9) for n, v in cohort.template.items()}
-    cohort.state = Tree({"model": cohort.spread(kept), "trained": torch.tensor(trainings)}, batch_size=[2])
+    cohort.state = Tree({"model": cohort.per_client(kept), "trained": torch.tensor(trainings)}, batch_size=[2])
     return cohort
 
 
@@ -298,7 +300,7 @@ def test_who_never_trained_takes_what_the_server_sends(per_client: bool) -> None
     cohort = remembering([0, 3])
     assert cohort.trained.tolist() == [False, True]
     received = tree({"head.bias": torch.arange(4.0, dtype=torch.float64)})
-    full = cohort.assemble(cohort.spread(received) if per_client else received)
+    full = cohort.assemble(cohort.per_client(received) if per_client else received)
     assert full["head.bias"].tolist() == [[0, 1, 2, 3], [9, 9, 9, 9]]
     assert (full["head.weight"] == 9).all()  # not sent: what the client keeps, from its initial state on
     assert cohort.state["model"]["head.bias"].eq(9).all()
@@ -351,7 +353,7 @@ def test_assemble_prefers_personal_then_received_then_initial() -> None:
     received = cohort.template.select("head.weight", "head.bias").clone()
     received["head.weight"] = received["head.weight"] + 1
     received["head.bias"] = received["head.bias"] + 2
-    personal = cohort.spread({"head.bias": torch.arange(4.0, dtype=torch.float64)})
+    personal = cohort.per_client({"head.bias": torch.arange(4.0, dtype=torch.float64)})
     personal["head.bias"][1] = -1
     full = cohort.assemble(received, personal)
     assert full["head.bias"].tolist() == [[0, 1, 2, 3], [-1, -1, -1, -1]]

@@ -52,7 +52,7 @@ def test_shared_stacked_and_mixed_views_agree(samples_at_once: int, monkeypatch:
     data = gaussian_data(dtype=torch.float64)
     cohort = make_cohort(network, data)
     one = cohort.template
-    stack = cohort.spread(one)
+    stack = cohort.per_client(one)
     mixed = View({n: stack[n] if n.startswith("head") else one[n] for n in cohort.names("all")},
                  frozenset(cohort.names("head")))  # fmt: skip
     network.eval()
@@ -71,7 +71,7 @@ def test_shared_stacked_and_mixed_views_agree(samples_at_once: int, monkeypatch:
 def test_each_client_predicts_with_its_own_tensors() -> None:
     network, data = SmallNetwork(norm=False).double(), gaussian_data((9, 7, 4), dtype=torch.float64)
     cohort = make_cohort(network, data)
-    stack = cohort.spread(cohort.template)
+    stack = cohort.per_client(cohort.template)
     for row in range(3):
         stack["head.bias"][row] += row
     shared = cohort.logits(cohort.view(cohort.template), "test", predict)
@@ -118,7 +118,7 @@ def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, m
     monkeypatch.setattr(prediction, "vmap", counting)
     data = unequal(sizes)
     cohort = make_cohort(SmallNetwork().double(), data, range(len(sizes)))
-    stack = cohort.spread(cohort.template)
+    stack = cohort.per_client(cohort.template)
     for row in range(len(sizes)):
         stack["head.bias"][row] += row
     found = cohort.logits(stack, "test", predict)

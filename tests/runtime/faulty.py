@@ -100,7 +100,7 @@ class LocalGridContext:
     """A local grid that is closed at the end."""
 
     def __init__(self, app: CohortApp) -> None:
-        self.grid = LocalGrid(app, app.data.num_clients, cohort=2, workers=1)
+        self.grid = LocalGrid(app, app.data.num_clients, clients_at_once=2, workers=1)
 
     def __enter__(self) -> LocalGrid:
         return self.grid

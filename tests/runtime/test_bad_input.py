@@ -66,7 +66,14 @@ def test_more_nodes_than_clients_in_the_data() -> None:
 @pytest.mark.parametrize("app", [flower_app.client_app, cohort_app])
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("cohort", 0), ("cohort", "many"), ("cohort", 1.5), ("cohort", None), ("workers", -1), ("workers", 0)],
+    [
+        ("clients_at_once", 0),
+        ("clients_at_once", "many"),
+        ("clients_at_once", 1.5),
+        ("clients_at_once", None),
+        ("workers", -1),
+        ("workers", 0),
+    ],
 )
 def test_cohort_and_workers(app: Callable[[], ClientApp], key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"runtime\.{key}={value}: expected a whole number >= 1, or auto"):
@@ -107,7 +114,7 @@ def test_a_partition_outside_the_data_on_another_engine_is_an_error_of_that_clie
 
 @pytest.mark.parametrize("kind", ["train.unknown", "query", "query.other", "evaluate.more"])
 def test_a_message_type_a_method_does_not_know(kind: str) -> None:
-    grid = LocalGrid(cohort_app(), 3, cohort=2, workers=1)
+    grid = LocalGrid(cohort_app(), 3, clients_at_once=2, workers=1)
     with server_identity(RUN_ID):
         messages = [flower.Message(flower.RecordDict(), n, kind) for n in grid.get_node_ids()]
         replies = list(grid.send_and_receive(messages))
@@ -160,13 +167,13 @@ def _leaves_nothing_behind() -> Any:
 
 @pytest.mark.parametrize(("cohort", "workers"), [(2, 1), (2, 2), (1, 2), ("auto", "auto")])
 def test_a_run_leaves_nothing_behind(cohort: Any, workers: Any) -> None:
-    fedpers.simulate(server_app(), cohort_app(), CLIENTS, cohort=cohort, workers=workers)
+    fedpers.simulate(server_app(), cohort_app(), CLIENTS, clients_at_once=cohort, workers=workers)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_while_a_method_computes(workers: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fedpers.simulate(server_app(5), failing(KeyboardInterrupt()), CLIENTS, cohort=2, workers=workers)
+        fedpers.simulate(server_app(5), failing(KeyboardInterrupt()), CLIENTS, clients_at_once=2, workers=workers)
 
 
 def test_ctrl_c_ends_the_cohorts_that_wait() -> None:
@@ -183,7 +190,7 @@ def test_ctrl_c_ends_the_cohorts_that_wait() -> None:
 
     update = Interrupted(training=Training(lr=0.01, epochs=50, batch_size=8))
     app = cohort_app(update)
-    grid = LocalGrid(app, CLIENTS, cohort=1, workers=2)
+    grid = LocalGrid(app, CLIENTS, clients_at_once=1, workers=2)
     content = flower.RecordDict({"arrays": app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 1})})
     with server_identity(RUN_ID), pytest.raises(KeyboardInterrupt):
         grid.send_and_receive([flower.Message(content, node, "train") for node in grid.get_node_ids()])
@@ -219,11 +226,15 @@ def test_ctrl_c_in_a_plain_client_and_in_the_server() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_client_of_a_cohort_that_raises_is_left_out_alone(workers: int) -> None:
     strategy = FedAvg()
-    fedpers.simulate(server_app(2, strategy), failing(ValueError("no luck")), CLIENTS, cohort=3, workers=workers)
+    fedpers.simulate(
+        server_app(2, strategy), failing(ValueError("no luck")), CLIENTS, clients_at_once=3, workers=workers
+    )
     assert strategy.report.failures == {1: "ValueError: no luck"}
     strategy = FedAvg(min_replies=CLIENTS)
     with pytest.raises(TrainingError, match=r"round 2: .*ValueError: no luck"):
-        fedpers.simulate(server_app(2, strategy), failing(ValueError("no luck")), CLIENTS, cohort=3, workers=workers)
+        fedpers.simulate(
+            server_app(2, strategy), failing(ValueError("no luck")), CLIENTS, clients_at_once=3, workers=workers
+        )
 
 
 def test_a_second_run_and_one_within_another() -> None:

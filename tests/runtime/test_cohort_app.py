@@ -53,7 +53,7 @@ def three_rounds(method: str, engine: str) -> dict[str, Tensor]:
     app = update.client_app(SmallNetwork().double(), data, seed=3)
     clients = data.num_clients
     if engine == "cohorts":
-        grid = LocalGrid(app, clients, cohort=4, workers=1)
+        grid = LocalGrid(app, clients, clients_at_once=4, workers=1)
     else:
         grid = LocalGrid(PerClient(app), clients) if engine == "per client" else WireGrid(app, clients)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
@@ -114,7 +114,7 @@ def test_flowers_fedavg_drives_a_method_of_this_package() -> None:
             metrics = result.evaluate_metrics_clientapp[2]
             assert 0 <= metrics["test-accuracy"] <= 1
 
-        fedpers.simulate(server, app, data.num_clients, cohort=cohort, workers=1)
+        fedpers.simulate(server, app, data.num_clients, clients_at_once=cohort, workers=1)
     assert not torch.equal(found[0][0], SmallNetwork().state_dict()["body.0.weight"])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -123,7 +123,7 @@ def test_flowers_fedavg_drives_a_method_of_this_package() -> None:
 def test_what_a_server_does_to_a_reply_of_a_cohort_stays_there() -> None:
     data = gaussian_data()
     app = LocalUpdate(training=Training(lr=0.1, batch_size=8)).client_app(SmallNetwork(), data)
-    grid = LocalGrid(app, data.num_clients, cohort=3, workers=1)
+    grid = LocalGrid(app, data.num_clients, clients_at_once=3, workers=1)
     content = flower.RecordDict({"arrays": app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 1})})
     with server_identity(RUN_ID):
         replies = list(grid.send_and_receive([flower.Message(content, n, "train") for n in grid.get_node_ids()]))
@@ -145,7 +145,10 @@ def test_messages_with_contents_of_their_own_run_in_one_cohort_as_one_by_one() -
         return flower.RecordDict({"arrays": arrays, "config": flower.ConfigRecord({"server-round": 1})})
 
     results = []
-    for grid in (LocalGrid(app, data.num_clients, cohort=4, workers=2), LocalGrid(PerClient(app), data.num_clients)):
+    for grid in (
+        LocalGrid(app, data.num_clients, clients_at_once=4, workers=2),
+        LocalGrid(PerClient(app), data.num_clients),
+    ):
         with server_identity(RUN_ID):
             messages = [flower.Message(contents(n - FIRST_NODE), n, "train") for n in grid.get_node_ids()]
             replies = {r.metadata.src_node_id: r for r in grid.send_and_receive(messages)}

@@ -92,7 +92,7 @@ def test_a_cohort_that_raises_is_folded_client_by_client(
 ) -> None:
     app = Unlucky().client_app(SmallNetwork(norm=False), DATA)
     strategy = UnluckyAverage()
-    grid = LocalGrid(app, CLIENTS, cohort=cohort, workers=workers)
+    grid = LocalGrid(app, CLIENTS, clients_at_once=cohort, workers=workers)
     with caplog.at_level(logging.CRITICAL, logger="fedpers"):
         strategy.start(grid, app.initial_arrays(), num_rounds=1)
     grid.close()
@@ -102,7 +102,7 @@ def test_a_cohort_that_raises_is_folded_client_by_client(
 
 def test_a_collector_gets_every_client_once() -> None:
     app = FedAvgUpdate().client_app(SmallNetwork(norm=False), DATA)
-    strategy, grid = FedAvg(), LocalGrid(app, CLIENTS, cohort=5, workers=2)
+    strategy, grid = FedAvg(), LocalGrid(app, CLIENTS, clients_at_once=5, workers=2)
     strategy.begin()
     messages = list(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid))
     collector = ReplyCollector(strategy.reply_rules(strategy.asked))

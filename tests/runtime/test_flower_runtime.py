@@ -89,7 +89,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 def locally(method: str) -> dict[str, Any]:
     app = app_of(method)
-    grid = LocalGrid(app, app.data.num_clients, cohort=1, workers=1)
+    grid = LocalGrid(app, app.data.num_clients, clients_at_once=1, workers=1)
     with server_identity(1):
         found = outcome(method, grid)
     grid.close()
@@ -174,7 +174,7 @@ class Moving(Grid):
     """Clients under node ids that change; some nodes are silent, and some are listed though they have ended."""
 
     def __init__(self, app: CohortApp, clients: int) -> None:
-        self.inner = LocalGrid(app, clients, cohort=1, workers=1)
+        self.inner = LocalGrid(app, clients, clients_at_once=1, workers=1)
         self.ids = list(range(100, 100 + clients))  # node of each client
         self.silent: set[int] = set()  # on the question which client they hold
         self.ghosts: set[int] = set()
@@ -365,7 +365,7 @@ def test_methods_one_after_another_give_what_they_give_here() -> None:
 @pytest.mark.slow
 def test_personal_state_can_be_read_and_put_back() -> None:
     strategy, app = halves("gpfl")
-    local = LocalGrid(app, 7, cohort=1, workers=1)
+    local = LocalGrid(app, 7, clients_at_once=1, workers=1)
     with server_identity(1):
         list(run_rounds(strategy, local, app.initial_arrays(), 1))
     ((clients, states),) = local.blocks()
@@ -420,7 +420,7 @@ def test_clients_that_raise_send_nan_or_nothing_are_left_out_and_named() -> None
     found: list[list[dict[int, str]]] = []
     app = bad_app(0.0)
     with server_identity(1):
-        local = failures(LocalGrid(app, 7, cohort=1, workers=1), app, None)
+        local = failures(LocalGrid(app, 7, clients_at_once=1, workers=1), app, None)
     assert local[2].keys() == {1, 3}
     with FlowerSimulation(7) as engine:
         engine.run(partial(bad_app, 0.0), lambda grid: found.append(failures(grid, app, None)))

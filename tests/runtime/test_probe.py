@@ -58,11 +58,11 @@ def test_a_choice_is_measured_once_and_kept(app: CohortApp) -> None:
     first = probe(app, 7, "auto", 1)
     assert torch.get_num_threads() == 2
     assert first.how == "measured"
-    assert 1 <= first.cohort <= 7
+    assert 1 <= first.clients_at_once <= 7
     assert "1" in first.microseconds
     assert all(us > 0 for us in first.microseconds.values())
     again = probe(app, 7, "auto", 1)
-    assert again == Choice(first.cohort, 1, "cached", first.microseconds)
+    assert again == Choice(first.clients_at_once, 1, "cached", first.microseconds)
     assert json.loads((cache_root() / "probe.json").read_text())
     assert [p.name for p in cache_root().iterdir()] == ["probe.json"]
 
@@ -86,12 +86,12 @@ def test_given_values_are_kept(app: CohortApp, measured: list[Any]) -> None:
     assert probe(app, 7, 30, 1) == Choice(7, 1, "given")
     assert not measured
     assert probe(app, 7, "auto", 1).workers == 1
-    assert probe(app, 7, 2, "auto").cohort == 2
+    assert probe(app, 7, 2, "auto").clients_at_once == 2
 
 
 def test_the_cohort_does_not_depend_on_the_workers(app: CohortApp, measured: list[Any]) -> None:
     choices = [probe(app, 7, "auto", workers) for workers in (1, 2, "auto")]
-    assert [c.cohort for c in choices] == [4] * 3
+    assert [c.clients_at_once for c in choices] == [4] * 3
     assert [c.workers for c in choices] == [1, 2, 2]
 
 
@@ -131,7 +131,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        assert probe(app, 7, "auto", 1).cohort == 4
+        assert probe(app, 7, "auto", 1).clients_at_once == 4
     assert "could not be kept" in caplog.text
     assert str(tmp_path / "file") in caplog.text
 
@@ -167,7 +167,11 @@ def test_cohorts_beyond_the_memory_are_not_tried(
     bytes_free(monkeypatch, clients)
     choice = probe(app, 7, "auto", 1)
     assert measured == tried
-    assert (choice.cohort, choice.how, [*choice.microseconds]) == (chosen, "measured", [str(size) for size in tried])
+    assert (choice.clients_at_once, choice.how, [*choice.microseconds]) == (
+        chosen,
+        "measured",
+        [str(size) for size in tried],
+    )
 
 
 def test_a_cohort_may_be_entitled_to_another_part(
@@ -182,7 +186,7 @@ def test_what_was_kept_obeys_the_memory_of_today(
     app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bytes_free(monkeypatch, 100)
-    assert probe(app, 7, "auto", 1).cohort == 4
+    assert probe(app, 7, "auto", 1).clients_at_once == 4
     bytes_free(monkeypatch, 3)
     assert probe(app, 7, "auto", 1) == Choice(1, 1, "cached", {"1": 9.0})
     assert measured == [1, 4, 7]
@@ -194,7 +198,7 @@ def test_what_was_left_out_is_tried_when_it_fits(
     for clients, how, sizes in [(3, "measured", 1), (3, "cached", 1), (7, "cached", 1), (8, "measured", 4)]:
         bytes_free(monkeypatch, clients)
         choice = probe(app, 7, "auto", 1)
-        assert (choice.how, choice.cohort) == (how, sizes)
+        assert (choice.how, choice.clients_at_once) == (how, sizes)
     assert measured == [1, 1, 4]
 
 
@@ -321,7 +325,7 @@ def test_room_for_one_client_alone_is_enough(app: CohortApp, monkeypatch: pytest
     counted = module.bytes_per_client
     monkeypatch.setattr(module, "bytes_per_client", lambda app, size=1: tried.append(size) or counted(app, size))
     monkeypatch.setattr(module, "available_memory", lambda device: 3 * counted(app) / module.MEMORY_SHARE)
-    assert probe(app, 7, "auto", 1, part=1.0).cohort == 1
+    assert probe(app, 7, "auto", 1, part=1.0).clients_at_once == 1
     assert tried == [1]
     monkeypatch.setattr(module, "available_memory", lambda device: 5 * counted(app) / module.MEMORY_SHARE)
     assert set(probe(app, 7, "auto", 1, part=1.0).microseconds) <= {"1", "4"}
@@ -332,7 +336,7 @@ def test_an_engine_stays_within_the_memory(app: CohortApp, monkeypatch: pytest.M
     one = module.bytes_per_client(app, 2)
     monkeypatch.setattr(module, "available_memory", lambda device: 4 * one * module.cores() / module.MEMORY_SHARE)
     engine = CohortEngine(app)
-    assert engine.choose(7).cohort in (1, 4)
+    assert engine.choose(7).clients_at_once in (1, 4)
     assert set(engine.choose(7).microseconds) <= {"1", "4"}
     engine.close()
 

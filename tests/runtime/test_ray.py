@@ -56,7 +56,7 @@ def _server() -> Iterator[None]:
 @pytest.mark.slow
 def test_actors_give_what_this_process_gives(machine: None) -> None:
     app = app_of()
-    with RayGrid(app, actors=2, cohort=2) as grid:
+    with RayGrid(app, actors=2, clients_at_once=2) as grid:
         found, strategy = rounds(grid, app)
         described = grid.described()
     assert_same(found, undisturbed())
@@ -71,7 +71,7 @@ def test_replies_may_also_be_looked_at(machine: None) -> None:
     strategy, config = Faulty(seed=3), flower.ConfigRecord()
     strategy.begin()
     found = []
-    for grid in (RayGrid(app, actors=2, cohort=2), LocalGrid(app, 5, cohort=2, workers=1)):
+    for grid in (RayGrid(app, actors=2, clients_at_once=2), LocalGrid(app, 5, clients_at_once=2, workers=1)):
         messages = list(strategy.configure_train(1, app.initial_arrays(), config, grid))
         ids = list(grid.push_messages(messages))
         replies: dict[int, flower.Message] = {}
@@ -101,8 +101,8 @@ def test_an_app_of_ones_own_runs_on_actors(machine: None) -> None:
         result = Faulty(fraction=0.6, seed=3).start(grid, app.initial_arrays(), num_rounds=3)
         found.append(leaves(from_record(result.arrays)))
 
-    simulate(server, app, 5, cohort=2, workers=1)
-    simulate(server, app, 5, grid=RayGrid(app, actors=2, cohort=2))
+    simulate(server, app, 5, clients_at_once=2, workers=1)
+    simulate(server, app, 5, grid=RayGrid(app, actors=2, clients_at_once=2))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-10, atol=1e-12)
 
@@ -121,7 +121,7 @@ def test_an_actor_that_dies_in_mid_round_changes_nothing(machine: None, saved: b
             write_states(tmp_path / "states", grid.blocks())
             grid.saved(tmp_path / "states")
 
-    with RayGrid(app, actors=2, cohort=2) as grid:
+    with RayGrid(app, actors=2, clients_at_once=2) as grid:
         found, strategy = rounds(grid, app, after=save)
     assert (tmp_path / "mark").exists()
     assert strategy.report.failures == {}
@@ -133,7 +133,7 @@ def test_a_grid_that_nobody_saves_saves_itself(machine: None, tmp_path: Path, mo
     monkeypatch.setattr(ray_runtime, "SAVE_AFTER", 1)
     app = app_of("die once", str(tmp_path / "mark"), round=4)
     most = []
-    with RayGrid(app, actors=2, cohort=2) as grid:
+    with RayGrid(app, actors=2, clients_at_once=2) as grid:
         found, _ = rounds(grid, app, after=lambda r: most.append(max(len(shard.jobs) for shard in grid.shards)))
         folder = grid._saved_by_grid
         assert folder is not None
@@ -146,7 +146,10 @@ def test_a_grid_that_nobody_saves_saves_itself(machine: None, tmp_path: Path, mo
 @pytest.mark.slow
 def test_actors_that_always_die_end_the_run_with_a_sentence(machine: None, tmp_path: Path) -> None:
     app = app_of("die", str(tmp_path / "mark"), round=1)
-    with RayGrid(app, actors=2, cohort=2) as grid, pytest.raises(TrainingError, match="Ray actors in a row died"):
+    with (
+        RayGrid(app, actors=2, clients_at_once=2) as grid,
+        pytest.raises(TrainingError, match="Ray actors in a row died"),
+    ):
         rounds(grid, app)
 
 
@@ -158,7 +161,7 @@ def test_a_client_that_fails_is_left_out_and_named(machine: None, fault: str, re
     app = app_of(fault, round=1, client=0)
     strategy = Faulty(seed=3)
     strategy.begin()
-    with RayGrid(app, actors=5, cpus_per_actor=0.5, cohort=1) as grid:
+    with RayGrid(app, actors=5, cpus_per_actor=0.5, clients_at_once=1) as grid:
         folding = strategy.folding(grid)
         messages = strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), folding)
         timeout = 1.5 if fault == "sleep" else None
@@ -193,7 +196,9 @@ def test_messages_are_computed_again_as_they_were(machine: None, method: str) ->
     for on_ray in (False, True):
         strategy, app = halves(method, torch.float64)
         strategy.begin()
-        grid: Any = RayGrid(app, actors=1, cohort=3) if on_ray else LocalGrid(app, 7, cohort=3, workers=1)
+        grid: Any = (
+            RayGrid(app, actors=1, clients_at_once=3) if on_ray else LocalGrid(app, 7, clients_at_once=3, workers=1)
+        )
         folding = strategy.folding(grid)
         arrays, config = app.initial_arrays(), flower.ConfigRecord()
         for r in range(1, 5):
@@ -215,11 +220,11 @@ def test_messages_are_computed_again_as_they_were(machine: None, method: str) ->
 @pytest.mark.slow
 def test_an_actor_that_dies_after_states_were_loaded_loses_none(machine: None) -> None:
     app = app_of()
-    with RayGrid(app, actors=2, cohort=2) as grid:
+    with RayGrid(app, actors=2, clients_at_once=2) as grid:
         rounds(grid, app)
         before = flat(grid)
         blocks = [(clients.clone(), states.clone()) for clients, states in grid.blocks()]
-    with RayGrid(app, actors=2, cohort=2) as other:
+    with RayGrid(app, actors=2, clients_at_once=2) as other:
         other.load(blocks)
         killed(other)
         killed(other, 1)
@@ -233,7 +238,7 @@ def test_what_was_sent_before_a_save_is_not_computed_twice(machine: None, tmp_pa
     strategy.begin()
     found = []
     for deaths in (0, 1):
-        with RayGrid(app, actors=2, cohort=2) as grid:
+        with RayGrid(app, actors=2, clients_at_once=2) as grid:
             strategy.configure_train(1, app.initial_arrays(), config, grid)
             ids = list(grid.push_messages(strategy._training))
             folder = tmp_path / str(deaths)
@@ -252,7 +257,7 @@ def test_what_was_sent_before_a_save_is_not_computed_twice(machine: None, tmp_pa
 @pytest.mark.slow
 def test_answers_are_let_go_of(machine: None) -> None:
     app = app_of()
-    with RayGrid(app, actors=2, cohort=2) as grid:
+    with RayGrid(app, actors=2, clients_at_once=2) as grid:
         rounds(grid, app)
         jobs = [job for shard in grid.shards for job in shard.jobs]
         assert jobs
@@ -264,7 +269,7 @@ def test_answers_are_let_go_of(machine: None) -> None:
 @pytest.mark.slow
 def test_two_grids_side_by_side(machine: None) -> None:
     app = app_of()
-    with RayGrid(app, actors=1, cohort=2) as one, RayGrid(app, actors=1, cohort=2) as other:
+    with RayGrid(app, actors=1, clients_at_once=2) as one, RayGrid(app, actors=1, clients_at_once=2) as other:
         first, _ = rounds(one, app, 2)
         one.close()
         second, _ = rounds(other, app, 2)
@@ -274,7 +279,7 @@ def test_two_grids_side_by_side(machine: None) -> None:
 @pytest.mark.slow
 def test_saved_state_that_is_gone_ends_the_run_with_a_sentence(machine: None, tmp_path: Path) -> None:
     app = app_of()
-    with RayGrid(app, actors=1, cohort=2) as grid:
+    with RayGrid(app, actors=1, clients_at_once=2) as grid:
         rounds(grid, app, 1)
         grid.saved(tmp_path / "gone")
         killed(grid)
@@ -288,7 +293,7 @@ def test_saved_state_that_is_gone_ends_the_run_with_a_sentence(machine: None, tm
 @pytest.mark.slow
 def test_state_goes_from_one_grid_to_another(machine: None) -> None:
     app = app_of()
-    with RayGrid(app, actors=2, cohort=2) as grid:
+    with RayGrid(app, actors=2, clients_at_once=2) as grid:
         rounds(grid, app)
         before = flat(grid)
         blocks = [(clients.clone(), states.clone()) for clients, states in grid.blocks()]
@@ -296,7 +301,7 @@ def test_state_goes_from_one_grid_to_another(machine: None) -> None:
     local = LocalGrid(app, 5)
     local.load(blocks)
     assert_same(flat(local), before)
-    with RayGrid(app, actors=3, cohort=1) as other:
+    with RayGrid(app, actors=3, clients_at_once=1) as other:
         other.load(blocks)
         assert_same(flat(other), before)
 
@@ -304,7 +309,7 @@ def test_state_goes_from_one_grid_to_another(machine: None) -> None:
 @pytest.mark.slow
 def test_state_beyond_the_budget_lies_in_files(machine: None, tmp_path: Path) -> None:
     app = app_of()
-    with RayGrid(app, actors=1, cohort=2, memory=0.0, folder=str(tmp_path)) as grid:
+    with RayGrid(app, actors=1, clients_at_once=2, memory=0.0, folder=str(tmp_path)) as grid:
         found, _ = rounds(grid, app)
         assert list(tmp_path.glob("states-*/*.memmap"))
     assert_same(found, undisturbed())
@@ -354,14 +359,14 @@ def test_frozen_parameters_travel_once(machine: None, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(RayGrid, "_put", put)
     app = frozen_app()
-    with RayGrid(app, actors=3, cohort=2) as grid:
+    with RayGrid(app, actors=3, clients_at_once=2) as grid:
         Faulty(seed=3).start(grid, app.initial_arrays(), num_rounds=1)
         killed(grid)  # whoever takes its clients over needs no further copy
         found = flat(grid)
         assert len(grid.shards) == 3
     assert len([size for size in sizes if size > BACKBONE_BYTES]) == 1
     assert len([size for size in sizes if size > BACKBONE_BYTES // 20]) == 1
-    local = LocalGrid(app, 5, cohort=2, workers=1)
+    local = LocalGrid(app, 5, clients_at_once=2, workers=1)
     Faulty(seed=3).start(local, app.initial_arrays(), num_rounds=1)
     assert "4/model/head.weight" in found
     assert_same(found, flat(local))
@@ -470,7 +475,7 @@ class SummingServer(Faulty):
 def test_actors_do_not_sum_up_in_memory_that_they_share(machine: None) -> None:
     app = app_of()
     totals = []
-    for grid in (RayGrid(app, actors=2, cohort=2), LocalGrid(app, 5, cohort=2, workers=1)):
+    for grid in (RayGrid(app, actors=2, clients_at_once=2), LocalGrid(app, 5, clients_at_once=2, workers=1)):
         strategy = SummingServer(seed=3)
         folding, config = strategy.folding(grid), flower.ConfigRecord()
         strategy.begin()

@@ -26,7 +26,7 @@ def _server() -> Iterator[None]:
 @pytest.mark.slow
 def test_a_node_that_leaves_changes_nothing() -> None:
     app = app_of()
-    with cluster() as made, RayGrid(app, actors=2, cohort=2) as grid:
+    with cluster() as made, RayGrid(app, actors=2, clients_at_once=2) as grid:
 
         def leave(round: int) -> None:
             if round == 2:
@@ -47,7 +47,7 @@ WORKING_FOLDER = """
     from mine import Mine, MineUpdate
     from tests.problems import SmallNetwork, gaussian_data
     app = MineUpdate().client_app(SmallNetwork(), gaussian_data((20, 9, 13)))
-    with server_identity(1), RayGrid(app, actors=1, cohort=2) as grid:
+    with server_identity(1), RayGrid(app, actors=1, clients_at_once=2) as grid:
         strategy = Mine()
         strategy.begin()
         import flwr.app as flower

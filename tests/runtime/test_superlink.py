@@ -97,7 +97,7 @@ def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None
     config = composed(settings.split())
     setup = prepare_run(config)
     last = []
-    grid = Losing(LocalGrid(setup.app, setup.data.num_clients, cohort=1, workers=1), found["failures"], anew)
+    grid = Losing(LocalGrid(setup.app, setup.data.num_clients, clients_at_once=1, workers=1), found["failures"], anew)
     with server_identity(1):
         for report in run_rounds(
             setup.strategy, grid, setup.app.initial_arrays(), config.rounds, keep=lambda _, arrays: last.append(arrays)

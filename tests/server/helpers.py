@@ -75,7 +75,7 @@ class Finished:
 
 def trained(strategy: PersonalizedStrategy, app: CohortApp, *, rounds: int = 2, cohort: int = 3) -> Finished:
     """Some rounds of our loop without a failure."""
-    grid = LocalGrid(app, app.data.num_clients, cohort=cohort, workers=1)
+    grid = LocalGrid(app, app.data.num_clients, clients_at_once=cohort, workers=1)
     arrays: list[flower.ArrayRecord] = []
     reports = []
     with server_identity(1):

@@ -38,7 +38,7 @@ def round_of(method: str, dtype: torch.dtype = torch.float64) -> tuple[Personali
     server = {"unseen": given.data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
     app = update.client_app(given.network, given.data)
-    grid = LocalGrid(app, given.data.num_clients, cohort=100, workers=1)
+    grid = LocalGrid(app, given.data.num_clients, clients_at_once=100, workers=1)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()
     for r in (1, 2):
@@ -250,7 +250,7 @@ def test_who_is_left_out_does_not_depend_on_cohorts(allows: bool) -> None:
         app = SometimesLess(training=Training(lr=0.5)).client_app(SmallNetwork(norm=False), gaussian_data())
         strategy = AllowsLess()
         strategy.allows = allows
-        grid = LocalGrid(app, 7, cohort=cohort, workers=1)
+        grid = LocalGrid(app, 7, clients_at_once=cohort, workers=1)
         result = strategy.start(grid, app.initial_arrays(), num_rounds=1)
         assert result.arrays is not None
         outcomes.append((dict(strategy.report.failures), strategy.report.bytes_up))

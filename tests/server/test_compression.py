@@ -349,7 +349,7 @@ def on_wire(app: CohortApp) -> LocalGrid:
 
 
 def in_cohorts(cohort: int) -> Callable[[CohortApp], LocalGrid]:
-    return lambda app: LocalGrid(app, app.data.num_clients, cohort=cohort, workers=1)
+    return lambda app: LocalGrid(app, app.data.num_clients, clients_at_once=cohort, workers=1)
 
 
 def played(
@@ -386,7 +386,7 @@ def test_the_same_on_actors() -> None:
     expected, grid, _ = played(in_cohorts(7))
     states = leaves(grid.engine.store.gather(range(7)))
     with on_one_machine(cpus=2):
-        arrays, remote, _ = played(lambda app: RayGrid(app, actors=2, cohort=2))
+        arrays, remote, _ = played(lambda app: RayGrid(app, actors=2, clients_at_once=2))
         assert_same(arrays, expected)
         for clients, state in remote.blocks():
             assert_same(leaves(state), {name: value[clients] for name, value in states.items()})
@@ -482,7 +482,7 @@ def test_both_halves_need_it() -> None:
     _, app = both("fedavg", TopK())
     plain, _ = both("fedavg")
     with server_identity(1), pytest.raises(ConfigError, match=r"^postprocessors=none: expected \['TopK\(share=0.01, "):
-        list(run_rounds(plain, LocalGrid(app, 7, cohort=7, workers=1), app.initial_arrays(), 1))
+        list(run_rounds(plain, LocalGrid(app, 7, clients_at_once=7, workers=1), app.initial_arrays(), 1))
 
 
 def test_a_client_that_adapts_for_itself_is_not_compressed() -> None:
@@ -490,7 +490,7 @@ def test_a_client_that_adapts_for_itself_is_not_compressed() -> None:
     measured = []
     for postprocessors in ((), (TopK(share=0.01),)):
         strategy, app = both("fedavg", *postprocessors, unseen=(3,))
-        grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+        grid = LocalGrid(app, app.data.num_clients, clients_at_once=3, workers=1)
         strategy.begin()
         with server_identity(1):
             strategy.evaluate_adapted(app.initial_arrays(), flower.ConfigRecord(), grid)

@@ -79,11 +79,11 @@ def test_flowers_wrappers_work_or_are_refused(method: str, wrapper: Wrapper) -> 
         refused[method] = f"a ServerSide one around {name}, which sends its clients more than its arrays."
     if method in refused:
         with pytest.raises(ConfigError) as caught:
-            fedpers.simulate(server, app, app.data.num_clients, cohort=3, workers=1)
+            fedpers.simulate(server, app, app.data.num_clients, clients_at_once=3, workers=1)
         assert str(caught.value) == f"wrapper={wrapper.__name__}: expected {refused[method]}"
         assert strategy.report.round == 0  # before anybody was asked for anything
         return
-    fedpers.simulate(server, app, app.data.num_clients, cohort=3, workers=1)
+    fedpers.simulate(server, app, app.data.num_clients, clients_at_once=3, workers=1)
     (result,) = results
     assert finite(entries(from_record(result.arrays)))
     assert list(result.train_metrics_clientapp) == [1, 2]
@@ -101,7 +101,7 @@ def test_ours_and_both_of_flowers_clip_alike(method: str) -> None:
         if sends_more(method) and WRAPPERS[wrapper]:
             continue
         strategy, app = both(method, mods=WRAPPERS[wrapper])
-        grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+        grid = LocalGrid(app, app.data.num_clients, clients_at_once=3, workers=1)
         with server_identity(1):
             result = within(wrapped(wrapper, strategy, noise=0.0)).start(grid, app.initial_arrays(), num_rounds=2)
         assert_same(entries(from_record(result.arrays)), expected.arrays)
@@ -138,7 +138,7 @@ class Counting(Strategy):
 def test_a_wrapper_of_ones_own_may_be_around_any_method(method: str) -> None:
     def run(make: Any) -> dict[str, Tensor]:
         strategy, app = both(method)
-        grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+        grid = LocalGrid(app, app.data.num_clients, clients_at_once=3, workers=1)
         with server_identity(1):
             return entries(from_record(make(strategy).start(grid, app.initial_arrays(), num_rounds=2).arrays))
 
@@ -156,7 +156,7 @@ def refused(strategy: PersonalizedStrategy, app: CohortApp, wrap: Any = lambda s
     """What Flower's wrapper around a strategy ends in."""
     outer = wrap(FIXED(strategy, 0.1, 1.0, 7))
     with server_identity(1), pytest.raises(ConfigError) as caught:
-        within(outer).start(LocalGrid(app, 7, cohort=7, workers=1), app.initial_arrays(), num_rounds=1)
+        within(outer).start(LocalGrid(app, 7, clients_at_once=7, workers=1), app.initial_arrays(), num_rounds=1)
     assert strategy.report.round == 0
     return str(caught.value)
 
@@ -222,7 +222,7 @@ def test_without_the_call_nothing_is_trained(wrapper: Any) -> None:
     strategy, app = both("fedavg")
     outer = Counting(strategy) if wrapper is Counting else FIXED(strategy, 0.1, 1.0, 7)
     with server_identity(1), pytest.raises(TrainingError, match=r"fedpers\.server\.within"):
-        outer.start(LocalGrid(app, 7, cohort=7, workers=1), app.initial_arrays(), num_rounds=1)
+        outer.start(LocalGrid(app, 7, clients_at_once=7, workers=1), app.initial_arrays(), num_rounds=1)
 
 
 def test_a_wrapper_that_is_not_calling_matters_to_nobody() -> None:

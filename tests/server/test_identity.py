@@ -162,7 +162,7 @@ def started(strategy: Any, app: CohortApp, **options: Any) -> None:
     def main(grid: Grid, context: flower.Context) -> None:
         strategy.start(grid, app.initial_arrays(), num_rounds=1, **options)
 
-    fedpers.simulate(server, app, num_supernodes=3, cohort=3, workers=1)
+    fedpers.simulate(server, app, num_supernodes=3, clients_at_once=3, workers=1)
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {

@@ -231,7 +231,7 @@ def test_the_adaptive_norm_is_part_of_the_servers_state() -> None:
     arrays = trained(first, app, rounds=2).arrays
     second, app = strategy_and_app()
     second.restore(first.report, pickle.loads(pickle.dumps(first.state)))
-    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    grid = LocalGrid(app, 7, clients_at_once=7, workers=1)
     with server_identity(1):
         messages = second.configure_train(3, to_record(tree(arrays)), flower.ConfigRecord(), grid)
         resumed, _ = second.aggregate_train(3, grid.send_and_receive(messages))
@@ -261,7 +261,7 @@ def test_a_fixed_norm_is_no_state() -> None:
 
 def test_a_failed_client_does_not_end_a_private_round() -> None:
     strategy, app = far(Privacy(noise=0.0, norm=100.0))
-    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    grid = LocalGrid(app, 7, clients_at_once=7, workers=1)
     before = entries(from_record(app.initial_arrays()))
     strategy.begin()
     with server_identity(1):
@@ -277,7 +277,7 @@ def test_a_failed_client_does_not_end_a_private_round() -> None:
 
 def test_private_replies_may_be_folded_elsewhere() -> None:
     strategy, app = far(Privacy(name="adaptive", noise=0.0, norm=1.0))
-    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    grid = LocalGrid(app, 7, clients_at_once=7, workers=1)
     state = {"privacy": tree({"norm": torch.tensor(0.4, dtype=torch.float64)})}
     strategy.restore(strategy.report, state)
     with server_identity(1):
@@ -316,7 +316,7 @@ def test_a_method_that_sends_more_than_it_says_is_not_let_through() -> None:
     app = TellingUpdate().client_app(chosen.network, chosen.data)
     strategy = Telling(weighting="uniform", postprocessors=[Privacy(noise=0.0, norm=0.3)])
     with server_identity(1), pytest.raises(TrainingError, match=r"'secret/body\.0\.bias' is in its reply, but the "):
-        list(run_rounds(strategy, LocalGrid(app, 7, cohort=7, workers=1), app.initial_arrays(), 1))
+        list(run_rounds(strategy, LocalGrid(app, 7, clients_at_once=7, workers=1), app.initial_arrays(), 1))
 
 
 # -------------------------------------------------------------- the settings

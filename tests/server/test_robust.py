@@ -120,7 +120,7 @@ def test_flowers_mean_is_our_mean(weighting: str) -> None:
 )  # fmt: skip
 def test_one_poisoned_client_of_seven_does_not_move_the_result(aggregator: Strategy) -> None:
     strategy, app = both("fedavg", Robust(aggregator), network=SmallNetwork())
-    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    grid = LocalGrid(app, 7, clients_at_once=7, workers=1)
     start = app.initial_arrays()
     strategy.begin()
     with server_identity(1):
@@ -180,7 +180,7 @@ class Raising(FlowerFedAvg):
 def test_an_aggregator_that_fails(aggregator: Strategy, sentence: str) -> None:
     strategy, app = both("fedavg", Robust(aggregator))
     with server_identity(1), pytest.raises(TrainingError) as caught:
-        list(run_rounds(strategy, LocalGrid(app, 7, cohort=7, workers=1), app.initial_arrays(), 1))
+        list(run_rounds(strategy, LocalGrid(app, 7, clients_at_once=7, workers=1), app.initial_arrays(), 1))
     assert str(caught.value) == sentence
 
 
@@ -212,7 +212,7 @@ def test_two_aggregators() -> None:
 
 def test_a_round_with_too_few_replies_for_krum_ends_the_run() -> None:
     strategy, app = both("fedavg", Robust(Krum(num_malicious_nodes=2)), min_replies=7)
-    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    grid = LocalGrid(app, 7, clients_at_once=7, workers=1)
     strategy.begin()
     with server_identity(1):
         messages = list(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid))

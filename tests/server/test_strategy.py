@@ -49,7 +49,7 @@ class Round:
         )
         self.strategy: PersonalizedStrategy = strategy
         self.app: CohortApp = update.client_app(SmallNetwork(), DATA)
-        self.grid = LocalGrid(self.app, DATA.num_clients, cohort=2, workers=1)
+        self.grid = LocalGrid(self.app, DATA.num_clients, clients_at_once=2, workers=1)
         self.arrays = self.app.initial_arrays()
         self.config = flower.ConfigRecord()
         self.number = 0
@@ -180,7 +180,7 @@ class Tampering(LocalGrid):
     """A grid on which the replies of one client to one kind of message are changed, or lost."""
 
     def __init__(self, app: CohortApp, client: int, kind: str, tamper: Tamper) -> None:
-        super().__init__(app, app.data.num_clients, cohort=2, workers=1)
+        super().__init__(app, app.data.num_clients, clients_at_once=2, workers=1)
         self.node, self.kind, self.tamper = FIRST_NODE + client, kind, tamper
         self.tampers: Callable[[flower.Message], bool] = lambda reply: True
 
@@ -196,7 +196,7 @@ class Asked(FedAvgUpdate):
     """Answers with the bias of the head."""
 
     def query_bias(self, cohort: Cohort, received: Any, config: Any) -> Reply:
-        return Reply({"arrays": cohort.spread(received["arrays"], ["head.bias"])})
+        return Reply({"arrays": cohort.per_client(received["arrays"], ["head.bias"])})
 
 
 @dataclass(kw_only=True)
@@ -207,7 +207,7 @@ class Asking(FedAvg):
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         form = {("arrays", "head.bias"): Entry((4,), "float32")}
-        answers = self.ask(grid, "bias", round, clients, {"arrays": arrays}, kind, form)
+        answers = self.query_clients(grid, "bias", round, clients, {"arrays": arrays}, kind, form)
         return [client for client in clients if client in answers]
 
 
@@ -407,7 +407,7 @@ def test_clients_are_sampled_alike_by_every_method_and_whatever_their_node_ids()
             server = {"fraction": 0.5, "seed": 9, "unseen": given.data.unseen}
             strategy, update = make_strategy(method, given.options, server=server, training=given.training)
             app = update.client_app(given.network, given.data)
-            strategy.nodes(grid(app, given.data.num_clients, cohort=1, workers=1))
+            strategy.nodes(grid(app, given.data.num_clients, clients_at_once=1, workers=1))
             assert [strategy.sample(r) for r in range(1, 9)] == [[clients[place] for place in own] for own in places]
 
 
@@ -415,7 +415,7 @@ def test_node_ids_do_not_change_what_is_learnt() -> None:
     results = []
     for grid in (LocalGrid, Shuffled):
         one = Round("ditto", fraction=0.5)
-        one.grid = grid(one.app, DATA.num_clients, cohort=2, workers=1)
+        one.grid = grid(one.app, DATA.num_clients, clients_at_once=2, workers=1)
         one.number = 0
         one.ask()
         results.append(one.aggregate())
@@ -474,7 +474,7 @@ def test_an_unseen_client_that_is_not_connected_is_named(method: str) -> None:
     data = replace(given.data, unseen=(3, 6))
     strategy, update = make_strategy(method, given.options, server={"unseen": (3, 6)}, training=given.training)
     app = update.client_app(given.network, data)
-    grid = LocalGrid(app, 6, cohort=6, workers=1)  # the last client is not there
+    grid = LocalGrid(app, 6, clients_at_once=6, workers=1)  # the last client is not there
     *_, report = run_rounds(strategy, grid, app.initial_arrays(), 1)
     assert report.evaluation_failures == {6: "it is not connected"}
     assert sorted(report.clients) == [0, 1, 2, 4, 5]
@@ -489,7 +489,7 @@ def test_a_strategy_that_is_started_twice_begins_anew(method: str) -> None:
     found = []
     for _ in range(2):
         app = update.client_app(given.network, given.data, seed=2)
-        grid = LocalGrid(app, given.data.num_clients, cohort=3, workers=1)
+        grid = LocalGrid(app, given.data.num_clients, clients_at_once=3, workers=1)
         result = strategy.start(grid, app.initial_arrays(), num_rounds=2)
         state = {f"{role}/{name}": v for role, values in strategy.state.items() for name, v in leaves(values).items()}
         measured = {f"{c}/{n}": torch.tensor(v) for c, row in strategy.report.clients.items() for n, v in row.items()}
@@ -544,7 +544,7 @@ def test_personal_state_of_another_type_leaves_its_clients_out(cohort: int) -> N
         update = Doubling
 
     app = Doubling().client_app(SmallNetwork(), DATA)
-    grid = LocalGrid(app, DATA.num_clients, cohort=cohort, workers=1)
+    grid = LocalGrid(app, DATA.num_clients, clients_at_once=cohort, workers=1)
     reason = r"keeps 'model/head\.\w+' as torch.float64 \[.*\], which its initial state declares as torch.float32"
     with pytest.raises(TrainingError, match=f"^round 1: 0 of 4 .*{reason}"):
         Careless().start(grid, app.initial_arrays(), num_rounds=1)
@@ -565,7 +565,7 @@ def test_forgetting_to_keep_what_is_personal_is_refused_in_the_first_round(cohor
         update = Forgetful
 
     app = Forgetful().client_app(SmallNetwork(), DATA)
-    grid = LocalGrid(app, DATA.num_clients, cohort=cohort, workers=1)
+    grid = LocalGrid(app, DATA.num_clients, clients_at_once=cohort, workers=1)
     reason = "Forgetful does not keep 'model/head.bias', which its initial state declares as personal"
     with pytest.raises(TrainingError, match=f"^round 1: 0 of 4 .*{reason}"):
         Careless().start(grid, app.initial_arrays(), num_rounds=1)

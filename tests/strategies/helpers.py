@@ -79,7 +79,11 @@ def run(
     server = {"fraction": fraction, "seed": SEED, "unseen": data.unseen}
     strategy, update = make_strategy(method, options, server=server, training=settings)
     app = update.client_app(network, data, seed=SEED, device=device)
-    made = LocalGrid(app, data.num_clients, cohort=cohort, workers=1) if grid is None else grid(app, data.num_clients)
+    made = (
+        LocalGrid(app, data.num_clients, clients_at_once=cohort, workers=1)
+        if grid is None
+        else grid(app, data.num_clients)
+    )
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()
     with server_identity(1):

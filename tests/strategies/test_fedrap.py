@@ -271,7 +271,7 @@ def test_a_reply_that_is_no_part_of_the_table_is_left_out(record: dict[str, Tens
             return {"arrays": tree({**sent, **record})}
 
     app = Wrong(training=update.training).client_app(GIVEN.network, GIVEN.data)
-    grid = LocalGrid(app, 7, cohort=7, workers=1)
+    grid = LocalGrid(app, 7, clients_at_once=7, workers=1)
     strategy.begin()
     with server_identity(1):
         replies = grid.send_and_receive(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid))

@@ -352,7 +352,7 @@ def test_the_same_over_a_wire() -> None:
         strategy, update = make_strategy("fedselect", server={"seed": SEED}, training=training)
         strategy.begin()
         app = update.client_app(NETWORK, DATA, seed=SEED)
-        grid = WireGrid(app, 4) if wire else LocalGrid(app, 4, cohort=4, workers=1)
+        grid = WireGrid(app, 4) if wire else LocalGrid(app, 4, clients_at_once=4, workers=1)
         with server_identity(1):
             arrays = app.initial_arrays()
             for r in (1, 2, 3, 4):
@@ -385,7 +385,7 @@ def test_a_reply_that_does_not_fit_is_left_out(spoil: Any, sentence: str) -> Non
     strategy, update = make_strategy("fedselect", training=Training(batch_size=5))
     strategy.begin()
     app = update.client_app(NETWORK, DATA)
-    grid = LocalGrid(app, 4, cohort=4, workers=1)
+    grid = LocalGrid(app, 4, clients_at_once=4, workers=1)
     with server_identity(1):
         messages = strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid)
         replies = list(grid.send_and_receive(messages))
@@ -424,7 +424,7 @@ def test_unseen_clients_adapt() -> None:
         "fedselect", server={"unseen": data.unseen}, training=Training(lr=0.1, batch_size=8, epochs=3)
     )
     app = update.client_app(SmallNetwork(), data)
-    grid = LocalGrid(app, data.num_clients, cohort=7, workers=1)
+    grid = LocalGrid(app, data.num_clients, clients_at_once=7, workers=1)
     with server_identity(1):
         *_, last = run_rounds(strategy, grid, app.initial_arrays(), 3)
     assert grid.engine is not None

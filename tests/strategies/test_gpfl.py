@@ -35,7 +35,7 @@ INPUTS = ("generic", "personal")
 
 
 def extended(network: nn.Module = NETWORK, data: FederatedData = DATA) -> ConditionalNetwork:
-    whole, _ = GPFLUpdate().extend(network, data, SEED)
+    whole, _ = GPFLUpdate().adapt_model(network, data, SEED)
     assert isinstance(whole, ConditionalNetwork)
     return whole
 
@@ -312,7 +312,7 @@ def test_a_client_that_never_trained_has_the_inputs_of_the_table_before() -> Non
 def test_the_network_given_is_left_alone_and_values_belong_to_the_seed() -> None:
     before = copied(NETWORK.state_dict())
     first, second = extended(), extended()
-    other, _ = GPFLUpdate().extend(NETWORK, DATA, SEED + 1)
+    other, _ = GPFLUpdate().adapt_model(NETWORK, DATA, SEED + 1)
     assert_same(first.state_dict(), second.state_dict())
     assert not torch.equal(first.gce.weight, other.state_dict()["gce.weight"])
     next(first.body.parameters()).data += 1
@@ -395,9 +395,9 @@ def test_items_without_labels_are_refused() -> None:
     items = [np.array([0, 1])]
     data = RankingData.of_items(9, items, [np.array([2, 3])], [np.array([4, 5])])
     with pytest.raises(ConfigError, match=r"strategy=gpfl: expected another method for .*no class labels"):
-        GPFLUpdate().extend(Two(), data, SEED)
+        GPFLUpdate().adapt_model(Two(), data, SEED)
     with pytest.raises(ConfigError, match=r"strategy=gpfl: expected another method for gaussian, .*no class labels"):
-        GPFLUpdate().extend(NETWORK, replace(DATA, y=DATA.y.double()), SEED)
+        GPFLUpdate().adapt_model(NETWORK, replace(DATA, y=DATA.y.double()), SEED)
 
 
 # ------------------------------------------------------------------ traces

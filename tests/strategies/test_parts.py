@@ -45,7 +45,7 @@ def divided(method: str, **selections: Any) -> tuple[PersonalizedStrategy, Cohor
 
 def started(strategy: PersonalizedStrategy, app: CohortApp, rounds: int = 2) -> tuple[set[str], set[str], LocalGrid]:
     """Parts of the network that the server holds, and that clients keep, after some rounds."""
-    grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+    grid = LocalGrid(app, app.data.num_clients, clients_at_once=3, workers=1)
     result = strategy.start(grid, app.initial_arrays(), num_rounds=rounds)
     assert strategy.report.failures == strategy.report.evaluation_failures == {}
     kept = {name.split("/")[1].split(".")[0] for name in leaves(app.initial_state) if name.startswith("model/")}
@@ -81,7 +81,7 @@ def test_fedrep_trains_what_it_is_told_is_personal_first() -> None:
     update = FedRepUpdate(head_epochs=1, body_epochs=0)
     update.__class__ = type("Deeper", (FedRepUpdate,), {"shared": "body.0", "personal": ("head", "body.1")})
     app = update.client_app(SmallNetwork(), gaussian_data((16, 12)))
-    grid = LocalGrid(app, 2, cohort=2, workers=1)
+    grid = LocalGrid(app, 2, clients_at_once=2, workers=1)
     result = FedRep().start(grid, app.initial_arrays(), num_rounds=1)
     assert torch.equal(from_record(result.arrays)["body.0.weight"], app.template["body.0.weight"])
     assert grid.engine is not None

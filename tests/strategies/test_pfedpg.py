@@ -180,7 +180,7 @@ def test_prompts_are_all_that_travels() -> None:
     content = flower.RecordDict(
         {ARRAYS: found.app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 2})}
     )
-    grid = LocalGrid(found.app, 4, cohort=4, workers=1)
+    grid = LocalGrid(found.app, 4, clients_at_once=4, workers=1)
     with server_identity(1):
         (reply,) = grid.send_and_receive([flower.Message(content, FIRST_NODE, "train")])
     assert {n: list(r) for n, r in reply.content.array_records.items()} == {ARRAYS: ["prompts"]}
@@ -335,7 +335,7 @@ def test_an_unseen_client_fits_a_descriptor_and_leaves_the_server_alone(method: 
         metrics = strategy.report.unseen[client]
         expected = loss_on_test(client, {"prompts": first, **head()}, data)
         assert metrics["test-loss"] == metrics["test-generated-loss"] == pytest.approx(expected, rel=1e-8)
-    grid = LocalGrid(found.app, 4, cohort=4, workers=1)
+    grid = LocalGrid(found.app, 4, clients_at_once=4, workers=1)
     record = strategy_record(found)
     with server_identity(1):
         strategy.evaluate_adapted(record, flower.ConfigRecord(), grid)
@@ -379,7 +379,7 @@ def test_an_unseen_client_that_fails_does_not_stop_the_other() -> None:
     data = replace(PICTURES, unseen=(1, 2))
     strategy = PFedPG(seed=SEED, unseen=data.unseen, adapt_rounds=2)
     app = Broken(prompts=COUNT, training=Training(lr=0.1, batch_size=5)).client_app(MODEL, data, seed=SEED)
-    grid = LocalGrid(app, 4, cohort=1, workers=1)
+    grid = LocalGrid(app, 4, clients_at_once=1, workers=1)
     with server_identity(1):
         strategy.evaluate_adapted(app.initial_arrays(), flower.ConfigRecord(), grid)
     assert list(strategy.report.adapted) == [1]
@@ -428,7 +428,7 @@ def test_messages_and_state_survive_a_wire(method: str) -> None:
     data = replace(gaussian_data((20, 9, 13), features=(1, 4, 4), dtype=torch.float64), unseen=(1,))
     update = PFedPGUpdate(prompts=COUNT, training=Training(lr=0.1, batch_size=5, epochs=2))
     app = update.client_app(MODEL, data, seed=SEED)
-    found = through(LocalGrid(app, 3, cohort=3, workers=1), app, data, method)
+    found = through(LocalGrid(app, 3, clients_at_once=3, workers=1), app, data, method)
     wired = through(WireGrid(app, 3), app, data, method)
     assert {"generator/query", "descriptors/value", "client/0/adapted/prompts", "adapted/1/test-accuracy"} <= set(found)
     assert difference(found, wired) <= 1e-9

@@ -87,9 +87,9 @@ class RecordedUpdate(FedRAPUpdate):
 
     trace: Trace
 
-    def extend(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+    def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Start with the recorded table C."""
-        network, data = super().extend(model, data, seed)
+        network, data = super().adapt_model(model, data, seed)
         with torch.no_grad():
             network.common.weight.copy_(torch.from_numpy(self.trace.arrays["init/C0"]))  # type: ignore[union-attr,operator]
         return network, data
@@ -143,7 +143,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     strategy = FedRAP()
     strategy.sample = trace.participants  # type: ignore[method-assign]
     app = update.client_app(initial_network(trace), recorded_data(trace), device=device)
-    grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+    grid = LocalGrid(app, app.data.num_clients, clients_at_once=3, workers=1)
     arrays, settings = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()
     with replaying(trace.order), server_identity(1):

@@ -131,7 +131,7 @@ class Bench:
         assert isinstance(update, FedSelectUpdate)
         self.strategy, self.update = strategy, update
         self.app: CohortApp = update.client_app(network(init), data, device=device)
-        self.grid = LocalGrid(self.app, data.num_clients, cohort=data.num_clients, workers=1)
+        self.grid = LocalGrid(self.app, data.num_clients, clients_at_once=data.num_clients, workers=1)
         assert self.grid.engine is not None
         self.store = self.grid.engine.store
 

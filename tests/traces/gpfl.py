@@ -229,17 +229,17 @@ def start(method: str, case: Case, name: str, device: str) -> Running:
     strategy, update = make_strategy(method, case.options, server={"fraction": 1.0}, training=case.training)
     strategy.sample = lambda round: case.schedule[round - 1]  # type: ignore[method-assign]
     init = case.init()
-    extend = update.extend
+    extend = update.adapt_model
 
     def recorded(model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         network, data = extend(model, data, seed)
         network.load_state_dict({n: torch.from_numpy(np.array(v)) for n, v in init.items()})
         return network, data
 
-    update.extend = recorded  # type: ignore[method-assign]
+    update.adapt_model = recorded  # type: ignore[method-assign]
     data = data_of(case)
     app = update.client_app(network_of(init, data.x.dim() > 2), data, device=device)
-    grid = LocalGrid(app, case.clients, cohort=case.clients, workers=1)
+    grid = LocalGrid(app, case.clients, clients_at_once=case.clients, workers=1)
     return Running(case, Comparison(method, name, TOLERANCE), strategy, app, grid, app.initial_arrays())
 
 

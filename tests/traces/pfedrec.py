@@ -45,7 +45,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     strategy, update = make_strategy("pfedrec", options, training=training)
     strategy.sample = trace.participants  # type: ignore[method-assign]
     app = update.client_app(initial_network(trace), recorded_data(trace), device=device)
-    grid = LocalGrid(app, app.data.num_clients, cohort=3, workers=1)
+    grid = LocalGrid(app, app.data.num_clients, clients_at_once=3, workers=1)
     arrays, settings = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()
     with replaying(trace.order), server_identity(1):

@@ -197,7 +197,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     if method == "fedala":
         _repeat_draws(update, trace)
     app = update.client_app(trace.network(), trace.data(chunk), device=device)
-    grid = LocalGrid(app, trace.clients, cohort=trace.clients, workers=1)
+    grid = LocalGrid(app, trace.clients, clients_at_once=trace.clients, workers=1)
     assert grid.engine is not None
     comparison = Comparison(method, f"{traced.folder}/{path.stem}", TOLERANCE)
 

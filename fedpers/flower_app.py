@@ -106,7 +106,7 @@ def _write(
     def numbers(values: Tree) -> dict[str, Any]:
         return {name: value.tolist() for name, value in leaves(values).items()}
 
-    found = {
+    content = {
         "settings": asdict(config),
         "round": report.round,
         "clients": report.clients,
@@ -118,7 +118,7 @@ def _write(
     }
     draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise FedpersError(f"{path} cannot be written ({error.strerror}); choose another file with result.") from error

@@ -17,13 +17,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from fedpers.checkpoint import Checkpoint, Checkpoints, network_checksum
 from fedpers.cohort import Training, Tree, leaves, tree
 from fedpers.errors import FedpersError
 from fedpers.flower_private import server_identity
-from fedpers.progress import Progress, exactly, report_from_json, report_to_json, restored
 from fedpers.records import from_record, to_record
 from fedpers.run import run_rounds
+from fedpers.run.checkpoint import Checkpoint, Checkpoints, network_checksum
+from fedpers.run.progress import Progress, exactly, report_from_json, report_to_json, restored
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.states import DamagedError, read_states, write_states
 from fedpers.strategies import STRATEGIES, CohortApp, FedPerUpdate, PersonalizedStrategy, RoundReport, make_strategy
@@ -322,7 +322,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_sentence(written: int
 
 def remade(folder: Path, tensors: dict[str, Tensor], name: str) -> None:
     """Put other tensors in place, and the index right."""
-    from fedpers.checkpoint import _digest_of
+    from fedpers.run.checkpoint import _digest_of
     from fedpers.runtime.states import write_tensors
 
     path = folder / name

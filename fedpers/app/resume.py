@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpers.app.result import print_result
-from fedpers.resume import FinishedError, check_contents
 from fedpers.run import resume
+from fedpers.run.reopen import FinishedError, check_contents
 from fedpers.settings.groups import conf_folder
 
 

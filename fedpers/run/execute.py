@@ -19,14 +19,14 @@ from flwr.serverapp import Grid
 from omegaconf import OmegaConf
 
 from fedpers import __version__
-from fedpers.checkpoint import Checkpoint, Checkpoints
 from fedpers.cohort import Tree
 from fedpers.data import FederatedData
 from fedpers.errors import ConfigError, FedpersError
-from fedpers.progress import Progress, report_from_json, report_to_json
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record, to_record
-from fedpers.resume import FinishedError, clear_leftovers, locked, reopen
+from fedpers.run.checkpoint import Checkpoint, Checkpoints
+from fedpers.run.progress import Progress, report_from_json, report_to_json
+from fedpers.run.reopen import FinishedError, clear_leftovers, locked, reopen
 from fedpers.run.results import (
     is_finished,
     make_manifest,
@@ -39,10 +39,10 @@ from fedpers.run.results import (
 )
 from fedpers.run.rounds import metrics_of, run_rounds
 from fedpers.run.setup import Setup, client_half, prepare_run
+from fedpers.run.signals import Interrupted, StopSignals
 from fedpers.runtime.launch import launch
 from fedpers.runtime.states import DamagedError, read_states
 from fedpers.settings import Config
-from fedpers.signals import Interrupted, StopSignals
 from fedpers.strategies import CohortApp, RoundReport
 from fedpers.tracking import Resumed, Trackers, make_trackers
 
@@ -54,7 +54,8 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
 
     It holds ``config.yaml``, ``manifest.json``, ``rounds.jsonl``, ``clients.parquet``, ``summary.json`` and the last
     checkpoint. On Ctrl-C or SIGTERM the round ends, what is done so far is written, and
-    :class:`~fedpers.signals.Interrupted` raised; a second signal, or one of a run without checkpoints, stops at once.
+    :class:`~fedpers.run.signals.Interrupted` raised; a second signal, or one of a run without checkpoints, stops at
+    once.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     ----------
     folder : Path
     overrides : sequence of str
-        ``key=value``, see :func:`fedpers.resume.reopen`.
+        ``key=value``, see :func:`fedpers.run.reopen.reopen`.
 
     Returns
     -------

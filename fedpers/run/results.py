@@ -22,8 +22,8 @@ from fedpers import __version__
 from fedpers.data import FederatedData
 from fedpers.data.federated import PARTS
 from fedpers.errors import FedpersError
-from fedpers.progress import Evaluation, Progress
 from fedpers.randomness import sample_clients
+from fedpers.run.progress import Evaluation, Progress
 from fedpers.run.rounds import GROUPS
 from fedpers.run.setup import Setup
 from fedpers.settings import Config

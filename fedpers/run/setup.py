@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fedpers.checkpoint import network_checksum
 from fedpers.client.update import LocalUpdate
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.errors import ConfigError
 from fedpers.models import build_model
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record
+from fedpers.run.checkpoint import network_checksum
 from fedpers.server.postprocessors import make_postprocessors
 from fedpers.settings import Config, build
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy

@@ -272,13 +272,13 @@ class RayGrid(ClientGrid):
         sent = put((list(common.values()), rules))
         jobs = []
         for number, group in sorted(by_shard.items()):
-            own = {id(m.content): m.content for m in group if id(m.content) not in common}
-            behind = {key: -1 - place for place, key in enumerate(own)}
+            of_shard = {id(m.content): m.content for m in group if id(m.content) not in common}
+            behind = {key: -1 - place for place, key in enumerate(of_shard)}
             which = [places[key] if key in common else behind[key] for key in (id(m.content) for m in group)]
             clients = [self.client_of(message) for message in group]
             # as they are now: whoever sent them may change them before they have to be computed again
-            arguments = (kind, clients, which, sent, put(list(own.values())))
-            job = _Job(self.shards[number], arguments, size + sum(map(num_bytes, own.values())), len(group))
+            arguments = (kind, clients, which, sent, put(list(of_shard.values())))
+            job = _Job(self.shards[number], arguments, size + sum(map(num_bytes, of_shard.values())), len(group))
             for place, message in enumerate(group):
                 self._waiting[message.metadata.message_id] = (job, place, message)
             jobs.append(job)

@@ -106,7 +106,7 @@ class RuntimeConfig(Settings, group="runtime"):
 
 @dataclass(kw_only=True)
 class CheckpointConfig(Settings, group="checkpoint"):
-    """When all state of a run is written, see :mod:`fedpers.checkpoint`; also at its end and when a signal stops it."""
+    """When all state of a run is written (:mod:`fedpers.run.checkpoint`), beside its end and a signal that stops it."""
 
     every: Annotated[int, Field(ge=0, description="rounds between checkpoints; 0 writes none at all")] = 10
     keep: Annotated[int, Field(ge=1, description="the last so many are kept")] = 1

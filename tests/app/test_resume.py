@@ -21,7 +21,7 @@ import yaml
 import fedpers.run.execute as module
 import fedpers.run.setup as setup_module
 from fedpers.app import _main
-from fedpers.resume import locked, reopen
+from fedpers.run.reopen import locked, reopen
 from fedpers.strategies import FedAvg
 from tests.resume import killed_runs, results
 

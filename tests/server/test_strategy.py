@@ -18,10 +18,10 @@ from fedpers.client.app import IDENTIFY
 from fedpers.cohort import Cohort, Reply, Training, Tree, entries, leaves
 from fedpers.errors import TrainingError
 from fedpers.flower_private import server_identity
-from fedpers.progress import Progress
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record
 from fedpers.run import metrics_of, run_rounds
+from fedpers.run.progress import Progress
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.collect import Entry

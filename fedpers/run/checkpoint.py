@@ -31,7 +31,7 @@ from fedpers.cohort import Tree, entries, leaves, tree
 from fedpers.cohort.state import Block
 from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
-from fedpers.progress import exactly, restored, whole
+from fedpers.run.progress import exactly, restored, whole
 from fedpers.runtime.states import DamagedError, check_states, write_states, write_tensors
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """Opens the folder of a run to go on with it. The folder may be a stranger's: nothing in it is executed.
 
 ``config.yaml`` is read as plain values (no tags, no aliases, no interpolation), checkpoints are JSON and safetensors
-(:mod:`fedpers.checkpoint`). Settings that would run code from elsewhere or let a server in (``module:Class``, networks
-from a hub, the address of a cluster) count only when they are typed again. Links that lead out of the folder are
-refused.
+(:mod:`fedpers.run.checkpoint`). Settings that would run code from elsewhere or let a server in (``module:Class``,
+networks from a hub, the address of a cluster) count only when they are typed again. Links that lead out of the folder
+are refused.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 
 import yaml
 
-from fedpers.checkpoint import Checkpoint, Checkpoints
 from fedpers.errors import ConfigError, FedpersError, one_of
-from fedpers.progress import exactly
+from fedpers.run.checkpoint import Checkpoint, Checkpoints
+from fedpers.run.progress import exactly
 from fedpers.settings import Config, RuntimeConfig, build
 from fedpers.settings.base import RENAMED
 from fedpers.settings.groups import choice_values, group_names
@@ -75,8 +75,8 @@ class Reopened:
     def tracker_ids(self, checkpoint: Checkpoint) -> dict[str, str]:
         """What services call the run; others than plain names are left out, as they become names of files."""
         kept = checkpoint.content.get("trackers")
-        found = kept if isinstance(kept, dict) else {}
-        return {str(k): v for k, v in found.items() if isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", v)}
+        ids = kept if isinstance(kept, dict) else {}
+        return {str(k): v for k, v in ids.items() if isinstance(v, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,64}", v)}
 
     def nothing_left(self, folder: Path) -> FedpersError:
         """What to say when no checkpoint can be used."""
@@ -216,22 +216,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LONGEST:
             raise FedpersError(f"{path} is larger than settings can be.")
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-        exactly(found)  # a TypeError for dates, bytes and sets
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+        exactly(content)  # a TypeError for dates, bytes and sets
     except OSError as error:
         raise FedpersError(f"{path} cannot be read ({error.strerror or error}).") from error
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FedpersError(f"{path} cannot be read as settings ({reason}).") from error
-    if not isinstance(found, dict) or not _keys_are_text(found):
+    if not isinstance(content, dict) or not _keys_are_text(content):
         raise FedpersError(f"{path} cannot be read as settings (it does not hold values by name).")
-    return found
+    return content
 
 
 def _keys_are_text(value: Any) -> bool:
     if isinstance(value, dict):
-        return all(isinstance(key, str) and _keys_are_text(own) for key, own in value.items())
-    return not isinstance(value, list) or all(_keys_are_text(own) for own in value)
+        return all(isinstance(key, str) and _keys_are_text(entry) for key, entry in value.items())
+    return not isinstance(value, list) or all(_keys_are_text(entry) for entry in value)
 
 
 def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
@@ -243,10 +243,10 @@ def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
     typed = set()
     for text in overrides:
         try:
-            found = OverridesParser.create().parse_override(text)
-            if found.type is not OverrideType.CHANGE or found.is_sweep_override() or found.package:
+            override = OverridesParser.create().parse_override(text)
+            if override.type is not OverrideType.CHANGE or override.is_sweep_override() or override.package:
                 raise FedpersError(f"'{text}' cannot be read as key=value.")
-            key, value = str(found.key_or_group), found.value()
+            key, value = str(override.key_or_group), override.value()
         except HydraException as error:
             raise FedpersError(f"'{text}' cannot be read as key=value.") from error
         if key in RENAMED:
@@ -319,10 +319,10 @@ def _name(value: Any) -> Any:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found.update(_flat(value, f"{prefix}{key}."))
+            flat.update(_flat(value, f"{prefix}{key}."))
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -168,7 +168,7 @@ def test_state_beside_mods_is_neither_saved_nor_loaded() -> None:
             use()
 
 
-@pytest.mark.parametrize("mod", [secaggplus_mod, secagg_mod, "clip"], ids=str)
+@pytest.mark.parametrize("mod", [secaggplus_mod, secagg_mod, "clip"], ids=["secagg+", "secagg", "no mod"])
 def test_mods_that_need_a_protocol_of_their_own_are_refused(mod: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         app_of([nothing, mod])

@@ -174,7 +174,7 @@ def test_samples_of_a_round_are_drawn_once_for_all_passes() -> None:
         ({"own": {"lr": 0.0}}, {"head", "common"}),
         ({"common.weight": {"lr": 0.0}}, {"head", "own"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_groups_are_honoured(groups: dict[str, Any], moved: set[str]) -> None:
     trained = finished(rounds=1, groups=groups)

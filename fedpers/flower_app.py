@@ -28,7 +28,8 @@ from fedpers.errors import FedpersError
 from fedpers.identity import identity_of
 from fedpers.records import from_record
 from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
-from fedpers.runtime.flower import FlowerGrid, RemoteApp, await_clients
+from fedpers.runtime.flower import FlowerGrid, await_clients
+from fedpers.runtime.flower_clients import RemoteApp
 from fedpers.settings import Config
 from fedpers.strategies import CohortApp, RoundReport
 

@@ -18,7 +18,7 @@ import torch
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
-from fedpers.runtime.flower import FlowerSimulation
+from fedpers.runtime.flower_simulation import FlowerSimulation
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.ray import RayGrid
 from fedpers.strategies import CohortApp

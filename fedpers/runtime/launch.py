@@ -43,7 +43,7 @@ def launch(
         Makes `app` once more in a client process; needed by ``flower``.
     """
     if config.name == "flower":
-        from fedpers.runtime.flower import flower_simulation
+        from fedpers.runtime.flower_simulation import flower_simulation
 
         if make_app is None:
             raise ValueError("the flower runtime needs make_app")

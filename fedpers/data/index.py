@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import read_npz
 from fedpers.data.federated import PARTS
+from fedpers.data.sets.arrays import read_npz
 from fedpers.errors import DataError
 
 OWNED = "owned"  # the key of lists that are still to be split

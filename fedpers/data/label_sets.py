@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import Dataset
 from fedpers.data.federated import Part
+from fedpers.data.sets.base import Dataset
 from fedpers.data.split import Lists
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import generator

@@ -11,8 +11,8 @@ from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.index import OWNED, read_index
 from fedpers.data.label_sets import deal_label_sets
 from fedpers.data.partition import BY_LABEL, partition_samples
-from fedpers.data.rating_files import read_ratings
 from fedpers.data.ratings import leave_one_out
+from fedpers.data.sets.rating_files import read_ratings
 from fedpers.data.split import draw_unseen, hold_out, split_clients, take_public
 from fedpers.errors import DataError, check
 from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.data.federated import FederatedData, Part
-from fedpers.data.rating_files import Ratings
+from fedpers.data.sets.rating_files import Ratings
 from fedpers.data.split import draw_unseen
 from fedpers.errors import DataError
 from fedpers.randomness import generator

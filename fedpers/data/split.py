@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import Dataset
 from fedpers.data.federated import Part
+from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
 from fedpers.settings.data import SplitConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fedpers.data import DatasetConfig, PartitionConfig, load_dataset
-from fedpers.data.rating_files import FILES, SOURCES, Ratings, read_ratings
+from fedpers.data.sets.rating_files import FILES, SOURCES, Ratings, read_ratings
 from fedpers.errors import ConfigError, DataError
 from fedpers.settings.data import RATINGS
 

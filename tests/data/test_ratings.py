@@ -20,8 +20,8 @@ from fedpers.data import (
     apply_heterogeneity,
     load_federated,
 )
-from fedpers.data.rating_files import Ratings
 from fedpers.data.ratings import leave_one_out
+from fedpers.data.sets.rating_files import Ratings
 from fedpers.errors import ConfigError, DataError
 from fedpers.tasks import Ranking
 

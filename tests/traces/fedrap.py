@@ -20,8 +20,8 @@ from torch import nn
 from fedpers.cohort import Cohort, Training, entries
 from fedpers.cohort.sparse_rows import with_rows
 from fedpers.data import DatasetConfig, FederatedData, RankingData, SplitConfig
-from fedpers.data.rating_files import Ratings
 from fedpers.data.ratings import leave_one_out
+from fedpers.data.sets.rating_files import Ratings
 from fedpers.flower_private import server_identity
 from fedpers.models import Factorization
 from fedpers.records import from_record, trees

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import data_root, read_npz
+from fedpers.data.sets.arrays import read_npz
+from fedpers.data.sets.base import data_root
 from fedpers.errors import DataError
 from fedpers.randomness import generator
 from fedpers.settings.data import DatasetConfig

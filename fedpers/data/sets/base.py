@@ -1,0 +1,111 @@
+"""What a data set is before it is divided, and how its files are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedpers.data.cache import cache_root
+from fedpers.errors import ConfigError, DataError
+from fedpers.settings.data import DatasetConfig
+from fedpers.tasks import CLASSIFICATION, Task
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A whole data set, not yet divided among clients.
+
+    Parameters
+    ----------
+    x : Tensor ``[N, ...]``
+        Inputs, float32, normalized; pictures are ``[N, C, H, W]``.
+    y : Tensor ``[N]`` or ``[N, D]``
+        Class ids, int64, ``0 <= y < num_classes``; for a regression float32.
+    num_classes : int
+        Of a regression: its targets, D.
+    name : str
+    train_size : int or None
+        The first `train_size` samples are the official training part, the others the official test part;
+        None if there is no official split.
+    owner : Tensor ``[N]`` or None
+        Natural client of each sample, int64; None if the data have none.
+    task : Task
+        What is learned.
+
+    Raises
+    ------
+    DataError
+        If the arrays are empty or differ in length, a label is out of range, or an official part is empty.
+    """
+
+    x: Tensor
+    y: Tensor
+    num_classes: int
+    name: str
+    train_size: int | None = None
+    owner: Tensor | None = None
+    task: Task = CLASSIFICATION
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y):
+            raise DataError(f"{self.name}: x has {len(self.x)} samples but y has {len(self.y)}.")
+        if len(self.y) == 0:
+            raise DataError(f"{self.name}: there are no samples.")
+        if self.task.classes and (int(self.y.min()) < 0 or int(self.y.max()) >= self.num_classes):
+            low, high = int(self.y.min()), int(self.y.max())
+            raise DataError(f"{self.name}: labels run from {low} to {high}, expected 0 to {self.num_classes - 1}.")
+        if self.owner is not None and len(self.owner) != len(self.y):
+            raise DataError(f"{self.name}: there are {len(self.owner)} client ids for {len(self.y)} samples.")
+        if self.train_size is not None and not 0 < self.train_size <= len(self.y):
+            raise DataError(
+                f"{self.name}: an official training part of {self.train_size} samples does not fit "
+                f"{len(self.y)} samples."
+            )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def training_part(self) -> Dataset:
+        """Official training part alone (views, same positions).
+
+        Raises
+        ------
+        ConfigError
+            If there is no official test part.
+        """
+        n = self.train_size
+        if n is None or n == len(self):
+            raise ConfigError("split", "official", f"fractions, because {self.name} has no official test part")
+        return replace(self, x=self.x[:n], y=self.y[:n], owner=None if self.owner is None else self.owner[:n])
+
+
+def data_root(config: DatasetConfig) -> Path:
+    """Folder (or file) of a data set: ``config.root``, or the folder ``data`` of the cache."""
+    return Path(config.root).expanduser() if config.root else cache_root() / "data"
+
+
+def normalized(pictures: NDArray[np.uint8], train_size: int) -> Tensor:
+    """Float32 ``[N, C, H, W]`` from uint8 ``[N, H, W, C]``: mean 0 and deviation 1 in each channel.
+
+    Mean and deviation are those of the first `train_size` pictures. Scaling by 1/255 cancels out.
+    """
+    values = np.arange(256)
+    x = torch.from_numpy(np.ascontiguousarray(pictures.transpose(0, 3, 1, 2))).float()
+    for channel in range(x.shape[1]):
+        # Counted, not summed: exact, and no second float copy of the data.
+        counts = np.bincount(pictures[:train_size, ..., channel].ravel(), minlength=256)
+        mean = float(np.average(values, weights=counts))
+        deviation = float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))
+        x[:, channel].sub_(mean).div_(deviation or 1.0)  # a constant channel becomes 0
+    return x
+
+
+def reason(error: BaseException) -> str:
+    """Last line of an error's text, for use inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__

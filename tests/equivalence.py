@@ -43,12 +43,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
 def outcome(
-    method: str, dtype: torch.dtype, cohort: int, workers: int, device: str = "cpu", label: str = "default"
+    method: str, dtype: torch.dtype, clients_at_once: int, workers: int, device: str = "cpu", label: str = "default"
 ) -> dict[str, Tensor]:
     """What is there after the last round in this process, by name (:func:`outcome_on`)."""
 
     def local(app: CohortApp) -> LocalGrid:
-        return LocalGrid(app, app.data.num_clients, clients_at_once=cohort, workers=workers)
+        return LocalGrid(app, app.data.num_clients, clients_at_once=clients_at_once, workers=workers)
 
     return outcome_on(method, dtype, local, device=device, label=label)
 

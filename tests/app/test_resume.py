@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import fedpers.run.execute as module
-import fedpers.run.setup as setup_module
+import fedpers.run.setup as run_setup
 from fedpers.app import _main
 from fedpers.run.reopen import locked, reopen
 from fedpers.strategies import FedAvg
@@ -241,7 +241,7 @@ def test_a_frozen_backbone_that_is_another_is_refused(tmp_path: Path, capsys: py
     found = run(tmp_path / "run", *settings)
     assert _main(["resume", str(found), "rounds=2"]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        build = setup_module.build_model
+        build = run_setup.build_model
 
         def other(*arguments: Any, **more: Any) -> Any:
             model = build(*arguments, **more)
@@ -249,7 +249,7 @@ def test_a_frozen_backbone_that_is_another_is_refused(tmp_path: Path, capsys: py
                 next(model.body.parameters()).add_(1e-6)
             return model
 
-        patch.setattr(setup_module, "build_model", other)
+        patch.setattr(run_setup, "build_model", other)
         assert error_of(capsys, "resume", str(found), "rounds=3").startswith("the initial network made here differs")
 
 

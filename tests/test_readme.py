@@ -51,15 +51,20 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
 
 def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(python_blocks()[2])
-    (command,) = re.findall(r"^fedpers (strategy\.name=.*)$", README, flags=re.MULTILINE)
-    arguments = [*command.split(), "rounds=2", "partition.num_clients=5", f"output={tmp_path / 'runs'}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "fedpers", *arguments],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (summary,) = (tmp_path / "runs").rglob("summary.json")
-    assert json.loads(summary.read_text())["rounds_done"] == 2
+    commands = re.findall(r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    clients = []
+    for number, command in enumerate(commands):
+        runs = tmp_path / str(number)
+        done = subprocess.run(
+            [sys.executable, "-m", "fedpers", *command.split(), "rounds=2", "partition.num_clients=5", f"output={runs}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (summary,) = runs.rglob("summary.json")
+        assert json.loads(summary.read_text())["rounds_done"] == 2
+        clients.append(summary.with_name("clients.parquet").read_bytes())
+    assert clients[0] == clients[1]
 
 
 def test_every_method_stands_in_the_table() -> None:

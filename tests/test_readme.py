@@ -53,11 +53,11 @@ def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(python_blocks()[2])
     commands = re.findall(r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", README, flags=re.MULTILINE)
     assert len(commands) == 2
-    clients = []
+    clients, small = [], ["rounds=2", "partition.num_clients=5"]
     for number, command in enumerate(commands):
         runs = tmp_path / str(number)
         done = subprocess.run(
-            [sys.executable, "-m", "fedpers", *command.split(), "rounds=2", "partition.num_clients=5", f"output={runs}"],
+            [sys.executable, "-m", "fedpers", *command.split(), *small, f"output={runs}"],
             cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

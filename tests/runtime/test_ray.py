@@ -185,7 +185,7 @@ def flat(grid: Any) -> Values:
 
 def killed(grid: RayGrid, place: int = 0) -> None:
     """Let an actor die as a crash would."""
-    ray.kill(grid.shards[place].host.actor)
+    ray.kill(grid.shards[place].actor.remote)
 
 
 @pytest.mark.slow
@@ -352,12 +352,12 @@ def test_moving_an_app_moves_nothing_of_the_one_it_was_made_from() -> None:
 def test_frozen_parameters_travel_once(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
 
-    def put(grid: RayGrid, value: Any) -> Any:
+    def put(value: Any) -> Any:
         packed = pack(value)
         sizes.append(len(packed[0]) + sum(part.nbytes for part in packed[1]))
         return ray.put(packed)
 
-    monkeypatch.setattr(RayGrid, "_put", put)
+    monkeypatch.setattr(ray_runtime, "put", put)
     app = frozen_app()
     with RayGrid(app, actors=3, clients_at_once=2) as grid:
         Faulty(seed=3).start(grid, app.initial_arrays(), num_rounds=1)

@@ -145,7 +145,10 @@ def assert_none_is_left(surroundings: dict[str, str]) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("nodes", "settings", "more"),
-    [(2, "strategy=gpfl dataset=digits rounds=3 evaluate_every=3", []), (2, "dataset=digits rounds=1", ["--tls"])],
+    [
+        (2, "strategy=gpfl dataset=digits rounds=3 evaluate_every=3", []),
+        (1, "dataset=digits partition=iid rounds=1", ["--tls"]),
+    ],
     ids=["plain", "tls"],
 )
 def test_supernodes_give_what_this_process_gives(nodes: int, settings: str, more: list[str], tmp_path: Path) -> None:

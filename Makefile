@@ -1,10 +1,12 @@
-# make setup | demo | test | lint | bench; each sets itself up and does nothing twice
+# make setup | demo | check | test | lint | bench; each sets itself up and does nothing twice
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# the tests of a file, which may share a Ray cluster, stay in one process
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo check test lint bench clean
 
 setup: $(INSTALLED)
 
@@ -28,8 +30,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict fedpers
 
+check: lint
+	$(PYTEST) -m "not slow"
+
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: setup
 	$(BIN)/python -m benchmarks.local_grid

@@ -61,6 +61,12 @@ def unavailable(message_id: str, run_id: int) -> flower.Message:
     return reply
 
 
+def is_unavailable(reply: flower.Message) -> bool:
+    """Whether a reply says that the node or the message cannot be had at present, and nothing about the client."""
+    passing = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+    return reply.has_error() and reply.error.code in passing
+
+
 def ended(run_id: int) -> BaseException:
     """What a grid raises when its run has ended; threads that Flower leaves behind end on it."""
     return RunNotRunningException(f"run {run_id} has ended")

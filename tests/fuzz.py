@@ -241,7 +241,7 @@ class Prepared:
     def evaluate(self, replies: list[flower.Message]) -> tuple[dict[str, Tensor], PersonalizedStrategy]:
         """Metrics of an evaluation for some replies."""
         strategy = copy.deepcopy(self.strategy)
-        strategy._addressed = sorted(strategy.exchange.node_of)
+        strategy._evaluating_clients = sorted(strategy.exchange.node_of)
         strategy.aggregate_evaluate(2, replies)
         rows = {**strategy.report.clients, **strategy.report.unseen}
         return {f"{c}/{name}": torch.tensor(v) for c, own in rows.items() for name, v in own.items()}, strategy

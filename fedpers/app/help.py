@@ -10,7 +10,7 @@ from typing import Any
 from fedpers.errors import ConfigError, one_of
 from fedpers.settings import CheckpointConfig, Training
 from fedpers.settings.base import Option, Settings, choice_options, choices, options, plain
-from fedpers.settings.groups import GROUPS, TRACKERS, conf_folder, group_names
+from fedpers.settings.groups import GROUPS, TRACKERS, conf_folder, group_names, method_file
 
 USAGE = """\
 fedpers - personalized federated learning
@@ -24,10 +24,10 @@ Subcommands:
   fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
   fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
-  fedpers --help strategy=fedrep [dataset=... training ...]   every option of a choice or a group, with its range
+  fedpers --help strategy=fedrep training             every option of a choice, with its range; the choices of a group
   fedpers --version
 
-Settings people change (choose = one of the files of conf/KEY):
+Settings people change:
   strategy    {strategy}
               strategy.KEY=VALUE for a method's own settings
   dataset     {dataset}      dataset.root=PATH
@@ -36,7 +36,7 @@ Settings people change (choose = one of the files of conf/KEY):
   heterogeneity
               {heterogeneity}      split   {split}
   model       {model}
-  training    training.lr=0.05 .epochs=1 .batch_size=10 .momentum=0 .optimizer=sgd|adam|adamw ...
+  training    training.lr=0.05 training.epochs=1 training.batch_size=10 training.optimizer=sgd|adam|adamw ...
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
   compression {compression}      compression.share=0.01  compression.bits=8
   privacy     {privacy}      privacy.noise=1  privacy.norm=1  privacy.delta=1e-5
@@ -45,7 +45,7 @@ Settings people change (choose = one of the files of conf/KEY):
               runtime.clients_at_once=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
               runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5
   checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1
-  tracker     none, wandb, tensorboard, [wandb,tensorboard]
+  tracker     {tracker}, [wandb,tensorboard]
   +experiment {experiment}
 
 All settings with their values:  fedpers --cfg job [key=value ...]
@@ -57,7 +57,7 @@ _WITHOUT_CHOICE: dict[str, type[Settings]] = {"training": Training, "checkpoint"
 
 
 def command(arguments: list[str]) -> int:
-    """Print how the command is used, or the options of each ``group=choice`` or ``group`` that is typed.
+    """Print how the command is used; or the options of each ``group=choice``, the choices of each ``group``.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def _described(group: str, choice: str) -> Iterable[str]:
     if choice not in names and not (group == "strategy" and ":" in choice):
         raise ConfigError(group, choice, one_of(names, choice))
     title = f"{group}={choice}  {_summary(group, choice)}".rstrip()
-    return [title, *_lines(_options(group, choice)), *_brought(group, choice)]
+    return [title, *_lines(_options(group, choice)), *_preset(group, choice)]
 
 
 def _options(group: str, choice: str) -> Mapping[str, Option]:
@@ -119,27 +119,26 @@ def _typed(value: Any) -> str:
 def _summary(group: str, choice: str) -> str:
     """One line on a choice."""
     if group == "strategy" and ":" not in choice:  # the first line of its file, which need not be imported
-        from fedpers.settings.groups import method_file
-
         text = ast.get_docstring(ast.parse(method_file(choice).read_text(encoding="utf-8"))) or ""
         return text.partition("\n")[0]
     kind: type[Settings] | None = GROUPS.get(group)
     return "" if kind is None else choices(kind).get(choice, "")
 
 
-def _brought(group: str, choice: str) -> list[str]:
+def _preset(group: str, choice: str) -> list[str]:
     """What a file of ``conf/`` sets beside or in place of the defaults."""
     import yaml
 
     file = conf_folder() / group / f"{choice}.yaml"
     if not file.exists():
         return []
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    text = file.read_text(encoding="utf-8")
+    content = yaml.safe_load(text) or {}
     chosen = [entry for entry in content.pop("defaults", []) if isinstance(entry, dict)]
     overrides = {key.removeprefix("override /"): value for entry in chosen for key, value in entry.items()}
-    overrides = {key: value for key, value in overrides.items() if not key.startswith("/")}
+    overrides = {key: value for key, value in overrides.items() if not key.startswith("/")}  # no files it is based on
     content.pop("hydra", None)
-    prefix = "" if "@package _global_" in file.read_text(encoding="utf-8") else f"{group}."
+    prefix = "" if "@package _global_" in text else f"{group}."
     settings = [f"{key}={_typed(value)}" for key, value in (overrides | _flat(content, prefix)).items()]
     return [f"  sets {' '.join(settings)}"] if settings else []
 

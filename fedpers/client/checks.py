@@ -62,9 +62,9 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         shape = list(data.x.shape[1:])
         raise ConfigError("model", name, f"a network that takes samples of shape {shape} ({error})") from error
     data.task.check_outputs(out, data, name)
+    _check_loss(update, network, data)
     if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(data.device), strict=True)):
         raise ConfigError("model", name, "a network without random functions; use nn.Dropout layers")
-    _check_loss(update, network, data)
     if not _fails_alone(update, network, data):
         return False
     for client, size in enumerate(data.sizes("train").tolist()):
@@ -91,7 +91,7 @@ def check_parts(update: LocalUpdate) -> None:
 
 
 def check_groups(groups: Iterable[str], module: nn.Module) -> None:
-    """Refuse groups of training settings that stand for nothing in the network."""
+    """Refuse groups of training settings that select no entry of the network."""
     for group in groups:
         select(module, group, "training.groups")
 
@@ -104,15 +104,20 @@ def _check_loss(update: LocalUpdate, network: Network, data: FederatedData) -> N
     weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
     plain = Batch(x, y, None, network.given, data.task)
     padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight, network.given, data.task)
-    with torch.no_grad():
-        without, masked = update.loss(network, plain), update.loss(network.seeing(padded), padded)
+    name = f"{type(update).__name__}.loss"
+    try:
+        with torch.no_grad():
+            without, masked = update.loss(network, plain), update.loss(network.seeing(padded), padded)
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ConfigError("strategy", name, f"a loss that takes batches of the data ({error})") from error
     if not torch.allclose(without, masked, rtol=1e-3, atol=1e-5, equal_nan=True):
-        name = f"{type(update).__name__}.loss"
         raise ConfigError("strategy", name, "a loss that leaves padding out: reduce over samples with batch.mean")
 
 
 def _fails_alone(update: LocalUpdate, network: Network, data: FederatedData) -> bool:
-    """Whether a batch of one sample leaves a layer that normalizes over the batch nothing to go by."""
+    """Whether predictions fail on a batch of one sample, as batch normalization does."""
     try:
         with torch.no_grad():
             return not bool(update.predict(network, data.x[:1]).isfinite().all())

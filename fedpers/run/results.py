@@ -24,7 +24,7 @@ from fedpers.data.federated import PARTS
 from fedpers.errors import FedpersError
 from fedpers.randomness import sample_clients
 from fedpers.run.progress import Evaluation, Progress
-from fedpers.run.rounds import GROUPS
+from fedpers.run.rounds import METRIC_PREFIXES
 from fedpers.run.setup import Setup
 from fedpers.settings import Config
 
@@ -109,7 +109,7 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
 
     def measured(evaluation: Evaluation | None) -> dict[str, float | None]:
         metrics = {} if evaluation is None else evaluation[1]
-        return {k: v if math.isfinite(v) else None for k, v in metrics.items() if k.startswith(GROUPS)}
+        return {k: v if math.isfinite(v) else None for k, v in metrics.items() if k.startswith(METRIC_PREFIXES)}
 
     totals, task = progress.totals, setup.data.task
     return {

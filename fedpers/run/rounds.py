@@ -15,7 +15,7 @@ from fedpers.strategies import PersonalizedStrategy, RoundReport
 
 TIMES = ("seconds", "train_seconds", "samples_per_second")
 """Metrics that differ between two runs of the same settings."""
-GROUPS = (*PARTS[1:], "unseen", "adapted")
+METRIC_PREFIXES = ("validation", "test", "unseen", "adapted")
 """What the names of measured metrics begin with: parts of the clients that train, and the unseen ones' test part."""
 _SPREAD = {"mean": "", "weighted": "_weighted", "std": "_std", "worst_decile": "_worst_decile", "min": "_min"}
 
@@ -49,7 +49,7 @@ def run_rounds(
         Of the last round that ran already, as `keep` was given it; `arrays`, ``strategy.state`` and the clients' state
         are those after it.
     keep : callable, optional
-        Called with the report and the arrays after each round, before what is done only after the last one.
+        Called with the report and the arrays after each round, before the evaluations that only follow the last one.
 
     Yields
     ------
@@ -94,12 +94,12 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
     if report.round:
         metrics["train/loss"] = report.train_loss
         metrics.update({f"train/{name}": value for name, value in report.extra.items()})
-    for group in GROUPS:
+    for group in METRIC_PREFIXES:
         rows = list({"unseen": report.unseen, "adapted": report.adapted}.get(group, report.clients).values())
         part = group if group in PARTS else "test"
         weights = np.array([row.get(f"{part}-examples", 0.0) for row in rows])
-        names = dict.fromkeys(name.removeprefix(f"{part}-") for row in rows for name in row if name.startswith(part))
-        for name in names:
+        measured = dict.fromkeys(key for row in rows for key in row if key.startswith(f"{part}-"))
+        for name in (key.removeprefix(f"{part}-") for key in measured):
             if name == "examples":
                 continue
             statistics = distribution(np.array([row.get(f"{part}-{name}", math.nan) for row in rows]), weights)
@@ -107,9 +107,9 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
                 metrics[f"{group}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
     metrics["clients/sampled"] = len(report.sampled)
     metrics["clients/failed"] = len(report.failures) + len(report.evaluation_failures)
-    adapted = [row.get("adaptation-gradients", 0.0) for row in report.clients.values()]
-    if any(adapted):
-        metrics["adaptation_gradients"] = sum(adapted)
+    gradients = [row.get("adaptation-gradients", 0.0) for row in report.clients.values()]
+    if any(gradients):
+        metrics["adaptation_gradients"] = sum(gradients)
     for name in ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds"):
         metrics[name] = getattr(report, name)
     if report.train_seconds:

@@ -21,8 +21,9 @@ from fedpers.records import CONFIG, METRICS
 from fedpers.runtime.grid import error_reply
 
 log = logging.getLogger(__name__)
-PERSONAL_STATE = "query.kept"
-"""Message by which the server of a simulation reads the personal state a client keeps, or puts other in its place."""
+EXCHANGE_STATE = "query.:state"
+"""Type of a message by which the server of a simulation reads a client's personal state or replaces it; no method can
+have a question of that name."""
 _MARK = "fedpers.run"
 _apps: dict[str, CohortApp] = {}
 """The app of this process, by what it was made from."""
@@ -31,7 +32,7 @@ _apps: dict[str, CohortApp] = {}
 class RemoteApp(ClientApp):
     """A ``ClientApp`` that is light to send: it holds how to make the app of a method, not the app.
 
-    The first message in a process makes the app, later ones find it. Which client a node holds is answered without.
+    The first message in a process makes the app, later ones find it; which client a node holds is answered without it.
     What the app raises becomes the client's answer, in one sentence. Personal state of another run that Flower kept in
     a context is dropped.
 
@@ -81,7 +82,7 @@ class RemoteApp(ClientApp):
             if context.state.get(_MARK) != mark:
                 context.state.clear()
                 context.state[_MARK] = mark
-            if message.metadata.message_type == PERSONAL_STATE and self.simulated:
+            if message.metadata.message_type == EXCHANGE_STATE and self.simulated:
                 return _exchange_state(message, context)
             if key not in _apps:
                 _apps.clear()
@@ -94,7 +95,7 @@ class RemoteApp(ClientApp):
 
 
 def _exchange_state(message: flower.Message, context: flower.Context) -> flower.Message:
-    """Answer with the personal state there is, after what the message says was done with it."""
+    """Answer with the personal state; of a message with a configuration, which replaces it, with nothing."""
     if CONFIG in message.content.config_records:  # else it is only read
         context.state.pop(STATE, None)
         if STATE in message.content.array_records:

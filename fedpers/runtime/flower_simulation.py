@@ -26,7 +26,7 @@ from fedpers.errors import TrainingError
 from fedpers.flower_private import kill_simulated_clients, server_identity
 from fedpers.records import CONFIG, flatten_state, unflatten_state
 from fedpers.runtime.flower import PATIENCE, FlowerGrid
-from fedpers.runtime.flower_clients import PERSONAL_STATE, RemoteApp
+from fedpers.runtime.flower_clients import EXCHANGE_STATE, RemoteApp
 from fedpers.runtime.grid import RUN_ID
 from fedpers.server.collect import result_of
 from fedpers.server.exchange import Exchange
@@ -41,17 +41,17 @@ class SimulationGrid(FlowerGrid):
     ----------
     grid, watch
         See :class:`FlowerGrid`.
-    like : Tree
+    template : Tree
         A client's initial personal state, batch size [].
     """
 
-    def __init__(self, grid: Grid, watch: Callable[[], None], like: Tree) -> None:
+    def __init__(self, grid: Grid, watch: Callable[[], None], template: Tree) -> None:
         super().__init__(grid, watch)
-        self._like = like
+        self._template = template
 
     def blocks(self) -> Iterator[Block]:
         """Personal state of all clients that have any, a few at a time."""
-        size = sum(value.nbytes for value in leaves(self._like).values())
+        size = sum(value.nbytes for value in leaves(self._template).values())
         if not size:
             return
         for nodes in self._chunks(max(1, BLOCK_BYTES // size)):
@@ -60,11 +60,11 @@ class SimulationGrid(FlowerGrid):
                 c: content.array_records[STATE] for c, content in answers.items() if STATE in content.array_records
             }
             if records:
-                states = [unflatten_state(record, self._like) for record in records.values()]
+                states = [unflatten_state(record, self._template) for record in records.values()]
                 yield torch.tensor(list(records)), cast(Tree, torch.cat(cast(Any, states)))
 
     def load(self, blocks: Iterable[Block]) -> None:
-        """Put personal state that :meth:`blocks` gave back in place of all there is."""
+        """Replace all clients' personal state by what :meth:`blocks` gave."""
         nodes = Exchange().connect(self)
         change = flower.ConfigRecord()
         self._exchange({c: (node, flower.RecordDict({CONFIG: change})) for c, node in nodes.items()})
@@ -83,7 +83,7 @@ class SimulationGrid(FlowerGrid):
 
     def _exchange(self, contents: Mapping[int, tuple[int, flower.RecordDict]]) -> dict[int, flower.RecordDict]:
         """Answers of clients on the state they keep."""
-        messages = [flower.Message(content, node, PERSONAL_STATE) for node, content in contents.values()]
+        messages = [flower.Message(content, node, EXCHANGE_STATE) for node, content in contents.values()]
         answered = {reply.metadata.src_node_id: reply for reply in self.send_and_receive(messages)}
         answers = {}
         for client, (node, _) in contents.items():
@@ -131,7 +131,7 @@ class FlowerSimulation:
                 warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
                 self._thread.start()
                 self._await(lambda: ray.is_initialized() and not self._grids.empty(), "Flower's simulation has started")
-            self._grid = FlowerGrid(self._grids.get(), self._watch)
+            self._grid = FlowerGrid(self._grids.get(), self._check_alive)
             self._await(
                 lambda: len(list(self._nodes())) == self.num_clients, f"{self.num_clients} nodes have registered"
             )
@@ -170,8 +170,8 @@ class FlowerSimulation:
             raise RuntimeError("FlowerSimulation.run outside of its with block")
         cohort_app = app or make_app()
         self._app.make, self._app.key = partial(_made_by, make_app), uuid4().hex
-        self._app.identify = partial(_identity, cohort_app.identity)
-        main(SimulationGrid(self._grid, self._watch, cohort_app.initial_state))
+        self._app.identify = partial(_same_identity, cohort_app.identity)
+        main(SimulationGrid(self._grid, self._check_alive, cohort_app.initial_state))
 
     def _nodes(self) -> Iterable[int]:
         assert self._grid is not None
@@ -201,7 +201,7 @@ class FlowerSimulation:
         except (Exception, SystemExit) as error:  # told to whoever waits for replies
             self._failure = error
 
-    def _watch(self) -> None:
+    def _check_alive(self) -> None:
         if not self._thread.is_alive():
             reason = self._failure
             while reason is not None and (reason.__cause__ or reason.__context__) is not None:
@@ -212,7 +212,7 @@ class FlowerSimulation:
     def _await(self, happened: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + PATIENCE
         while not happened():
-            self._watch()
+            self._check_alive()
             if time.monotonic() > deadline:
                 raise TrainingError(f"{PATIENCE:g} seconds have passed before {what}.")
             time.sleep(0.02)
@@ -259,7 +259,7 @@ def _nothing(run_config: Mapping[str, Any]) -> CohortApp:
     raise TrainingError("no run has begun.")
 
 
-def _identity(identity: flower.ConfigRecord, run_config: Mapping[str, Any]) -> flower.ConfigRecord:
+def _same_identity(identity: flower.ConfigRecord, run_config: Mapping[str, Any]) -> flower.ConfigRecord:
     return identity
 
 

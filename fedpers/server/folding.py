@@ -49,7 +49,7 @@ class _Folding:
         if messages is not strategy._training:
             replies: Iterable[flower.Message] = cast(Grid, self._grid).send_and_receive(messages, timeout=timeout)
             return replies
-        collector = ReplyCollector(strategy.reply_rules(strategy.asked))
+        collector = ReplyCollector(strategy.reply_rules(strategy.training_clients))
         self._grid.send_and_fold(messages, collector, timeout=timeout)
         strategy._collected = collector.collected
         return []

@@ -10,12 +10,15 @@ from flwr.serverapp import Grid
 
 from fedpers.client.app import IDENTIFY
 from fedpers.errors import TrainingError
+from fedpers.flower_private import is_unavailable
 from fedpers.identity import METHOD
 from fedpers.records import CONFIG, METRICS
 
 log = logging.getLogger(__name__)
 IDENTIFY_SECONDS = 60.0
 """Seconds a node may take to say which client it holds."""
+UNUSABLE = ""
+"""In place of a message's id: its node has answered, but not with the number of a client."""
 
 
 class Nodes:
@@ -34,7 +37,7 @@ class Nodes:
     def __init__(self) -> None:
         self.identities: list[flower.ConfigRecord] = []
         self._clients: dict[int, int] = {}
-        self._questions: dict[int, str] = {}  # node without a client -> its unanswered question, if there is one
+        self._questions: dict[int, str] = {}  # node without a client -> id of its unanswered message, or UNUSABLE
         self._numbered = False  # whether clients are numbered in order of node ids
 
     def clients(self, grid: Grid) -> dict[int, int]:
@@ -51,11 +54,11 @@ class Nodes:
         known_clients = {node: client for node, client in self._clients.items() if node in ids}
         self._questions = {node: question for node, question in self._questions.items() if node in ids}
         new_clients: dict[int, int] = {}
-        if waiting := [question for question in self._questions.values() if question]:
+        if waiting := [question for question in self._questions.values() if question != UNUSABLE]:
             new_clients = self._identified(grid.pull_messages(waiting))
         if new := sorted(ids - known_clients.keys() - new_clients.keys() - self._questions.keys()):
             new_clients.update(self._identify(grid, new))
-            if not known_clients and not new_clients and "" in self._questions.values():
+            if not known_clients and not new_clients and UNUSABLE in self._questions.values():
                 new_clients, self._questions, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
         if doubled := [node for node, client in known_clients.items() if client in new_clients.values()]:
             alive = self._identify(grid, doubled)  # a node that ended without saying so is listed for a while
@@ -79,7 +82,7 @@ class Nodes:
         return clients
 
     def _identified(self, replies: Iterable[flower.Message]) -> dict[int, int]:
-        """Client of each node that says so; one that answers something else is not asked again."""
+        """Client of each node that says so; one that answers something else is not asked again, one out of reach is."""
         clients: dict[int, int] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
@@ -90,8 +93,10 @@ class Nodes:
                 clients[node] = number
                 self._remember(reply.content.config_records.get(CONFIG))
                 self._questions.pop(node, None)
+            elif is_unavailable(reply):
+                self._questions.pop(node, None)  # to be asked again
             elif node in self._questions:
-                self._questions[node] = ""
+                self._questions[node] = UNUSABLE
         return clients
 
     def _remember(self, identity: flower.ConfigRecord | None) -> None:

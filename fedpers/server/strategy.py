@@ -118,7 +118,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self._arrays: Tree | None = None
         self._collected: Collected | None = None  # replies that were folded where they were made
         self._training: list[flower.Message] = []  # what this round's clients were sent
-        self._addressed: list[int] = []  # who was asked for an evaluation
+        self.training_clients: list[int] = []  # who was sent this round's training, ascending
+        self._evaluating_clients: list[int] = []  # who was sent this round's evaluation
         self._started = 0.0
 
     # ------------------------------------------------------------------ a run
@@ -297,19 +298,19 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         return connected
 
     @property
-    def seen(self) -> list[int]:
+    def trainable_clients(self) -> list[int]:
         """Clients known to the server that may train, ascending."""
         return sorted(set(self.exchange.node_of) - set(self.unseen))
 
     @property
     def num_clients(self) -> int:
         """Number of clients that may train."""
-        return len(self.seen)
+        return len(self.trainable_clients)
 
     def sample(self, round: int) -> list[int]:
         """Clients that train in a round, ascending: the same for every method under one seed."""
-        seen = self.seen
-        return [seen[i] for i in sample_clients(self.seed, round, len(seen), self.fraction)]
+        clients = self.trainable_clients
+        return [clients[i] for i in sample_clients(self.seed, round, len(clients), self.fraction)]
 
     def query_clients(
         self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str, schema: Schema
@@ -369,11 +370,6 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         assert self._arrays is not None
         return self._arrays
 
-    @property
-    def asked(self) -> list[int]:
-        """Clients that were sent this round's training, ascending."""
-        return [client for client in self.report.sampled if client not in self.report.failures]
-
     def check_arrays(self, arrays: Tree, sampled: int) -> None:
         """Refuse postprocessors that do not go with the method, its arrays, or the number of sampled clients.
 
@@ -418,7 +414,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         config["server-round"] = server_round
         self.report = RoundReport(server_round, sampled)
         self._collected = None
-        clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
+        clients = self.training_clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
         sent = self.send(server_round, self._arrays, clients)
         self._check_sent(sent)
         self._training, size = self.exchange.messages(flower.MessageType.TRAIN, sent, config, clients)
@@ -468,7 +464,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """
         collected, self._collected = self._collected, None
         if collected is None:  # the grid left it to us
-            clients = self.asked
+            clients = self.training_clients
             collector = ReplyCollector(self.reply_rules(clients))
             collector.take(self.exchange.answers(replies, clients))
             collected = collector.collected
@@ -523,14 +519,14 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self._check_config(config)
         config["server-round"] = server_round
         tensors = from_record(arrays)
-        self._addressed = self.prepare(server_round, tensors, connected, grid, "evaluate")
-        sent = self.send(server_round, tensors, self._addressed)
-        return self.exchange.messages(flower.MessageType.EVALUATE, sent, config, self._addressed)[0]
+        self._evaluating_clients = self.prepare(server_round, tensors, connected, grid, "evaluate")
+        sent = self.send(server_round, tensors, self._evaluating_clients)
+        return self.exchange.messages(flower.MessageType.EVALUATE, sent, config, self._evaluating_clients)[0]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:
         """Collect the clients' metrics in :attr:`report`; return their means over clients."""
         report = self.report
-        for client, result in self.exchange.answers(replies, self._addressed).items():
+        for client, result in self.exchange.answers(replies, self._evaluating_clients).items():
             try:
                 metrics = evaluated(result)
             except ValueError as problem:

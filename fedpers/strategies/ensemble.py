@@ -102,7 +102,7 @@ class Ensemble(PersonalizedStrategy):
     def sample_of(self, member: int, round: int) -> list[int]:
         """Clients of one member, ascending; those of the first are FedAvg's."""
         seed = self.seed if member == 0 else derive(self.seed, "member", member)
-        seen = self.seen
+        seen = self.trainable_clients
         return [seen[i] for i in sample_clients(seed, round, len(seen), self.fraction)]
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:

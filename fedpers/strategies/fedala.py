@@ -134,7 +134,7 @@ class FedALA(PersonalizedStrategy):
 
     def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
         """In ``pfllib`` let the clients that do not train in this round mix."""
-        others = [client for client in self.seen if client not in clients]
+        others = [client for client in self.trainable_clients if client not in clients]
         if self.variant == "pfllib" and kind == "train" and others:
             config = flower.ConfigRecord({"server-round": round})
             results, size = self.exchange.call(grid, "train.weights", {ARRAYS: arrays}, config, others)

@@ -298,9 +298,9 @@ class FedJETs(PersonalizedStrategy):
     def sample(self, round: int) -> list[int]:
         """Draw anchors and others, each without replacement."""
         anchors = anchor_clients(self.client_update.experts, self.unseen)
-        able = [client for client in self.seen if client in anchors]
-        others = [client for client in self.seen if client not in anchors]
-        size = len(sample_clients(self.seed, round, len(self.seen), self.fraction))
+        able = [client for client in self.trainable_clients if client in anchors]
+        others = [client for client in self.trainable_clients if client not in anchors]
+        size = len(sample_clients(self.seed, round, len(self.trainable_clients), self.fraction))
         tied = min(len(able), int(self.anchor_share * size + 0.5))
         if self.anchor_share:  # where there are too few others, anchors take their places
             tied = min(len(able), max(tied, size - len(others)))

@@ -13,7 +13,8 @@ Shared: the whole network, buffers averaged. Personal: nothing; a client adapts 
 
 ``hessian: true`` takes the exact gradient of F (the paper's algorithm, which draws a third batch for the second-order
 term; here that term sees D). ``hessian: false`` is the paper's first-order variant, Per-FedAvg (FO). Common
-implementations use it with ``inner_lr = lr``, weight by samples, and train twice a round.
+implementations take that variant with ``inner_lr = lr``, weight replies by samples, and pass twice over the data in an
+epoch.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class PerFedAvgUpdate(LocalUpdate):
         """Pass over the data in pairs of batches."""
         params = cohort.assemble(received["arrays"])
         cohort.fit(params, self.adapted_loss, batch_size=2 * self.training.batch_size)
-        cohort.gradients_taken *= 2  # one inside the loss, one of it
+        cohort.gradients_taken *= 2  # each step takes an inner and an outer one
         return cohort.reply(params)
 
     def smallest_batch(self, size: int) -> int:
@@ -64,14 +65,14 @@ class PerFedAvgUpdate(LocalUpdate):
     def adapted_loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss on the second half of the batch after a step on the first."""
         if self.hessian and batch.weight is None:
-            # PyTorch's own batch normalization, mapped over clients, has a wrong second derivative (2.13); with weights
-            # it is written out (fedpers.cohort.modules)
+            # torch 2.13's own batch normalization, mapped over clients, has a wrong second derivative; for a batch with
+            # weights that of fedpers.cohort.modules is used
             weight = torch.ones(len(batch.y), device=batch.y.device, dtype=next(iter(network.tensors.values())).dtype)
             batch = replace(batch, weight=weight)
         first, second = _halves(batch)
-        trained = {name for name, parameter in network.module.named_parameters() if parameter.requires_grad}
-        start = {name: value for name, value in network.tensors.items() if name in trained}
-        buffers = {name: value for name, value in network.tensors.items() if name not in trained}
+        trainable = {name for name, parameter in network.module.named_parameters() if parameter.requires_grad}
+        start = {name: value for name, value in network.tensors.items() if name in trainable}
+        buffers = {name: value for name, value in network.tensors.items() if name not in trainable}
 
         def inner(tensors: dict[str, Tensor]) -> Tensor:
             copies = {name: value.clone() for name, value in buffers.items()}  # adaptation leaves the statistics alone
@@ -112,13 +113,13 @@ class PerFedAvg(PersonalizedStrategy):
 
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
-    """First and second half of a batch, padding left out; a single sample is both."""
+    """First and second half of a batch, padding, which comes last, left out; a single sample is both."""
     width = len(batch.y)
     if batch.weight is None:
         half = width // 2
         if not half:
             return batch, batch
-        return Batch(batch.x[:half], batch.y[:half]), Batch(batch.x[half:], batch.y[half:])
+        return replace(batch, x=batch.x[:half], y=batch.y[:half]), replace(batch, x=batch.x[half:], y=batch.y[half:])
     count = batch.weight.sum().to(torch.int64)
     half_count = torch.clamp(count // 2, min=1)
     start = torch.where(count > 1, half_count, 0)
@@ -126,7 +127,8 @@ def _halves(batch: Batch) -> tuple[Batch, Batch]:
     after = start + torch.arange(width - width // 2, device=batch.y.device)
     inside = after.clamp(max=width - 1)
     kind = batch.weight.dtype
+    first, second = (before < half_count).to(kind), (after < count).to(kind)
     return (
-        Batch(batch.x[: len(before)], batch.y[: len(before)], (before < half_count).to(kind)),
-        Batch(batch.x[inside], batch.y[inside], (after < count).to(kind)),
+        replace(batch, x=batch.x[: len(before)], y=batch.y[: len(before)], weight=first),
+        replace(batch, x=batch.x[inside], y=batch.y[inside], weight=second),
     )

@@ -39,7 +39,7 @@ from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received,
 class PFedMeUpdate(LocalUpdate):
     """Alternate between theta and w on every batch."""
 
-    lam: Annotated[float, Field(gt=0, description="strength of the tie; lr * lam below 1")] = 15.0
+    lam: Annotated[float, Field(gt=0, description="strength of the tie; lr * lam should be below 1")] = 15.0
     inner_steps: Annotated[int, Field(ge=1, description="steps on theta for each batch, K in the paper")] = 5
     personal_lr: Annotated[
         float | None, Field(gt=0, description="rate of theta, to which lr_decay applies; null: training.lr")

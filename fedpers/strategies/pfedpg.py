@@ -302,7 +302,7 @@ class PFedPG(PersonalizedStrategy):
             return {"value": value, **self._optimizer.moments(value)}
 
         table = ClientTable(first, self.state.get(DESCRIPTORS))
-        table.add(sorted({*self.seen, *clients} - set(self.unseen)))
+        table.add(sorted({*self.trainable_clients, *clients} - set(self.unseen)))
         self.state[DESCRIPTORS] = table.values
         return table
 

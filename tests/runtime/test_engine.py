@@ -105,7 +105,7 @@ def test_a_collector_gets_every_client_once() -> None:
     strategy, grid = FedAvg(), LocalGrid(app, CLIENTS, clients_at_once=5, workers=2)
     strategy.begin()
     messages = list(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid))
-    collector = ReplyCollector(strategy.reply_rules(strategy.asked))
+    collector = ReplyCollector(strategy.reply_rules(strategy.training_clients))
     grid.send_and_fold(messages, collector)
     grid.close()
     assert sorted(collector.collected.replies) == list(range(CLIENTS))

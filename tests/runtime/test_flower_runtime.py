@@ -32,7 +32,7 @@ from fedpers.flower_private import delivered, give_id, server_identity
 from fedpers.records import METRICS, from_record
 from fedpers.run import run_rounds
 from fedpers.runtime.flower import FlowerGrid, await_clients
-from fedpers.runtime.flower_clients import PERSONAL_STATE, RemoteApp
+from fedpers.runtime.flower_clients import EXCHANGE_STATE, RemoteApp
 from fedpers.runtime.flower_simulation import FlowerSimulation, flower_simulation
 from fedpers.runtime.grid import FIRST_NODE, context_of
 from fedpers.runtime.local import LocalGrid
@@ -144,7 +144,7 @@ def test_personal_state_is_given_away_in_a_simulation_only() -> None:
         context = context_of(1, 7, {})
         ask(app, context, "query.nothing")
         context.state[STATE] = flower.ArrayRecord({"head": flower.Array(np.ones(2))})
-        reply = ask(app, context, PERSONAL_STATE)
+        reply = ask(app, context, EXCHANGE_STATE)
         assert reply.has_content() == simulated
         assert STATE in context.state
 

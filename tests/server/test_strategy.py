@@ -11,6 +11,7 @@ import flwr.app as flower
 import numpy as np
 import pytest
 import torch
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import nn
 
@@ -335,6 +336,27 @@ def test_a_node_that_does_not_identify_itself_is_left_out_and_nobody_is_renumber
         nodes = strategy.nodes(OneSilent(app, 4))
     assert nodes == {client: FIRST_NODE + client for client in (0, 2, 3)}
     assert "does not say which client it holds" in caplog.text
+
+
+class OutOfReachOnce(LocalGrid):
+    """A grid of which one node is out of reach when it is first asked."""
+
+    reached = False
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        if not self.reached:
+            self.reached = True
+            gone = flower.Error(ErrorCode.NODE_UNAVAILABLE, "gone")
+            replies[1] = flower.Message(gone, reply_to=messages[1])
+        return replies
+
+
+def test_a_node_that_was_out_of_reach_is_asked_again() -> None:
+    app = FedAvgUpdate().client_app(SmallNetwork(norm=False), gaussian_data((6, 5, 7, 8)))
+    strategy, grid = FedAvg(), OutOfReachOnce(app, 4)
+    assert list(strategy.nodes(grid)) == [0, 2, 3]
+    assert sorted(strategy.nodes(grid)) == [0, 1, 2, 3]
 
 
 def test_no_clients_at_all() -> None:

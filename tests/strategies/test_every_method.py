@@ -180,6 +180,28 @@ def test_a_loss_that_counts_padding_is_refused() -> None:
         CountsPadding().client_app(SmallNetwork(), gaussian_data())
 
 
+class TakesTwoSamples(FedAvgUpdate):
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        return batch.mean(batch.losses(network(batch.x)) * torch.ones(2))
+
+
+class DrawsInItsLoss(FedAvgUpdate):
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        return batch.mean(batch.losses(network(batch.x)) * torch.rand(()).clamp(min=1.0))
+
+
+@pytest.mark.parametrize(
+    ("update", "sentence"),
+    [
+        (TakesTwoSamples(), r"^strategy=TakesTwoSamples\.loss: expected a loss that takes batches of the data \("),
+        (DrawsInItsLoss(), r"^model=SmallNetwork: expected a network without random functions"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_with_is_refused(update: FedAvgUpdate, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        update.client_app(SmallNetwork(), gaussian_data())
+
+
 class Functional(torch.nn.Module):
     """Draws from the global generator behind the back of everybody."""
 

@@ -13,9 +13,11 @@ from sklearn.metrics import mean_squared_error, r2_score
 from torch import Tensor
 from torch.func import vmap
 
+from fedpers.cohort import Batch
 from fedpers.data import FederatedData
 from fedpers.errors import ConfigError
 from fedpers.evaluation.metrics import distribution
+from fedpers.strategies import perfedavg
 from fedpers.tasks import Regression
 from fedpers.tasks.regression import WORST
 
@@ -134,3 +136,11 @@ def test_what_a_run_reads() -> None:
     assert (TASK.headline, TASK.also, TASK.selected_on, TASK.latest_wins) == ("r2", (), "validation", False)
     assert TASK.protocol == "validation-selected"
     assert not TASK.classes
+
+
+def test_perfedavg_adapts_to_targets_by_their_squared_error() -> None:
+    batch = Batch(torch.zeros(5, 2), torch.linspace(-1, 1, 5), task=TASK)
+    for weight in (None, torch.tensor([1.0, 1, 1, 1, 0])):
+        for half in perfedavg._halves(replace(batch, weight=weight, given={"a": torch.ones(1)})):
+            assert half.task is TASK
+            assert "a" in half.given

@@ -58,6 +58,7 @@ def told(report: RoundReport) -> dict[str, Any]:
     return {name: value for name, value in found.items() if "seconds" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(STRATEGIES))
 def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(method: str, tmp_path: Path) -> None:
     kept: dict[int, dict[str, Tensor]] = {}

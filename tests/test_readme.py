@@ -31,6 +31,7 @@ def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -
     assert 0.5 < accuracy <= 1
 
 
+@pytest.mark.slow
 def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
     exec(compile("\n".join(python_blocks()[:2]), "README.md", "exec"), names)
@@ -49,6 +50,7 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
     assert all(0 < accuracy <= 1 for accuracy in printed)
 
 
+@pytest.mark.slow
 def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(python_blocks()[2])
     commands = re.findall(r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", README, flags=re.MULTILINE)

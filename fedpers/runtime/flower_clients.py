@@ -21,7 +21,7 @@ from fedpers.records import CONFIG, METRICS
 from fedpers.runtime.grid import error_reply
 
 log = logging.getLogger(__name__)
-EXCHANGE_STATE = "query.:state"
+EXCHANGE_STATE = "query._state"
 """Type of a message by which the server of a simulation reads a client's personal state or replaces it; no method can
 have a question of that name."""
 _MARK = "fedpers.run"

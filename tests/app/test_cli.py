@@ -52,6 +52,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
 RATED = ("fedmf", "fedrap", "no_learning", "pfedrec")  # methods for ratings alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [*RATED, "local", "fedavg", "fedper", "fedrep"])
 def test_ratings_are_ranked(strategy: str, tmp_path: Path) -> None:
     (folder,) = fedpers(
@@ -68,6 +69,7 @@ def test_ratings_are_ranked(strategy: str, tmp_path: Path) -> None:
     assert clients.unseen.sum() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbn", "fedjets", *RATED}))
 def test_every_strategy_runs(strategy: str, tmp_path: Path) -> None:
     (folder,) = fedpers(f"strategy={strategy}", *SMALL, output=tmp_path)
@@ -140,6 +142,7 @@ def test_evaluate_every_and_the_last_round(tmp_path: Path) -> None:
     assert [row["round"] for row in rounds if "test/accuracy" in row] == [0, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_multirun_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["-m", "strategy=local,fedavg,fedrep", "seed=0,1", *SMALL, f"output={tmp_path}"]) == 0
     assert len(run_folders(tmp_path)) == 6
@@ -159,6 +162,7 @@ def test_a_failing_job_does_not_end_a_sweep(tmp_path: Path, capsys: pytest.Captu
     assert len(run_folders(tmp_path)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", sorted(p.stem for p in (conf_folder() / "experiment").glob("*.yaml")))
 def test_every_preset_composes_and_runs_one_round(preset: str, tmp_path: Path) -> None:
     assert _main([f"+experiment={preset}", "rounds=1", "seed=0", f"output={tmp_path}"]) == 0
@@ -173,6 +177,7 @@ def test_a_run_never_overwrites_another(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "here" / "rounds.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_runs_of_one_moment_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedpers", *SMALL, f"output={tmp_path}"]
     both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -206,6 +211,7 @@ def test_help_names_every_option_and_subcommand(capsys: pytest.CaptureFixture[st
     assert _main([]) == 0
 
 
+@pytest.mark.slow
 def test_installed_command(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "fedpers"), "strategy=fedavg", *SMALL, f"output={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
@@ -295,6 +301,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_clients_named(
     assert summary["error"] == text.removeprefix("fedpers: ")
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedpers", "rounds=100000", *SMALL[1:], f"output={tmp_path}"]
     process = subprocess.Popen(
@@ -330,6 +337,7 @@ def test_ctrl_c_keeps_and_summarises_what_is_done(tmp_path: Path) -> None:
 # ------------------------------------------------------- trackers and odd clients
 
 
+@pytest.mark.slow
 def test_trackers_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     (folder,) = fedpers("tracker=[wandb,tensorboard]", *SMALL, output=tmp_path)

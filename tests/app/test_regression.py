@@ -21,6 +21,7 @@ def write(path: Path, targets: int | None) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, 2])
 @pytest.mark.parametrize("strategy", ["fedavg", "local", "fedper"])
 def test_a_regression_trains_and_is_selected_on_r2(strategy: str, targets: int | None, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def folder(finished: Path, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------ going on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedrep", "ditto", "scaffold"])
 def test_a_run_that_is_extended_equals_one_that_was_as_long(method: str, tmp_path: Path) -> None:
     settings = [f"strategy={method}", "split.unseen=2", "evaluate_every=2"]
@@ -487,6 +488,7 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(tmp_path: Path) -> None:
     """A limit on the size of files stands for it: the server's arrays fit, then all of a sudden no longer."""
     script = """
@@ -526,7 +528,7 @@ main(sys.argv[1:])
 @pytest.mark.slow
 def test_killed_runs_go_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """Two of the twenty kills of ``python -m tests.equivalence resume``."""
-    assert killed_runs("fedrep", 60, (1, 1), tmp_path, seed=1) == 0
+    assert killed_runs("fedrep", 30, (1, 1), tmp_path, seed=1) == 0
 
 
 def test_usage_names_resume(capsys: pytest.CaptureFixture[str]) -> None:

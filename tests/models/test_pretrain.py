@@ -55,6 +55,7 @@ def same(one, other):
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 def test_a_small_vit_learns_digits_in_seconds(digits, caplog):
     with caplog.at_level(logging.INFO, "fedpers.models.pretrain"):
         model = build(ModelConfig("vit", pretrained="public"), digits)

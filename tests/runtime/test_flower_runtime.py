@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -340,46 +340,6 @@ def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
 
 
-@pytest.mark.slow
-def test_methods_one_after_another_give_what_they_give_here() -> None:
-    def surroundings() -> tuple[Any, ...]:
-        return os.environ.get("PYTHONPATH"), TaskIdentity._run_id, logging.getLogger("flwr").level
-
-    before = surroundings()
-    found: dict[str, dict[str, Any]] = {}
-    with FlowerSimulation(7) as engine:
-        for method in METHODS:
-            engine.run(
-                partial(app_of, method), lambda grid, method=method: found.update({method: outcome(method, grid)})
-            )
-    for method in METHODS:
-        assert_equal(found[method], locally(method))
-    assert surroundings() == before
-
-
-@pytest.mark.slow
-def test_personal_state_can_be_read_and_put_back() -> None:
-    strategy, app = halves("gpfl")
-    local = LocalGrid(app, 7, clients_at_once=1, workers=1)
-    with server_identity(1):
-        list(run_rounds(strategy, local, app.initial_arrays(), 1))
-    ((clients, states),) = local.blocks()
-    assert len(clients) < 7
-
-    def main(grid: Any) -> None:
-        assert list(grid.blocks()) == []
-        grid.load([(clients[:2], states[:2]), (clients[2:], states[2:])])
-        ((found, kept),) = grid.blocks()
-        assert torch.equal(found, clients)
-        for name, value in leaves(states).items():
-            assert torch.equal(leaves(kept)[name], value), name
-        grid.load([(clients[:1], states[:1])])
-        ((found, _),) = grid.blocks()
-        assert found.tolist() == clients[:1].tolist()
-
-    flower_simulation(partial(app_of, "gpfl"), 7, main)
-
-
 @dataclass(kw_only=True)
 class Bad(FedAvgUpdate):
     """Client 1 raises, 3 sends NaN, 5 is slow; in round 2 only."""
@@ -410,20 +370,65 @@ def failures(grid: Grid, app: CohortApp, timeout: float | None) -> list[dict[int
     return [report.failures | report.evaluation_failures for report in reports]
 
 
+def surroundings() -> tuple[Any, ...]:
+    return os.environ.get("PYTHONPATH"), TaskIdentity._run_id, logging.getLogger("flwr").level
+
+
 @pytest.mark.slow
-def test_clients_that_raise_send_nan_or_nothing_are_left_out_and_named() -> None:
-    found: list[list[dict[int, str]]] = []
-    app = bad_app(0.0)
-    with server_identity(1):
-        local = failures(LocalGrid(app, 7, clients_at_once=1, workers=1), app, None)
-    assert local[2].keys() == {1, 3}
-    with FlowerSimulation(7) as engine:
+class TestOneEngine:
+    """Several runs in one engine, which starts and ends once."""
+
+    @pytest.fixture(scope="class")
+    def engine(self) -> Iterator[FlowerSimulation]:
+        before = surroundings()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+            with FlowerSimulation(7) as engine:
+                yield engine
+        assert surroundings() == before
+
+    def test_methods_one_after_another_give_what_they_give_here(self, engine: FlowerSimulation) -> None:
+        found: dict[str, dict[str, Any]] = {}
+        for method in METHODS:
+            engine.run(
+                partial(app_of, method), lambda grid, method=method: found.update({method: outcome(method, grid)})
+            )
+        for method in METHODS:
+            assert_equal(found[method], locally(method))
+
+    def test_personal_state_can_be_read_and_put_back(self, engine: FlowerSimulation) -> None:
+        strategy, app = halves("gpfl")
+        local = LocalGrid(app, 7, clients_at_once=1, workers=1)
+        with server_identity(1):
+            list(run_rounds(strategy, local, app.initial_arrays(), 1))
+        ((clients, states),) = local.blocks()
+        assert len(clients) < 7
+
+        def main(grid: Any) -> None:
+            assert list(grid.blocks()) == []
+            grid.load([(clients[:2], states[:2]), (clients[2:], states[2:])])
+            ((found, kept),) = grid.blocks()
+            assert torch.equal(found, clients)
+            for name, value in leaves(states).items():
+                assert torch.equal(leaves(kept)[name], value), name
+            grid.load([(clients[:1], states[:1])])
+            ((found, _),) = grid.blocks()
+            assert found.tolist() == clients[:1].tolist()
+
+        engine.run(partial(app_of, "gpfl"), main)
+
+    def test_clients_that_raise_send_nan_or_nothing_are_left_out_and_named(self, engine: FlowerSimulation) -> None:
+        found: list[list[dict[int, str]]] = []
+        app = bad_app(0.0)
+        with server_identity(1):
+            local = failures(LocalGrid(app, 7, clients_at_once=1, workers=1), app, None)
+        assert local[2].keys() == {1, 3}
         engine.run(partial(bad_app, 0.0), lambda grid: found.append(failures(grid, app, None)))
         assert found == [local]
-        engine.run(partial(bad_app, 12.0), lambda grid: found.append(failures(grid, app, 10.0)))
-    assert found[1][2].keys() == {1, 3, 5}
-    assert found[1][2][5] == "no reply"
-    assert not found[1][3]
+        engine.run(partial(bad_app, 10.0), lambda grid: found.append(failures(grid, app, 8.0)))
+        assert found[1][2].keys() == {1, 3, 5}
+        assert found[1][2][5] == "no reply"
+        assert not found[1][3]
 
 
 def sleeping_app(nap: float) -> CohortApp:

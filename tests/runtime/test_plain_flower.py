@@ -66,6 +66,7 @@ def _quick_collection() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_quick_collection")
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_flowers_strategies_give_what_they_give_over_a_wire(name: str) -> None:

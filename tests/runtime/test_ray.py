@@ -397,6 +397,7 @@ def test_shards_of_an_actor_share_frozen_parameters(machine: None) -> None:
 # ------------------------------------------------------------------ settings
 
 
+@pytest.mark.slow
 def test_too_many_actors_are_refused(machine: None) -> None:
     with pytest.raises(ConfigError, match=r"runtime.actors=9: expected at most 3.*3 CPUs"):
         RayGrid(app_of(), actors=9)
@@ -418,6 +419,7 @@ def test_a_node_that_does_not_exist(machine: None) -> None:
         grid.push_messages([flower.Message(flower.RecordDict(), 99, "train")])
 
 
+@pytest.mark.slow
 def test_an_address_that_nobody_listens_on() -> None:
     code = "from fedpers.runtime.cluster import connect; connect('127.0.0.1:9')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)

@@ -79,6 +79,7 @@ def test_more_rounds_spend_more_and_no_noise_everything() -> None:
     assert epsilon(0.0, 5, 20, 10, 1e-5) == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [1e-300, 1e-6, 1e-3, 1e6, 1e300])
 @pytest.mark.parametrize("delta", [1e-300, 0.999])
 def test_extreme_settings(noise: float, delta: float) -> None:

@@ -62,6 +62,7 @@ def concluded(strategy: PersonalizedStrategy, collected: Collected) -> dict[str,
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_parts_that_travelled_give_what_one_collector_gives(method: str) -> None:
     strategy, results = round_of(method)

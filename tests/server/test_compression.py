@@ -295,6 +295,7 @@ def test_a_reply_that_cannot_be_read_is_left_out(record: str, value: Tensor, rea
 # ------------------------------------------------------------- rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_every_method_runs_or_is_refused(method: str) -> None:
     runs_or_is_refused(method, TopK(share=0.2), without="none")

@@ -59,6 +59,7 @@ def wrapped(wrapper: Wrapper, strategy: Strategy, noise: float = 0.1) -> Strateg
     return wrapper(strategy, noise, 7, initial_clipping_norm=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_flowers_wrappers_work_or_are_refused(method: str, wrapper: Wrapper) -> None:
@@ -93,6 +94,7 @@ def test_flowers_wrappers_work_or_are_refused(method: str, wrapper: Wrapper) -> 
     assert len(strategy.report.clients) == app.data.num_clients - len(app.data.unseen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PLAIN)
 def test_ours_and_both_of_flowers_clip_alike(method: str) -> None:
     """Flower pairs arrays by their order, so this also says that replies keep the server's."""

@@ -54,6 +54,7 @@ def test_methods_by_what_their_clients_answer() -> None:
     assert not set(MORE) & {"fedavg", "fedrep", "fedbn", "ditto", "pfedme", "apfl", "gpfl", "fedvpt", *NOTHING}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fixed", "adaptive"])
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_every_method_runs_or_is_refused(method: str, name: str) -> None:

@@ -48,6 +48,7 @@ ADDITIONS: dict[str, Strategy] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADDITIONS)
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_every_method_runs_or_is_refused(method: str, name: str) -> None:
@@ -107,6 +108,7 @@ def test_flowers_mean_is_our_mean(weighting: str) -> None:
     assert_same(made, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "aggregator",
     [

@@ -64,6 +64,7 @@ def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: 
     assert all(0 <= value <= 1 for value in score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_nothing_global_is_drawn_or_changed(method: str) -> None:
     results = []
@@ -80,6 +81,7 @@ def test_nothing_global_is_drawn_or_changed(method: str) -> None:
     assert_same(results[0].arrays, results[1].arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_a_wire_changes_nothing(method: str) -> None:
     """One client per call, everything as bytes: as on Flower's own engines."""
@@ -104,6 +106,7 @@ def test_a_wire_changes_nothing(method: str) -> None:
     assert not here.strategy.report.evaluation_failures
 
 
+@pytest.mark.slow
 def test_traces_of_another_library_are_met(capsys: pytest.CaptureFixture[str]) -> None:
     assert reference.main([]) == 0
     printed = capsys.readouterr().out
@@ -146,6 +149,7 @@ def test_cohort_size_and_workers_do_not_matter(capsys: pytest.CaptureFixture[str
     assert all(f"fedavg      {label} " in printed for label in ("default", *VARIATIONS["fedavg"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "label"), [(method, label) for method, further in VARIATIONS.items() for label in further]
 )

@@ -240,6 +240,7 @@ class Reference:
             self.own[c].step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "reduction", "tokens", "weighting", "fraction"),
     [

@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# the tests of a file, which may share a Ray cluster, stay in one process
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses=2
 
 .PHONY: setup demo check test lint bench clean
 
@@ -31,10 +30,11 @@ lint: setup
 	$(BIN)/mypy --strict fedpers
 
 check: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --dist=worksteal -m "not slow"
 
+# the tests of a file, which may share a Ray cluster, stay in one process
 test: lint
-	$(PYTEST)
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m benchmarks.local_grid

@@ -80,6 +80,7 @@ def test_every_strategy_runs(strategy: str, tmp_path: Path) -> None:
     assert 0.2 < summary["last"]["test/accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_fedbn_runs_on_a_network_with_batch_norm(tmp_path: Path) -> None:
     (folder,) = fedpers(
         "strategy=fedbn", "model=resnet18_bn", "model.width=4", "partition=iid", "partition.num_clients=3", "rounds=1",
@@ -125,6 +126,7 @@ def test_the_selected_round_is_the_best_on_validation_never_on_test(tmp_path: Pa
     assert summary["selected"]["test/accuracy"] == best["test/accuracy"]
 
 
+@pytest.mark.slow
 def test_same_run_twice_and_with_two_workers_is_identical_but_for_times(tmp_path: Path) -> None:
     found = []
     for name, extra in (("a", []), ("b", []), ("c", ["runtime.workers=2", "runtime.clients_at_once=2"]),

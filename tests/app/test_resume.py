@@ -145,6 +145,7 @@ def test_the_cohort_size_of_the_run_is_kept(tmp_path: Path) -> None:
     assert yaml.safe_load((found / "config.yaml").read_text())["runtime"]["clients_at_once"] == "auto"
 
 
+@pytest.mark.slow
 def test_trackers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

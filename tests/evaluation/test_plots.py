@@ -99,6 +99,7 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "a.svg").exists()
 
 
+@pytest.mark.slow
 def test_plot_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["strategy=fedselect", "rounds=3", "partition.num_clients=4", f"output={tmp_path / 'runs'}"]
     assert _main(arguments) == 0

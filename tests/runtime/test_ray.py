@@ -403,6 +403,7 @@ def test_too_many_actors_are_refused(machine: None) -> None:
         RayGrid(app_of(), actors=9)
 
 
+@pytest.mark.slow
 def test_more_than_there_is_room_for_is_refused(machine: None) -> None:
     with pytest.raises(ConfigError, match=r"runtime.cpus_per_actor=64"):
         RayGrid(app_of(), cpus_per_actor=64)

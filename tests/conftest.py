@@ -1,8 +1,14 @@
 """Tests never touch the user's cache."""
 
+import sys
 from pathlib import Path
 
+import absl.logging
 import pytest
+
+# absl, which dp-accounting and TensorBoard bring along, closes the stream of its handler when logging is set up anew,
+# unless it is one of the process: while tests are captured it would close what all of them are captured in
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True)

@@ -21,34 +21,39 @@ from fedpers.strategies.registry import options_of
 
 _CHOSEN = (*GROUPS, "strategy", "tracker")
 """Fields of a run's settings that are chosen by name."""
+_DEFAULT_METHOD = "fedavg"
 
 
 def register_choices(overrides: Sequence[str] = ()) -> None:
-    """Give Hydra every choice with its default values, as plain values.
+    """Give Hydra every choice that may be meant with its default values, as plain values.
 
-    A choice is known to Hydra as ``GROUP/NAME``, unless ``conf/`` has a file of that name, and as
-    ``options/GROUP/NAME`` for that file's own list of defaults. All other settings are ``settings``.
+    A choice is known to Hydra as ``GROUP/NAME``; one for which ``conf/`` has a file as ``options/GROUP/NAME``, for that
+    file's own list of defaults. All other settings are ``settings``.
 
     Parameters
     ----------
     overrides : sequence of str
-        What was typed: methods of one's own, as in ``strategy=module:Class``, are registered with the others.
+        What was typed. Of methods those are registered whose names are typed, ``module:Class`` too, and the default;
+        all of them where a preset or a sweeper may choose.
 
     Raises
     ------
     ConfigError
         If a typed ``module:Class`` cannot be imported.
     """
-    _register_known()
-    for text in overrides:
-        key, _, value = text.partition("=")
-        for name in value.split(",") if key == "strategy" else ():
-            if ":" in name:
-                _store("strategy", name, {"name": name, **options_of(name)})
+    _register_groups()
+    typed = [text.lstrip("+").partition("=")[::2] for text in overrides]
+    names = [name for key, value in typed if key == "strategy" for name in value.split(",")]
+    by_name = all(key != "experiment" and not key.startswith("hydra") for key, _ in typed)
+    if not by_name or not all(re.fullmatch(r"[\w:.]+", name) for name in names):
+        names = [*names, *method_names()]
+    for name in {_DEFAULT_METHOD, *names}:
+        if ":" in name or name in method_names():
+            _register_method(name)
 
 
 @cache
-def _register_known() -> None:
+def _register_groups() -> None:
     others = {name: plain(option.default) for name, option in options(Config).items() if name not in _CHOSEN}
     ConfigStore.instance().store("settings", others)
     for group, kind in GROUPS.items():
@@ -56,16 +61,17 @@ def _register_known() -> None:
             _store(group, name, choice_values(group, name))
     for name in ("none", *TRACKERS):
         _store("tracker", name, choice_values("tracker", name))
-    for name in method_names():
-        _store("strategy", name, {"name": name, **options_of(name)})
+
+
+@cache
+def _register_method(name: str) -> None:
+    _store("strategy", name, {"name": name, **options_of(name)})
 
 
 def _store(group: str, name: str, values: dict[str, Any]) -> None:
+    brings_more = (conf_folder() / group / f"{name}.yaml").exists()
     node = {key: plain(value) for key, value in values.items()}
-    store = ConfigStore.instance()
-    store.store(name, node, group=f"options/{group}")
-    if not (conf_folder() / group / f"{name}.yaml").exists():
-        store.store(name, node, group=group)
+    ConfigStore.instance().store(name, node, group=f"options/{group}" if brings_more else group)
 
 
 def composed(overrides: Sequence[str]) -> Config:

@@ -34,7 +34,7 @@ def register_choices(overrides: Sequence[str] = ()) -> None:
     ----------
     overrides : sequence of str
         What was typed. Of methods those are registered whose names are typed, ``module:Class`` too, and the default;
-        all of them where a preset or a sweeper may choose.
+        all of them where a preset, a sweeper or a configuration of one's own may choose.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def register_choices(overrides: Sequence[str] = ()) -> None:
     _register_groups()
     typed = [text.lstrip("+").partition("=")[::2] for text in overrides]
     names = [name for key, value in typed if key == "strategy" for name in value.split(",")]
-    by_name = all(key != "experiment" and not key.startswith("hydra") for key, _ in typed)
+    by_name = all(not key.startswith(("experiment", "hydra", "-")) or key in ("-m", "--multirun") for key, _ in typed)
     if not by_name or not all(re.fullmatch(r"[\w:.]+", name) for name in names):
         names = [*names, *method_names()]
     for name in {_DEFAULT_METHOD, *names}:

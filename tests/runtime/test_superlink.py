@@ -144,7 +144,7 @@ def assert_none_is_left(surroundings: dict[str, str]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_supernodes_give_what_this_process_gives(tmp_path: Path) -> None:
-    settings = "strategy=gpfl dataset=digits rounds=3 evaluate_every=3"
+    settings = "strategy=gpfl dataset=digits rounds=2 evaluate_every=2"
     command = [sys.executable, str(SCRIPT), "--nodes", "2", "--settings", settings, "--tls", "--result"]
     surroundings = environment()
     done = subprocess.run(

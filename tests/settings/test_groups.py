@@ -149,6 +149,27 @@ def test_help_lists_every_option_of_a_choice(capsys: pytest.CaptureFixture[str])
     assert "--help=strategi: expected one of aggregation, " in capsys.readouterr().err
 
 
+OWN_CONFIGURATION = """
+defaults:
+  - config
+  - override strategy: moon
+  - _self_
+rounds: 1
+partition:
+  num_clients: 4
+"""
+
+
+@pytest.mark.slow
+def test_a_configuration_of_ones_own_may_choose_any_method(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "own.yaml").write_text(OWN_CONFIGURATION)
+    folder = f"--config-dir={tmp_path / 'conf'}"
+    assert _main([folder, "--config-name=own", f"output={tmp_path / 'runs'}"]) == 0
+    (summary,) = tmp_path.rglob("summary.json")
+    assert '"strategy": "moon"' in summary.read_text()
+
+
 MINE = """
 from dataclasses import dataclass
 from fedpers.strategies import LocalUpdate, PersonalizedStrategy

@@ -276,7 +276,7 @@ import sys
 from pathlib import Path
 from fedpers.tracking import TrackerConfig, WandbConfig, make_trackers
 from fedpers.tracking import weights_and_biases as module
-module.INIT_SECONDS = 2.0
+module.INIT_SECONDS = 1.0
 with make_trackers(TrackerConfig(wandb=WandbConfig(mode="online")), Path(sys.argv[1]), "run", {}, 1) as trackers:
     assert trackers.names == ["console"], trackers.names
     trackers.log(0, {"a": 0.5})

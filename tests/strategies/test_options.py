@@ -7,6 +7,7 @@ import pytest
 
 from fedpers.cohort import Training
 from fedpers.errors import ConfigError
+from fedpers.settings import options
 from fedpers.strategies import STRATEGIES, make_strategy, options_of
 
 BAD: list[tuple[str, str, Any]] = [
@@ -96,6 +97,13 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
             call()
     with pytest.raises(ConfigError, match=r"strategy\.head_epoch=2: .*of fedrep.*did you mean 'head_epochs'"):
         make_strategy("fedrep", {"head_epoch": 2})
+
+
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_no_option_stands_in_both_halves(method: str) -> None:
+    server = STRATEGIES[method]
+    assert not options(server).keys() & options(server.update).keys()
+    assert set(server.common_options) <= options(server.update).keys()
 
 
 def test_settings_go_to_the_half_that_has_them() -> None:

@@ -308,7 +308,9 @@ def test_simulated_clients_that_compute_are_ended_at_once() -> None:
     kill_simulated_clients()  # without Ray there are none
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        sleeper = ray.remote(num_cpus=1)(type("Sleeper", (), {"sleep": lambda self: time.sleep(600)})).remote()
+        methods = {"ready": lambda self: True, "sleep": lambda self: time.sleep(600)}
+        sleeper = ray.remote(num_cpus=1)(type("Sleeper", (), methods)).remote()
+        assert ray.get(sleeper.ready.remote(), timeout=120)  # before it is there it cannot be ended
         waiting = sleeper.sleep.remote()
         kill_simulated_clients()
         with pytest.raises(ray.exceptions.RayActorError):

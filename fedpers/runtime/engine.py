@@ -21,10 +21,10 @@ from fedpers.client.results import ClientResult, CohortResult
 from fedpers.client.update import Received
 from fedpers.cohort import StateStore
 from fedpers.cohort.modules import copy_network
-from fedpers.errors import check
 from fedpers.records import stack, trees
 from fedpers.runtime.probe import Choice, probe
 from fedpers.server.collect import ReplyCollector
+from fedpers.settings import RuntimeConfig, options
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ AHEAD = 2
 
 def check_counts(clients_at_once: int | str, workers: int | str) -> None:
     """Refuse what is no cohort size or number of workers."""
-    for key, value in (("runtime.clients_at_once", clients_at_once), ("runtime.workers", workers)):
-        good = value == "auto" or (isinstance(value, int) and value >= 1)
-        check(good, key, value, "a whole number >= 1, or auto")
+    known = options(RuntimeConfig)
+    known["clients_at_once"].check(clients_at_once)
+    known["workers"].check(workers)
 
 
 def half_the_memory(device: torch.device) -> float | None:

@@ -26,7 +26,7 @@ from fedpers.client.app import IDENTIFY, CohortApp, config_of
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.cohort.tree import leaves
-from fedpers.errors import ConfigError, TrainingError, check
+from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import give_id, unavailable
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import Answer, Packed, unpack
@@ -36,6 +36,7 @@ from fedpers.runtime.probe import Choice
 from fedpers.runtime.ray_actors import Actor, ActorDied, ActorPool, get, put, some
 from fedpers.runtime.states import read_states, write_states
 from fedpers.server.collect import ReplyCollector, ReplyRules
+from fedpers.settings import RuntimeConfig, options
 
 log = logging.getLogger(__name__)
 DEATHS = 3
@@ -141,8 +142,7 @@ class RayGrid(ClientGrid):
         most = client_app.data.num_clients
         super().__init__(most if num_clients is None else num_clients, most)
         check_counts(clients_at_once, 1)
-        whole = actors == "auto" or (isinstance(actors, int) and actors >= 1)
-        check(whole, "runtime.actors", actors, "a whole number >= 1, or auto")
+        options(RuntimeConfig)["actors"].check(actors)
         self.client_app = client_app
         self.memory = memory
         self.shards: list[_Shard] = []

@@ -6,20 +6,22 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fedpers.cohort import Collect, Tree, entries, tree
 from fedpers.cohort.tensordicts import MemoryMappedTensor
 from fedpers.cohort.tree import expand_rows
-from fedpers.errors import check, one_of
+from fedpers.settings import Settings
 
-OPTIMIZERS = ("sgd", "momentum", "adam", "yogi")
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerOptimizer:
+class ServerOptimizer(Settings):
     """Steps of a server along directions that point where to go (a mean change of clients, a negative gradient).
 
     S. Reddi et al., Adaptive Federated Optimization, ICLR 2021, arXiv:2003.00295 (Algorithm 2); Adam and Yogi with the
@@ -32,36 +34,25 @@ class ServerOptimizer:
 
     Its state is a tree like any other: the caller keeps it.
 
-    Parameters
-    ----------
-    name : {"sgd", "momentum", "adam", "yogi"}
-    lr : float
-        > 0.
-    momentum : float
-        In [0, 1); of ``momentum``.
-    betas : tuple of two floats
-        In [0, 1); of ``adam`` and ``yogi``.
-    eps : float
-        > 0; of ``adam`` and ``yogi``.
-
     Raises
     ------
     ConfigError
         If a value is out of its range.
     """
 
-    name: str = "sgd"
-    lr: float = 1.0
-    momentum: float = 0.9
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    name: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of momentum")] = 0.9
+    betas: Annotated[tuple[_Beta, _Beta], Field(title="two numbers >= 0 and < 1", description="of adam and yogi")] = (
+        0.9,
+        0.999,
+    )
+    eps: Annotated[float, Field(gt=0, description="of adam and yogi")] = 1e-8
 
-    def __post_init__(self) -> None:
-        check(self.name in OPTIMIZERS, "strategy.server_optimizer", self.name, one_of(OPTIMIZERS, str(self.name)))
-        check(0 < self.lr < float("inf"), "strategy.server_lr", self.lr, "a number > 0")
-        check(0 <= self.momentum < 1, "strategy.server_momentum", self.momentum, "a number >= 0 and < 1")
-        check(all(0 <= b < 1 for b in self.betas), "strategy.server_betas", self.betas, "two numbers >= 0 and < 1")
-        check(self.eps > 0, "strategy.server_eps", self.eps, "a number > 0")
+    @classmethod
+    def key(cls, name: str) -> str:
+        """As the options of methods are called: ``strategy.server_lr``."""
+        return f"strategy.server_{'optimizer' if name == 'name' else name}"
 
     def moments(self, value: Tensor) -> dict[str, Tensor]:
         """State before the first step of a tensor: none, ``first``, or ``first``, ``second`` and ``steps``."""

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from fedpers.errors import check, one_of
+from fedpers.settings import DatasetConfig, options
 from fedpers.tasks.base import Task
 from fedpers.tasks.classification import binary_losses
 
 if TYPE_CHECKING:
     from fedpers.data.federated import Part
-
-PROTOCOLS = ("clean", "official")
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class Ranking(Task):
     protocol_name: str = "clean"
 
     def __post_init__(self) -> None:
-        name = self.protocol_name
-        check(name in PROTOCOLS, "dataset.protocol", name, one_of(PROTOCOLS, str(name)))
-        check(self.top_k >= 1, "dataset.top_k", self.top_k, "a whole number >= 1")
+        known = options(DatasetConfig)
+        known["protocol"].check(self.protocol_name)
+        known["top_k"].check(self.top_k)
 
     @property
     def headline(self) -> str:

@@ -50,7 +50,7 @@ def server_app() -> ServerApp:
         last: list[flower.ArrayRecord] = []
         left_out: dict[int, dict[int, str]] = {}
 
-        def keep(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+        def keep_last(report: RoundReport, arrays: flower.ArrayRecord) -> None:
             last[:] = [arrays]
 
         headline = setup.data.task.headline
@@ -61,7 +61,7 @@ def server_app() -> ServerApp:
             config.rounds,
             auc=config.auc,
             timeout=config.runtime.timeout,
-            keep=keep,
+            after_round=keep_last,
         ):
             metrics = metrics_of(report, headline)
             score = metrics.get(f"test/{headline}", math.nan)

@@ -52,7 +52,7 @@ def outcome(strategy: PersonalizedStrategy, grid: LocalGrid, arrays: Tree) -> di
     return {**found, **{f"clients/{name}": value for name, value in leaves(rows).items()}}
 
 
-def told(report: RoundReport) -> dict[str, Any]:
+def without_times(report: RoundReport) -> dict[str, Any]:
     """A report without times, NaN comparable."""
     found: dict[str, Any] = exactly(report_to_json(report))
     return {name: value for name, value in found.items() if "seconds" not in name}
@@ -65,7 +65,7 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
     strategy, app, grid = made(method)
     checkpoints = Checkpoints(tmp_path)
 
-    def keep(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+    def save(report: RoundReport, arrays: flower.ArrayRecord) -> None:
         values = from_record(arrays)
         kept[report.round] = {name: value.clone() for name, value in outcome(strategy, grid, values).items()}
         if report.round == HALF:
@@ -73,7 +73,10 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
             checkpoints.save(report.round, content, values, strategy.state, grid.blocks())
 
     with server_identity(1):
-        undisturbed = [told(report) for report in run_rounds(strategy, grid, app.initial_arrays(), ROUNDS, keep=keep)]
+        undisturbed = [
+            without_times(report)
+            for report in run_rounds(strategy, grid, app.initial_arrays(), ROUNDS, after_round=save)
+        ]
     grid.close()
     expected = dict(kept)
 
@@ -81,12 +84,16 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
     kept.clear()
     strategy, app, grid = made(method)
     found.check_clients(app)
-    arrays, strategy.state = found.read_server(app)
+    arrays, state = found.read_server(app)
     grid.load(read_states(found.folder, app.initial_state))
+    strategy.state = state
     kept[HALF] = outcome(strategy, grid, arrays)
-    done = report_from_json(found.content["report"])
+    last_report = report_from_json(found.content["report"])
     with server_identity(1):
-        reports = [told(r) for r in run_rounds(strategy, grid, to_record(arrays), ROUNDS, done=done, keep=keep)]
+        resumed = run_rounds(
+            strategy, grid, to_record(arrays), ROUNDS, last_report=last_report, state=state, after_round=save
+        )
+        reports = [without_times(report) for report in resumed]
     grid.close()
     assert sorted(kept) == list(range(HALF, ROUNDS + 1))
     for round, values in kept.items():
@@ -107,14 +114,14 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path: Pa
             strategy, app, grid = made("fedper")
             strategy.evaluate_every = 3
             checkpoints = Checkpoints(tmp_path / f"{len(lengths)}-{number}")
-            arrays, done = app.initial_arrays(), None
+            arrays, last_report, state = app.initial_arrays(), None, None
             if start is not None:
-                values, strategy.state = start.read_server(app)
+                values, state = start.read_server(app)
                 grid.load(read_states(start.folder, app.initial_state))
-                arrays, done = to_record(values), report_from_json(start.content["report"])
+                arrays, last_report = to_record(values), report_from_json(start.content["report"])
                 reports.pop()
 
-            def keep(
+            def save(
                 report: RoundReport,
                 arrays: flower.ArrayRecord,
                 checkpoints: Checkpoints = checkpoints,
@@ -125,7 +132,10 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path: Pa
                 checkpoints.save(report.round, content, from_record(arrays), strategy.state, grid.blocks())
 
             with server_identity(1):
-                reports += [told(r) for r in run_rounds(strategy, grid, arrays, rounds, done=done, keep=keep)]
+                continued = run_rounds(
+                    strategy, grid, arrays, rounds, last_report=last_report, state=state, after_round=save
+                )
+                reports += [without_times(report) for report in continued]
             start = next(checkpoints.whole())
         found.append(reports)
     assert found[0][2]["clients"] == {}  # not due in the middle of a run

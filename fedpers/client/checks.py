@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Batch, Network, Tree, entries, select
-from fedpers.cohort.plan import lonely_sample
+from fedpers.cohort.plan import lonely_sample_error
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, check
 
@@ -28,7 +28,7 @@ class _Examples(dict[str, Any]):
 
 
 def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: FederatedData) -> bool:
-    """Refuse a network that does not fit the data, or draws from a global generator.
+    """Try network and loss on samples; return whether the network cannot train on a batch of one sample.
 
     Parameters
     ----------
@@ -42,12 +42,13 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
     Returns
     -------
     bool
-        Whether it cannot train on a batch of one sample.
+        Whether every batch must have two samples or more, as batch normalization wants it.
 
     Raises
     ------
     ConfigError
-        Also if a client would have such a batch, or the method's loss counts padding.
+        If the network does not fit the data or draws from a global generator; if the method's loss counts padding; if
+        a client would have a batch of one sample, and the network cannot train on it.
     """
     name = type(module).__name__
     key = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -69,7 +70,7 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         return False
     for client, size in enumerate(data.sizes("train").tolist()):
         if update.smallest_batch(size) == 1:
-            raise lonely_sample(update.training.batch_size, client)
+            raise lonely_sample_error(update.training.batch_size, client)
     return True
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import flwr.app as flower
 
 from fedpers.cohort import Tree
-from fedpers.records import METRICS, row, to_record
+from fedpers.records import METRICS, num_bytes, row, to_record
 
 Encode = Callable[[dict[str, Tree]], dict[str, Tree]]
 """Makes what travels of one client's records; see ``LocalUpdate.encode``."""
@@ -20,6 +20,11 @@ class ClientResult:
 
     content: flower.RecordDict | None
     error: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its arrays."""
+        return 0 if self.content is None else num_bytes(self.content)
 
 
 @dataclass

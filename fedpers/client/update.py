@@ -31,7 +31,9 @@ class LocalUpdate(Settings, group="strategy"):
     """What a client does in a round, written for K clients at once.
 
     A method overrides :meth:`train`, and :meth:`personalize` if it predicts with something else than received
-    entries plus personal ones. Fields are the method's options, see :class:`~fedpers.settings.Settings`.
+    entries plus personal ones. A further method ``query_NAME`` answers the question NAME of the server half
+    (``PersonalizedStrategy.query_clients``), with parameters and result of :meth:`train`. Fields are the method's
+    options, see :class:`~fedpers.settings.Settings`.
 
     Attributes
     ----------
@@ -88,17 +90,17 @@ class LocalUpdate(Settings, group="strategy"):
         """
         return model, data
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Personal state of a client that has not trained yet.
 
         Whether a client has trained is remembered for the method (:attr:`fedpers.cohort.Cohort.trained`).
 
         Parameters
         ----------
-        model : Tree
-            Initial network, batch size [], the same for all clients.
+        template : Tree
+            The initial network, batch size [], the same for all clients.
         module : nn.Module
-            For :func:`fedpers.cohort.select`.
+            The network that :meth:`adapt_model` returned, prepared; for :func:`fedpers.cohort.select`.
 
         Returns
         -------
@@ -106,7 +108,7 @@ class LocalUpdate(Settings, group="strategy"):
             Batch size [], by role; the default holds the personal entries under ``model``.
         """
         names = select(module, self.personal)
-        return TensorDict({"model": model.select(*names)} if names else {}, batch_size=[])
+        return TensorDict({"model": template.select(*names)} if names else {}, batch_size=[])
 
     def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
         """Arrays the server starts from, batch size []: the shared entries of the initial network.
@@ -138,6 +140,10 @@ class LocalUpdate(Settings, group="strategy"):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train K clients; the default trains the whole network.
 
+        :meth:`Cohort.assemble` makes one full network per client of what was received and what is personal,
+        :meth:`Cohort.fit` changes these networks in place, and :meth:`Cohort.reply` divides them: the entries of
+        `shared` go to the server, those of `personal` stay.
+
         Parameters
         ----------
         cohort : Cohort
@@ -164,7 +170,11 @@ class LocalUpdate(Settings, group="strategy"):
     # ------------------------------------------------------------------ evaluation
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
-        """Networks the clients predict with; the default puts personal and received entries together."""
+        """Networks the clients predict with; the default puts personal and received entries together.
+
+        A tree ``[K]``, or a view (:meth:`Cohort.view`), in which entries that are the same for all clients are there
+        once: enough to predict with.
+        """
         return cohort.view(received["arrays"])
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
@@ -219,7 +229,10 @@ class LocalUpdate(Settings, group="strategy"):
         head: str | None = None,
         postprocessors: Sequence[Postprocessor] = (),
     ) -> CohortApp:
-        """Make the Flower ``ClientApp`` of this method; see :class:`~fedpers.client.app.CohortApp`."""
+        """Make the Flower ``ClientApp`` of this method; parameters are those of :class:`~fedpers.client.app.CohortApp`.
+
+        `head` is the dotted name of the network's last layer where it is not called ``head``.
+        """
         from fedpers.client.app import CohortApp
 
         return CohortApp(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedpers.cohort.modules import has_dropout
-from fedpers.cohort.plan import BatchPlan, lonely_sample, plan_batches
+from fedpers.cohort.plan import BatchPlan, lonely_sample_error, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
 from fedpers.cohort.tensordicts import TensorDict
@@ -99,7 +99,7 @@ class Cohort:
     seed, round : int
         What random draws depend on, beside the client.
     training : Training
-    needs_pairs : bool
+    needs_two_samples : bool
         Whether the network cannot train on a batch of one sample.
     shared, personal : selection
         The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
@@ -121,7 +121,7 @@ class Cohort:
         seed: int,
         round: int,
         training: Training,
-        needs_pairs: bool = False,
+        needs_two_samples: bool = False,
         shared: Selection = "all",
         personal: Selection = "none",
     ) -> None:
@@ -144,7 +144,7 @@ class Cohort:
         self._passes = [0] * self.size
         self._samples: dict[int, NDArray[np.int64]] = {}
         self._dropout = has_dropout(module)
-        self._needs_pairs = needs_pairs
+        self._needs_two_samples = needs_two_samples
         if any(a < b for a, b in pairwise(self.sizes().tolist())):
             raise ValueError("clients of a cohort must stand in descending order of their number of training samples")
 
@@ -335,10 +335,10 @@ class Cohort:
             draw=draw if training.shuffle else None,
             device=self.device,
         )
-        if self._needs_pairs and not options.get("frozen") and bool((plan.count == 1).any()):
+        if self._needs_two_samples and not options.get("frozen") and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
             rows = alone if plan.order is None else plan.order[alone]
-            raise lonely_sample(batch_size, self.clients[int(rows[0])])
+            raise lonely_sample_error(batch_size, self.clients[int(rows[0])])
         return plan
 
     def steps(self, plan: BatchPlan) -> Iterator[Step]:

@@ -222,7 +222,7 @@ class _Run:
             if not hasattr(grid, "load"):
                 raise FedpersError(f"runtime={config.runtime.name} cannot take over clients' personal state.")
             grid.load(read_states(start.checkpoint.folder, setup.app.initial_state))
-            arrays, setup.strategy.state = to_record(start.arrays), start.state
+            arrays = to_record(start.arrays)
             resumed = Resumed(start.report.round, start.tracker_ids)
         name = f"{config.strategy['name']} {setup.data.name} seed {config.seed}"
         headline = setup.data.task.headline
@@ -235,7 +235,7 @@ class _Run:
             self._write_manifest(grid)
             stopping = False
 
-            def keep(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+            def after_round(report: RoundReport, arrays: flower.ArrayRecord) -> None:
                 nonlocal stopping
                 stopping = signals.received is not None
                 signals.round = report.round + 1
@@ -252,8 +252,9 @@ class _Run:
                     config.rounds,
                     auc=config.auc,
                     timeout=config.runtime.timeout,
-                    done=None if start is None else start.report,
-                    keep=keep if saves else None,
+                    last_report=None if start is None else start.report,
+                    state=None if start is None else start.state,
+                    after_round=after_round if saves else None,
                 ):
                     metrics = metrics_of(report, headline)
                     trackers.log(report.round, metrics)

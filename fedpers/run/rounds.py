@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import flwr.app as flower
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedpers.cohort import Tree
 from fedpers.data.federated import PARTS
 from fedpers.evaluation.metrics import distribution
 from fedpers.strategies import PersonalizedStrategy, RoundReport
@@ -28,8 +29,9 @@ def run_rounds(
     *,
     auc: bool = False,
     timeout: float | None = None,
-    done: RoundReport | None = None,
-    keep: Callable[[RoundReport, flower.ArrayRecord], None] | None = None,
+    last_report: RoundReport | None = None,
+    state: Mapping[str, Tree] | None = None,
+    after_round: Callable[[RoundReport, flower.ArrayRecord], None] | None = None,
 ) -> Iterator[RoundReport]:
     """Train and evaluate round by round.
 
@@ -45,25 +47,27 @@ def run_rounds(
     rounds : int
     auc : bool
     timeout : float, optional
-    done : RoundReport, optional
-        Of the last round that ran already, as `keep` was given it; `arrays`, ``strategy.state`` and the clients' state
-        are those after it.
-    keep : callable, optional
+    last_report : RoundReport, optional
+        Of the last round that ran already, as `after_round` was given it; `arrays`, `state` and the clients' personal
+        state are those after it.
+    state : mapping of role to Tree, optional
+        ``strategy.state`` after that round.
+    after_round : callable, optional
         Called with the report and the arrays after each round, before the evaluations that only follow the last one.
 
     Yields
     ------
     RoundReport
-        After each round, that of `done` first.
+        After each round, `last_report` first.
     """
     evaluation = flower.ConfigRecord({"auc": auc})
-    if done is None:
+    if last_report is None:
         strategy.begin(timeout)
     else:
-        strategy.restore(done, strategy.state, timeout)
+        strategy.restore(last_report, state or {}, timeout)
     grid = strategy.folding(grid)
-    for round in range(0 if done is None else done.round, rounds + 1):
-        if done is None or round > done.round:
+    for round in range(0 if last_report is None else last_report.round, rounds + 1):
+        if last_report is None or round > last_report.round:
             if round:
                 messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
                 new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
@@ -71,8 +75,8 @@ def run_rounds(
             if round % strategy.evaluate_every == 0:
                 messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
                 strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
-            if keep is not None:
-                keep(strategy.report, arrays)
+            if after_round is not None:
+                after_round(strategy.report, arrays)
         if round == rounds and round % strategy.evaluate_every:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
             strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))

@@ -7,10 +7,11 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import flwr.app as flower
 import torch
@@ -30,6 +31,26 @@ from fedpers.threads import one_thread
 log = logging.getLogger(__name__)
 AHEAD = 2
 """Cohorts per worker that are computed or wait to be folded at once: what is not folded yet takes memory."""
+
+
+class _Group(NamedTuple):
+    """Messages whose clients can be computed together."""
+
+    positions: list[int]
+    """Which of the messages."""
+    load: Callable[[list[int]], Received]
+    """Reads what the messages at some of these positions hold: trees that all share, or stacked ones."""
+    config: dict[str, Any]
+    """Their configuration."""
+
+
+class _Task(NamedTuple):
+    """A cohort to compute."""
+
+    clients: list[int]
+    load: Callable[[], Received]
+    """Reads what its clients received, when their turn comes."""
+    config: dict[str, Any]
 
 
 def check_counts(clients_at_once: int | str, workers: int | str) -> None:
@@ -72,6 +93,8 @@ class CohortEngine:
         Cohort size and workers in use; None until the first message.
     store : StateStore
         Personal state of the clients computed here.
+    changed : bool
+        Whether any of it has changed since whoever saves it last set this to False.
     """
 
     def __init__(
@@ -142,13 +165,13 @@ class CohortEngine:
             return []
         choice = self.choose(len(clients) if kind.startswith("train") else len(self.clients))
         results: dict[int, ClientResult] = {}
-        tasks: list[tuple[list[int], Callable[[], Received], Mapping[str, Any]]] = []
-        for positions, received, config in _groups(contents, self.app.device):
-            self.app.check_config(config)
-            by_size = sorted(positions, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
+        tasks: list[_Task] = []
+        for group in _groups(contents, self.app.device):
+            self.app.check_config(group.config)
+            by_size = sorted(group.positions, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
             for start in range(0, len(by_size), choice.clients_at_once):
                 chunk = by_size[start : start + choice.clients_at_once]
-                tasks.append(([clients[p] for p in chunk], received(chunk), config))
+                tasks.append(_Task([clients[p] for p in chunk], partial(group.load, chunk), group.config))
         with one_thread():
             for answers in self._answers(kind, tasks):
                 for answer in answers:
@@ -158,32 +181,28 @@ class CohortEngine:
                         results.update(zip(answer.clients, answer.rows(), strict=True))
         return [] if collector is not None else [results[client] for client in clients]
 
-    def _answers(
-        self, kind: str, tasks: Sequence[tuple[list[int], Callable[[], Received], Mapping[str, Any]]]
-    ) -> Iterator[list[CohortResult]]:
+    def _answers(self, kind: str, tasks: Sequence[_Task]) -> Iterator[list[CohortResult]]:
         """Answers to tasks in their order, each as soon as it is there; a few tasks are ahead of them."""
         if self._pool is None:
-            yield from (self._run_chunk(kind, *task) for task in tasks)
+            yield from (self._run_task(kind, task) for task in tasks)
             return
         assert self.choice is not None
         waiting = iter(tasks)
         futures = deque(
-            self._pool.submit(self._run_chunk, kind, *task) for task in islice(waiting, AHEAD * self.choice.workers)
+            self._pool.submit(self._run_task, kind, task) for task in islice(waiting, AHEAD * self.choice.workers)
         )
         try:
             while futures:  # taken out of the queue, so that an answer's memory is free after its use
                 yield futures.popleft().result()
-                futures.extend(self._pool.submit(self._run_chunk, kind, *task) for task in islice(waiting, 1))
+                futures.extend(self._pool.submit(self._run_task, kind, task) for task in islice(waiting, 1))
         finally:
             for future in futures:
                 future.cancel()
 
-    def _run_chunk(
-        self, kind: str, clients: list[int], received: Callable[[], Received], config: Mapping[str, Any]
-    ) -> list[CohortResult]:
+    def _run_task(self, kind: str, task: _Task) -> list[CohortResult]:
         module = self._modules.get()
         try:
-            return self._run_clients(kind, clients, received(), config, module)
+            return self._run_clients(kind, task.clients, task.load(), task.config, module)
         finally:
             self._modules.put(module)
 
@@ -193,9 +212,9 @@ class CohortEngine:
         """Answers of a cohort; of one that raised, those of each of its clients."""
         try:
             state = self.store.gather(clients)
-            result, new, keep = self.app.run(kind, clients, state, received, config, module)
-            if new is not None:
-                self.store.scatter(clients, new, keep)
+            result, new_state, finite = self.app.run(kind, clients, state, received, config, module)
+            if new_state is not None:
+                self.store.scatter(clients, new_state, finite)
                 self.changed = True
             return [result]
         except Exception as error:  # whatever a method raises becomes the answer of the client that caused it
@@ -221,30 +240,27 @@ def _row_of(received: Received, k: int, size: int) -> Received:
     return {n: t[k : k + 1] if t.batch_size == torch.Size([size]) else t for n, t in received.items()}
 
 
-def _groups(
-    contents: Sequence[flower.RecordDict], device: torch.device
-) -> Iterator[tuple[list[int], Callable[[list[int]], Callable[[], Received]], dict[str, Any]]]:
-    """Messages that can be computed together: all with one content, or with contents of the same form."""
-    kinds: dict[Any, list[int]] = {}
+def _groups(contents: Sequence[flower.RecordDict], device: torch.device) -> Iterator[_Group]:
+    """Groups of messages that can be computed together: all with one content, or with contents of the same form."""
+    alike: dict[Any, list[int]] = {}
     times = Counter(id(content) for content in contents)
     for position, content in enumerate(contents):
         # what several clients received alike need not be stacked
-        kinds.setdefault(id(content) if times[id(content)] > 1 else _form(content), []).append(position)
-    for positions in kinds.values():
-        config = config_of(contents[positions[0]])
-        if all(contents[p] is contents[positions[0]] for p in positions):
-            common = trees(contents[positions[0]], device)
-
-            def for_all(indices: list[int], common: Received = common) -> Callable[[], Received]:
-                return lambda: common
-
-            yield positions, for_all, config
+        alike.setdefault(id(content) if times[id(content)] > 1 else _form(content), []).append(position)
+    for positions in alike.values():
+        first = contents[positions[0]]
+        if all(contents[p] is first for p in positions):
+            yield _Group(positions, partial(_common_content, trees(first, device)), config_of(first))
         else:
+            yield _Group(positions, partial(_stacked_contents, contents, device), config_of(first))
 
-            def for_each(indices: list[int]) -> Callable[[], Received]:
-                return lambda: stack([trees(contents[p], device) for p in indices])
 
-            yield positions, for_each, config
+def _common_content(common: Received, positions: list[int]) -> Received:
+    return common
+
+
+def _stacked_contents(contents: Sequence[flower.RecordDict], device: torch.device, positions: list[int]) -> Received:
+    return stack([trees(contents[p], device) for p in positions])
 
 
 def _form(content: flower.RecordDict) -> tuple[Any, ...]:

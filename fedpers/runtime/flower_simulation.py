@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from queue import SimpleQueue
 from types import TracebackType
@@ -66,12 +66,12 @@ class SimulationGrid(FlowerGrid):
     def load(self, blocks: Iterable[Block]) -> None:
         """Replace all clients' personal state by what :meth:`blocks` gave."""
         nodes = Exchange().connect(self)
-        change = flower.ConfigRecord()
-        self._exchange({c: (node, flower.RecordDict({CONFIG: change})) for c, node in nodes.items()})
+        overwrite = flower.ConfigRecord()  # in a message it says that the state is to be replaced, not only read
+        self._exchange({c: (node, flower.RecordDict({CONFIG: overwrite})) for c, node in nodes.items()})
         for clients, states in blocks:
             contents = {}
             for row, client in enumerate(clients.tolist()):
-                content = flower.RecordDict({CONFIG: change, STATE: flatten_state(states[row : row + 1])})
+                content = flower.RecordDict({CONFIG: overwrite, STATE: flatten_state(states[row : row + 1])})
                 contents[client] = (nodes[client], content)
             self._exchange(contents)
 
@@ -118,14 +118,13 @@ class FlowerSimulation:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._engine, name="flower", daemon=True)
         self._grid: FlowerGrid | None = None
-        self._identity = server_identity(RUN_ID)  # which Flower overwrites; the former one comes back at the end
-        self._quiet = _quiet()
+        self._process_settings = ExitStack()  # what the engine changes in this process, undone at its end
 
     def __enter__(self) -> Self:
         import ray
 
-        self._identity.__enter__()
-        self._quiet.__enter__()
+        self._process_settings.enter_context(server_identity(RUN_ID))
+        self._process_settings.enter_context(_quiet())
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
@@ -227,8 +226,7 @@ class FlowerSimulation:
                 kill_simulated_clients()
                 self._thread.join(PATIENCE)
         finally:
-            self._quiet.__exit__(None, None, None)
-            self._identity.__exit__(None, None, None)
+            self._process_settings.close()
         if self._thread.is_alive():
             log.warning("Flower's simulation has not ended after %g seconds", PATIENCE)
 

@@ -24,7 +24,7 @@ def adapt_clients(
 
     Parameters and results are those of ``PersonalizedStrategy.adapt``.
     """
-    strategy._arrays = arrays
+    strategy.sent_arrays = arrays
     able = strategy.prepare(round, arrays, clients, grid, "evaluate")
     sent = strategy.send(round, arrays, able)
     each = [sent] * len(able) if isinstance(sent, Mapping) else sent

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedpers.client.results import ClientResult, CohortResult
 from fedpers.cohort import Fold, Records, Tree, entries
-from fedpers.records import num_bytes, trees
+from fedpers.records import trees
 from fedpers.server.postprocessors.base import Postprocessor
 
 
@@ -178,12 +178,12 @@ class ReplyCollector:
                 if problem := self._weight_problem(metrics):
                     raise ValueError(problem)
                 records = self.rules.fold.decode(records, client)
-                assert result.content is not None
-                size = num_bytes(result.content)
             except ValueError as error:
                 self.collected.failures[client] = str(error)
                 continue
-            self._take_one({r: t.unsqueeze(0) for r, t in records.items() if entries(t)}, client, metrics, size)
+            self._take_one(
+                {r: t.unsqueeze(0) for r, t in records.items() if entries(t)}, client, metrics, result.num_bytes
+            )
 
     def _take_one(self, records: dict[str, Tree], client: int, metrics: dict[str, float], size: int) -> None:
         """Take in one client's records, batch size [1]."""

@@ -45,11 +45,9 @@ class _Folding:
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
     ) -> Iterable[flower.Message]:
         """As the grid does; training is folded, and no reply is returned for it."""
-        strategy = self._strategy
-        if messages is not strategy._training:
+        collector = self._strategy.collector_for(messages)
+        if collector is None:
             replies: Iterable[flower.Message] = cast(Grid, self._grid).send_and_receive(messages, timeout=timeout)
             return replies
-        collector = ReplyCollector(strategy.reply_rules(strategy.training_clients))
         self._grid.send_and_fold(messages, collector, timeout=timeout)
-        strategy._collected = collector.collected
         return []

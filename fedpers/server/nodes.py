@@ -55,33 +55,33 @@ class Nodes:
         self._questions = {node: question for node, question in self._questions.items() if node in ids}
         new_clients: dict[int, int] = {}
         if waiting := [question for question in self._questions.values() if question != UNUSABLE]:
-            new_clients = self._identified(grid.pull_messages(waiting))
+            new_clients = self._clients_in(grid.pull_messages(waiting))
         if new := sorted(ids - known_clients.keys() - new_clients.keys() - self._questions.keys()):
-            new_clients.update(self._identify(grid, new))
+            new_clients.update(self._ask(grid, new))
             if not known_clients and not new_clients and UNUSABLE in self._questions.values():
                 new_clients, self._questions, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
         if doubled := [node for node, client in known_clients.items() if client in new_clients.values()]:
-            alive = self._identify(grid, doubled)  # a node that ended without saying so is listed for a while
+            answering = self._ask(grid, doubled)  # a node that ended without saying so is listed for a while
             known_clients = {
-                node: client for node, client in known_clients.items() if node not in doubled or node in alive
+                node: client for node, client in known_clients.items() if node not in doubled or node in answering
             }
         self._clients = {**known_clients, **new_clients}
         if len(set(self._clients.values())) < len(self._clients):
             raise TrainingError("two nodes hold the same partition-id.")
         return self._clients
 
-    def _identify(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
+    def _ask(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
         """Ask nodes which client they hold; those that do not say are kept in mind."""
         questions = [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in nodes]
         replies = list(grid.send_and_receive(questions, timeout=IDENTIFY_SECONDS))
         self._questions.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
-        clients = self._identified(replies)
+        clients = self._clients_in(replies)
         if self._clients or clients or not replies:
             for silent in (node for node in nodes if node not in clients):
                 log.warning("node %d does not say which client it holds and is left out", silent)
         return clients
 
-    def _identified(self, replies: Iterable[flower.Message]) -> dict[int, int]:
+    def _clients_in(self, replies: Iterable[flower.Message]) -> dict[int, int]:
         """Client of each node that says so; one that answers something else is not asked again, one out of reach is."""
         clients: dict[int, int] = {}
         for reply in replies:

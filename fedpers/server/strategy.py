@@ -20,7 +20,7 @@ from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check
 from fedpers.identity import READS, check_config, check_halves, register
 from fedpers.randomness import sample_clients
-from fedpers.records import ARRAYS, CONFIG, from_record, num_bytes, to_record
+from fedpers.records import ARRAYS, CONFIG, from_record, to_record
 from fedpers.server.adaptation import adapt_clients, evaluate_adapted
 from fedpers.server.collect import (
     NO_REPLY,
@@ -56,6 +56,10 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     Parameters
     ----------
+    fraction, min_replies, evaluate_every, seed
+        Who is sampled, how many replies are needed, how often is evaluated: :class:`~fedpers.settings.RoundsConfig`.
+    weighting : {"samples", "uniform"}
+        Weight of a reply in the average: training samples of the client, or 1.
     unseen : tuple of int
         Clients that are never asked to train (``FederatedData.unseen``).
     postprocessors : sequence of Postprocessor
@@ -74,6 +78,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         What the server knows beside its arrays, by role; checkpoints hold it.
     report : RoundReport
         Of the present round.
+    sent_arrays : Tree
+        The server's arrays before the present round; empty before the first.
 
     Raises
     ------
@@ -113,10 +119,10 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.exchange = Exchange()
         self.wrapper: Strategy | None = None  # one of Flower's around this strategy
         self._begun = False
-        self._checked = 0  # how many of the clients' identities
+        self._identities_checked = 0
         self._work: ServerWork | None = None
-        self._arrays: Tree | None = None
-        self._collected: Collected | None = None  # replies that were folded where they were made
+        self.sent_arrays = tree({})
+        self._collector: ReplyCollector | None = None  # of replies that are folded where they are made
         self._training: list[flower.Message] = []  # what this round's clients were sent
         self.training_clients: list[int] = []  # who was sent this round's training, ascending
         self._evaluating_clients: list[int] = []  # who was sent this round's evaluation
@@ -145,9 +151,11 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             If the clients are those of another method, or do not read a key of `train_config`.
         """
         self.begin(timeout)
-        folds = self.folding(grid)
+        folding_grid = self.folding(grid)
         try:
-            return super().start(folds, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+            return super().start(
+                folding_grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            )
         finally:
             self._begun = False
 
@@ -162,7 +170,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.state = {}
         for postprocessor in self.postprocessors:
             postprocessor.reset()
-        self.exchange, self._checked = Exchange(), 0  # whoever was there before may be somebody else now
+        self.exchange, self._identities_checked = Exchange(), 0  # whoever was there before may be somebody else now
         self.exchange.timeout = timeout
         self._begun = True
 
@@ -208,7 +216,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     # -------------------------------------------------- what a method overrides
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
         """Find out from the clients what must be known before they are sent anything (:meth:`query_clients`).
 
         Parameters
@@ -218,8 +226,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         clients : list of int
             Who is about to be addressed.
         grid : Grid
-        kind : {"train", "evaluate"}
-            What for.
+        phase : {"train", "evaluate"}
+            What they will be asked to do.
 
         Returns
         -------
@@ -292,9 +300,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """
         connected = self.exchange.connect(grid)
         identities = self.exchange.identities
-        while self._checked < len(identities):
-            check_halves(self, identities[self._checked])
-            self._checked += 1
+        while self._identities_checked < len(identities):
+            check_halves(self, identities[self._identities_checked])
+            self._identities_checked += 1
         return connected
 
     @property
@@ -313,7 +321,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         return [clients[i] for i in sample_clients(self.seed, round, len(clients), self.fraction)]
 
     def query_clients(
-        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, kind: str, schema: Schema
+        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, phase: str, schema: Schema
     ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
         """Put a question to clients, which the client half answers with its method ``query_{question}``.
 
@@ -325,7 +333,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         clients : list of int
         records : mapping of record to Tree
             Sent to all of them.
-        kind : {"train", "evaluate"}
+        phase : {"train", "evaluate"}
             What the answers are for: those for training count in the round's bytes.
         schema : Schema
             What an answer must hold.
@@ -342,17 +350,17 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             try:
                 usable[client] = checked(result, schema)
             except ValueError as problem:
-                self.leave_out(client, str(problem), kind)
+                self.leave_out(client, str(problem), phase)
                 continue
-            if kind == "train" and result.content is not None:
-                self.report.bytes_up += num_bytes(result.content)
-        if kind == "train":
+            if phase == "train":
+                self.report.bytes_up += result.num_bytes
+        if phase == "train":
             self.report.bytes_down += size
         return usable
 
-    def leave_out(self, client: int, reason: str, kind: str) -> None:
+    def leave_out(self, client: int, reason: str, phase: str) -> None:
         """Book a client as failed in this round's training or evaluation."""
-        failures = self.report.failures if kind == "train" else self.report.evaluation_failures
+        failures = self.report.failures if phase == "train" else self.report.evaluation_failures
         failures[client] = reason
         log.info("round %d: client %d left out: %s", self.report.round, client, reason)
 
@@ -363,12 +371,6 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         log.info(
             "%s: fraction %g, weighting %s, seed %d", type(self).__name__, self.fraction, self.weighting, self.seed
         )
-
-    @property
-    def sent_arrays(self) -> Tree:
-        """The server's arrays before this round."""
-        assert self._arrays is not None
-        return self._arrays
 
     def check_arrays(self, arrays: Tree, sampled: int) -> None:
         """Refuse postprocessors that do not go with the method, its arrays, or the number of sampled clients.
@@ -409,13 +411,13 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             raise TrainingError(f"round {server_round}: no client is connected.")
         self._check_config(config)
         sampled = self.sample(server_round)
-        self._arrays = from_record(arrays)
-        self.check_arrays(self._arrays, len(sampled))
+        self.sent_arrays = from_record(arrays)
+        self.check_arrays(self.sent_arrays, len(sampled))
         config["server-round"] = server_round
         self.report = RoundReport(server_round, sampled)
-        self._collected = None
-        clients = self.training_clients = self.prepare(server_round, self._arrays, sampled, grid, "train")
-        sent = self.send(server_round, self._arrays, clients)
+        self._collector = None
+        clients = self.training_clients = self.prepare(server_round, self.sent_arrays, sampled, grid, "train")
+        sent = self.send(server_round, self.sent_arrays, clients)
         self._check_sent(sent)
         self._training, size = self.exchange.messages(flower.MessageType.TRAIN, sent, config, clients)
         self.report.bytes_down += size
@@ -423,7 +425,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     def _check_sent(self, sent: Records | Sequence[Records]) -> None:
         """Refuse postprocessors, which go by the server's arrays, where clients are sent others."""
-        same = isinstance(sent, Mapping) and sent.get(ARRAYS) is self._arrays
+        same = isinstance(sent, Mapping) and sent.get(ARRAYS) is self.sent_arrays
         setting_names = [postprocessor.setting for postprocessor in self.postprocessors]
         allowed = f"none for {type(self).__name__}, which sends clients other arrays than the server's"
         check(same or not setting_names, "postprocessors", setting_names, allowed)
@@ -432,6 +434,13 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """Refuse a configuration that the clients would not read."""
         for identity in self.exchange.identities:
             check_config(config, cast(list[str], identity[READS]), type(self).update.__name__)
+
+    def collector_for(self, messages: Iterable[flower.Message]) -> ReplyCollector | None:
+        """Collector for a grid that folds replies where they are made; None for all but this round's training."""
+        if messages is not self._training:
+            return None
+        self._collector = ReplyCollector(self.reply_rules(self.training_clients))
+        return self._collector
 
     def reply_rules(self, clients: list[int]) -> ReplyRules:
         """All that is needed to check and fold the replies of a round's clients, wherever that happens."""
@@ -462,13 +471,11 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         TrainingError
             If fewer than `min_replies` are usable.
         """
-        collected, self._collected = self._collected, None
-        if collected is None:  # the grid left it to us
-            clients = self.training_clients
-            collector = ReplyCollector(self.reply_rules(clients))
-            collector.take(self.exchange.answers(replies, clients))
-            collected = collector.collected
-        arrays = self._conclude(server_round, collected)
+        collector, self._collector = self._collector, None
+        if collector is None:  # the grid has not folded them
+            collector = ReplyCollector(self.reply_rules(self.training_clients))
+            collector.take(self.exchange.answers(replies, self.training_clients))
+        arrays = self._conclude(server_round, collector.collected)
         report = self.report
         metrics = {"train-loss": report.train_loss, "steps": report.steps, "samples": report.samples}
         return to_record(arrays), flower.MetricRecord({**metrics, "failures": len(report.failures)})

@@ -48,10 +48,10 @@ class APFLUpdate(LocalUpdate):
     adaptive: Annotated[bool, Field(description="train alpha")] = True
     variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """v_k is the initial network."""
         alpha = next(module.parameters()).detach().new_tensor(self.alpha)
-        return super().initial_state(model, module).set("alpha", alpha)
+        return super().initial_state(template, module).set("alpha", alpha)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""

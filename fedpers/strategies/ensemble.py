@@ -105,10 +105,10 @@ class Ensemble(PersonalizedStrategy):
         seen = self.trainable_clients
         return [seen[i] for i in sample_clients(seed, round, len(seen), self.fraction)]
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
         """Settle who trains which members; in an evaluation everybody gets all."""
         all_members = list(range(self.client_update.members))
-        if kind == "train":
+        if phase == "train":
             clients_of = [set(self.sample_of(i, round)) for i in all_members]
             self._trained = {client: [i for i in all_members if client in clients_of[i]] for client in clients}
         else:

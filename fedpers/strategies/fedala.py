@@ -59,12 +59,12 @@ class FedALAUpdate(LocalUpdate):
     ] = 0.8
     weight_lr: Annotated[float, Field(gt=0, description="rate of the weights")] = 1.0
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Weights of 1 take what is received."""
         parameters = select(module, "parameters")
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))[-self.layers :]
-        weights = {n: torch.ones_like(model[n]) for n in parameters if n.rpartition(".")[0] in layers}
-        return super().initial_state(model, module).set(WEIGHTS, tree(weights))
+        weights = {n: torch.ones_like(template[n]) for n in parameters if n.rpartition(".")[0] in layers}
+        return super().initial_state(template, module).set(WEIGHTS, tree(weights))
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Mix, then train the whole network."""
@@ -132,10 +132,10 @@ class FedALA(PersonalizedStrategy):
     update = FedALAUpdate
     variant: Annotated[Literal["paper", "pfllib"], Field(description="who mixes in a round, see the module")] = "paper"
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
         """In ``pfllib`` let the clients that do not train in this round mix."""
         others = [client for client in self.trainable_clients if client not in clients]
-        if self.variant == "pfllib" and kind == "train" and others:
+        if self.variant == "pfllib" and phase == "train" and others:
             config = flower.ConfigRecord({"server-round": round})
             results, size = self.exchange.call(grid, "train.weights", {ARRAYS: arrays}, config, others)
             self.report.bytes_down += size

@@ -30,7 +30,7 @@ class FedBNUpdate(LocalUpdate):
     shared = ("all", "-norm")
     personal = "norm"
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Refuse a network that has nothing to keep."""
         if not select(module, "norm"):
             raise ConfigError(
@@ -38,7 +38,7 @@ class FedBNUpdate(LocalUpdate):
                 type(module).__name__,
                 "a network with normalization layers for strategy=fedbn, e.g. model=cnn_bn",
             )
-        return super().initial_state(model, module)
+        return super().initial_state(template, module)
 
 
 @method("fedbn")

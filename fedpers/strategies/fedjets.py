@@ -310,25 +310,25 @@ class FedJETs(PersonalizedStrategy):
         drawn = _draw(able, tied, self.seed, "sampling_anchors", round)
         return sorted(drawn + _draw(others, min(len(others), size - tied), self.seed, "sampling", round))
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, kind: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
         """Ask all but the anchors of a round which experts they want."""
         anchors = anchor_clients(self.client_update.experts, self.unseen)
-        self._anchors = {client for client in clients if kind == "train" and client in anchors}
+        self._anchors = {client for client in clients if phase == "train" and client in anchors}
         self._held = {client: (anchors[client],) for client in self._anchors}
         non_anchors = [client for client in clients if client not in self._anchors]
         gate = tree({n: v for n, v in entries(arrays).items() if n.startswith("gate.")})
         schema: Schema = {(SELECTED, SLOTS): Entry((self.client_update.top_k,), "int64")}
-        answers = self.query_clients(grid, "select", round, non_anchors, {ARRAYS: gate}, kind, schema)
+        answers = self.query_clients(grid, "select", round, non_anchors, {ARRAYS: gate}, phase, schema)
         entropies = []
         for client, (records, metrics) in answers.items():
             try:
                 self._held[client] = self._selected(records)
             except ValueError as problem:
-                self.leave_out(client, f"an unusable choice of experts: {problem}", kind)
+                self.leave_out(client, f"an unusable choice of experts: {problem}", phase)
             else:
                 if math.isfinite(entropy := metrics.get(f"{EXTRA}gate_entropy", math.nan)):
                     entropies.append(entropy)
-        if kind == "train":
+        if phase == "train":
             self._note_holders(round, arrays, entropies)
         return [client for client in clients if client in self._held]
 

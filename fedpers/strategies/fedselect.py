@@ -120,13 +120,13 @@ class FedSelectUpdate(LocalUpdate):
         whole = "constant for strategy=fedselect, where the optimizer starts anew with each pass"
         check(schedule == "constant", "training.schedule", schedule, whole)
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Whole network, mask of zeros; for the official update also what it looks back on."""
         names = select(module, "parameters")
-        mask = tree({name: torch.zeros_like(model[name], dtype=torch.uint8) for name in names})
-        state: dict[str, Any] = {"model": model.clone(), MASK: mask}
+        mask = tree({name: torch.zeros_like(template[name], dtype=torch.uint8) for name in names})
+        state: dict[str, Any] = {"model": template.clone(), MASK: mask}
         if self.variant == "official":
-            previous = {name: model[name].clone() for name in self._selectable(names)}
+            previous = {name: template[name].clone() for name in self._selectable(names)}
             state.update(used=mask.clone(), previous=tree(previous))
         return TensorDict(state, batch_size=[])
 

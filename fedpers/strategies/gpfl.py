@@ -172,11 +172,11 @@ class GPFLUpdate(LocalUpdate):
         with drawing(seed, "gpfl"):
             return ConditionalNetwork(copy.deepcopy(body), copy.deepcopy(head), data.num_classes), data
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Head and buffers; for the official conditional inputs also what they look back on."""
-        state = super().initial_state(model, module)
+        state = super().initial_state(template, module)
         if self.variant == "official":
-            none = model[TABLE].new_zeros(model[TABLE].shape[1])
+            none = template[TABLE].new_zeros(template[TABLE].shape[1])
             state[CONDITIONS] = tree({GENERIC: none, PERSONAL: none.clone()})
             state[LAST_ROUND] = none.new_zeros((), dtype=torch.int64)
         return state

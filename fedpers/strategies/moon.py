@@ -54,9 +54,9 @@ class MOONUpdate(LocalUpdate):
             raise ConfigError("model", type(model).__name__, "a network with a 'body' and a 'head' for strategy=moon")
         return model, data
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """p_k is the initial body."""
-        return super().initial_state(model, module).set(PREVIOUS, model.select(*select(module, "body")))
+        return super().initial_state(template, module).set(PREVIOUS, template.select(*select(module, "body")))
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:
         """Both other networks are the initial one."""
@@ -66,7 +66,7 @@ class MOONUpdate(LocalUpdate):
         """Train the received network between itself and the client's previous one."""
         body, previous = cohort.names("body"), cohort.state[PREVIOUS]
         params = cohort.assemble(received[ARRAYS])
-        if self.variant == "paper":
+        if self.variant == "paper":  # of clients that have not trained, assemble takes what was received instead
             previous = cohort.assemble(received[ARRAYS], personal=previous).select(*body)
         cohort.fit(params, self.loss, given={PREVIOUS: previous, RECEIVED: params.select(*body).clone()})
         return cohort.reply(params, state={PREVIOUS: params.select(*body)})

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedpers.cohort import Batch, Cohort, Network, Reply, Tree
+from fedpers.cohort import Batch, Cohort, Network, Reply, Training, Tree
 from fedpers.cohort.plan import smallest_batch
 from fedpers.errors import check
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
@@ -86,20 +86,9 @@ class PerFedAvgUpdate(LocalUpdate):
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
         """Take one step on the client's first batch, in the order of its data."""
         params = cohort.assemble(received["arrays"])
-        one_step = replace(
-            self.training,
-            lr=self._rate,
-            shuffle=False,
-            optimizer="sgd",
-            momentum=0.0,
-            nesterov=False,
-            weight_decay=0.0,
-            clip=None,
-            schedule="constant",
-            groups=None,
-            lr_decay=1.0,
-        )
-        cohort.fit(params, self.loss, steps=1, training=one_step)
+        batch_size, drop_last = self.training.batch_size, self.training.drop_last
+        plain_step = Training(lr=self._rate, batch_size=batch_size, drop_last=drop_last, shuffle=False)
+        cohort.fit(params, self.loss, steps=1, training=plain_step)
         return params
 
 

@@ -5,7 +5,7 @@ NeurIPS 2020, arXiv:2006.08848 (Algorithm 1).
 
 For each batch of a client:
 
-    theta <- S steps of  theta - personal_lr * (grad f_k(theta) + lam * (theta - w_k))      the client's network
+    theta <- K steps of  theta - personal_lr * (grad f_k(theta) + lam * (theta - w_k))      the client's network
     w_k   <- w_k - lr * lam * (w_k - theta)
 
     w     <- (1 - beta) * w + beta * mean_k w_k
@@ -46,9 +46,9 @@ class PFedMeUpdate(LocalUpdate):
     ] = None
     variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
-        """Theta is the initial network."""
-        return super().initial_state(model, module).set("theta", model.clone())
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
+        """Theta is the initial network; with state of its own, whether a client has trained is remembered."""
+        return super().initial_state(template, module).set("theta", template.clone())
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves theta several times and w once."""
@@ -59,13 +59,13 @@ class PFedMeUpdate(LocalUpdate):
         names = cohort.trainable()
         walk = cohort.walk(theta, w)
         optimizer = walk.optimizer(names)
-        for step, (at, anchor) in walk:
+        for step, (theta_rows, w_rows) in walk:
             for _ in range(self.inner_steps):
-                losses, grads = cohort.gradients(step, at, self.loss, names)
+                losses, grads = cohort.gradients(step, theta_rows, self.loss, names)
                 for name, grad in grads.items():
-                    grad.add_(at[name] - anchor[name], alpha=self.lam).add_(at[name], alpha=decay)
-                    at[name].sub_(grad, alpha=inner_rate)
-            optimizer.update(anchor, {name: self.lam * (anchor[name] - at[name]) for name in names})
+                    grad.add_(theta_rows[name] - w_rows[name], alpha=self.lam).add_(theta_rows[name], alpha=decay)
+                    theta_rows[name].sub_(grad, alpha=inner_rate)
+            optimizer.update(w_rows, {name: self.lam * (w_rows[name] - theta_rows[name]) for name in names})
             cohort.count_loss(step, losses)
         w.update(theta.select(*cohort.names("buffers")))
         return cohort.reply(w, state={"theta": theta})
@@ -74,6 +74,7 @@ class PFedMeUpdate(LocalUpdate):
         """Theta; a client that has not trained yet predicts with the received network."""
         if self.variant == "pfllib":
             return self._pfllib_theta(cohort, received)
+        # assemble takes `personal` only of clients that have trained
         return cohort.assemble(received["arrays"], personal=cohort.state["theta"])
 
     def _pfllib_theta(self, cohort: Cohort, received: Received) -> Tree:

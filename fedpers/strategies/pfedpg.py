@@ -101,10 +101,10 @@ def generate(base: Tensor, matrices: Mapping[str, Tensor], descriptors: Tensor) 
 class PFedPGUpdate(FedVPTUpdate):
     """Train the received prompts and the own head; answer with how the prompts changed."""
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Head; prompts as adapted last."""
-        state = super().initial_state(model, module)
-        state["adapted"] = model.select(PROMPTS)
+        state = super().initial_state(template, module)
+        state["adapted"] = template.select(PROMPTS)
         return state
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:

@@ -51,11 +51,11 @@ class ScaffoldUpdate(LocalUpdate):
             allowed = f"{'null' if plain is None else plain} for strategy=scaffold, which needs plain SGD"
             check(value == plain, f"training.{name}", value, allowed)
 
-    def initial_state(self, model: Tree, module: nn.Module) -> Tree:
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """All control variates start at 0."""
         shared = set(select(module, self.shared))
         names = tuple(name for name in select(module, "parameters") if name in shared)
-        return super().initial_state(model, module).set(CONTROL, _zeros(model, names))
+        return super().initial_state(template, module).set(CONTROL, _zeros(template, names))
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train with ``grad - c_k + c``; send the network and the change of c_k."""

@@ -34,7 +34,7 @@ def make_cohort(
     *,
     training: Training | None = None,
     round: int = 1,
-    needs_pairs: bool = False,
+    needs_two_samples: bool = False,
 ) -> Cohort:
     """A cohort of `clients` (default: all, largest first) without personal state."""
     module = prepare(network)
@@ -46,7 +46,7 @@ def make_cohort(
         tree({}, len(chosen)),
         template=model_tree(module),
         seed=SEED,
-        needs_pairs=needs_pairs,
+        needs_two_samples=needs_two_samples,
         round=round,
         training=training or Training(),
     )

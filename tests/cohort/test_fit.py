@@ -321,7 +321,7 @@ def test_without_personal_state_nobody_knows_who_has_trained() -> None:
 
 
 def test_a_batch_of_one_sample_under_batch_normalization_is_refused() -> None:
-    cohort = make_cohort(NETWORK, gaussian_data((16, 9), dtype=torch.float64), training=SMALL, needs_pairs=True)
+    cohort = make_cohort(NETWORK, gaussian_data((16, 9), dtype=torch.float64), training=SMALL, needs_two_samples=True)
     with pytest.raises(ConfigError, match=r"training\.batch_size=8.*client 1 "):
         cohort.fit(start(cohort), cross_entropy)
 

@@ -58,7 +58,9 @@ def outcome(method: str, grid: Any) -> dict[str, Any]:
     """Everything there is after three rounds, by name."""
     strategy, app = halves(method)
     last: list[flower.ArrayRecord] = []
-    for report in run_rounds(strategy, grid, app.initial_arrays(), 3, keep=lambda _, arrays: last.append(arrays)):
+    for report in run_rounds(
+        strategy, grid, app.initial_arrays(), 3, after_round=lambda _, arrays: last.append(arrays)
+    ):
         assert not report.failures
         assert not report.evaluation_failures
     found: dict[str, Any] = {f"arrays/{name}": value for name, value in leaves(from_record(last[-1])).items()}

@@ -100,7 +100,11 @@ def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None
     grid = Losing(LocalGrid(setup.app, setup.data.num_clients, clients_at_once=1, workers=1), found["failures"], anew)
     with server_identity(1):
         for report in run_rounds(
-            setup.strategy, grid, setup.app.initial_arrays(), config.rounds, keep=lambda _, arrays: last.append(arrays)
+            setup.strategy,
+            grid,
+            setup.app.initial_arrays(),
+            config.rounds,
+            after_round=lambda _, arrays: last.append(arrays),
         ):
             assert {str(client) for client in report.failures} == found["failures"].get(str(report.round), {}).keys()
     assert found["round"] == report.round == config.rounds

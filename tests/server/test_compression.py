@@ -361,7 +361,9 @@ def played(
     grid = grid_of(app)
     kept: list[flower.ArrayRecord] = []
     with server_identity(1):
-        for report in run_rounds(strategy, grid, app.initial_arrays(), 3, keep=lambda _, made: kept.append(made)):
+        for report in run_rounds(
+            strategy, grid, app.initial_arrays(), 3, after_round=lambda _, made: kept.append(made)
+        ):
             assert not report.failures
     return entries(from_record(kept[-1])), grid, app
 

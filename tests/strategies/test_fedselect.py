@@ -406,7 +406,7 @@ def _array(value: Tensor) -> flower.Array:
 def test_an_entry_that_is_personal_for_all_stays_on_the_server() -> None:
     strategy = FedSelect()
     arrays = {"weight": torch.tensor([5.0, 6.0, 7.0])}
-    strategy._arrays = tree(arrays)
+    strategy.sent_arrays = tree(arrays)
     fold = strategy.fold()
     for client, (values, mask) in enumerate([([1.0], [1, 1, 0]), ([2.0, 3.0], [1, 0, 0])]):
         packed = {
@@ -414,7 +414,7 @@ def test_an_entry_that_is_personal_for_all_stays_on_the_server() -> None:
             "mask": tree({"weight": to_bits(torch.tensor(mask))}),
         }
         fold.add(fold.decode(packed, client), 1.0, client)
-    new = strategy.combine(strategy._arrays, fold.result(), [0, 1])
+    new = strategy.combine(strategy.sent_arrays, fold.result(), [0, 1])
     assert new["weight"].tolist() == [5.0, 2.0, 2.0]
 
 

@@ -245,7 +245,7 @@ def _merging(trace: Trace, found: Comparison, device: str) -> None:
     none = {"train_x": x, "train_y": np.arange(4) % len(first["fc.weight"])}
     bench = Bench(first, join([none] * clients), {}, Training(batch_size=4), device)
     arrays = tree({n: torch.zeros_like(v) for n, v in entries(from_record(bench.app.initial_arrays())).items()})
-    bench.strategy._arrays = arrays
+    bench.strategy.sent_arrays = arrays
     fold: Any = bench.strategy.fold()
     for client in range(clients):
         state, mask = trace.group(f"c{client}/state"), trace.group(f"c{client}/mask")

@@ -29,8 +29,8 @@ def npz(config: DatasetConfig) -> Dataset:
     array_names = [name for name in (config.x, config.y, config.client, config.n_train) if name is not None]
     arrays = read_npz(path, array_names)
     x, y = arrays[config.x], arrays[config.y]
-    classes = y.ndim == 1 and y.dtype.kind in "iu"
-    if not classes and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
+    is_classification = y.ndim == 1 and y.dtype.kind in "iu"
+    if not is_classification and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
         raise DataError(
             f"{path}: {config.y} must be whole numbers [N], class ids, or floats [N] or [N, D], targets of a "
             f"regression, not {y.dtype} {list(y.shape)}."
@@ -39,7 +39,7 @@ def npz(config: DatasetConfig) -> Dataset:
         raise DataError(f"{path}: {config.x} has {x.shape[0] if x.ndim else 0} samples but {config.y} has {len(y)}.")
     if len(y) == 0:
         raise DataError(f"{path}: there are no samples.")
-    labels = _class_ids(path, config.y, y) if classes else _targets(path, config.y, y)
+    labels = _class_ids(path, config.y, y) if is_classification else _targets(path, config.y, y)
     train_size = None if config.n_train is None else _train_size(path, config.n_train, arrays[config.n_train], len(y))
     if x.dtype == np.uint8:
         if x.ndim == 3:
@@ -55,9 +55,9 @@ def npz(config: DatasetConfig) -> Dataset:
     else:
         raise DataError(f"{path}: {config.x} is {x.dtype}, expected uint8 pictures or floats.")
     owner = None if config.client is None else _owner(path, config.client, arrays[config.client])
-    count = int(labels.max()) + 1 if classes else labels[0].numel()
-    task = CLASSIFICATION if classes else Regression()
-    return Dataset(inputs, labels, count, path.stem, train_size=train_size, owner=owner, task=task)
+    num_classes = int(labels.max()) + 1 if is_classification else labels[0].numel()
+    task = CLASSIFICATION if is_classification else Regression()
+    return Dataset(inputs, labels, num_classes, path.stem, train_size=train_size, owner=owner, task=task)
 
 
 def _class_ids(path: Path, name: str, y: NDArray[Any]) -> Tensor:

@@ -186,7 +186,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "apfl": {"pfllib": {"variant": "pfllib"}, "fixed alpha": {"adaptive": False, "alpha": 0.3}},
     "fedrap": {
         "paper": {"variant": "paper", "lam": 1e-4, "mu": 1e-3, "tolerance": 1e-4},
-        "tables=own": {"tables": "own"},
+        "tables=personal": {"tables": "personal"},
         "tables=common": {"tables": "common", "weighting": "samples"},
         "threshold": {"threshold": 0.05, "mu": 3.0},
         "nuc": {"regularizer": "nuc", "mu": 0.01},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,8 +16,14 @@ SUBCOMMANDS = ("compare", "plot", "resume")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 0, 1 (a run failed), 2 (bad input), 130 (Ctrl-C) or 143 (SIGTERM)."""
-    sys.exit(_main(list(sys.argv[1:] if arguments is None else arguments)))
+    """Entry point; exits with 0, 1 (a run failed), 2 (bad input), 3 (no round to select), 130 or 143 (signals)."""
+    try:
+        code = _main(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, as in "fedpers compare FOLDER | head", has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 def _main(arguments: list[str]) -> int:

@@ -13,9 +13,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedpers.app.keys import check_choices, meant, with_open_keys
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
-from fedpers.settings.base import RENAMED, choices, options, plain
+from fedpers.settings.base import choices, options, plain
 from fedpers.settings.groups import GROUPS, TRACKERS, choice_values, conf_folder, group_names, method_names
 from fedpers.strategies.registry import options_of
 
@@ -82,6 +83,8 @@ def composed(overrides: Sequence[str]) -> Config:
     FedpersError
         If an override cannot be used.
     """
+    check_choices(overrides)
+    overrides = with_open_keys(overrides)
     register_choices(overrides)
     try:
         with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
@@ -100,12 +103,10 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
-        if key in RENAMED:
-            return ConfigError(key, given, f"{RENAMED[key]}, as it is called now")
-        *parents, name = key.split(".")
+        parents = key.split(".")[:-1]
         while parents and not _keys(".".join(parents), key, arguments):  # the mistake is further up
-            name = parents.pop()
-        return ConfigError(key, given, f"a known key: {one_of(_keys('.'.join(parents), key, arguments), name)}")
+            parents.pop()
+        return ConfigError(key, given, meant(key, _keys(".".join(parents), key, arguments)))
     if isinstance(error, OverrideParseException):
         hint = "values with special characters need quotes within quotes, as in 'output=\"my runs\"'"
         return FedpersError(f"'{error.override}' cannot be read as key=value; {hint}.")

@@ -8,18 +8,37 @@ from typing import Any
 
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
-    """Print a run's result in one line; return the validation score of the selected round."""
-    selected, headline = summary["selected"], summary["headline"]
-    chosen = "validation" if summary["protocol"] == "validation-selected" else "test, as published"
+    """Print a run's result in one line, and what a reader must know of it; return the score of the selected round."""
+    headline, selected, last = summary["headline"], summary["selected"], summary["last"]
+    measured, clients = f"test/{headline}", summary["num_clients"] - summary["num_unseen"]
+    at_end = f"{_percent(last.get(measured))} at round {summary['last_round']}{_over(summary, clients)}"
+    if summary["selected_round"] is None:
+        result = f"no round could be selected; test {headline} {at_end}"
+    else:
+        chosen = f"{summary['selected_on']}{', as published' * (summary['protocol'] == 'official')}"
+        at_best = f"{_percent(selected.get(measured))} at round {summary['selected_round']} (chosen on {chosen})"
+        result = f"test {headline} {at_best}, {at_end}"
     print(
-        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: test {headline} "
-        f"{_percent(selected.get(f'test/{headline}'))} at round {summary['selected_round']} (chosen on {chosen}), "
-        f"{_percent(summary['last'].get(f'test/{headline}'))} at round {summary['last_round']}"
-        f"{_unseen(summary['last'], headline)}; "
+        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: {result}{_unseen(last, headline)}; "
         f"{summary['seconds']:.1f} s; {_shown(folder)}{_left_out(summary['failures'])}"
     )
+    if diverged := summary["last_diverged"]:
+        print(
+            f"The network diverged: at round {summary['last_round']} the loss of {diverged} of {clients} clients is "
+            "infinite; a smaller training.lr or a training.clip may help."
+        )
     score: float | None = selected.get(f"validation/{headline}")
     return score
+
+
+def exit_code(summary: Mapping[str, Any]) -> int:
+    """0, or 3 if no round of the run could be selected."""
+    return 3 if summary["selected_round"] is None else 0
+
+
+def _over(summary: Mapping[str, Any], clients: int) -> str:
+    left_out = summary["last_left_out"]
+    return f" (mean over {clients - left_out} of {clients} clients)" if left_out else ""
 
 
 def _unseen(last: Mapping[str, float | None], headline: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedpers.app.result import print_result
+from fedpers.app.result import exit_code, print_result
 from fedpers.run import resume
 from fedpers.run.reopen import FinishedError, check_contents
 from fedpers.settings.groups import conf_folder
@@ -26,10 +26,12 @@ def command(arguments: list[str]) -> int:
     check_contents(options.folder)
     _log_into(options.folder)
     try:
-        print_result(resume(options.folder, options.overrides), options.folder.resolve())
+        summary = resume(options.folder, options.overrides)
     except FinishedError as error:
         print(error)
-    return 0
+        return 0
+    print_result(summary, options.folder.resolve())
+    return exit_code(summary)
 
 
 def _log_into(folder: Path) -> None:

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.compose import register_choices, sentence
-from fedpers.app.result import print_result
+from fedpers.app.keys import check_choices, with_open_keys
+from fedpers.app.result import exit_code, print_result
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
 from fedpers.run import run
 from fedpers.settings import Config, build
@@ -23,6 +24,8 @@ from fedpers.settings.groups import conf_folder, group_names
 
 def command(arguments: list[str]) -> int:
     """Compose with Hydra and run, once or for every combination of a sweep."""
+    check_choices(arguments)
+    arguments = with_open_keys(arguments)
     register_choices(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here
     before = sys.argv
@@ -30,11 +33,14 @@ def command(arguments: list[str]) -> int:
     exit_codes: list[int] = []
     composed = False
 
-    def job(cfg: Any) -> float | None:
+    def job(cfg: Any) -> float | None:  # the validation score of the selected round, for sweepers that optimize
         nonlocal composed
         composed = True
         try:
-            return _job(cfg)
+            summary, folder = _run(cfg)
+            score = print_result(summary, folder)
+            exit_codes.append(exit_code(summary))
+            return score
         except FedpersError as error:  # printed at once: Hydra would add lines, and end a sweep at its first failure
             print(f"fedpers: {error}", file=sys.stderr)
             exit_codes.append(1 if isinstance(error, TrainingError) else 2)
@@ -61,8 +67,8 @@ def command(arguments: list[str]) -> int:
     return max(exit_codes, default=0)
 
 
-def _job(cfg: Any) -> float | None:
-    """One job; returns the validation score of the selected round, for sweepers that optimize."""
+def _run(cfg: Any) -> tuple[dict[str, Any], Path]:
+    """Run one job; its summary and folder."""
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     folder = Path(HydraConfig.get().runtime.output_dir)
-    return print_result(run(build(Config, resolved), folder, resolved), folder)
+    return run(build(Config, resolved), folder, resolved), folder

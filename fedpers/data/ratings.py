@@ -43,9 +43,10 @@ class RankingData(FederatedData):
         Drawn for each training positive in each round, >= 0.
     task : Ranking
         Its ``protocol_name`` also says what training negatives are drawn from. ``clean``: all items but the user's
-        training positives. ``official``, as in the codes of FedRAP, PFedRec and NCF: all items the user never touched.
-        The held-out items are then the only candidates that are never trained as negatives, so that ranking items by
-        how seldom they were drawn scores higher with every round, without any learning.
+        training positives. ``symmetric``: of these, none that the user is evaluated on, neither held-out items nor
+        those they are ranked among. ``official``, as in the codes of FedRAP, PFedRec and NCF: all items the user never
+        touched. The held-out items are then the only candidates that are never trained as negatives, so that ranking
+        items by how seldom they were drawn scores higher with every round, without any learning.
 
     Raises
     ------
@@ -117,11 +118,10 @@ class RankingData(FederatedData):
         )
 
     def excluded(self, user: int) -> NDArray[np.int64]:
-        """Items that are no training negatives of a user, int64 ``[e]``; the held-out ones among them if official."""
-        lists = [self.train[user]]
-        if self.task.protocol_name == "official":
-            lists += [self.validation[user][:1], self.test[user][:1]]
-        return torch.cat(lists).numpy() - self.num_items
+        """Items that are no training negatives of a user, int64 ``[e]``."""
+        held_out = {"clean": 0, "official": 1, "symmetric": None}[self.task.protocol_name]
+        lists = [self.train[user], self.validation[user][:held_out], self.test[user][:held_out]]
+        return torch.cat(lists).numpy() % self.num_items
 
     def samples(self, client: int, seed: int, round: int) -> NDArray[np.int64]:
         """Each positive, oldest first, followed by its negatives; int64 ``[n * (1 + negatives)]``.
@@ -258,7 +258,7 @@ def _by_appearance(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 def _eval_negatives(
     user: int, touched: NDArray[np.int64], num_items: int, config: DatasetConfig, seed: int, name: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw items a user never touched for validation and test: the same twice if official, disjoint ones if clean."""
+    """Draw items a user never touched for validation and test: the same twice if official, disjoint ones otherwise."""
     untouched = np.ones(num_items, dtype=bool)
     untouched[touched] = False
     items = np.flatnonzero(untouched)

@@ -269,6 +269,18 @@ def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], 
     if stopped:
         ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
         notes.append(f"! Interrupted: {', '.join(ends)}.")
+    if any(run.selected_on == "test" for run in runs):
+        chosen = {part: sorted({r.strategy for r in runs if r.selected_on == part}) for part in ("test", "validation")}
+        phrases = [f"on {part} for {', '.join(names)}" for part, names in chosen.items() if names]
+        notes.append(f"The round is chosen as the methods' authors do: {'; '.join(phrases)}.")
+    if unselected := [str(run.folder) for run in runs if run.summary.get("selected_round", 0) is None]:
+        notes.append(f"No round could be selected: {', '.join(unselected)}.")
+    for what, key in (
+        ("The network had diverged", "last_diverged"),
+        ("Not all clients were measured", "last_left_out"),
+    ):
+        if affected := [f"{r.folder} ({r.summary[key]} clients)" for r in runs if r.summary.get(key)]:
+            notes.append(f"{what} at the last round: {', '.join(affected)}.")
     failures = sum(int(run.summary.get("failures") or 0) for run in runs)
     if failures:
         names = sorted({run.strategy for run in runs if run.summary.get("failures")})

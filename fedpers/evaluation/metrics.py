@@ -47,7 +47,7 @@ def distribution(values: Array, weights: Array) -> dict[str, float]:
     return {
         "mean": float(v.mean()),
         "weighted": float(v @ w / w.sum()) if w.sum() > 0 else math.nan,
-        "std": float(v.std()),
+        "std": float(v.std()) if np.isfinite(v).all() else math.nan,
         "worst_decile": float(v[: math.ceil(len(v) / 10)].mean()),
         "min": float(v[0]),
         "missing": missing,

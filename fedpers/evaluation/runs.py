@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpers.settings.base import choices
+from fedpers.settings.groups import GROUPS, choice_values
+
 logger = logging.getLogger(__name__)
 
-IGNORED = frozenset({"strategy", "training", "seed", "runtime", "tracker", "output", "hydra"})
-"""Top-level config keys in which comparable runs may differ, besides where a data set is found."""
+IGNORED = frozenset(
+    {"strategy", "training", "seed", "runtime", "tracker", "output", "hydra", "checkpoint", "auc", "min_replies"}
+)
+"""Top-level config keys in which comparable runs may differ, besides where a data set is found: methods and seeds are
+what is compared, the others cannot change a number."""
 
 DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "none"}
 """What a run without these settings has; any other stands in a table of its own."""
@@ -67,14 +73,22 @@ class RunRecord:
     @property
     def comparable(self) -> dict[str, Any]:
         """What must be equal for two runs to stand in one table, nested keys joined by dots."""
-        flat = _flatten({key: value for key, value in self.config.items() if key not in IGNORED})
+        considered = {key: value for key, value in self.config.items() if key not in IGNORED}
+        flat = _flatten({key: _in_effect(key, value) for key, value in considered.items()})
         flat.pop("dataset.download", None)
         if flat.get("dataset.name") not in ("npz", "ratings"):  # there the path says what the data are, not only where
             flat.pop("dataset.root", None)
         for key, usual in DEFAULT_CHOICES.items():
             if flat.get(f"{key}.name", usual) == usual:  # nothing else of it matters then
                 flat = {name: value for name, value in flat.items() if not name.startswith(f"{key}.")}
-        return flat | {"protocol": self.summary.get("protocol", "validation-selected")}
+        protocol = str(self.summary.get("protocol", "validation-selected"))
+        return flat | {"protocol": protocol.partition(":")[0]}
+
+    @property
+    def selected_on(self) -> str:
+        """Part on which the selected round was chosen, ``validation`` or ``test``."""
+        usual = "validation" if self.comparable["protocol"] == "validation-selected" else "test"
+        return str(self.summary.get("selected_on", usual))
 
     def metric(self, name: str, round: str = "selected") -> float:
         """One metric at the ``"selected"`` or ``"last"`` round; NaN when it was not measured."""
@@ -142,6 +156,15 @@ def differing(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) 
     """``key=value`` of `settings` for every key in which `others` have another value somewhere."""
     keys = sorted(set().union(*others))
     return [f"{k}={settings.get(k)}" for k in keys if any(other.get(k) != settings.get(k) for other in others)]
+
+
+def _in_effect(group: str, settings: Any) -> Any:
+    """Settings of a group without those that the chosen one does not read, and with defaults of those not written."""
+    name = settings.get("name") if isinstance(settings, Mapping) else None
+    if group not in GROUPS or name not in choices(GROUPS[group]):
+        return settings
+    defaults = choice_values(group, name)
+    return {"name": name, **defaults, **{key: value for key, value in settings.items() if key in defaults}}
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,7 +19,9 @@ def paired_p(best: Mapping[int, float], other: Mapping[int, float]) -> float:
         return math.nan
     if np.ptp(a - b) == 0:  # the statistic is 0/0 or infinite
         return 1.0 if a[0] == b[0] else 0.0
-    return float(ttest_rel(a, b).pvalue)
+    with warnings.catch_warnings():  # that the differences are nearly equal says nothing to a reader of a table
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(ttest_rel(a, b).pvalue)
 
 
 def half_interval(values: Sequence[float]) -> float:

@@ -20,7 +20,6 @@ from omegaconf import OmegaConf
 
 from fedpers import __version__
 from fedpers.cohort import Tree
-from fedpers.data import FederatedData
 from fedpers.errors import ConfigError, FedpersError
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record, to_record
@@ -130,7 +129,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
                     raise FedpersError(f"the {what} from the run's in {folder}, by checksum: it cannot be resumed.")
             try:
                 start = _Start.read(checkpoint, setup.app, opened.tracker_ids(checkpoint))
-                progress = _progress(setup.data)
+                progress = _progress(setup)
                 progress.restore(checkpoint.content["progress"])
             except DamagedError as error:
                 log.warning("%s This checkpoint is not used.", error)
@@ -182,7 +181,7 @@ class _Run:
         progress: Progress | None = None,
     ) -> None:
         self.config, self.folder, self.plain, self.setup, self.start = config, folder, plain, setup, start
-        self.progress = _progress(setup.data) if progress is None else progress
+        self.progress = _progress(setup) if progress is None else progress
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         self.summary: dict[str, Any] = {}
         self.began = began
@@ -324,6 +323,7 @@ class _Run:
         write_text(path, json.dumps(manifest, indent=1))
 
 
-def _progress(data: FederatedData) -> Progress:
-    task = data.task
-    return Progress(f"{task.selected_on}/{task.headline}", task.latest_wins, data.unseen)
+def _progress(setup: Setup) -> Progress:
+    task = setup.data.task
+    part = "validation" if task.selected_on == "validation" else setup.strategy.published_selection
+    return Progress(f"{part}/{task.headline}", task.latest_wins, setup.data.unseen)

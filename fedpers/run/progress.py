@@ -30,7 +30,8 @@ class Progress:
         Rounds trained, aggregated and, where due, evaluated.
     best, last : tuple (round, metrics, report) or None
         Evaluated round with the highest score (the first of equals, or the last if the data's protocol says so), and
-        the latest evaluated one.
+        the latest evaluated one. A round without a score, or in which a client could not be measured, is not chosen: a
+        mean over the others would flatter it.
     """
 
     selected_by: str = "validation/accuracy"
@@ -53,15 +54,16 @@ class Progress:
         self.totals["failures"] = self.totals.get("failures", 0) + failures
         if report.clients and report.round:
             self.last = (report.round, metrics, report)
-            left_out = report.evaluation_failures.keys() - set(self.unseen)
-            complete = not left_out  # a mean over those that are left would flatter the round
-            if complete and self._better(metrics):
+            if not self.left_out(report) and self._better(metrics):
                 self.best = self.last
 
+    def left_out(self, report: RoundReport) -> list[int]:
+        """Clients that train but could not be measured in a round, ascending."""
+        return sorted(report.evaluation_failures.keys() - set(self.unseen))
+
     def _better(self, metrics: dict[str, float]) -> bool:
-        if self.best is None:
-            return True
-        score, best = metrics.get(self.selected_by, math.nan), self.best[1].get(self.selected_by, -math.inf)
+        score = metrics.get(self.selected_by, math.nan)
+        best = -math.inf if self.best is None else self.best[1][self.selected_by]
         return score > best or (self.latest_wins and score == best)
 
     def to_json(self) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
             for statistic, ending in (_SPREAD if name == headline else {"mean": ""}).items():
                 metrics[f"{group}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
     metrics["clients/sampled"] = len(report.sampled)
+    metrics["clients/diverged"] = len(report.diverged)
     metrics["clients/failed"] = len(report.failures) + len(report.evaluation_failures)
     gradients = [row.get("adaptation-gradients", 0.0) for row in report.clients.values()]
     if any(gradients):

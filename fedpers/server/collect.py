@@ -44,6 +44,8 @@ class Entry(NamedTuple):
 Schema = dict[tuple[str, str], Entry]
 """What a reply holds: entries by record and name."""
 log = logging.getLogger(__name__)
+UNBOUNDED = ("loss", "mse")
+"""Endings of metrics that are infinite where a client's network has diverged; no other may be."""
 _COUNTS = ("steps", "samples", "gradients", "train-loss")
 NO_REPLY = ClientResult(None, "no reply")
 
@@ -250,12 +252,15 @@ def measured(result: ClientResult) -> dict[str, float]:
 
 
 def evaluated(result: ClientResult) -> dict[str, float]:
-    """Metrics of an answer to an evaluation; ValueError says why they cannot be used."""
+    """Metrics of an answer to an evaluation; ValueError says why they cannot be used.
+
+    A network that has diverged is measured like any other: its predictions are wrong, its loss is infinite.
+    """
     metrics = measured(result)
     if not metrics:
         raise ValueError("it holds no metrics")
     for name, value in metrics.items():
-        if not math.isfinite(value):
+        if not (math.isfinite(value) or (value == math.inf and name.endswith(UNBOUNDED))):
             raise ValueError(f"{name} is {value}")
     return metrics
 

@@ -58,6 +58,11 @@ class RoundReport:
     seconds: float = 0.0
     train_seconds: float = 0.0
 
+    @property
+    def diverged(self) -> list[int]:
+        """Evaluated clients with an infinite loss, ascending."""
+        return sorted(c for c, metrics in self.clients.items() if any(math.isinf(value) for value in metrics.values()))
+
     def book(self, replies: Mapping[int, Mapping[str, float]], bytes_up: int) -> None:
         """Add what the usable replies of a round, by client, say of its training."""
         losses, extra = 0.0, dict[str, list[float]]()

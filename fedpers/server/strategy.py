@@ -72,6 +72,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     ----------
     update : type
         The client half's class.
+    published_selection : {"test", "validation"}
+        Part on which the method's authors choose the round they report; followed where the protocol of the data is
+        ``official``.
     common_options : tuple of str
         Options of the client half that the server half reads: clients with another value are refused.
     state : dict of str to Tree
@@ -88,6 +91,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     """
 
     update: ClassVar[type[LocalUpdate]] = LocalUpdate
+    published_selection: ClassVar[Literal["test", "validation"]] = "test"
     common_options: ClassVar[tuple[str, ...]] = ()
     weighting: Weighting = "samples"
     unseen: tuple[int, ...] = ()

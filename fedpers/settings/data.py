@@ -75,10 +75,11 @@ class DatasetConfig(Settings, group="dataset"):
         OnlyFor("npz"),
     ] = None
     protocol: Annotated[
-        Literal["clean", "official"],
+        Literal["clean", "symmetric", "official"],
         Field(
-            description="official, as the methods' authors: training negatives spare the held-out items, both are "
-            "ranked among the same negatives, the best round is chosen on test"
+            description="symmetric: training negatives spare all items a user is evaluated on, clean: none of them; "
+            "official, as the methods' authors: only the held-out ones, both are ranked among the same negatives, and "
+            "the best round is chosen as they do"
         ),
         OnlyFor(*RATINGS),
     ] = "clean"

@@ -1,4 +1,4 @@
-"""FedRAP: an item table of one's own added to one for all.
+"""FedRAP: each user's personal item table added to one for all.
 
 Z. Li, G. Long, T. Zhou, Federated Recommendation with Additive Personalization, ICLR 2024, arXiv:2301.09109; authors'
 code github.com/mtics/FedRAP (commit d6ee2ac).
@@ -15,9 +15,12 @@ in batches of B samples (items repeat), and moves everything at once:
 Shared: C. Personal: D_k, w_k, b_k. D starts equal for all users. It is FedMF (:mod:`fedpers.strategies.fedmf`, which
 says what a user computes and sends) with a second table, penalties, decay of the rates within a visit and an early end.
 
-Rates: ``training.lr`` is that of the score function, ``training.groups.body.lr`` that of both tables, unless ``own`` or
-``common`` has one (the authors' are 0.5 and 200 to 1000: means over B * dim entries make gradients small); all fall by
-``training.lr_decay`` per round.
+Rates: ``training.lr`` is that of the score function, ``training.groups.body.lr`` that of both tables (the authors' are
+0.5 and 200 to 1000: means over B * dim entries make gradients small); all fall by ``training.lr_decay`` per round. At
+one shared rate D takes the fit first: it is kept whole, while C is a mean over users. So unless ``training.groups``
+has a rate for ``personal`` that is not also that of ``common``, D moves at 1/30 of C's; with
+``dataset.protocol=official`` at the same, as in the authors' code. (On MovieLens-100K the factor was chosen on
+validation, see ``experiments/movielens``.)
 
 The code differs from the paper. ``variant=official`` follows the code, which is checked number for
 number (but for ``nuc`` and ``inf``, of which there is no trace):
@@ -27,9 +30,11 @@ number (but for ``nuc`` and ``inf``, of which there is no trace):
 - All is moved by one step, not in turns; the score has a bias; nothing is made private.
 - Cross-entropy is taken on the float32 probability, logarithms not below -100: a saturated score has no gradient.
 
-``variant=paper``: the curriculum acts, and the penalties are sums over the whole tables, ``-lam ||D - C||_F^2 + mu
-||C||_1`` (which takes far smaller rates). The shapes of ``tanh(a/10)`` (round a) are the code's; those of the other
-curricula are not known: ``sin(pi/2 min(a/10, 1))``, ``min(a/10, 1)^2``, ``a/(a+10)``.
+``variant=paper``: the curriculum acts, and the penalties are over the whole tables, ``-lam ||D - C||_F^2 + mu
+||C||_1``, each divided by the number of entries. As sums beside a mean cross-entropy they would grow without bound: a
+step moves D and C apart by a factor of ``1 + 4 lam lr``, 81 at the authors' 200 and 0.1 for ML-100K. The curricula of
+lam and mu are those of the authors' engine (rounds i from 0): tanh(i/10); sin: (sin(i/10) + 1) / 2; square: 1 and 0 in
+turns of 5 rounds; frac: 1 / (i + 1), which falls; fixed or constant: 1.
 
 Unlike in the code, entries of C may be left out of what is sent (``threshold``).
 """
@@ -39,14 +44,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Selection, Tree, entries
+from fedpers.cohort import Cohort, Selection, Training, Tree, entries
 from fedpers.cohort.sparse_rows import VisitedRows, sgd_step
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
@@ -56,17 +61,20 @@ from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, method
 from fedpers.strategies.fedmf import FedMF, FedMFUpdate, Values, logistic
 
-COMMON, PERSONAL = "common.weight", "own.weight"
+COMMON, PERSONAL = "common.weight", "personal.weight"
+PERSONAL_SHARE = 1 / 30
+"""Rate of the personal table, relative to that of the common one, unless a setting or the protocol says otherwise."""
 _SMALL = 1e-4  # entries up to this size are what the authors' code counts as sparse
 
 CURRICULA: dict[str, Callable[[int], float]] = {
-    "constant": lambda round: 1.0,
-    "tanh": lambda round: math.tanh(round / 10),
-    "sin": lambda round: math.sin(math.pi / 2 * min(round / 10, 1.0)),
-    "square": lambda round: min(round / 10, 1.0) ** 2,
-    "frac": lambda round: round / (round + 10),
+    "constant": lambda i: 1.0,
+    "fixed": lambda i: 1.0,
+    "tanh": lambda i: math.tanh(i / 10),
+    "sin": lambda i: (math.sin(i / 10) + 1) / 2,
+    "square": lambda i: 1.0 - i // 5 % 2,
+    "frac": lambda i: 1 / (i + 1),
 }
-"""Factor on lam and mu by round (from 1)."""
+"""Factor on lam and mu by round, from 0; ``fixed`` is the authors' word for constant."""
 
 
 class AdditiveFactorization(nn.Module):
@@ -82,13 +90,13 @@ class AdditiveFactorization(nn.Module):
 
     def __init__(self, personal: nn.Module | None, common: nn.Module | None, head: nn.Module) -> None:
         super().__init__()
-        self.own = personal
+        self.personal = personal
         self.common = common
         self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, 1]`` of items `x`, int64 ids ``[B]``."""
-        vectors = [table(x) for table in (self.own, self.common) if table is not None]
+        vectors = [table(x) for table in (self.personal, self.common) if table is not None]
         out: Tensor = self.head(sum(vectors))
         return out
 
@@ -158,12 +166,15 @@ class FedRAPUpdate(FedMFUpdate):
     ] = 0.1
     regularizer: Annotated[Literal["l1", "l2", "nuc", "inf", "none"], Field(description="what mu weighs")] = "l1"
     curriculum: Annotated[
-        Literal["tanh", "sin", "square", "frac", "constant"],
-        Field(description="growth of lam and mu over rounds; without effect in official, as in the authors' code"),
+        Literal["tanh", "sin", "square", "frac", "constant", "fixed"],
+        Field(
+            description="lam and mu over rounds, see the module; without effect in official, as in the authors' code"
+        ),
     ] = "tanh"
     variant: Annotated[Literal["official", "paper"], Field(description="see the module")] = "official"
     tables: Annotated[
-        Literal["both", "own", "common"], Field(description="own: without the common table; common: without the other")
+        Literal["both", "personal", "common"],
+        Field(description="personal: without the common table; common: without the personal one"),
     ] = "both"
     step_decay: Annotated[float, Field(gt=0, le=1, description="factor on the rates from step to step of a visit")] = (
         0.95
@@ -179,25 +190,41 @@ class FedRAPUpdate(FedMFUpdate):
     @property
     def shared(self) -> Selection:  # type: ignore[override]
         """The common table, if there is one."""
-        return "none" if self.tables == "own" else "common"
+        return "none" if self.tables == "personal" else "common"
 
     @property
     def personal(self) -> Selection:  # type: ignore[override]
         """All the rest."""
-        return ("all", "-common") if self.tables == "both" else "all" if self.tables == "own" else "head"
+        return ("all", "-common") if self.tables == "both" else "all" if self.tables == "personal" else "head"
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put a second table, drawn for itself, beside the first."""
         network, data = factorized(model, data)
         personal = None if self.tables == "common" else deepcopy(network.body)
-        common = None if self.tables == "own" else self.common_table(network, seed)
+        common = None if self.tables == "personal" else self.common_table(network, seed)
         return AdditiveFactorization(personal, common, deepcopy(network.head)), data
 
     # ------------------------------------------------------------------ a visit
 
     def visited(self, cohort: Cohort) -> VisitedRows:
-        """The sampled rows; all of them where penalties are sums over whole tables."""
-        return VisitedRows(cohort, everything=self.variant == "paper")
+        """The sampled rows; all of them where penalties are over whole tables."""
+        visited = VisitedRows(cohort, everything=self.variant == "paper")
+        visited.training = self._with_rates(visited.training, cohort)
+        return visited
+
+    def _with_rates(self, training: Training, cohort: Cohort) -> Training:
+        """Training settings in which the personal table has its default rate, unless a group sets it apart."""
+        groups = training.groups or {}
+        if self.tables != "both" or cohort.data.task.protocol == "official":
+            return training
+        rates = dict.fromkeys((PERSONAL, COMMON), training.lr)
+        for group, options in groups.items():
+            names = cohort.names(group)
+            if "lr" in options and PERSONAL in names and COMMON not in names:
+                return training
+            rates.update({name: options["lr"] for name in names if "lr" in options and name in rates})
+        personal = {**groups.get(PERSONAL, {}), "lr": PERSONAL_SHARE * rates[COMMON]}
+        return replace(training, groups={**groups, PERSONAL: personal})
 
     def descend(
         self, cohort: Cohort, visited: VisitedRows, moved: dict[str, Tensor], factors: dict[str, Tensor]
@@ -212,7 +239,7 @@ class FedRAPUpdate(FedMFUpdate):
         for _ in range(cohort.training.epochs):
             trees = moved, factors, {"pace": pace, "total": total}
             walk = cohort.walk(*trees, steps=left.tolist(), training=visited.training)
-            optimizer = optimizer or walk.optimizer(list(moved))
+            optimizer = optimizer or walk.optimizer(list(moved), visited.training)
             for step, (rows, decayed, visit) in walk:
                 losses, grads = self.slopes(cohort, rows, *visited.counts(step))
                 sgd_step(optimizer, rows, grads, decayed, visit["pace"])
@@ -238,10 +265,10 @@ class FedRAPUpdate(FedMFUpdate):
         if common is None:
             return losses, {**grads, PERSONAL: slope}
         paper = self.variant == "paper"
-        growth = CURRICULA[self.curriculum](cohort.round) if paper else 1.0
+        growth = CURRICULA[self.curriculum](cohort.round - 1) if paper else 1.0
         share = samples / (samples.sum(1, keepdim=True) * vectors.shape[2])
-        if paper:  # sums over whole tables
-            share = torch.ones_like(share)
+        if paper:  # means over whole tables
+            share = torch.full_like(share, 1 / vectors[0].numel())
         value, by_common = REGULARIZERS[self.regularizer](common, samples, share)
         losses = losses + self.mu * growth * value
         grads[COMMON] = by_common.mul_(self.mu * growth).add_(slope)

@@ -7,9 +7,10 @@ On two batches D, D' at a time, with F(w) = f_k(w - inner_lr * grad f_k(w; D); D
 
     w_k <- w_k - lr * grad F(w_k)
     w   <- mean_k w_k
-    prediction of client k: w - inner_lr * grad f_k(w; first batch)
+    prediction of client k: w - inner_lr * grad f_k(w; a batch)
 
-Shared: the whole network, buffers averaged. Personal: nothing; a client adapts before it predicts.
+Shared: the whole network, buffers averaged. Personal: nothing; a client adapts before it predicts, on the same batch in
+every round, drawn from (seed, "adapt", client).
 
 ``hessian: true`` takes the exact gradient of F (the paper's algorithm, which draws a third batch for the second-order
 term; here that term sees D). ``hessian: false`` is the paper's first-order variant, Per-FedAvg (FO). Common
@@ -30,6 +31,7 @@ from torch import Tensor
 from fedpers.cohort import Batch, Cohort, Network, Reply, Training, Tree
 from fedpers.cohort.plan import smallest_batch
 from fedpers.errors import check
+from fedpers.randomness import generator
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
@@ -84,11 +86,14 @@ class PerFedAvgUpdate(LocalUpdate):
         return self.loss(network.replace(adapted).seeing(second), second)
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """Take one step on the client's first batch, in the order of its data."""
+        """Take one plain step on a batch that is drawn once for each client, or its first with ``shuffle: false``."""
         params = cohort.assemble(received["arrays"])
+        samples = None
+        if self.training.shuffle:
+            samples = [generator(cohort.seed, "adapt", c).permutation(cohort.samples(c)) for c in cohort.clients]
         batch_size, drop_last = self.training.batch_size, self.training.drop_last
         plain_step = Training(lr=self._rate, batch_size=batch_size, drop_last=drop_last, shuffle=False)
-        cohort.fit(params, self.loss, steps=1, training=plain_step)
+        cohort.fit(params, self.loss, steps=1, samples=samples, training=plain_step)
         return params
 
 

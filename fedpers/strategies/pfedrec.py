@@ -99,4 +99,5 @@ class PFedRec(PersonalizedStrategy):
     """Server: unweighted mean of the item tables."""
 
     update = PFedRecUpdate
+    published_selection = "validation"
     weighting: Weighting = "uniform"

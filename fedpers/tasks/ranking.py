@@ -26,9 +26,9 @@ class Ranking(Task):
     ----------
     top_k : int
         Length of the recommended list, >= 1.
-    protocol_name : {"clean", "official"}
-        ``official`` selects the round on test, and the latest of equally good ones, as published; what else differs
-        see :class:`fedpers.data.ratings.RankingData`.
+    protocol_name : {"clean", "symmetric", "official"}
+        ``official`` selects the latest of equally good rounds, on test, or where a method's authors do
+        (``PersonalizedStrategy.published_selection``); what else differs see :class:`fedpers.data.ratings.RankingData`.
 
     Raises
     ------
@@ -69,8 +69,8 @@ class Ranking(Task):
 
     @property
     def protocol(self) -> str:
-        """``validation-selected`` or ``official: test-selected``."""
-        return "official: test-selected" if self.protocol_name == "official" else "validation-selected"
+        """``official`` or ``validation-selected``."""
+        return "official" if self.protocol_name == "official" else "validation-selected"
 
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Binary cross-entropy ``[B]`` of logits ``[B, 1]``; `y` is 1 for a positive and 0 for a negative."""

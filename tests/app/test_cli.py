@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from fedpers.app import _main
+from fedpers.app.compose import composed
 from fedpers.data import PartitionConfig
 from fedpers.run import TIMES, run
 from fedpers.settings import Config
@@ -223,6 +225,76 @@ def test_installed_command(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+def test_whoever_reads_a_table_may_stop_early(tmp_path: Path) -> None:
+    (folder,) = fedpers("rounds=1", output=tmp_path)
+    command = f"'{sys.executable}' -m fedpers compare '{folder}' --json | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert (done.stdout, done.stderr) == ("[\n0\n", "")
+
+
+@pytest.mark.parametrize(
+    ("typed", "groups"),
+    [
+        ("training.groups.head.lr=0.2", {"head": {"lr": 0.2}}),
+        ("training.groups={head:{lr:0.2}}", {"head": {"lr": 0.2}}),
+        ("+training.groups={head:{lr:0.2}}", {"head": {"lr": 0.2}}),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["fedavg", "fedrap"])
+def test_rates_of_some_parameters_are_typed_like_other_settings(typed: str, groups: Any, strategy: str) -> None:
+    given = composed([f"strategy={strategy}", typed]).training.groups
+    assert given == ({"body": {"lr": 200}, **groups} if strategy == "fedrap" else groups)
+
+
+# ------------------------------------------------------------------ diverged runs
+
+
+def test_a_network_that_diverged_is_measured_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder,) = fedpers("partition.num_clients=6", "rounds=4", "training.lr=1e6", output=tmp_path)
+    printed = capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    clients = pd.read_parquet(folder / "clients.parquet")
+    assert clients.test_accuracy_last.notna().all()  # also of those whose loss is infinite
+    assert summary["last"]["test/accuracy"] == pytest.approx(clients.test_accuracy_last.mean())
+    diverged = int(np.isinf(clients[["validation_loss_last", "test_loss_last"]]).any(axis=1).sum())
+    assert (summary["last_left_out"], summary["last_diverged"]) == (0, diverged)
+    assert diverged > 0
+    assert f"The network diverged: at round 4 the loss of {diverged} of 6 clients is infinite" in printed
+    assert _main(["compare", str(folder)]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "The network had diverged at the last round: " in table
+    assert f"({diverged} clients)." in table
+
+
+def test_a_run_of_which_no_round_can_be_selected_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unmeasured.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedpers.strategies import LocalUpdate, PersonalizedStrategy\n"
+        "@dataclass(kw_only=True)\n"
+        "class Update(LocalUpdate):\n"
+        "    def evaluate(self, cohort, received, config):\n"
+        "        if 2 in cohort.clients:\n"
+        "            raise ValueError('client 2 cannot be measured')\n"
+        "        return super().evaluate(cohort, received, config)\n"
+        "@dataclass(kw_only=True)\n"
+        "class Method(PersonalizedStrategy):\n"
+        "    update = Update\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert _main(["strategy=unmeasured:Method", *SMALL, "output=runs"]) == 3
+    (folder,) = run_folders(tmp_path)
+    printed = capsys.readouterr().out
+    assert "no round could be selected; test accuracy " in printed
+    assert "% at round 3 (mean over 5 of 6 clients); " in printed
+    assert "None" not in printed
+    assert _main(["compare", str(folder)]) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "No round could be selected: " in table
+    assert "Not all clients were measured at the last round: " in table
+
+
 # ------------------------------------------------------------------ errors
 
 
@@ -232,7 +304,20 @@ def test_installed_command(tmp_path: Path) -> None:
         (["strategy=dito"], "strategy=dito: expected one of apfl, ditto, "),
         (["strategy=dito"], "did you mean 'ditto'?"),
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
-        (["strategy.mu=1"], "strategy.mu=1: expected a known key: one of name, weighting."),
+        (["strategy.mu=1"], "strategy.mu=1: expected a known key: one of name, weighting; mu is an option of "),
+        (["strategy.mu=1"], "strategy=ditto, "),
+        (["partition=iid", "partition.alpha=1"], "alpha is an option of partition=dirichlet only."),
+        (["lr=0.1"], "lr=0.1: expected training.lr, the whole name of that key."),
+        (["model.lr=0.1"], "model.lr=0.1: expected training.lr, the whole name of that key."),
+        (["learning_rate=0.1"], "learning_rate=0.1: expected training.lr, the whole name of that key."),
+        (["batchsize=3"], "batchsize=3: expected training.batch_size, the whole name of that key."),
+        (["alpha=1"], "alpha=1: expected partition.alpha or strategy.alpha, the whole name of that key."),
+        (["num_clients=5"], "num_clients=5: expected partition.num_clients, the whole name of that key."),
+        (["num_rounds=5"], "num_rounds=5: expected rounds, the whole name of that key."),
+        (["runtime.cohort=4"], "runtime.cohort=4: expected runtime.clients_at_once, as it is called now."),
+        (["dataset=/some/path"], "dataset=/some/path: expected one of amazon_video, "),
+        (["dataset=~/some/x.npz"], "arrays of your own are dataset=npz dataset.root=FILE"),
+        (["strategy=./mine.py"], "a method of your own is strategy=module:Class."),
         (["strategy=ditto", "strategy.mu=abc"], "strategy.mu=abc: expected a number."),
         (["strategy=ditto", "strategy.mu=-1"], "strategy.mu=-1.0: expected a number >= 0."),
         (["+round=3"], "round=3: expected a known key: "),
@@ -258,7 +343,7 @@ def test_installed_command(tmp_path: Path) -> None:
         (["strategy=scaffold", "training.momentum=0.9"], "training.momentum=0.9: expected 0.0 for strategy=scaffold"),
         (["strategy=fedavg,local"], "--multirun"),
         (["seed=["], "'seed=[' cannot be read as key=value"),
-        (["trainig.lr=0.1"], "did you mean 'training'?"),
+        (["trainig.lr=0.1"], "trainig.lr=0.1: expected training.lr, the whole name of that key."),
         (["output="], "output=: expected a folder."),
         (["training.epochs=0"], "training.epochs=0: expected a whole number >= 1"),
         (["min_replies=50"], "min_replies=50: expected at most 20, the clients sampled in a round."),

@@ -227,7 +227,7 @@ def test_published_minimum() -> None:
         ({"name": "movielens"}, r"dataset=movielens: .*did you mean 'movielens1"),
         (
             {"protocol": "offical"},
-            r"dataset\.protocol=offical: expected one of clean, official \(did you mean 'official'",
+            r"dataset\.protocol=offical: expected one of clean, official, symmetric \(did you mean 'official'",
         ),
         ({"min_interactions": 2}, r"dataset\.min_interactions=2: expected a whole number >= 3, or null\."),
         ({"negatives": 0}, r"dataset\.negatives=0: expected a whole number >= 1\."),

@@ -214,12 +214,14 @@ def test_draws_belong_to_seed_user_and_round() -> None:
     assert first.dtype == np.int64
 
 
-@pytest.mark.parametrize("protocol", ["clean", "official"])
+@pytest.mark.parametrize("protocol", ["clean", "official", "symmetric"])
 def test_negatives_are_uniform(protocol: str) -> None:
     data = tiny(protocol=protocol, negatives=3)
     drawn = np.concatenate([data.samples(0, 0, r).reshape(-1, 4)[:, 1:] for r in range(4000)])  # 3 positives
     counts = np.bincount(drawn.ravel(), minlength=20)
-    out = [0, 1, 2] if protocol == "clean" else [0, 1, 2, 3, 4]
+    candidates = torch.cat([data.validation[0], data.test[0]]) % 20
+    out = {"clean": [0, 1, 2], "official": [0, 1, 2, 3, 4], "symmetric": [0, 1, 2, *candidates.tolist()]}[protocol]
+    assert {3, 4} <= set(candidates.tolist())
     assert (counts[out] == 0).all()
     rest = np.delete(counts, out)
     expected = 36000 / len(rest)
@@ -289,7 +291,9 @@ def test_wrong_arrays() -> None:
         RankingData(
             torch.arange(4), torch.zeros(4), *([[torch.tensor([0])]] * 3), num_classes=1, num_items=3, negatives=0
         )
-    with pytest.raises(ConfigError, match=r"dataset\.protocol=offical: expected one of clean, official \(did you mean"):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.protocol=offical: expected one of clean, official, symmetric \(did you mean"
+    ):
         RankingData.of_items(9, *([[np.array([0])]] * 3), protocol="offical")
 
 

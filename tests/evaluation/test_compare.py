@@ -273,6 +273,32 @@ def test_only_comparable_runs_share_a_table(write, tmp_path):
     assert notes.count("Rows differ in training settings (training.*): named beside the method.") == 1
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"checkpoint": {"every": 0, "keep": 3}},
+        {"auc": True},
+        {"min_replies": 2},
+        {"split": {"name": "fractions"}},  # the other options have their defaults
+        {"dataset": {"name": "digits", "x": "pictures"}},  # which digits do not read
+        {"aggregation": {"name": "mean", "malicious": 3}},
+    ],
+)
+def test_settings_that_change_no_number_do_not_part_runs(write, tmp_path, other):
+    usual = {"checkpoint": {"every": 10}, "auc": False, "min_replies": 1, "split": {"name": "fractions", "test": 0.25}}
+    write("fedrep", 0, 0.9, config=usual)
+    write("fedavg", 0, 0.8, config=usual | other)
+    assert [row.method for row in board(tmp_path).rows] == ["fedrep", "fedavg"]
+
+
+def test_differences_that_are_nearly_equal_are_compared_without_a_warning(write, tmp_path, recwarn):
+    for seed in range(3):
+        write("fedrep", seed, 0.9 + 1e-16 * seed)
+        write("fedavg", seed, 0.8 + 2e-16 * seed)
+    assert board(tmp_path).rows[1].p_value < 0.05
+    assert not list(recwarn)
+
+
 def test_a_method_with_a_training_of_its_own_is_told_apart_in_a_note(write, tmp_path):
     for seed in (0, 1):
         write("fedrep", seed, 0.9)

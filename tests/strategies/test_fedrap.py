@@ -28,6 +28,7 @@ from fedpers.randomness import generator
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedRAPUpdate, make_strategy
+from fedpers.strategies.fedrap import CURRICULA
 from fedpers.tasks.ranking import hit_and_gain
 from tests import reference
 from tests.cohort.helpers import assert_same
@@ -71,11 +72,13 @@ def plain(
     lam, mu = options.get("lam", 0.1), options.get("mu", 0.1)
     kind, tables = options.get("regularizer", "l1"), options.get("tables", "both")
     paper, tolerance = options.get("variant") == "paper", options.get("tolerance", 1e-4)
-    rates = {"head.weight": 0.3, "head.bias": 0.3, "own.weight": 4.0, "common.weight": 4.0}
+    rates = {"head.weight": 0.3, "head.bias": 0.3, "personal.weight": 4.0, "common.weight": 4.0}
+    if tables == "both":
+        rates["personal.weight"] /= 30
     common = start.get("common.weight")
     users = [{n: v.clone() for n, v in start.items() if n != "common.weight"} for _ in range(GIVEN.data.num_clients)]
     for r in range(1, rounds + 1):
-        growth = math.tanh(r / 10) if paper else 1.0
+        growth = math.tanh((r - 1) / 10) if paper else 1.0
         sent = []
         for u, state in enumerate(users):
             drawn = GIVEN.data.samples(u, SEED, r)
@@ -89,17 +92,16 @@ def plain(
                     values = {n: v.clone().requires_grad_() for n, v in own.items()}
                     at, target = items[batch], y[batch]
                     zero = torch.zeros(len(batch), 5, dtype=torch.float64)
-                    d = values["own.weight"][at] if tables != "common" else zero
-                    c = values["common.weight"][at] if tables != "own" else zero
+                    d = values["personal.weight"][at] if tables != "common" else zero
+                    c = values["common.weight"][at] if tables != "personal" else zero
                     chance = torch.sigmoid((d + c) @ values["head.weight"][0] + values["head.bias"])
                     loss = F.binary_cross_entropy(chance, target)
                     if paper:
-                        d, c = (values.get(n, torch.zeros(1)) for n in ("own.weight", "common.weight"))
-                    scale = float(ITEMS * 5) if paper else 1.0
+                        d, c = (values.get(n, torch.zeros(1)) for n in ("personal.weight", "common.weight"))
                     if tables == "both":
-                        loss = loss - growth * lam * scale * (d - c).square().mean()
-                    if tables != "own":
-                        loss = loss + growth * mu * scale * penalty(kind, c)
+                        loss = loss - growth * lam * (d - c).square().mean()
+                    if tables != "personal":
+                        loss = loss + growth * mu * penalty(kind, c)
                     grads = torch.autograd.grad(loss, list(values.values()))
                     for (name, value), grad in zip(own.items(), grads, strict=True):
                         rate = rates[name] * 0.9 ** (r - 1) * 0.95**t
@@ -128,10 +130,10 @@ def plain(
         {"regularizer": "nuc", "mu": 0.01},
         {"regularizer": "inf", "mu": 0.05},
         {"regularizer": "none"},
-        {"tables": "own"},
+        {"tables": "personal"},
         {"tables": "common"},
-        {"variant": "paper", "lam": 1e-4, "mu": 1e-3},
-        {"variant": "paper", "lam": 1e-4, "regularizer": "none"},
+        {"variant": "paper", "lam": 0.1, "mu": 0.3},
+        {"variant": "paper", "lam": 0.1, "regularizer": "none"},
     ],
     ids=str,
 )
@@ -157,6 +159,45 @@ def test_without_the_tail_every_pass_has_samples_of_its_own() -> None:
             assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
 
 
+@pytest.mark.parametrize("curriculum", ["tanh", "sin", "square", "frac", "fixed"])
+def test_the_paper_variant_stays_finite_at_the_shipped_rates(curriculum: str) -> None:
+    rates = {"lr": 0.5, "epochs": 10, "batch_size": 2048, "weight_decay": 1e-4, "lr_decay": 0.97}
+    options = {"variant": "paper", "curriculum": curriculum}
+    network, data = Factorization(300, 32), ranking_data((9, 4, 12), items=300)
+    trained = run("fedrap", options, rounds=8, network=network, data=data, groups={"body": {"lr": 200.0}}, **rates)
+    assert not trained.strategy.report.failures
+    assert all(value.isfinite().all() and value.abs().max() < 1e3 for value in trained.arrays.values())
+
+
+def test_curricula_are_those_of_the_authors_engine() -> None:
+    values = {name: [factor(i) for i in (0, 4, 5, 9, 10)] for name, factor in CURRICULA.items()}
+    assert values["fixed"] == values["constant"] == [1.0] * 5
+    assert values["square"] == [1, 1, 0, 0, 1]
+    assert values["frac"] == pytest.approx([1, 1 / 5, 1 / 6, 1 / 10, 1 / 11])
+    assert values["sin"] == pytest.approx([0.5, *((math.sin(i / 10) + 1) / 2 for i in (4, 5, 9, 10))])
+    assert values["tanh"] == pytest.approx([0, *(math.tanh(i / 10) for i in (4, 5, 9, 10))])
+
+
+@pytest.mark.parametrize(
+    ("protocol", "groups", "share"),
+    [
+        ("clean", {"body": {"lr": 4.0}}, 1 / 30),
+        ("symmetric", {"body": {"lr": 4.0}}, 1 / 30),
+        ("official", {"body": {"lr": 4.0}}, 1.0),
+        ("clean", {"common": {"lr": 4.0}, "personal": {"lr": 1.0}}, 1 / 4),
+        ("clean", {"body": {"lr": 8.0}, "common": {"lr": 4.0}}, 1 / 30),
+    ],
+)
+def test_the_rate_of_the_personal_table(protocol: str, groups: Any, share: float) -> None:
+    data = ranking_data((9,), protocol=protocol)
+    trained = finished(rounds=1, groups=groups, lam=0.0, mu=0.0, tolerance=0.0, data=data)
+    rest = np.setdiff1d(np.arange(ITEMS), data.samples(0, SEED, 1) % ITEMS)  # only decay moves these
+    steps = 6 * -(-len(data.samples(0, SEED, 1)) // 16)
+    factor = math.prod(1 - 4.0 * share * 0.95**t * 1e-3 for t in range(steps))
+    table, first = trained.state(0)["model/personal.weight"], trained.app.template["personal.weight"]
+    assert torch.allclose(table[rest], factor * first[rest], rtol=1e-12)
+
+
 def test_samples_of_a_round_are_drawn_once_for_all_passes() -> None:
     with mock.patch.object(RankingData, "samples", autospec=True, side_effect=RankingData.samples) as samples:
         finished(rounds=2, tolerance=0.0)
@@ -167,12 +208,13 @@ def test_samples_of_a_round_are_drawn_once_for_all_passes() -> None:
     ("groups", "moved"),
     [
         ({"body": {"lr": 0.0}}, {"head"}),
-        ({"head": {"lr": 0.0}}, {"own", "common"}),
+        ({"head": {"lr": 0.0}}, {"personal", "common"}),
         ({"all": {"lr": 0.0}}, set()),
-        ({"all": {"lr": 0.0}, "body": {"lr": 2.0}}, {"own", "common"}),
+        ({"all": {"lr": 0.0}, "body": {"lr": 2.0}}, {"personal", "common"}),
         ({"body": {"lr": 2.0}, "all": {"lr": 0.0}}, set()),  # later entries win
-        ({"own": {"lr": 0.0}}, {"head", "common"}),
-        ({"common.weight": {"lr": 0.0}}, {"head", "own"}),
+        ({"personal": {"lr": 0.0}}, {"head", "common"}),
+        ({"common.weight": {"lr": 0.0}}, {"head"}),  # the personal rate is a share of it
+        ({"common.weight": {"lr": 0.0}, "personal": {"lr": 1.0}}, {"head", "personal"}),
     ],
     ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
@@ -201,9 +243,10 @@ def test_rows_nobody_visited_only_decay() -> None:
     steps = 6 * -(-len(drawn) // 16)
     rest = np.setdiff1d(np.arange(ITEMS), drawn % ITEMS)
     assert len(rest)
-    tables = {"own.weight": (trained.state(0)["model/own.weight"], 1e-3), "common.weight": (None, 0.01)}
-    for name, (table, decay) in tables.items():
-        factor = math.prod(1 - 4.0 * 0.95**t * decay for t in range(steps))
+    personal = trained.state(0)["model/personal.weight"]
+    tables = {"personal.weight": (personal, 4.0 / 30, 1e-3), "common.weight": (None, 4.0, 0.01)}
+    for name, (table, rate, decay) in tables.items():
+        factor = math.prod(1 - rate * 0.95**t * decay for t in range(steps))
         after = trained.arrays[name] if table is None else table
         assert torch.allclose(after[rest], factor * first[name][rest], rtol=1e-12)
 
@@ -283,7 +326,7 @@ def test_a_reply_that_is_no_part_of_the_table_is_left_out(record: dict[str, Tens
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("fedmf", {}), ("fedmf", {"threshold": 0.1}), ("fedrap", {}), ("fedrap", {"tables": "own"})],
+    [("fedmf", {}), ("fedmf", {"threshold": 0.1}), ("fedrap", {}), ("fedrap", {"tables": "personal"})],
     ids=str,
 )
 def test_unseen_users_are_measured_with_the_table_their_rows_make(method: str, options: dict[str, Any]) -> None:
@@ -336,7 +379,7 @@ def test_a_table_that_is_too_short_is_refused() -> None:
         ({"regularizer": "l3"}, {}, r"strategy\.regularizer=l3: expected one of inf, l1, l2, none, nuc"),
         ({"tolerance": -1.0}, {}, r"strategy\.tolerance=-1\.0: expected a number >= 0"),
         ({"step_decay": 0.0}, {}, r"strategy\.step_decay=0\.0: expected a number > 0 and <= 1"),
-        ({"tables": "none"}, {}, r"strategy\.tables=none: expected one of both, common, own"),
+        ({"tables": "none"}, {}, r"strategy\.tables=none: expected one of both, common, personal"),
         ({"variant": "paper", "regularizer": "nuc"}, {}, r"strategy\.regularizer=nuc: expected l1 or none"),
         ({}, {"momentum": 0.9}, r"training\.momentum=0\.9: expected 0\.0 for this method"),
         ({}, {"steps": 3}, r"training\.steps=3: expected null for this method"),
@@ -494,4 +537,4 @@ def test_arrays_are_the_common_table_alone() -> None:
     _, update = make_strategy("fedrap")
     app = update.client_app(GIVEN.network, GIVEN.data)
     assert list(from_record(app.initial_arrays()).keys()) == ["common.weight"]
-    assert sorted(app.initial_state["model"].keys()) == ["head.bias", "head.weight", "own.weight"]
+    assert sorted(app.initial_state["model"].keys()) == ["head.bias", "head.weight", "personal.weight"]

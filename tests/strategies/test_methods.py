@@ -7,12 +7,14 @@ import torch
 
 from fedpers.cohort import Training
 from fedpers.errors import ConfigError
+from fedpers.randomness import generator
 from fedpers.strategies import PerFedAvgUpdate
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
 from tests.strategies.helpers import (
     DATA,
     NETWORK,
+    SEED,
     Values,
     average,
     copied,
@@ -292,7 +294,8 @@ def test_perfedavg_trains_for_the_adapted_network(hessian: bool) -> None:
         server = average(parts, [1.0] * len(parts))
     assert_same(found.arrays, server)
     for client, values in enumerate(found.predictors()):
-        index = data.train[client][:5]
+        drawn = generator(SEED, "adapt", client).permutation(data.samples(client, SEED, 2))
+        index = torch.from_numpy(drawn[:5])
         at = slopes(server, data.x[index], data.y[index], names, network)
         assert_same(values, {n: server[n] - 0.2 * at[n] for n in names})
 

@@ -50,7 +50,7 @@ def test_what_a_run_reads() -> None:
     assert (clean.headline, clean.also) == ("hr@5", ("ndcg@5",))
     assert (clean.selected_on, clean.latest_wins, clean.protocol) == ("validation", False, "validation-selected")
     assert (official.headline, official.selected_on, official.latest_wins) == ("hr@10", "test", True)
-    assert official.protocol == "official: test-selected"
+    assert official.protocol == "official"
     assert "no_learning" in clean.baselines
     assert not clean.spread
     assert not clean.classes
@@ -59,7 +59,10 @@ def test_what_a_run_reads() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"protocol_name": "offical"}, r"dataset\.protocol=offical: expected one of clean, official \(did you mean"),
+        (
+            {"protocol_name": "offical"},
+            r"dataset\.protocol=offical: expected one of clean, official, symmetric \(did you mean",
+        ),
         ({"top_k": 0}, r"dataset\.top_k=0: expected a whole number >= 1\."),
     ],
 )

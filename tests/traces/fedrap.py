@@ -27,6 +27,7 @@ from fedpers.models import Factorization
 from fedpers.records import from_record, trees
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, FedRAP, FedRAPUpdate, LocalUpdate
+from fedpers.strategies.fedrap import CURRICULA
 from fedpers.tasks import Ranking
 from fedpers.tasks.ranking import hit_and_gain
 from tests.traces import Comparison
@@ -35,7 +36,7 @@ from tests.traces.fedselect import replaying
 TOLERANCE = 1e-5
 METHODS = ("fedrap",)
 NAMES = {
-    "item_personality.weight": "own.weight",
+    "item_personality.weight": "personal.weight",
     "item_commonality.weight": "common.weight",
     "affine_output.weight": "head.weight",
     "affine_output.bias": "head.bias",
@@ -109,7 +110,7 @@ def recorded_data(trace: Trace) -> RecordedData:
     return RecordedData(
         torch.cat([items, items]), torch.arange(2).repeat_interleave(m).float(),
         [torch.from_numpy(positives + m) for positives in liked], held, test, 1, "trace",
-        num_items=m, negatives=0, task=Ranking(), trace=trace,
+        num_items=m, negatives=0, task=Ranking(protocol_name="official"), trace=trace,
     )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def initial_network(trace: Trace) -> Factorization:
     """The template: its table, vector and bias."""
     model = Factorization(int(trace.config["num_items"]), int(trace.config["latent_dim"]))
     init = trace.group("init/template")
-    table = init.get("own.weight", init.get("body.weight"))
+    table = init.get("personal.weight", init.get("body.weight"))
     values = {"body.weight": table, "head.weight": init["head.weight"], "head.bias": init["head.bias"]}
     model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in values.items()})
     return model
@@ -155,6 +156,9 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
             arrays = new
             table = entries(from_record(arrays))["common.weight"]
             found.add("server table", table, trace.arrays[f"r{r}/server/item_commonality.weight"])
+            growth = CURRICULA[config["vary_param"]](r)
+            planned = np.array([config["lambda"], 0.0 if config["regular"] == "none" else config["mu"]]) * growth
+            found.add("curriculum", torch.from_numpy(planned), trace.arrays[f"r{r}/curriculum_attributes"])
             found.add("sparsity", strategy.report.extra["sparsity"], trace.arrays[f"r{r}/sparsity"])
     if "eval/test_items" in trace.arrays:
         cohort = everybody(grid, app)

@@ -1,0 +1,118 @@
+"""What a mistyped key may have meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+
+from fedpers.errors import ConfigError, one_of
+from fedpers.settings import Config
+from fedpers.settings.base import RENAMED, Option, Settings, options
+from fedpers.settings.groups import GROUPS, group_names, method_names
+from fedpers.strategies.registry import method_options
+
+OPEN_KEYS = ("training.groups",)
+"""Keys below which any name may be typed."""
+_ELSEWHERE = {
+    "learning_rate": "lr",
+    "local_learning_rate": "lr",
+    "local_epochs": "epochs",
+    "num_epochs": "epochs",
+    "num_rounds": "rounds",
+    "global_rounds": "rounds",
+    "comm_round": "rounds",
+    "join_ratio": "fraction",
+    "participation": "fraction",
+    "clients": "num_clients",
+    "n_clients": "num_clients",
+    "num_users": "num_clients",
+    "optim": "optimizer",
+    "algorithm": "strategy",
+    "method": "strategy",
+    "data": "dataset",
+    "gpu": "device",
+    "gpus": "device",
+    "cohort": "clients_at_once",
+    "path": "root",
+    "data_dir": "root",
+}
+"""What other libraries call a key, and its last part here."""
+
+
+_OF_ONES_OWN = {
+    "dataset": "; arrays of your own are dataset=npz dataset.root=FILE, ratings dataset=ratings dataset.root=FILE",
+    "strategy": "; a method of your own is strategy=module:Class",
+}
+
+
+def with_open_keys(arguments: Iterable[str]) -> list[str]:
+    """Arguments in which names below open keys are added (``++``): Hydra takes none that it does not know."""
+    starts = tuple(f"{key}{end}" for key in OPEN_KEYS for end in (".", "="))
+    return [f"++{text}" if text.startswith(starts) else text for text in arguments]
+
+
+def check_choices(arguments: Iterable[str]) -> None:
+    """Refuse a path where a choice is meant, which Hydra would take for a file of its own.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for text in arguments:
+        group, _, value = text.lstrip("+").partition("=")
+        if group in (*GROUPS, "strategy") and value.startswith(("/", "~", "./", "../")):
+            hint = _OF_ONES_OWN.get(group, "")
+            raise ConfigError(group, value, f"{one_of(group_names(group), value)}{hint}")
+
+
+def meant(key: str, siblings: Iterable[str]) -> str:
+    """What is allowed instead of an unknown key, in words.
+
+    Parameters
+    ----------
+    key : str
+        As it was typed.
+    siblings : iterable of str
+        Last parts of the keys that are known where it stands.
+    """
+    if key in RENAMED:
+        return f"{RENAMED[key]}, as it is called now"
+    siblings, name = list(siblings), key.rpartition(".")[2]
+    known = dict(_known_keys())
+    if choices := known.get(key):
+        group = key.partition(".")[0]
+        return f"a known key: {one_of(siblings, name)}; {name} is an option of {group}={', '.join(choices)} only"
+    if not difflib.get_close_matches(name, siblings, n=1, cutoff=0.8):
+        last_parts = {full.rpartition(".")[2]: full for full in known}
+        near = _ELSEWHERE.get(name, name)
+        if near not in last_parts:
+            near = next(iter(difflib.get_close_matches(near, last_parts, n=1, cutoff=0.8)), near)
+        if places := [full for full in known if full.rpartition(".")[2] == near and full != key]:
+            return f"{' or '.join(places)}, the whole name of that key"
+    return f"a known key: {one_of(siblings, name)}"
+
+
+def _known_keys() -> Iterator[tuple[str, list[str]]]:
+    """Every key there is, with the choices that have it; none for one that all have."""
+    yield from _below("", Config)
+    for group, kind in GROUPS.items():
+        yield from ((f"{group}.{name}", _owners(option)) for name, option in options(kind).items() if name != "name")
+    owners: dict[str, list[str]] = {}
+    for method in method_names():
+        for name in method_options(method):
+            owners.setdefault(f"strategy.{name}", []).append(method)
+    yield from owners.items()
+
+
+def _owners(option: Option) -> list[str]:
+    only = option.only_for
+    return [] if only is None else [*only.names, *only.defaults]
+
+
+def _below(prefix: str, kind: type[Settings]) -> Iterator[tuple[str, list[str]]]:
+    for name, option in options(kind).items():
+        nested: type[Settings] | None = option.nested
+        if nested is not None and name not in GROUPS:
+            yield from _below(f"{prefix}{name}.", nested)
+        else:
+            yield f"{prefix}{name}", []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpers.client.checks import check_groups, check_network, check_parts
 from fedpers.client.results import CohortResult
 from fedpers.client.update import EXTRA, LocalUpdate, Received
-from fedpers.cohort import Cohort, Reply, Tree, leaves, model_tree, prepare
+from fedpers.cohort import Cohort, Reply, Tree, entries, leaves, model_tree, prepare
 from fedpers.cohort.cohort import TRAINED
 from fedpers.cohort.modules import copy_network
 from fedpers.cohort.tree import rows_finite
@@ -224,6 +224,7 @@ class CohortApp(ClientApp):
         Tensor ``[K]``
             Which rows of it may be stored; a client with a value that is not finite keeps its former state.
         """
+        received = self._with_dtypes(received)
         cohort = self.cohort(clients, state, config, module)
         answer = getattr(self.update, kind.replace(".", "_"))(cohort, received, config)
         if not isinstance(answer, Reply):
@@ -266,6 +267,16 @@ class CohortApp(ClientApp):
                 state_by_role[TRAINED] = state[TRAINED] + 1
             new = Tree(state_by_role, batch_size=[cohort.size]) if state_by_role else None
         return result, new, finite
+
+    def _with_dtypes(self, received: Received) -> Received:
+        """What was received, the server's arrays in the network's dtypes: some of Flower's strategies send float64."""
+        sent = entries(received[ARRAYS]) if ARRAYS in received else {}
+        first = entries(self.template)
+        other = {name: v for name, v in sent.items() if name in first and v.dtype != first[name].dtype}
+        if not other:
+            return received
+        arrays = {name: v.to(first[name].dtype) if name in other else v for name, v in sent.items()}
+        return {**received, ARRAYS: Tree(arrays, batch_size=received[ARRAYS].batch_size)}
 
     def _check_state(self, answer: Reply, trains: bool) -> None:
         """Refuse to lose what the method says is personal."""

@@ -22,17 +22,22 @@ from pydantic import Field
 from fedpers.cohort import Cohort, Reply, proximal
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
+MU_KEY = "proximal-mu"
+"""Key in a message's configuration that takes the place of ``mu``: what Flower's own FedProx sends."""
+
 
 @dataclass(kw_only=True)
 class FedProxUpdate(LocalUpdate):
     """Train near the received network."""
 
+    config_keys = (MU_KEY,)
     mu: Annotated[float, Field(ge=0, description="strength of the pull to the received network; 0 is fedavg")] = 0.1
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Minimize the loss plus ``mu/2 * ||w_k - w||^2``."""
         params = cohort.assemble(received["arrays"])
-        cohort.fit(params, self.loss, adjust=proximal(self.mu, params.clone()))
+        mu = config.get(MU_KEY, self.mu)
+        cohort.fit(params, self.loss, adjust=proximal(mu, params.clone()))
         return cohort.reply(params)
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fedpers.errors import FedpersError, TrainingError
+from fedpers.failures import described, frames_of_user
+
+log = logging.getLogger(__name__)
 
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
@@ -12,7 +19,9 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
     headline, selected, last = summary["headline"], summary["selected"], summary["last"]
     measured, clients = f"test/{headline}", summary["num_clients"] - summary["num_unseen"]
     at_end = f"{_percent(last.get(measured))} at round {summary['last_round']}{_over(summary, clients)}"
-    if summary["selected_round"] is None:
+    if summary["last_round"] is None:
+        result = f"no round could be selected: no client could be measured in any of {summary['rounds_done']} rounds"
+    elif summary["selected_round"] is None:
         result = f"no round could be selected; test {headline} {at_end}"
     else:
         chosen = f"{summary['selected_on']}{', as published' * (summary['protocol'] == 'official')}"
@@ -29,6 +38,19 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
         )
     score: float | None = selected.get(f"validation/{headline}")
     return score
+
+
+def print_error(error: Exception) -> int:
+    """Print why a run ended, in one sentence; return the exit status. A fault of this package is raised on.
+
+    For a mistake in a method of the user's the sentence names the place, and ``run.log`` has the whole traceback.
+    """
+    if not isinstance(error, FedpersError):
+        if not frames_of_user(error):
+            raise error
+        log.info("the run ended:", exc_info=error)
+    print(f"fedpers: {described(error).removesuffix('.')}.", file=sys.stderr)
+    return 2 if isinstance(error, FedpersError) and not isinstance(error, TrainingError) else 1
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:

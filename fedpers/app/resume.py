@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedpers.app.result import exit_code, print_result
+from fedpers.app.result import exit_code, print_error, print_result
 from fedpers.run import resume
 from fedpers.run.reopen import FinishedError, check_contents
 from fedpers.settings.groups import conf_folder
@@ -30,6 +30,8 @@ def command(arguments: list[str]) -> int:
     except FinishedError as error:
         print(error)
         return 0
+    except Exception as error:  # of the settings, of the run, or of a method of the user's
+        return print_error(error)
     print_result(summary, options.folder.resolve())
     return exit_code(summary)
 

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.compose import register_choices, sentence
 from fedpers.app.keys import check_choices, with_open_keys
-from fedpers.app.result import exit_code, print_result
-from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
+from fedpers.app.result import exit_code, print_error, print_result
+from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.run import run
 from fedpers.settings import Config, build
 from fedpers.settings.groups import conf_folder, group_names
@@ -41,9 +41,8 @@ def command(arguments: list[str]) -> int:
             score = print_result(summary, folder)
             exit_codes.append(exit_code(summary))
             return score
-        except FedpersError as error:  # printed at once: Hydra would add lines, and end a sweep at its first failure
-            print(f"fedpers: {error}", file=sys.stderr)
-            exit_codes.append(1 if isinstance(error, TrainingError) else 2)
+        except Exception as error:  # printed at once: Hydra would add lines, and end a sweep at its first failure
+            exit_codes.append(print_error(error))
             return None
 
     try:

@@ -96,7 +96,10 @@ class CohortApp(ClientApp):
         model, data = copy.deepcopy(model).to(self.device), data.to(self.device)
         if head is not None:
             model = with_head(model, head, data.x[:2])
-        model, data = update.adapt_model(model, data, seed)
+        adapted = update.adapt_model(model, data, seed)
+        expected = f"a network and data from adapt_model, not {type(adapted).__name__}"
+        check(isinstance(adapted, tuple) and len(adapted) == 2, "strategy", type(update).__name__, expected)
+        model, data = adapted
         self.data = data.to(self.device)
         self.module = prepare(model).to(self.device)
         self.template = model_tree(self.module)
@@ -226,7 +229,11 @@ class CohortApp(ClientApp):
         """
         received = self._with_dtypes(received)
         cohort = self.cohort(clients, state, config, module)
-        answer = getattr(self.update, kind.replace(".", "_"))(cohort, received, config)
+        name = kind.replace(".", "_")
+        answer = getattr(self.update, name)(cohort, received, config)
+        if not isinstance(answer, Reply | Sequence):
+            expected = "cohort.reply(...), or a mapping of metrics for each client"
+            raise TypeError(f"{type(self.update).__name__}.{name} returned {answer!r:.100}: expected {expected}")
         if not isinstance(answer, Reply):
             return _measured(cohort.clients, answer), None, torch.ones(cohort.size, dtype=torch.bool)
         trains = kind.partition(".")[0] == "train"

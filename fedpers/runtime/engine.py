@@ -22,6 +22,7 @@ from fedpers.client.results import ClientResult, CohortResult
 from fedpers.client.update import Received
 from fedpers.cohort import StateStore
 from fedpers.cohort.modules import copy_network
+from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
 from fedpers.records import stack, trees
 from fedpers.runtime.probe import Choice, probe
 from fedpers.server.collect import ReplyCollector
@@ -117,6 +118,7 @@ class CohortEngine:
             memory = half_the_memory(app.device)
         self.store = StateStore(self.clients, app.initial_state, memory=memory, folder=folder)
         self.changed = False
+        self._failures = FirstOfEachKind(log)
         self._modules: SimpleQueue[nn.Module] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -218,11 +220,12 @@ class CohortEngine:
                 self.changed = True
             return [result]
         except Exception as error:  # whatever a method raises becomes the answer of the client that caused it
-            log.debug("clients %s raised", clients, exc_info=True)
-            reason = f"{type(error).__name__}: {error}"
+            reason = with_traceback(error)
         if len(clients) == 1:
             return [CohortResult(clients, [{}], errors={clients[0]: reason})]
-        log.warning("a cohort of %d clients raised %s; its clients are computed one by one", len(clients), reason)
+        if self._failures.note(f"a cohort of {len(clients)} clients", reason):
+            text = "a cohort of %d clients raised %s; its clients are computed one by one"
+            log.warning(text, len(clients), sentence_of(reason))
         alone = []  # here, where the error no longer holds on to the cohort's memory
         for k, client in enumerate(clients):
             alone += self._run_clients(kind, [client], _row_of(received, k, len(clients)), config, module)

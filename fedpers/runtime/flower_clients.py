@@ -16,7 +16,8 @@ import flwr.app as flower
 from flwr.clientapp import ClientApp
 
 from fedpers.client.app import IDENTIFY, STATE, CohortApp
-from fedpers.errors import ConfigError, FedpersError
+from fedpers.errors import ConfigError
+from fedpers.failures import with_traceback
 from fedpers.records import CONFIG, METRICS
 from fedpers.runtime.grid import error_reply
 
@@ -89,9 +90,7 @@ class RemoteApp(ClientApp):
                 _apps[key] = self.make(context.run_config)
             return _apps[key](message, context)
         except Exception as error:  # whatever a client's code raises becomes its answer
-            log.debug("client on node %d raised", context.node_id, exc_info=True)
-            named = str(error) if isinstance(error, FedpersError) else f"{type(error).__name__}: {error}"
-            return error_reply(message, named)
+            return error_reply(message, with_traceback(error))
 
 
 def _exchange_state(message: flower.Message, context: flower.Context) -> flower.Message:

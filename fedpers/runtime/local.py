@@ -18,6 +18,7 @@ from flwr.serverapp import ServerApp
 from fedpers.client.app import IDENTIFY, CohortApp
 from fedpers.cohort.state import Block
 from fedpers.errors import TrainingError, check
+from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
 from fedpers.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
 from fedpers.records import own_copy
 from fedpers.runtime.engine import CohortEngine, check_counts
@@ -71,6 +72,7 @@ class LocalGrid(ClientGrid):
             FIRST_NODE + client: context_of(client, num_supernodes, run_config or {})
             for client in range(num_supernodes)
         }
+        self._failures = FirstOfEachKind(log)
         self._replies: dict[str, flower.Message] = {}
         self._turn = threading.Lock()
 
@@ -203,8 +205,10 @@ class LocalGrid(ClientGrid):
                     return error_reply(message, reply.error.reason or f"error {reply.error.code}")
                 raise TypeError(f"a client app must return a reply to its message, not {reply!r:.100}")
         except (Exception, SystemExit) as error:  # whatever a client's code raises becomes its answer
-            log.debug("client on node %d raised", node, exc_info=True)
-            return error_reply(message, f"{type(error).__name__}: {error}")
+            reason = with_traceback(error)
+            if self._failures.note(f"the client on node {node}", reason):
+                log.warning("the client on node %d raised %s", node, sentence_of(reason))
+            return error_reply(message, reason)
         self.contexts[node] = context
         if reply.has_content():
             reply.content = own_copy(reply.content)
@@ -224,6 +228,7 @@ def simulate(
     workers: int | str = "auto",
     run_config: Mapping[str, Any] | None = None,
     grid: ClientGrid | None = None,
+    cohort: int | str | None = None,
 ) -> None:
     """Run a Flower app in this process; takes what Flower's ``run_simulation`` takes.
 
@@ -249,7 +254,12 @@ def simulate(
     grid : ClientGrid, optional
         Where clients run instead of this process, e.g. :class:`fedpers.runtime.ray.RayGrid`, with settings of its own
         in place of `clients_at_once` and `workers`; closed at the end.
+    cohort : int or "auto", optional
+        Former name of `clients_at_once`.
     """
+    if cohort is not None:
+        warnings.warn("cohort is called clients_at_once now", DeprecationWarning, stacklevel=2)
+        clients_at_once = cohort
     if backend_config or enable_tf_gpu_growth:
         warnings.warn("fedpers.simulate runs in this process: backend settings have no effect", stacklevel=2)
     if verbose_logging:

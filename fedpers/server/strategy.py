@@ -18,6 +18,7 @@ from fedpers.client.app import CohortApp
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check
+from fedpers.failures import FirstOfEachKind, sentence_of
 from fedpers.identity import READS, check_config, check_halves, register
 from fedpers.randomness import sample_clients
 from fedpers.records import ARRAYS, CONFIG, from_record, to_record
@@ -123,6 +124,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.exchange = Exchange()
         self.wrapper: Strategy | None = None  # one of Flower's around this strategy
         self._begun = False
+        self._failures = FirstOfEachKind(log)
         self._identities_checked = 0
         self._work: ServerWork | None = None
         self.sent_arrays = tree({})
@@ -365,7 +367,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     def leave_out(self, client: int, reason: str, phase: str) -> None:
         """Book a client as failed in this round's training or evaluation."""
         failures = self.report.failures if phase == "train" else self.report.evaluation_failures
-        failures[client] = reason
+        self._failures.note(f"round {self.report.round}, client {client}", reason)
+        failures[client] = reason = sentence_of(reason)
         log.info("round %d: client %d left out: %s", self.report.round, client, reason)
 
     # ----------------------------------------------------------------- training

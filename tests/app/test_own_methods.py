@@ -1,0 +1,136 @@
+"""Mistakes in a method of the user's: file, line and frames on the screen, the whole traceback in ``run.log``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from uuid import uuid4
+
+import flwr.app as flower
+import pytest
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+import fedpers
+from fedpers.app import _main
+from fedpers.errors import ConfigError
+from fedpers.failures import described, sentence_of, with_traceback
+
+METHOD = """
+from dataclasses import dataclass
+from fedpers.strategies import LocalUpdate, PersonalizedStrategy
+
+
+def helper(value):
+    return value / 0  # the mistake
+
+
+@dataclass(kw_only=True)
+class MyUpdate(LocalUpdate):
+{client}
+
+
+@dataclass(kw_only=True)
+class Mine(PersonalizedStrategy):
+    update = MyUpdate
+{server}
+"""
+CLIENT = {
+    "train": "def train(self, cohort, received, config):\n        return helper(1)",
+    "loss": "def loss(self, network, batch):\n        return helper(1)",
+    "initial_state": "def initial_state(self, template, module):\n        return helper(1)",
+    "predict": "def predict(self, network, x):\n        return helper(1)",
+}
+SERVER = {
+    "combine": "def combine(self, arrays, means, clients):\n        return helper(1)",
+    "send": "def send(self, round, arrays, clients):\n        return helper(1)",
+    "fold": "def fold(self):\n        return helper(1)",
+}
+SMALL = ["dataset=digits", "partition.num_clients=4", "rounds=2", "output=runs"]
+PLACE = "ZeroDivisionError: division by zero (at mine.py:{line} in {where}, mine.py:7 in helper: return value / 0"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run a method written in a file of the current folder: exit status, what the screen shows, ``run.log``."""
+
+    def run(client: str = "", server: str = "", *settings: str) -> tuple[int, str, str]:
+        name = f"mine_{uuid4().hex}"  # modules stay imported from test to test
+        (tmp_path / f"{name}.py").write_text(
+            METHOD.format(client=f"    {client or 'pass'}", server=f"    {server}" if server else "")
+        )
+        monkeypatch.chdir(tmp_path)
+        code = _main([f"strategy={name}:Mine", *SMALL, *settings])
+        (log,) = tmp_path.rglob("run.log")
+        return code, capsys.readouterr().err.replace(name, "mine"), log.read_text().replace(name, "mine")
+
+    return run
+
+
+@pytest.mark.parametrize("where", CLIENT)
+def test_a_mistake_in_a_client_half_is_named_with_its_place(run, where: str) -> None:
+    code, screen, log = run(CLIENT[where])
+    assert code == 1
+    assert PLACE.format(line=13, where=where) in screen
+    assert screen.strip().splitlines()[-1].startswith("fedpers: ")
+    assert "Traceback" not in screen
+    assert "Traceback (most recent call last)" in log
+    assert 'mine.py", line 7, in helper' in log
+
+
+@pytest.mark.parametrize("where", SERVER)
+def test_a_mistake_in_a_server_half_is_named_with_its_place(run, where: str) -> None:
+    code, screen, log = run("", SERVER[where])
+    assert code == 1
+    assert PLACE.format(line=19, where=where) in screen
+    assert "Traceback" not in screen
+    assert 'mine.py", line 7, in helper' in log
+
+
+def test_the_same_mistake_of_many_clients_fills_no_log(run) -> None:
+    answer = "helper(1) if 2 in cohort.clients else super().train(cohort, received, config)"
+    _, screen, log = run(f"def train(self, cohort, received, config):\n        return {answer}", "", "rounds=6")
+    assert screen.count("its clients are computed one by one") == 1
+    assert log.count("Traceback (most recent call last)") == 2  # of the cohort, and of the client
+
+
+@pytest.mark.parametrize("returned", ["None", "3"])
+def test_a_client_half_that_returns_no_reply_is_told(run, returned: str) -> None:
+    code, screen, _ = run(f"def train(self, cohort, received, config):\n        return {returned}")
+    assert code == 1
+    assert f"TypeError: MyUpdate.train returned {returned}: expected cohort.reply(...)" in screen
+
+
+def test_a_client_of_a_plain_flower_app_that_raises_is_named_with_its_place(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app, server = ClientApp(), ServerApp()
+
+    @app.train()
+    def train(message: flower.Message, context: flower.Context) -> flower.Message:
+        raise LookupError("no such sample")
+
+    @server.main()
+    def main(grid: Grid, context: flower.Context) -> None:
+        FedAvg(fraction_evaluate=0.0).start(grid, flower.ArrayRecord(), num_rounds=2)
+
+    with caplog.at_level(logging.INFO, "fedpers"):
+        fedpers.simulate(server, app, num_supernodes=2)
+    ours = [record for record in caplog.records if record.name.startswith("fedpers")]
+    (warning,) = [record.getMessage() for record in ours if record.levelno == logging.WARNING]
+    assert "raised LookupError: no such sample (at " in warning
+    assert "test_own_methods.py:" in warning
+    assert sum("Traceback (most recent call last)" in record.getMessage() for record in ours) == 1
+
+
+def test_what_is_said_of_an_exception() -> None:
+    with pytest.raises(ValueError, match="two") as raised:
+        raise ValueError("two\n lines")
+    said = described(raised.value)
+    assert said.startswith("ValueError: two lines (at ")
+    assert said.endswith('in test_what_is_said_of_an_exception: raise ValueError("two\\n lines"))')
+    assert sentence_of(with_traceback(raised.value)) == said
+    assert "Traceback" in with_traceback(raised.value)
+    assert described(ValueError()) == "ValueError"
+    assert described(ConfigError("key", 1, "2")) == "key=1: expected 2."

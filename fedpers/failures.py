@@ -37,7 +37,9 @@ def frames_of_user(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def with_traceback(error: BaseException) -> str:
-    """:func:`described`, and the traceback on the lines after it."""
+    """:func:`described`, and the traceback on the lines after it, which an error meant for the user needs none of."""
+    if isinstance(error, FedpersError):
+        return described(error)
     return f"{described(error)}\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 

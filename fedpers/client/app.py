@@ -105,7 +105,7 @@ class CohortApp(ClientApp):
         self.template = model_tree(self.module)
         self.initial_state = self._initial_state()
         self.sizes = self.data.sizes("train").tolist()
-        self.needs_two_samples = check_network(update, self.module, self.template, self.data)
+        self.traits = check_network(update, self.module, self.template, self.data)
         check_groups(update.training.groups or (), self.module)
         self._register()
 
@@ -187,7 +187,8 @@ class CohortApp(ClientApp):
             seed=self.seed,
             round=int(config.get("server-round", 0)),
             training=self.update.training,
-            needs_two_samples=self.needs_two_samples,
+            needs_two_samples=self.traits.needs_two_samples,
+            draws=self.traits.draws,
             shared=self.update.shared,
             personal=self.update.personal,
         )

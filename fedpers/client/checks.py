@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fedpers.cohort import Batch, Network, Tree, entries, select
 from fedpers.cohort.plan import lonely_sample_error
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, check
+from fedpers.failures import frames_of_user
 
 
 class _Examples(dict[str, Any]):
@@ -27,8 +29,24 @@ class _Examples(dict[str, Any]):
         raise ConfigError("strategy", self.method, allowed)
 
 
-def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: FederatedData) -> bool:
-    """Try network and loss on samples; return whether the network cannot train on a batch of one sample.
+@dataclass(frozen=True)
+class Traits:
+    """What a network needs to be trained.
+
+    Attributes
+    ----------
+    needs_two_samples : bool
+        Whether every batch must have two samples or more, as batch normalization wants it.
+    draws : bool
+        Whether it, or the method's loss, draws from PyTorch's global generator in training.
+    """
+
+    needs_two_samples: bool
+    draws: bool
+
+
+def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: FederatedData) -> Traits:
+    """Try network and loss on samples.
 
     Parameters
     ----------
@@ -39,39 +57,45 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         Its values, batch size [].
     data : FederatedData
 
-    Returns
-    -------
-    bool
-        Whether every batch must have two samples or more, as batch normalization wants it.
-
     Raises
     ------
     ConfigError
-        If the network does not fit the data or draws from a global generator; if the method's loss counts padding; if
-        a client would have a batch of one sample, and the network cannot train on it.
+        If the network does not fit the data or draws random numbers in an evaluation; if the method's loss counts
+        padding; if a client would have a batch of one sample, and the network cannot train on it.
     """
     name = type(module).__name__
     key = torch.zeros((), dtype=torch.int64, device=data.device)
     network = Network(module.train(), entries(template.clone()), key=key, given=_Examples(update, template, data))
-    before = _generator_states(data.device)
-    try:
-        with torch.no_grad():
+    with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []), torch.no_grad():
+        before = _generator_states(data.device)
+        try:
             out = update.predict(network, data.x[:2])
-    except ConfigError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        shape = list(data.x.shape[1:])
-        raise ConfigError("model", name, f"a network that takes samples of shape {shape} ({error})") from error
-    data.task.check_outputs(out, data, name)
-    _check_loss(update, network, data)
-    if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(data.device), strict=True)):
-        raise ConfigError("model", name, "a network without random functions; use nn.Dropout layers")
-    if not _fails_alone(update, network, data):
-        return False
+        except ConfigError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            if frames_of_user(error) and not isinstance(error, RuntimeError | IndexError):
+                raise
+            shape = list(data.x.shape[1:])
+            raise ConfigError("model", name, f"a network that takes samples of shape {shape} ({error})") from error
+        allowed = f"a network that returns a tensor, not {_kind(out)}; a method's predict may take the scores out of it"
+        check(isinstance(out, Tensor), "model", name, allowed)
+        data.task.check_outputs(out, data, name)
+        _loss(update, network, Batch(data.x[:3], data.y[:3], None, network.given, data.task))
+        draws = _changed(before, data.device)
+        if not draws:  # else clients are computed one at a time, and nothing is padded
+            _check_padding(update, network, data)
+        module.eval()
+        before = _generator_states(data.device)
+        update.predict(network, data.x[:2])
+        evaluation_draws = _changed(before, data.device)
+        module.train()
+        check(not evaluation_draws, "model", name, "a network that draws no random numbers in an evaluation")
+        if not _fails_alone(update, network, data):
+            return Traits(needs_two_samples=False, draws=draws)
     for client, size in enumerate(data.sizes("train").tolist()):
         if update.smallest_batch(size) == 1:
             raise lonely_sample_error(update.training.batch_size, client)
-    return True
+    return Traits(needs_two_samples=True, draws=draws)
 
 
 def check_parts(update: LocalUpdate) -> None:
@@ -97,7 +121,18 @@ def check_groups(groups: Iterable[str], module: nn.Module) -> None:
         select(module, group, "training.groups")
 
 
-def _check_loss(update: LocalUpdate, network: Network, data: FederatedData) -> None:
+def _loss(update: LocalUpdate, network: Network, batch: Batch) -> Tensor:
+    """Loss of a batch; refuse a method whose loss takes none."""
+    try:
+        return update.loss(network, batch)
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        name = f"{type(update).__name__}.loss"
+        raise ConfigError("strategy", name, f"a loss that takes batches of the data ({error})") from error
+
+
+def _check_padding(update: LocalUpdate, network: Network, data: FederatedData) -> None:
     """Refuse a method whose loss counts padding: the same samples, padded, must give the same loss."""
     if type(update).loss is LocalUpdate.loss or len(data.x) < 3:
         return
@@ -105,23 +140,20 @@ def _check_loss(update: LocalUpdate, network: Network, data: FederatedData) -> N
     weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
     plain = Batch(x, y, None, network.given, data.task)
     padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight, network.given, data.task)
-    name = f"{type(update).__name__}.loss"
-    try:
-        with torch.no_grad():
-            without, masked = update.loss(network, plain), update.loss(network.seeing(padded), padded)
-    except ConfigError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ConfigError("strategy", name, f"a loss that takes batches of the data ({error})") from error
+    without, masked = _loss(update, network, plain), _loss(update, network.seeing(padded), padded)
     if not torch.allclose(without, masked, rtol=1e-3, atol=1e-5, equal_nan=True):
-        raise ConfigError("strategy", name, "a loss that leaves padding out: reduce over samples with batch.mean")
+        allowed = "a loss that leaves padding out: reduce over samples with batch.mean"
+        raise ConfigError("strategy", f"{type(update).__name__}.loss", allowed)
+
+
+def _kind(value: object) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else f"a {type(value).__name__}"
 
 
 def _fails_alone(update: LocalUpdate, network: Network, data: FederatedData) -> bool:
     """Whether predictions fail on a batch of one sample, as batch normalization does."""
     try:
-        with torch.no_grad():
-            return not bool(update.predict(network, data.x[:1]).isfinite().all())
+        return not bool(update.predict(network, data.x[:1]).isfinite().all())
     except ValueError:  # what batch normalization raises for one value per channel
         return True
 
@@ -130,3 +162,7 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     """State of torch's global generators."""
     states = [torch.random.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+
+def _changed(before: Sequence[Tensor], device: torch.device) -> bool:
+    return any(not torch.equal(a, b) for a, b in zip(before, _generator_states(device), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedpers.cohort.modules import has_dropout
+from fedpers.cohort.modules import has_dropout, seeded
 from fedpers.cohort.plan import BatchPlan, lonely_sample_error, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
@@ -25,6 +26,10 @@ from fedpers.errors import one_of
 from fedpers.randomness import derive, generator
 from fedpers.settings.training import Training
 
+# torch.func says it of layers that it maps over clients one after the other; how fast that is, is measured before a run
+warnings.filterwarnings(
+    "ignore", message="There is a performance drop because we have not yet implemented the batching"
+)
 TRAINED = "trained"
 """Role in personal state that counts a client's trainings, int64; kept by whoever runs cohorts, not by methods."""
 
@@ -101,6 +106,8 @@ class Cohort:
     training : Training
     needs_two_samples : bool
         Whether the network cannot train on a batch of one sample.
+    draws : bool
+        Whether it draws from PyTorch's global generator in training; only a cohort of one can then be trained.
     shared, personal : selection
         The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
 
@@ -122,6 +129,7 @@ class Cohort:
         round: int,
         training: Training,
         needs_two_samples: bool = False,
+        draws: bool = False,
         shared: Selection = "all",
         personal: Selection = "none",
     ) -> None:
@@ -143,7 +151,8 @@ class Cohort:
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
         self._samples: dict[int, NDArray[np.int64]] = {}
-        self._dropout = has_dropout(module)
+        self._draws = draws
+        self._dropout = draws or has_dropout(module)
         self._needs_two_samples = needs_two_samples
         if any(a < b for a, b in pairwise(self.sizes().tolist())):
             raise ValueError("clients of a cohort must stand in descending order of their number of training samples")
@@ -428,11 +437,15 @@ class Cohort:
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
             tensors = {n: leaves[n] if n in differentiated else params[n][0] for n in params}
-            total = self._loss(loss, tensors, step.x[0], step.y[0], map_tensors(extra, lambda value: value[0]))
+            mine = map_tensors(extra, lambda value: value[0])
+            with seeded(mine["key"] if self._draws and not frozen else None, self.device):
+                total = self._loss(loss, tensors, step.x[0], step.y[0], mine)
             raw_grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
             grads = {n: g.unsqueeze(0) for n, g in zip(names, raw_grads, strict=True) if g is not None}
             return total.detach().unsqueeze(0), grads
 
+        if self._draws and not frozen:
+            raise RuntimeError("a network that draws from PyTorch's global generator is trained one client at a time")
         leaves = {n: params[n].detach().requires_grad_() for n in names}
         rest = {n: params[n] for n in params if n not in differentiated}
 

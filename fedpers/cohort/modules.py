@@ -5,24 +5,31 @@ and dropout must draw from the client's own numbers, not from a global generator
 layers that do so; parameters, buffers and their names stay as they are.
 
 A parameter or buffer may have several names, because one module does (``self.head = self.classifier``) or because
-frozen parameters are tied. The first in the network's order is its canonical name, by which trees know it; the others
-are aliases.
+two layers are tied, as a language model's embedding and output are. The first in the network's order is its canonical
+name, by which trees know it; the others are aliases.
+
+A network that draws from PyTorch's global generator (dropout inside attention and recurrent layers, functions such as
+``F.dropout``) works one client at a time: :func:`seeded` gives it the client's own numbers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from fedpers.errors import ConfigError
 
 _MASK32 = 0xFFFFFFFF
+_GLOBAL_GENERATOR = threading.Lock()
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -122,27 +129,31 @@ _REPLACED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Dropout2d: _ChannelDropout,
     nn.Dropout3d: _ChannelDropout,
 }
-_REFUSED = (nn.AlphaDropout, nn.FeatureAlphaDropout, nn.SyncBatchNorm, nn.RReLU)
 _BATCH_LAYERS = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+_DRAW_THEMSELVES = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 def prepare(module: nn.Module) -> nn.Module:
     """Copy of `module` whose batch normalization and dropout layers work in a cohort.
 
-    One module may stand under several names, and frozen parameters may be tied, as a language model's embedding and
-    output are. Frozen parameters are shared with `module`, see :func:`copy_network`.
+    Frozen parameters are shared with `module`, see :func:`copy_network`.
 
     Raises
     ------
     ConfigError
-        If trainable parameters or buffers of different modules are tied; a layer draws from a global generator or
-        spans processes (``AlphaDropout``, ``SyncBatchNorm``, ``RReLU``, attention and recurrent layers with dropout of
-        their own); a layer is a subclass of a batch normalization or dropout whose code is not known, or normalizes by
-        the batch in evaluation too.
+        If a parameter is not initialized yet (lazy layers) or is of a dtype that is not trained; a layer spans
+        processes (``SyncBatchNorm``), is a subclass of a batch normalization or dropout whose code is not known, or
+        normalizes by the batch in evaluation too.
     """
-    if tied := _tied(module):
-        allowed = f"a network in which only frozen parameters are tied, not '{tied[0]}' and '{tied[1]}'"
-        raise ConfigError("model", type(module).__name__, allowed)
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if is_lazy(value):
+            allowed = (
+                f"a network whose lazy layers know their shapes ('{name}' does not): call it once on a batch before"
+            )
+            raise ConfigError("model", type(module).__name__, allowed)
+        if value.is_complex() or value.dtype in (torch.bfloat16, torch.float16):
+            allowed = f"float32 or float64, not {str(value.dtype).removeprefix('torch.')} ('{name}')"
+            raise ConfigError("model", type(module).__name__, f"a network whose parameters and buffers are {allowed}")
     prepared = copy_network(module)
     for layer_index, (name, layer) in enumerate(prepared.named_modules()):
         if allowed := _objection(layer):
@@ -151,21 +162,6 @@ def prepare(module: nn.Module) -> nn.Module:
             layer.__class__ = _REPLACED[type(layer)]
             layer.__dict__["layer_index"] = layer_index
     return prepared
-
-
-def _tied(module: nn.Module) -> tuple[str, str] | None:
-    """Names of a trainable parameter or a persistent buffer that two different modules, or two names of one, hold."""
-    names: dict[int, str] = {}
-    for prefix, layer in module.named_modules():  # each module once, whatever number of names it has
-        saved = [(n, b) for n, b in layer._buffers.items() if n not in layer._non_persistent_buffers_set]
-        for name, value in [*layer._parameters.items(), *saved]:
-            if value is None or (isinstance(value, nn.Parameter) and not value.requires_grad):
-                continue
-            dotted = f"{prefix}.{name}" if prefix else name
-            if id(value) in names:
-                return names[id(value)], dotted
-            names[id(value)] = dotted
-    return None
 
 
 def copy_network(module: nn.Module, device: torch.device | str | None = None) -> nn.Module:
@@ -201,13 +197,11 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
 
 def _objection(layer: nn.Module) -> str:
     """What to use instead of `layer`; empty if it works in a cohort."""
-    if isinstance(layer, _REFUSED):
-        return "layers that need no global generator"
-    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) and layer.dropout:
-        return "dropout=0 in attention and recurrent layers, and nn.Dropout layers of their own"
+    if isinstance(layer, nn.SyncBatchNorm):
+        return "layers that stay in one process, such as nn.BatchNorm2d"
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
         return "track_running_stats=False" if layer.track_running_stats else ""
-    if not isinstance(layer, _BATCH_LAYERS):
+    if not isinstance(layer, _BATCH_LAYERS) or type(layer) in _DRAW_THEMSELVES:
         return ""
     if type(layer) not in _REPLACED and not isinstance(layer, _BatchNorm | _Dropout):
         return "PyTorch's own batch normalization and dropout layers"
@@ -230,15 +224,36 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     x : Tensor ``[B, ...]``
     """
     slots = _facts(module).slots
-    before = [(*slots[name], slots[name][0][slots[name][1]]) for name in tensors]
+    before = [(*slot, slot[0][slot[1]], tensor) for name, tensor in tensors.items() for slot in slots[name]]
     try:
-        for (holder, name, _), tensor in zip(before, tensors.values(), strict=True):
+        for holder, name, _, tensor in before:
             holder[name] = tensor
         out: Tensor = module(x)
     finally:
-        for holder, name, value in before:
+        for holder, name, value, _ in before:
             holder[name] = value
     return out
+
+
+@contextmanager
+def seeded(key: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Let PyTorch's global generator give the numbers of one client and step; its state is restored.
+
+    Other threads wait meanwhile: there is one such generator for all of them.
+
+    Parameters
+    ----------
+    key : Tensor or None
+        One int64 number for this client and step; None leaves the generator alone.
+    device : torch.device
+        Where the network computes.
+    """
+    if key is None:
+        yield
+        return
+    with _GLOBAL_GENERATOR, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(key))
+        yield
 
 
 def part_tensors(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,7 +305,7 @@ class _Facts:
     """What is looked up once per module: it is called at every step."""
 
     owner: int
-    slots: dict[str, tuple[dict[str, Any], str]]  # where each parameter and buffer is kept, by any dotted name
+    slots: dict[str, list[tuple[dict[str, Any], str]]]  # all places of a parameter or buffer, by any dotted name
     layers: list[_BatchNorm | _Dropout]
     names: dict[str, str]  # canonical names, see canonical_names
     parts: dict[str, dict[str, str]]  # by part: the names of the network's tensors -> their names in the part
@@ -300,12 +315,13 @@ def _facts(module: nn.Module) -> _Facts:
     cached = module.__dict__.get("_cohort_facts")
     if isinstance(cached, _Facts) and cached.owner == id(module):  # a copy of a module looks again
         return cached
-    slots = {
-        f"{prefix}.{name}" if prefix else name: (holder, name)
-        for prefix, layer in module.named_modules(remove_duplicate=False)
-        for holder in (layer._parameters, layer._buffers)
-        for name in holder
-    }
+    places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for layer in module.modules():
+        for holder in (layer._parameters, layer._buffers):
+            for name, value in holder.items():
+                places.setdefault(id(value), []).append((holder, name))
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    slots = {name: places[id(value)] for name, value in named}
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
     facts = module.__dict__["_cohort_facts"] = _Facts(id(module), slots, layers, canonical_names(module), {})
     return facts

@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from fedpers.cohort import Batch, Cohort, Loss, Network, Step, Tree, entries, leaves
 from fedpers.cohort.modules import copy_network
 from fedpers.cohort.optim import Optimizer
+from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
+from fedpers.failures import described
 from fedpers.threads import one_thread
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ class Choice:
     ----------
     clients_at_once, workers : int
     how : str
-        How the cohort size was chosen: ``given``, ``measured``, ``cached`` or ``as the method says``.
+        How the cohort size was chosen: ``given``, ``measured``, ``cached``, ``as the method says``, or ``one at a
+        time`` where the network cannot be mapped over clients.
     microseconds : dict
         Time per client and step by cohort size, as measured.
     """
@@ -121,7 +124,10 @@ def probe(
     memory = MEMORY_SHARE * available_memory(app.device)
     with one_thread():
         times: dict[str, float] = {}
-        if clients_at_once == "auto" and size_of_method is not None:
+        if clients_at_once != 1 and (reason := _one_at_a_time(app, num_clients, clients_at_once)):
+            log.info("clients are computed one at a time: %s", reason)
+            size, how = 1, "one at a time"
+        elif clients_at_once == "auto" and size_of_method is not None:
             size, how = min(size_of_method, app.data.num_clients), "as the method says"
         elif clients_at_once == "auto":
             if part is None:
@@ -136,6 +142,42 @@ def probe(
         if size_of_method is None:
             most = _useful_workers(app, size, most, memory)
         return Choice(size, most, how, times)
+
+
+def _one_at_a_time(app: CohortApp, num_clients: int, clients_at_once: int | str) -> str:
+    """Why clients cannot be computed together; empty if they can.
+
+    Raises
+    ------
+    Exception
+        What the method raises for a single client too.
+    """
+    if app.traits.draws:
+        return "the network draws from PyTorch's global generator"
+    if app.update.cohort_size is not None or len(_clients(app)) < 2 or num_clients < 2:
+        return ""
+    sweep = _read_sweep(_key(app, num_clients)) if clients_at_once == "auto" else None
+    if sweep is not None and any(int(size) > 1 for size in sweep.microseconds):  # it was tried before
+        return ""
+    try:
+        _try(app, 2)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    except Exception as error:  # whatever layers raise that cannot be mapped over clients
+        _try(app, 1)
+        return described(error)
+    return ""
+
+
+def _try(app: CohortApp, size: int) -> None:
+    """Let a cohort of `size` take a step and predict."""
+    trial = _begin(app, size)
+    if trial.cohort.trainable():
+        trial.optimizer.update(trial.rows, trial.gradients(app.update.loss))
+    view = View(trial.rows, frozenset(trial.rows), dict(trial.given.items()))
+    trial.cohort.module.eval()
+    samples = [app.data.part("train")[client][:1] for client in trial.cohort.clients]
+    predictions(trial.cohort.module, app.data, view, samples, app.update.predict)
 
 
 def _cohort_size(app: CohortApp, num_clients: int, memory: float) -> tuple[int, str, dict[str, float]]:

@@ -66,6 +66,8 @@ class ServerWork:
             seed=self.seed,
             round=round,
             training=update.training,
+            needs_two_samples=app.traits.needs_two_samples,
+            draws=app.traits.draws,
             shared=update.shared,
             personal=update.personal,
         )

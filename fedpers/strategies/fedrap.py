@@ -217,13 +217,13 @@ class FedRAPUpdate(FedMFUpdate):
         groups = training.groups or {}
         if self.tables != "both" or cohort.data.task.protocol == "official":
             return training
-        common = {"lr": training.lr, "weight_decay": training.weight_decay}
+        common: dict[str, float] = {"lr": training.lr, "weight_decay": training.weight_decay}
         for group, options in groups.items():
             names = cohort.names(group)
             if PERSONAL in names and COMMON not in names and "lr" in options:
                 return training
             if COMMON in names:
-                common.update(options)
+                common |= {str(name): value for name, value in options.items()}
         personal = {
             "lr": PERSONAL_SHARE * common["lr"],
             "weight_decay": common["weight_decay"] / PERSONAL_SHARE,

@@ -182,12 +182,7 @@ class OwnDropout(nn.Dropout):
 
 
 REFUSED = [
-    nn.AlphaDropout(),
-    nn.FeatureAlphaDropout(),
     nn.SyncBatchNorm(3),
-    nn.RReLU(),
-    nn.MultiheadAttention(4, 2, dropout=0.1),
-    nn.LSTM(3, 3, 2, dropout=0.1),
     nn.InstanceNorm1d(3, track_running_stats=True),
     nn.BatchNorm1d(3, track_running_stats=False),
     OwnNorm(3),
@@ -202,9 +197,18 @@ def test_refuses_layers_that_would_make_results_depend_on_the_cohort(layer: nn.M
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.MultiheadAttention(4, 2), nn.GRU(3, 3, 2), nn.InstanceNorm1d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3)]
+    "layer",
+    [
+        nn.MultiheadAttention(4, 2, dropout=0.1),
+        nn.GRU(3, 3, 2, dropout=0.1),
+        nn.InstanceNorm1d(3),
+        nn.GroupNorm(1, 3),
+        nn.LayerNorm(3),
+        nn.AlphaDropout(),
+        nn.RReLU(),
+    ],
 )
-def test_takes_layers_that_see_one_sample_at_a_time(layer: nn.Module) -> None:
+def test_takes_other_layers(layer: nn.Module) -> None:
     assert list(prepare(nn.Sequential(layer)).state_dict()) == list(nn.Sequential(layer).state_dict())
 
 
@@ -372,17 +376,20 @@ def test_a_part_within_a_part_goes_by_either_name() -> None:
         part_tensors(network, "nothing", tensors)
 
 
-def test_trainable_parameters_of_two_layers_may_not_be_tied() -> None:
-    with pytest.raises(ConfigError, match=r"model=Tied: expected .*only frozen.*'into\.weight' and 'head\.weight'\.$"):
-        prepare(Tied(frozen=False))
-    layer = nn.Linear(3, 3)
-    layer.register_parameter("also", layer.weight)
-    with pytest.raises(ConfigError, match=r"'0\.weight' and '0\.also'"):
-        prepare(nn.Sequential(layer))
-    norms = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
-    norms[1].running_mean = norms[0].running_mean
-    with pytest.raises(ConfigError, match=r"'0\.running_mean' and '1\.running_mean'"):
-        prepare(norms)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_tied_parameter_is_one_entry_that_all_its_layers_see(frozen: bool) -> None:
+    network = prepare(Tied(frozen)).double()
+    tensors = {n: v for n, v in model_tree(network).items() if isinstance(v, Tensor)}
+    assert ("into.weight" in tensors) != frozen
+    assert "head.weight" not in tensors
+    changed = torch.full((4, 6), 0.5, dtype=torch.float64)
+    x = torch.ones(2, 6, dtype=torch.float64)
+    expected = copy.deepcopy(network)
+    with torch.no_grad():
+        expected.into.weight.copy_(changed)  # type: ignore[union-attr,operator]
+    for name in ("into.weight", "head.weight"):
+        assert torch.equal(call(network, {**tensors, name: changed}, x), expected(x))
+    assert not torch.equal(network.into.weight, changed)  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------- copies

@@ -229,7 +229,8 @@ def test_a_client_of_a_cohort_that_raises_is_left_out_alone(workers: int) -> Non
     fedpers.simulate(
         server_app(2, strategy), failing(ValueError("no luck")), CLIENTS, clients_at_once=3, workers=workers
     )
-    assert strategy.report.failures == {1: "ValueError: no luck"}
+    assert set(strategy.report.failures) == {1}
+    assert strategy.report.failures[1].startswith("ValueError: no luck (at ")
     strategy = FedAvg(min_replies=CLIENTS)
     with pytest.raises(TrainingError, match=r"round 2: .*ValueError: no luck"):
         fedpers.simulate(

@@ -13,7 +13,8 @@ import torch
 
 from fedpers.cohort import Batch, Cohort, Network, Reply, entries
 from fedpers.errors import ConfigError
-from fedpers.strategies import STRATEGIES, FedAvgUpdate, LocalUpdate
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import STRATEGIES, FedAvg, FedAvgUpdate, LocalUpdate
 from tests import equivalence, reference
 from tests.cohort.helpers import assert_same
 from tests.problems import VARIATIONS, SmallNetwork, gaussian_data, problem, problems
@@ -189,16 +190,10 @@ class TakesTwoSamples(FedAvgUpdate):
         return batch.mean(batch.losses(network(batch.x)) * torch.ones(2))
 
 
-class DrawsInItsLoss(FedAvgUpdate):
-    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
-        return batch.mean(batch.losses(network(batch.x)) * torch.rand(()).clamp(min=1.0))
-
-
 @pytest.mark.parametrize(
     ("update", "sentence"),
     [
         (TakesTwoSamples(), r"^strategy=TakesTwoSamples\.loss: expected a loss that takes batches of the data \("),
-        (DrawsInItsLoss(), r"^model=SmallNetwork: expected a network without random functions"),
     ],
 )
 def test_a_loss_that_cannot_be_trained_with_is_refused(update: FedAvgUpdate, sentence: str) -> None:
@@ -206,21 +201,9 @@ def test_a_loss_that_cannot_be_trained_with_is_refused(update: FedAvgUpdate, sen
         update.client_app(SmallNetwork(), gaussian_data())
 
 
-class Functional(torch.nn.Module):
-    """Draws from the global generator behind the back of everybody."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = torch.nn.Linear(6, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(self.head(x), 0.5, self.training)
-
-
 @pytest.mark.parametrize(
     ("network", "sentence"),
     [
-        (Functional(), "a network without random functions; use nn.Dropout layers"),
         (SmallNetwork(features=5), r"a network that takes samples of shape \[6\]"),
         (SmallNetwork(classes=2), r"a network with 4 outputs, not \[2\]"),
     ],
@@ -228,3 +211,22 @@ class Functional(torch.nn.Module):
 def test_networks_that_cannot_work_are_refused(network: torch.nn.Module, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         LocalUpdate().client_app(network, gaussian_data())
+
+
+class DrawsInItsLoss(FedAvgUpdate):
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        return batch.mean(batch.losses(network(batch.x)) * torch.rand(()).clamp(min=1.0))
+
+
+def test_a_loss_that_draws_is_given_the_clients_own_numbers() -> None:
+    found = []
+    for seed, clients_at_once in ((1, "auto"), (2, 3)):
+        torch.manual_seed(seed)
+        app, strategy = DrawsInItsLoss().client_app(SmallNetwork(norm=False), gaussian_data()), FedAvg()
+        grid = LocalGrid(app, app.data.num_clients, clients_at_once=clients_at_once)
+        found.append(strategy.start(grid, app.initial_arrays(), num_rounds=2).arrays)
+        assert grid.engine is not None
+        assert grid.engine.choice is not None
+        assert grid.engine.choice.how == "one at a time"
+        grid.close()
+    assert all(np.array_equal(array.numpy(), found[1][name].numpy()) for name, array in found[0].items())

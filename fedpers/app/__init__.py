@@ -48,7 +48,12 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         reason = getattr(stop, "reason", "") or "interrupted; what a run has done so far is kept in its folder"
         print(f"fedpers: {reason}.", file=sys.stderr)
-        return int(getattr(stop, "exit_code", 130))
+        code = int(getattr(stop, "exit_code", 130))
+        if "ray" in sys.modules and import_module("fedpers.runtime.cluster").has_ended():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)  # Ray's own way out waits for processes that were stopped too, or aborts
+        return code
 
 
 def _load(subcommand: str) -> ModuleType:

@@ -232,6 +232,7 @@ class _Run:
             StopSignals(patient=saves) as signals,
         ):
             self._write_manifest(grid)
+            cast(Any, grid).stopping = lambda: signals.received is not None
             stopping = False
 
             def after_round(report: RoundReport, arrays: flower.ArrayRecord) -> None:
@@ -261,8 +262,10 @@ class _Run:
                     if stopping:
                         break
             except FedpersError as error:
-                progress.error = str(error)
-                raise
+                if signals.received is None:
+                    progress.error = str(error)
+                    raise
+                log.info("the round under way is lost: %s", error)  # its machines were stopped too
             finally:
                 self.summary.update(summarize(config, setup, progress, self.seconds))
                 write_clients(self.folder / "clients.parquet", setup.data, progress)

@@ -59,6 +59,26 @@ def _check_address(address: str) -> None:
     socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def has_ended() -> bool:
+    """Whether a process of the Ray that was started in this process has ended: then Ray can be asked nothing any more.
+
+    Calls that need its control store abort this process then.
+    """
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.dead_processes())
+
+
+def check_alive() -> None:
+    """Refuse to wait for a Ray that :func:`has_ended`.
+
+    Raises
+    ------
+    TrainingError
+    """
+    if has_ended():
+        raise TrainingError("Ray has ended on this machine.")
+
+
 def supply() -> str:
     """What the cluster has, for messages."""
     total = ray.cluster_resources()

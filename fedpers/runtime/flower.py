@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,7 @@ from flwr.serverapp import Grid
 
 from fedpers.errors import TrainingError
 from fedpers.flower_private import NodeInfo, Run
+from fedpers.runtime.grid import never
 from fedpers.server.strategy import PersonalizedStrategy
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class FlowerGrid(Grid):
         self._watch = watch
         self._interval = interval
         self._name = name
+        self.stopping: Callable[[], bool] = never
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid operates in."""
@@ -109,6 +112,11 @@ class FlowerGrid(Grid):
     def _check(self) -> None:
         if self._watch is not None:
             self._watch()
+        if self.stopping() and "ray" in sys.modules:  # which Flower's simulation runs on
+            from fedpers.runtime.cluster import check_alive
+
+            logging.getLogger("flwr").setLevel(logging.CRITICAL)  # that actors end is no news
+            check_alive()
 
 
 def await_clients(grid: Grid, strategy: PersonalizedStrategy, num_clients: int, seconds: float = PATIENCE) -> None:

@@ -218,8 +218,13 @@ class FlowerSimulation:
 
     def _stop(self, *, at_once: bool) -> None:
         """End the engine; `at_once` does not wait for clients that still compute."""
+        from fedpers.runtime.cluster import has_ended
+
+        self._done.set()
+        if has_ended():  # the engine waits for it, and cannot be told to stop
+            self._process_settings.close()
+            return
         try:
-            self._done.set()
             self._thread.join(0 if at_once else PATIENCE)
             if self._thread.is_alive():
                 logging.getLogger("flwr").setLevel(logging.CRITICAL)  # that actors end is no news

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flwr.app as flower
@@ -16,6 +16,11 @@ FIRST_NODE = SERVER_NODE + 1
 RUN_ID = 1
 
 
+def never() -> bool:
+    """Nothing has asked a run to stop."""
+    return False
+
+
 class ClientGrid(Grid):
     """A Flower ``Grid`` whose nodes are the clients: node ids are ``FIRST_NODE + partition_id``.
 
@@ -25,6 +30,11 @@ class ClientGrid(Grid):
         >= 1.
     most : int, optional
         Clients in the data.
+
+    Attributes
+    ----------
+    stopping : callable
+        Whether the run was asked to stop: what ends then is not replaced.
     """
 
     def __init__(self, num_clients: int, most: int | None = None) -> None:
@@ -32,6 +42,7 @@ class ClientGrid(Grid):
         allowed = "a whole number >= 1" + (f" and <= {most}, the clients in the data" if most else "")
         check(good, "num_supernodes", num_clients, allowed)
         self.num_clients = num_clients
+        self.stopping: Callable[[], bool] = never
         self._run = empty_run(RUN_ID)
         self._closed = False
 

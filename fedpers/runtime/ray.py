@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import give_id, unavailable
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import Answer, Packed, unpack
+from fedpers.runtime.cluster import check_alive
 from fedpers.runtime.engine import check_counts
 from fedpers.runtime.grid import ClientGrid, reply_of
 from fedpers.runtime.probe import Choice
@@ -41,6 +43,8 @@ from fedpers.settings import RuntimeConfig, options
 log = logging.getLogger(__name__)
 DEATHS = 3
 """Actors that a shard may lose on one message before the run is given up."""
+POLL = 0.5
+"""Seconds after which whoever waits for actors looks whether the run is to stop."""
 SAVE_AFTER = 32
 """Messages of a shard that are kept for computing them again before the grid saves personal state by itself."""
 SAVE_AFTER_BYTES = 2**30
@@ -154,6 +158,7 @@ class RayGrid(ClientGrid):
         self._saved_by_grid: tempfile.TemporaryDirectory[str] | None = None
         self._waiting: dict[str, tuple[_Job, int, flower.Message]] = {}  # by message id: its place in which job
         self._known: dict[str, flower.Message] = {}  # replies that needed no actor
+        self._nodes = 0
         self._app: Any = None  # the app without data, in the object store once
         self._pool = ActorPool(
             address, actors, self.num_clients, cpus=cpus_per_actor, gpus=gpus_per_actor, folder=folder
@@ -292,12 +297,14 @@ class RayGrid(ClientGrid):
 
     def _collect(self, jobs: Sequence[_Job], timeout: float | None) -> None:
         """Wait for the answers of jobs, at most `timeout` seconds; what a dead actor owes is computed again."""
-        end = None if timeout is None else time.monotonic() + timeout
+        end = math.inf if timeout is None else time.monotonic() + timeout
         while waiting := {job.reference: job for job in jobs if not job.done}:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=left)
-            if not ready:
+            left = max(0.0, end - time.monotonic())
+            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, POLL))
+            if not ready and left <= POLL:
                 return
+            if not ready and self.stopping():
+                check_alive()
             for reference in ready:
                 self._take(waiting[reference])
 
@@ -332,6 +339,7 @@ class RayGrid(ClientGrid):
         self._check_open()
         app = self.client_app
         self._pool.start()
+        self._nodes = sum(node["Alive"] for node in ray.nodes())
         self._app = put(app.restrict(()).to("cpu"))
         self.choice, self.costs = self._measured(max(1, -(-sampled // self._pool.size)))
         base, step = self.costs or (0.0, 1.0)  # else in proportion to steps
@@ -371,6 +379,8 @@ class RayGrid(ClientGrid):
 
     def _died(self, shard: _Shard, actor: Actor, reason: ActorDied) -> None:
         """Let others take over the shards of an actor that died, unless that has happened already."""
+        if self.stopping():
+            raise TrainingError(f"a Ray actor ended while the run was stopping: {reason}") from reason
         if shard.actor is not actor:
             return
         shard.deaths += 1
@@ -483,7 +493,7 @@ class RayGrid(ClientGrid):
             "clients_at_once": self.choice.clients_at_once if self.choice else None,
             "chosen": self.choice.how if self.choice else None,
             "actors": len(self.shards),
-            "nodes": sum(node["Alive"] for node in ray.nodes()),
+            "nodes": self._nodes,
             "clients_per_actor": [len(shard.clients) for shard in self.shards],
             "microseconds_per_client": base,
             "microseconds_per_client_step": step,

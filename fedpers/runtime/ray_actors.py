@@ -24,7 +24,7 @@ from ray.exceptions import (
 
 from fedpers.errors import ConfigError, TrainingError, check
 from fedpers.runtime.actor import Worker, pack
-from fedpers.runtime.cluster import connect, first_line, kill, ship_by_value, ship_no_more, supply
+from fedpers.runtime.cluster import connect, first_line, has_ended, kill, ship_by_value, ship_no_more, supply
 
 log = logging.getLogger(__name__)
 _DIED = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
@@ -171,6 +171,9 @@ class ActorPool:
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started for them."""
+        if has_ended():
+            ship_no_more(self._shipped)
+            return
         try:
             if ray.is_initialized():
                 for actor in self.actors:

@@ -232,7 +232,16 @@ class _Run:
             StopSignals(patient=saves) as signals,
         ):
             self._write_manifest(grid)
-            cast(Any, grid).stopping = lambda: signals.received is not None
+            written_early = False
+
+            def stopping_now() -> bool:
+                nonlocal written_early
+                if signals.received is not None and not written_early:
+                    written_early = True
+                    self._write_results()  # where clients run may be stopped too, and take this process along
+                return signals.received is not None
+
+            cast(Any, grid).stopping = stopping_now
             stopping = False
 
             def after_round(report: RoundReport, arrays: flower.ArrayRecord) -> None:
@@ -267,12 +276,16 @@ class _Run:
                     raise
                 log.info("the round under way is lost: %s", error)  # its machines were stopped too
             finally:
-                self.summary.update(summarize(config, setup, progress, self.seconds))
-                write_clients(self.folder / "clients.parquet", setup.data, progress)
-                write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
+                self._write_results()
                 trackers.summary({f"selected/{k}": v for k, v in self.summary["selected"].items() if v is not None})
         if signals.received is not None:
             raise Interrupted(signals.received, self._stopped())
+
+    def _write_results(self) -> None:
+        """Write the summary and the clients' metrics of all rounds so far."""
+        self.summary.update(summarize(self.config, self.setup, self.progress, self.seconds))
+        write_clients(self.folder / "clients.parquet", self.setup.data, self.progress)
+        write_text(self.folder / "summary.json", json.dumps(self.summary, indent=1))
 
     def _stopped(self) -> str:
         done = self.progress.rounds_done

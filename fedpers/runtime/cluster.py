@@ -21,6 +21,7 @@ from fedpers.errors import ConfigError, TrainingError
 from fedpers.runtime.probe import cores
 
 log = logging.getLogger(__name__)
+_given_up = False
 _shipped: Counter[str] = Counter()
 """Modules that travel with what uses them, and how many grids ask for it."""
 
@@ -60,12 +61,19 @@ def _check_address(address: str) -> None:
 
 
 def has_ended() -> bool:
-    """Whether a process of the Ray that was started in this process has ended: then Ray can be asked nothing any more.
+    """Whether the Ray that this process uses has ended: it must not be called any more, which would end this process.
 
-    Calls that need its control store abort this process then.
+    It has if a process of it that was started here has, or if :func:`give_up` was called.
     """
     node = ray._private.worker._global_node
-    return node is not None and bool(node.dead_processes())
+    return _given_up or (node is not None and bool(node.dead_processes()))
+
+
+def give_up(reason: str) -> TrainingError:
+    """Never call Ray again in this process: its processes are stopped together with this one."""
+    global _given_up
+    _given_up = True
+    return TrainingError(f"Ray has ended: {reason}")
 
 
 def check_alive() -> None:
@@ -76,14 +84,13 @@ def check_alive() -> None:
     TrainingError
     """
     if has_ended():
-        raise TrainingError("Ray has ended on this machine.")
+        raise give_up("a process of it is gone.")
 
 
 def supply() -> str:
     """What the cluster has, for messages."""
     total = ray.cluster_resources()
-    gpus = f" and {total['GPU']:g} GPUs" if total.get("GPU") else ""
-    return f"{total.get('CPU', 0):g} CPUs{gpus}"
+    return f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
 
 
 def kill(actor: Any) -> None:

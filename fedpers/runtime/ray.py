@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +32,7 @@ from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import give_id, unavailable
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import Answer, Packed, unpack
-from fedpers.runtime.cluster import check_alive
+from fedpers.runtime.cluster import check_alive, give_up
 from fedpers.runtime.engine import check_counts
 from fedpers.runtime.grid import ClientGrid, reply_of
 from fedpers.runtime.probe import Choice
@@ -43,7 +44,7 @@ from fedpers.settings import RuntimeConfig, options
 log = logging.getLogger(__name__)
 DEATHS = 3
 """Actors that a shard may lose on one message before the run is given up."""
-POLL = 0.5
+POLL = 0.1
 """Seconds after which whoever waits for actors looks whether the run is to stop."""
 SAVE_AFTER = 32
 """Messages of a shard that are kept for computing them again before the grid saves personal state by itself."""
@@ -77,7 +78,7 @@ class _Job:
     size: int
     unread: int
     actor: Actor | None = None
-    reference: Any = None
+    answers: Future[Packed] | None = None
     done: bool = False
     answer: Answer | None = None
 
@@ -293,31 +294,32 @@ class RayGrid(ClientGrid):
         """Send a job to its shard's actor; the answer of one that is done is not wanted again."""
         job.actor = job.shard.actor
         reference = job.actor.remote.run.remote(job.shard.number, *job.arguments, not job.done)
-        job.reference = None if job.done else reference
+        job.answers = None if job.done else reference.future()
 
     def _collect(self, jobs: Sequence[_Job], timeout: float | None) -> None:
         """Wait for the answers of jobs, at most `timeout` seconds; what a dead actor owes is computed again."""
         end = math.inf if timeout is None else time.monotonic() + timeout
-        while waiting := {job.reference: job for job in jobs if not job.done}:
+        while waiting := {job.answers: job for job in jobs if job.answers is not None}:
             left = max(0.0, end - time.monotonic())
-            ready, _ = ray.wait(list(waiting), num_returns=1, timeout=min(left, POLL))
+            # not with ray.wait: in it a signal is not seen, and it ends this process when Ray's own are stopped
+            ready, _ = wait(waiting, timeout=min(left, POLL), return_when=FIRST_COMPLETED)
+            if self.stopping():
+                check_alive()
             if not ready and left <= POLL:
                 return
-            if not ready and self.stopping():
-                check_alive()
-            for reference in ready:
-                self._take(waiting[reference])
+            for future in ready:
+                self._take(waiting[future])
 
     def _take(self, job: _Job) -> None:
         """Take a job's answer; if its actor died, others take its shards over and compute it again."""
         shard = job.shard
         assert job.actor is not None
         try:
-            packed: Packed = get(job.reference, shard.clients)
+            packed: Packed = get(job.answers, shard.clients)
         except ActorDied as reason:
             self._died(shard, job.actor, reason)
             return
-        job.answer, job.done, job.reference, shard.deaths = unpack(packed), True, None, 0
+        job.answer, job.done, job.answers, shard.deaths = unpack(packed), True, None, 0
         if not job.answer.changed:
             shard.jobs.remove(job)
 
@@ -380,7 +382,7 @@ class RayGrid(ClientGrid):
     def _died(self, shard: _Shard, actor: Actor, reason: ActorDied) -> None:
         """Let others take over the shards of an actor that died, unless that has happened already."""
         if self.stopping():
-            raise TrainingError(f"a Ray actor ended while the run was stopping: {reason}") from reason
+            raise give_up(f"an actor is gone ({reason}).") from reason
         if shard.actor is not actor:
             return
         shard.deaths += 1

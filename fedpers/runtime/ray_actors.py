@@ -6,6 +6,7 @@ import logging
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -83,8 +84,8 @@ class ActorPool:
         self._connected = connect(address)  # to be undone at the end
         try:
             self._class = ray.remote(Worker)
+            self._check_resources()
             room = self.room()
-            check(room >= 1, "runtime.cpus_per_actor", cpus, f"less than the cluster has ({supply()})")
             if actors != "auto" and int(actors) > room:
                 allowed = f"at most {room}, for which the cluster has room ({supply()})"
                 raise ConfigError("runtime.actors", actors, allowed)
@@ -159,6 +160,17 @@ class ActorPool:
         actor.alive = False
         kill(actor.remote)
 
+    def _check_resources(self) -> None:
+        """Refuse actors for which no node has room, naming what is missing."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        for key, kind in (("gpus_per_actor", "GPU"), ("cpus_per_actor", "CPU")):
+            need, most = self._resources[f"num_{kind.lower()}s"], max(node.get(kind, 0.0) for node in nodes)
+            allowed = f"at most {most:g}, the {kind}s of the largest node (the cluster has {supply()})"
+            check(need <= most, f"runtime.{key}", need, allowed)
+        cpus, gpus = self._resources["num_cpus"], self._resources["num_gpus"]
+        together = f"less, for no node has {cpus:g} CPUs and {gpus:g} GPUs together (the cluster has {supply()})"
+        check(self.room() >= 1, "runtime.cpus_per_actor", cpus, together)
+
     def room(self) -> int:
         """Actors for which there is room on the nodes that are alive."""
         total = 0
@@ -202,7 +214,7 @@ def put(value: Any) -> Any:
 
 
 def get(reference: Any, clients: Sequence[int] = ()) -> Any:
-    """Result of a call about `clients`.
+    """Result of a call about `clients`, of which there is a reference or a future.
 
     Raises
     ------
@@ -212,7 +224,7 @@ def get(reference: Any, clients: Sequence[int] = ()) -> Any:
         If the call failed.
     """
     try:
-        return ray.get(reference)
+        return reference.result() if isinstance(reference, Future) else ray.get(reference)
     except _DIED as reason:
         raise ActorDied(first_line(reason)) from reason
     except RayError as error:

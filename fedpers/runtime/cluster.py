@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,8 @@ from fedpers.runtime.probe import cores
 
 log = logging.getLogger(__name__)
 _given_up = False
+_HELPERS = ("monitor", "dashboard", "log_monitor")
+"""Processes of Ray that no actor needs."""
 _shipped: Counter[str] = Counter()
 """Modules that travel with what uses them, and how many grids ask for it."""
 
@@ -37,10 +41,11 @@ def connect(address: str | None) -> bool:
             _check_address(cluster_address)
             ray.init(address=cluster_address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(
-                address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR,
-            )  # fmt: skip
+            with deaf_children():
+                ray.init(
+                    address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as error:
         if cluster_address is None:
             raise TrainingError(f"Ray cannot be started on this machine: {first_line(error)}") from error
@@ -48,6 +53,34 @@ def connect(address: str | None) -> bool:
             "runtime.address", cluster_address, f"the address of a running Ray cluster ({first_line(error)})"
         ) from error
     return True
+
+
+@contextmanager
+def deaf_children() -> Iterator[None]:
+    """Let processes that are started in this thread ignore SIGTERM.
+
+    A scheduler sends it to all processes of a job. The one that runs then ends its round, saves it, for which it needs
+    Ray's processes, and ends them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_helpers() -> None:
+    """End what no actor needs of the Ray that was started in this process, before ``ray.shutdown``.
+
+    That asks each process to end, which :func:`deaf_children` do not hear, and waits a second for it.
+    """
+    node = ray._private.worker._global_node
+    for kind in _HELPERS if node is not None else ():
+        for info in node.all_processes.get(kind, ()):
+            info.process.kill()
 
 
 def _check_address(address: str) -> None:

@@ -179,6 +179,8 @@ class FlowerSimulation:
     def _engine(self) -> None:
         from flwr.simulation import run_simulation
 
+        from fedpers.runtime.cluster import deaf_children
+
         server = ServerApp()
 
         @server.main()
@@ -187,16 +189,17 @@ class FlowerSimulation:
             self._done.wait()
 
         try:
-            run_simulation(
-                server,
-                self._app,
-                self.num_clients,
-                backend_config={
-                    # a Ray of its own: any other that runs on the machine may end at any time
-                    "init_args": {"address": "local", "logging_level": "ERROR", "log_to_driver": False},
-                    "client_resources": {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor},
-                },
-            )
+            with deaf_children():
+                run_simulation(
+                    server,
+                    self._app,
+                    self.num_clients,
+                    backend_config={
+                        # a Ray of its own: any other that runs on the machine may end at any time
+                        "init_args": {"address": "local", "logging_level": "ERROR", "log_to_driver": False},
+                        "client_resources": {"num_cpus": self.cpus_per_actor, "num_gpus": self.gpus_per_actor},
+                    },
+                )
         except (Exception, SystemExit) as error:  # told to whoever waits for replies
             self._failure = error
 
@@ -218,8 +221,9 @@ class FlowerSimulation:
 
     def _stop(self, *, at_once: bool) -> None:
         """End the engine; `at_once` does not wait for clients that still compute."""
-        from fedpers.runtime.cluster import has_ended
+        from fedpers.runtime.cluster import end_helpers, has_ended
 
+        end_helpers()
         self._done.set()
         if has_ended():  # the engine waits for it, and cannot be told to stop
             self._process_settings.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ import flwr.app as flower
 from flwr.serverapp import Grid
 
 from fedpers.client.results import ClientResult
-from fedpers.errors import check
+from fedpers.errors import TrainingError, check
 from fedpers.flower_private import SERVER_NODE, ErrorCode, Run, empty_run, ended, give_id
 
 FIRST_NODE = SERVER_NODE + 1
+MAX_POLLS, MAX_WAIT = 5, 5.0
+"""Questions for node ids in a row, and seconds since the first, after which a server app is taken to wait in vain."""
 RUN_ID = 1
 
 
@@ -42,6 +45,8 @@ class ClientGrid(Grid):
         allowed = "a whole number >= 1" + (f" and <= {most}, the clients in the data" if most else "")
         check(good, "num_supernodes", num_clients, allowed)
         self.num_clients = num_clients
+        self._polls = 0  # questions for node ids since the last message
+        self._polled_since = 0.0  # when the first of them was
         self.stopping: Callable[[], bool] = never
         self._run = empty_run(RUN_ID)
         self._closed = False
@@ -62,8 +67,21 @@ class ClientGrid(Grid):
         return flower.Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Node ids of all clients."""
+        """Node ids of all clients.
+
+        Raises
+        ------
+        TrainingError
+            If a server app asks for them again and again and sends nothing: it waits for nodes that will never come.
+        """
         self._check_open()
+        now = time.monotonic()
+        self._polls, self._polled_since = self._polls + 1, self._polled_since or now
+        if self._polls > MAX_POLLS and now - self._polled_since >= MAX_WAIT:
+            raise TrainingError(
+                f"the server app waits for more nodes than the {self.num_clients} of this run, and no other will join "
+                "(Flower's strategies wait for min_available_nodes, 2 by default)."
+            )
         return list(range(FIRST_NODE, FIRST_NODE + self.num_clients))
 
     def close(self) -> None:
@@ -80,6 +98,7 @@ class ClientGrid(Grid):
 
     def _accept(self, messages: Iterable[flower.Message]) -> list[flower.Message]:
         """Messages with ids; ValueError if a node does not exist."""
+        self._polls, self._polled_since = 0, 0.0
         accepted = list(messages)
         for message in accepted:
             if not 0 <= self.client_of(message) < self.num_clients:

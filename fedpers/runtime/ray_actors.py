@@ -25,7 +25,16 @@ from ray.exceptions import (
 
 from fedpers.errors import ConfigError, TrainingError, check
 from fedpers.runtime.actor import Worker, pack
-from fedpers.runtime.cluster import connect, first_line, has_ended, kill, ship_by_value, ship_no_more, supply
+from fedpers.runtime.cluster import (
+    connect,
+    end_helpers,
+    first_line,
+    has_ended,
+    kill,
+    ship_by_value,
+    ship_no_more,
+    supply,
+)
 
 log = logging.getLogger(__name__)
 _DIED = (NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError)
@@ -194,6 +203,7 @@ class ActorPool:
         finally:
             ship_no_more(self._shipped)
             if self._connected:
+                end_helpers()
                 ray.shutdown()
 
 

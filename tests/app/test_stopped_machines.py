@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 SECONDS = 30.0
-"""Well above what it takes (1 s), well below what Ray waits for its own processes (60 s)."""
+"""Well above what it takes (5 s), well below what Ray waits for its own processes (60 s)."""
 
 
 def wait_for(happened: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0) -> None:

@@ -31,6 +31,7 @@ from flwr.serverapp.strategy import (
 )
 
 import fedpers
+from fedpers.errors import TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
@@ -577,3 +578,17 @@ def test_damaged_arrays_fail_as_flowers_do(array: Array, error: type[Exception])
     with pytest.raises(error) as caught:
         array.numpy()
     assert texts == [str(caught.value)]
+
+
+def test_a_server_that_waits_for_clients_that_never_come_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fedpers.runtime.grid.MAX_WAIT", 0.0)
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        FedAvg().start(grid, flower_app.initial_arrays(), num_rounds=2)
+
+    sentence = r"^the server app waits for more nodes than the 1 of this run, and no other will join \(Flower's"
+    with pytest.raises(TrainingError, match=sentence):
+        fedpers.simulate(server, flower_app.client_app(), 1)

@@ -262,7 +262,7 @@ def test_answers_are_let_go_of(machine: None) -> None:
         rounds(grid, app)
         jobs = [job for shard in grid.shards for job in shard.jobs]
         assert jobs
-        assert all(job.answer is None and job.reference is None for job in jobs)
+        assert all(job.answer is None and job.answers is None for job in jobs)
         assert not grid._waiting
         assert not grid._known
 

@@ -28,6 +28,7 @@ from fedpers.errors import FedpersError
 from fedpers.identity import identity_of
 from fedpers.records import from_record
 from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
+from fedpers.run.rounds import gradient_budget
 from fedpers.runtime.flower import FlowerGrid, await_clients
 from fedpers.runtime.flower_clients import RemoteApp
 from fedpers.settings import Config
@@ -50,7 +51,7 @@ def server_app() -> ServerApp:
         last: list[flower.ArrayRecord] = []
         left_out: dict[int, dict[int, str]] = {}
 
-        def keep_last(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+        def keep_last(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
             last[:] = [arrays]
 
         headline = setup.data.task.headline
@@ -61,6 +62,7 @@ def server_app() -> ServerApp:
             config.rounds,
             auc=config.auc,
             timeout=config.runtime.timeout,
+            budget=gradient_budget(config, setup.data),
             after_round=keep_last,
         ):
             metrics = metrics_of(report, headline)

@@ -65,7 +65,7 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
     strategy, app, grid = made(method)
     checkpoints = Checkpoints(tmp_path)
 
-    def save(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+    def save(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
         values = from_record(arrays)
         kept[report.round] = {name: value.clone() for name, value in outcome(strategy, grid, values).items()}
         if report.round == HALF:
@@ -124,6 +124,7 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path: Pa
             def save(
                 report: RoundReport,
                 arrays: flower.ArrayRecord,
+                is_last: bool,
                 checkpoints: Checkpoints = checkpoints,
                 strategy: PersonalizedStrategy = strategy,
                 grid: LocalGrid = grid,

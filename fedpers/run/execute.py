@@ -36,7 +36,7 @@ from fedpers.run.results import (
     write_text,
     writing,
 )
-from fedpers.run.rounds import metrics_of, run_rounds
+from fedpers.run.rounds import gradient_budget, metrics_of, run_rounds
 from fedpers.run.setup import Setup, client_half, prepare_run
 from fedpers.run.signals import Interrupted, StopSignals
 from fedpers.runtime.launch import launch
@@ -118,10 +118,9 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             rounds = config.rounds
             if rounds < checkpoint.round:
                 raise ConfigError("rounds", rounds, f"a whole number >= {checkpoint.round}, the rounds done")
-            if checkpoint.round == rounds and is_finished(folder, rounds):
-                raise FinishedError(
-                    f"{folder} has done its {rounds} rounds; 'fedpers resume {folder} rounds=N' goes on to round N."
-                )
+            if is_finished(folder, rounds, checkpoint.round):
+                done = f"{folder} has done its {checkpoint.round} rounds"
+                raise FinishedError(f"{done}; 'fedpers resume {folder} rounds=N' goes on to round N.")
             setup = prepare_run(config)
             for name, checksum in (("data", setup.data.checksum), ("network", setup.network)):
                 if checkpoint.content.get(name) != checksum:
@@ -244,14 +243,15 @@ class _Run:
             cast(Any, grid).stopping = stopping_now
             stopping = False
 
-            def after_round(report: RoundReport, arrays: flower.ArrayRecord) -> None:
+            def after_round(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
                 nonlocal stopping
                 stopping = signals.received is not None
                 signals.round = report.round + 1
                 due = report.round and report.round % config.checkpoint.every == 0
-                if due or stopping or report.round == config.rounds:
+                if due or stopping or is_last:
                     self._save(report, arrays, grid, trackers)
 
+            spent = progress.totals.get("gradients", 0.0) + (0 if start is None else start.report.gradients)
             signals.round = 0 if start is None else start.report.round + 1
             try:
                 for report in run_rounds(
@@ -261,6 +261,8 @@ class _Run:
                     config.rounds,
                     auc=config.auc,
                     timeout=config.runtime.timeout,
+                    budget=gradient_budget(config, setup.data),
+                    spent=spent,
                     last_report=None if start is None else start.report,
                     state=None if start is None else start.state,
                     after_round=after_round if saves else None,
@@ -270,6 +272,8 @@ class _Run:
                     progress.take(report, metrics)
                     if stopping:
                         break
+                else:
+                    progress.ended = True
             except FedpersError as error:
                 if signals.received is None:
                     progress.error = str(error)

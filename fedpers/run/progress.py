@@ -28,6 +28,8 @@ class Progress:
     ----------
     rounds_done : int
         Rounds trained, aggregated and, where due, evaluated.
+    ended : bool
+        Whether all rounds are done, or as many as the budget allows.
     best, last : tuple (round, metrics, report) or None
         Evaluated round with the highest score (the first of equals, or the last if the data's protocol says so), and
         the latest evaluated one. A round without a score, or in which a client could not be measured, is not chosen: a
@@ -38,6 +40,7 @@ class Progress:
     latest_wins: bool = False
     unseen: tuple[int, ...] = ()
     rounds_done: int = 0
+    ended: bool = False
     best: Evaluation | None = None
     last: Evaluation | None = None
     totals: dict[str, float] = field(default_factory=dict)

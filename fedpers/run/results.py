@@ -126,7 +126,7 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
         "seed": config.seed,
         "rounds": config.rounds,
         "rounds_done": progress.rounds_done,
-        "interrupted": progress.rounds_done < config.rounds,
+        "interrupted": not progress.ended and progress.rounds_done < config.rounds,
         "error": progress.error,
         "task": task.name,
         "protocol": task.protocol,
@@ -184,10 +184,10 @@ def _add_metrics(columns: dict[str, list[Any]], rows: Mapping[int, Mapping[str, 
             columns[f"{name.replace('-', '_')}_{when}"] = [rows.get(c, {}).get(name, math.nan) for c in clients]
 
 
-def is_finished(folder: Path, rounds: int) -> bool:
-    """Whether the results of all rounds are there; they are written after the last checkpoint."""
+def is_finished(folder: Path, rounds: int, done: int) -> bool:
+    """Whether all results of a run of `rounds` that has done `done` are there: they follow the last checkpoint."""
     summary = read_json(folder / "summary.json")
-    return summary.get("rounds") == summary.get("rounds_done") == rounds
+    return summary.get("interrupted") is False and (summary.get("rounds"), summary.get("rounds_done")) == (rounds, done)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedpers.cohort import Tree
-from fedpers.data.federated import PARTS
+from fedpers.data.federated import PARTS, FederatedData
 from fedpers.evaluation.metrics import distribution
+from fedpers.settings import Config
 from fedpers.strategies import PersonalizedStrategy, RoundReport
 
 TIMES = ("seconds", "train_seconds", "samples_per_second")
@@ -29,9 +30,11 @@ def run_rounds(
     *,
     auc: bool = False,
     timeout: float | None = None,
+    budget: int | None = None,
+    spent: float = 0.0,
     last_report: RoundReport | None = None,
     state: Mapping[str, Tree] | None = None,
-    after_round: Callable[[RoundReport, flower.ArrayRecord], None] | None = None,
+    after_round: Callable[[RoundReport, flower.ArrayRecord, bool], None] | None = None,
 ) -> Iterator[RoundReport]:
     """Train and evaluate round by round.
 
@@ -47,13 +50,18 @@ def run_rounds(
     rounds : int
     auc : bool
     timeout : float, optional
+    budget : int, optional
+        Gradients that all clients together may compute: the round that reaches it is the last.
+    spent : float
+        Those of the rounds that ran already.
     last_report : RoundReport, optional
         Of the last round that ran already, as `after_round` was given it; `arrays`, `state` and the clients' personal
         state are those after it.
     state : mapping of role to Tree, optional
         ``strategy.state`` after that round.
     after_round : callable, optional
-        Called with the report and the arrays after each round, before the evaluations that only follow the last one.
+        Called with the report and the arrays after each round, and whether it is the last, before the evaluations that
+        only follow that one.
 
     Yields
     ------
@@ -67,22 +75,33 @@ def run_rounds(
         strategy.restore(last_report, state or {}, timeout)
     grid = strategy.folding(grid)
     for round in range(0 if last_report is None else last_report.round, rounds + 1):
-        if last_report is None or round > last_report.round:
-            if round:
-                messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
-                new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
-                arrays = arrays if new is None else new
+        runs = last_report is None or round > last_report.round
+        if round and runs:
+            messages = strategy.configure_train(round, arrays, flower.ConfigRecord(), grid)
+            new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
+            arrays = arrays if new is None else new
+            spent += strategy.report.gradients
+        last = round == rounds or (budget is not None and spent >= budget)
+        if runs:
             if round % strategy.evaluate_every == 0:
                 messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
                 strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
             if after_round is not None:
-                after_round(strategy.report, arrays)
-        if round == rounds and round % strategy.evaluate_every:
+                after_round(strategy.report, arrays, last)
+        if last and round % strategy.evaluate_every:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
             strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
-        if round == rounds and strategy.unseen:
+        if last and strategy.unseen:
             strategy.evaluate_adapted(arrays, evaluation, grid)
         yield strategy.report
+        if last:
+            return
+
+
+def gradient_budget(config: Config, data: FederatedData) -> int | None:
+    """Gradients that all clients together may compute in a run; None where ``training.budget`` says nothing."""
+    budget = config.training.budget
+    return None if budget is None else budget * (data.num_clients - len(data.unseen))
 
 
 def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:

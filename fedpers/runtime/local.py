@@ -6,8 +6,6 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,11 @@ from flwr.serverapp import ServerApp
 from fedpers.client.app import IDENTIFY, CohortApp
 from fedpers.cohort.state import Block
 from fedpers.errors import TrainingError, check
-from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
-from fedpers.flower_private import SERVER_NODE, delivered, give_id, server_identity, unavailable
-from fedpers.records import own_copy
+from fedpers.flower_private import SERVER_NODE, give_id, server_identity, unavailable
 from fedpers.runtime.engine import CohortEngine, check_counts
-from fedpers.runtime.grid import FIRST_NODE, RUN_ID, ClientGrid, context_of, error_reply, reply_of
+from fedpers.runtime.foreign import ForeignClients
+from fedpers.runtime.grid import FIRST_NODE, RUN_ID, ClientGrid, context_of, reply_of
 from fedpers.server.collect import ReplyCollector, result_of
-from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +28,9 @@ log = logging.getLogger(__name__)
 class LocalGrid(ClientGrid):
     """Runs messages in this process as soon as they are sent.
 
-    Methods of this package run as cohorts; any other ``ClientApp``, and one with mods, runs unchanged, one client at a
-    time, and gets records of its own, as if they had travelled. Node ids are ``FIRST_NODE + partition_id``. May be used
-    from several threads, which take turns.
+    Methods of this package run as cohorts; any other ``ClientApp`` runs unchanged, client by client, and gets records
+    of its own, as if they had travelled (:class:`~fedpers.runtime.foreign.ForeignClients`). Node ids are ``FIRST_NODE +
+    partition_id``. May be used from several threads, which take turns.
 
     Parameters
     ----------
@@ -44,7 +40,8 @@ class LocalGrid(ClientGrid):
     clients_at_once : int or "auto"
         Clients that are computed together. ``auto`` measures (see :mod:`fedpers.runtime.probe`).
     workers : int or "auto"
-        Threads that compute cohorts side by side, each with one intra-op thread. They never change a result.
+        Threads that compute cohorts side by side, each with one intra-op thread. They never change a result. Of any
+        other app: processes, see :class:`~fedpers.runtime.foreign.ForeignClients`.
     run_config : mapping, optional
         What clients find in ``context.run_config``.
     memory, folder
@@ -72,7 +69,7 @@ class LocalGrid(ClientGrid):
             FIRST_NODE + client: context_of(client, num_supernodes, run_config or {})
             for client in range(num_supernodes)
         }
-        self._failures = FirstOfEachKind(log)
+        self._foreign = ForeignClients(client_app, self.contexts, workers)
         self._replies: dict[str, flower.Message] = {}
         self._turn = threading.Lock()
 
@@ -169,6 +166,7 @@ class LocalGrid(ClientGrid):
     def close(self) -> None:
         """End the run and its worker threads."""
         super().close()
+        self._foreign.close()
         if self.engine is not None:
             self.engine.close()
 
@@ -176,43 +174,15 @@ class LocalGrid(ClientGrid):
 
     def _handle(self, messages: Sequence[flower.Message]) -> list[flower.Message]:
         if self.engine is None:
-            with one_thread() if isinstance(self.client_app, CohortApp) else nullcontext():
-                return [self._call(message) for message in messages]
+            return self._foreign.call(messages)
         single = [m for m in messages if m.metadata.message_type == IDENTIFY]
-        replies = [self._call(message) for message in single]
+        replies = self._foreign.call(single)
         kinds = dict.fromkeys(m.metadata.message_type for m in messages if m.metadata.message_type != IDENTIFY)
         for kind in kinds:
             group = [m for m in messages if m.metadata.message_type == kind]
             results = self.engine.run(kind, [self.client_of(m) for m in group], [m.content for m in group])
             replies.extend(reply_of(message, result) for message, result in zip(group, results, strict=True))
         return replies
-
-    def _call(self, message: flower.Message) -> flower.Message:
-        """Run any client app on one message; what it changed in its context is kept unless it raises."""
-        node = message.metadata.dst_node_id
-        before = self.contexts[node]
-        context = replace(
-            before,
-            node_config=dict(before.node_config),
-            state=own_copy(before.state),
-            run_config=dict(before.run_config),
-        )
-        try:
-            reply = self.client_app(delivered(message, own_copy(message.content)), context)
-            is_message = isinstance(reply, flower.Message)
-            if not is_message or reply.metadata.reply_to_message_id != message.metadata.message_id:
-                if is_message and reply.has_error():  # Flower's mods give theirs as a reply to the reply
-                    return error_reply(message, reply.error.reason or f"error {reply.error.code}")
-                raise TypeError(f"a client app must return a reply to its message, not {reply!r:.100}")
-        except (Exception, SystemExit) as error:  # whatever a client's code raises becomes its answer
-            reason = with_traceback(error)
-            if self._failures.note(f"the client on node {node}", reason):
-                log.warning("the client on node %d raised %s", node, sentence_of(reason))
-            return error_reply(message, reason)
-        self.contexts[node] = context
-        if reply.has_content():
-            reply.content = own_copy(reply.content)
-        return reply
 
 
 def simulate(
@@ -230,10 +200,13 @@ def simulate(
     grid: ClientGrid | None = None,
     cohort: int | str | None = None,
 ) -> None:
-    """Run a Flower app in this process; takes what Flower's ``run_simulation`` takes.
+    """Run a Flower app on this machine; takes what Flower's ``run_simulation`` takes.
 
     Clients' contexts persist over the whole run, with ``partition-id`` and ``num-partitions`` set; an exception in a
     client becomes an error reply; one in the server app is raised here. Returns when the server app ends.
+
+    The server app runs in this process, and so do methods of this package. Clients of other apps run in processes of
+    their own, as under Flower: what they change in this process's memory is lost, unless ``workers=1`` keeps them here.
 
     Parameters
     ----------
@@ -275,6 +248,10 @@ def simulate(
         )
     context = flower.Context(RUN_ID, SERVER_NODE, {}, flower.RecordDict(), config)
     try:
+        if isinstance(client_app, CohortApp):
+            most = client_app.data.num_clients
+            allowed = f"{most}, a node for each client in the data"
+            check(num_supernodes == most, "num_supernodes", num_supernodes, allowed)
         with server_identity(RUN_ID):
             server_app(grid, context)
     finally:

@@ -170,14 +170,18 @@ def _one_at_a_time(app: CohortApp, num_clients: int, clients_at_once: int | str)
 
 
 def _try(app: CohortApp, size: int) -> None:
-    """Let a cohort of `size` take a step and predict."""
-    trial = _begin(app, size)
-    if trial.cohort.trainable():
-        trial.optimizer.update(trial.rows, trial.gradients(app.update.loss))
-    view = View(trial.rows, frozenset(trial.rows), dict(trial.given.items()))
-    trial.cohort.module.eval()
-    samples = [app.data.part("train")[client][:1] for client in trial.cohort.clients]
-    predictions(trial.cohort.module, app.data, view, samples, app.update.predict)
+    """Let a cohort of `size` compute gradients on its first samples and predict; nothing is drawn."""
+    cohort, given = _untrained(app, size)
+    rows = entries(cohort.per_client(app.template))
+    lists = [app.data.train[client][:2] for client in cohort.clients]
+    index = torch.stack([positions[: min(map(len, lists))] for positions in lists]).to(app.device)
+    if cohort.trainable():
+        x, y, keys = app.data.x[index], app.data.y[index], torch.arange(size, device=app.device)
+        step = Step(size, index, x, y, None, torch.full((size,), float(index.shape[1])), keys, None)
+        cohort.gradients(step, rows, app.update.loss, cohort.trainable(), given=dict(given.items()))
+    cohort.module.eval()
+    view = View(rows, frozenset(rows), dict(given.items()))
+    predictions(cohort.module, app.data, view, list(index[:, :1].cpu()), app.update.predict)
 
 
 def _cohort_size(app: CohortApp, num_clients: int, memory: float) -> tuple[int, str, dict[str, float]]:
@@ -351,15 +355,20 @@ class _Trial:
         return self.cohort.gradients(self.step, self.rows, loss, self.cohort.trainable(), given=given)[1]
 
 
-def _begin(app: CohortApp, size: int, module: nn.Module | None = None) -> _Trial:
-    """Prepare the first step of a cohort of `size`, on a network of its own unless there is one."""
+def _untrained(app: CohortApp, size: int, module: nn.Module | None = None) -> tuple[Cohort, Tree]:
+    """A cohort of `size` that has not trained, and what its losses are given."""
     by_size = _clients(app)
     clients = [by_size[k % len(by_size)] for k in range(size)]
     clients.sort(key=lambda c: (-app.sizes[c], c))
     state = app.initial_state.expand(size).clone()
-    cohort = app.cohort(clients, state, {}, copy_network(app.module) if module is None else module)
-    rows = entries(cohort.per_client(app.template))
     given = Tree(dict(app.update.example_given(app.template, app.data)), batch_size=[]).expand(size).clone()
+    return app.cohort(clients, state, {}, copy_network(app.module) if module is None else module), given
+
+
+def _begin(app: CohortApp, size: int, module: nn.Module | None = None) -> _Trial:
+    """Prepare the first step of a cohort of `size`, on a network of its own unless there is one."""
+    cohort, given = _untrained(app, size, module)
+    rows = entries(cohort.per_client(app.template))
     walk = cohort.walk(rows, steps=1)
     return _Trial(cohort, next(cohort.steps(walk.plan)), rows, given, walk.optimizer(cohort.trainable()))
 

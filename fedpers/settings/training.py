@@ -27,6 +27,14 @@ class Training(Settings, group="training"):
     lr: Annotated[float, Field(gt=0, description="learning rate")] = 0.05
     epochs: Annotated[int, Field(ge=0, description="passes over a client's training samples in a round")] = 1
     steps: Annotated[int | None, Field(ge=0, description="steps in a round instead of epochs")] = None
+    budget: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="gradients that a client computes over the run, in the mean: the run ends with the round that "
+            "reaches it; null: after `rounds`",
+        ),
+    ] = None
     batch_size: Annotated[int, Field(ge=0, description="samples in a batch; 0: all of a client's at once")] = 10
     shuffle: Annotated[bool, Field(description="a new order in every pass, else that of the data")] = True
     drop_last: Annotated[bool, Field(description="leave out the incomplete last batch of a pass")] = False

@@ -11,8 +11,8 @@ Shared: the body, its BatchNorm statistics averaged with it. Personal: the head.
 statistics of the body follow the data in both phases, as in any forward pass in training mode.
 
 The paper averages bodies uniformly (``weighting: uniform``); common implementations weight by samples
-(``weighting: samples``). The paper takes many head passes for one body pass; here both default to ``training.epochs``,
-and every table shows the gradients computed.
+(``weighting: samples``). As in the paper many head passes come before one body pass (E_head = 10, E_body = 1), which
+takes more gradients in a round than methods that pass once: ``training.budget`` makes them comparable.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class FedRepUpdate(LocalUpdate):
 
     shared = "body"
     personal = "head"
-    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: training.epochs")] = None
-    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: training.epochs")] = None
+    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: training.epochs")] = 10
+    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: training.epochs")] = 1
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the head on the received body, then the body under that head."""

@@ -246,6 +246,35 @@ def test_rates_of_some_parameters_are_typed_like_other_settings(typed: str, grou
     assert given == ({"body": {"lr": 200}, **groups} if strategy == "fedrap" else groups)
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedrep"])
+def test_a_run_ends_with_the_round_that_reaches_the_budget(strategy: str, tmp_path: Path) -> None:
+    (folder,) = fedpers(
+        f"strategy={strategy}", "partition.num_clients=6", "rounds=100", "training.budget=60", "training.batch_size=20",
+        "fraction=0.5", "split.unseen=1", "evaluate_every=7", output=tmp_path,
+    )  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    spent = np.cumsum([line["gradients"] for line in rounds])
+    assert spent[-1] >= 60 * 5 > spent[-2]  # five clients train
+    assert summary["gradients"] == spent[-1]
+    assert summary["rounds_done"] == summary["last_round"] == len(rounds) - 1 < 100
+    assert summary["interrupted"] is False
+    assert "adapted/accuracy" in summary["last"]
+    assert _main(["resume", str(folder)]) == 0  # says that it is done
+    assert json.loads((folder / "summary.json").read_text()) == summary
+
+
+def test_a_run_with_a_budget_is_resumed_to_the_same_end(tmp_path: Path) -> None:
+    settings = ["strategy=fedrep", "partition.num_clients=6", "training.budget=300", "training.batch_size=20"]
+    (whole,) = fedpers(*settings, "rounds=99", output=tmp_path / "whole")
+    (part,) = fedpers(*settings, "rounds=2", output=tmp_path / "part")
+    assert _main(["resume", str(part), "rounds=99"]) == 0
+    ended, resumed = (json.loads((folder / "summary.json").read_text()) for folder in (whole, part))
+    assert 2 < ended["rounds_done"] < 99
+    for name in ("rounds_done", "interrupted", "gradients", "selected", "last"):
+        assert ended[name] == resumed[name], name
+
+
 # ------------------------------------------------------------------ diverged runs
 
 

@@ -56,6 +56,12 @@ def test_number_of_nodes(app: Callable[[], ClientApp], number: Any) -> None:
         fedpers.simulate(ServerApp(), app(), num_supernodes=number)
 
 
+def test_fewer_nodes_than_clients_in_the_data() -> None:
+    sentence = f"^num_supernodes={CLIENTS - 1}: expected {CLIENTS}, a node for each client in the data.$"
+    with pytest.raises(ConfigError, match=sentence):
+        fedpers.simulate(ServerApp(), cohort_app(), CLIENTS - 1)
+
+
 def test_more_nodes_than_clients_in_the_data() -> None:
     allowed = f"num_supernodes={CLIENTS + 1}: expected a whole number >= 1 and <= {CLIENTS}"
     with pytest.raises(ConfigError, match=allowed):
@@ -211,7 +217,7 @@ def test_ctrl_c_in_a_plain_client_and_in_the_server() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fedpers.simulate(flower_app.server_app({}), app, 5)
+        fedpers.simulate(flower_app.server_app({}), app, 5, workers=1)
     assert calls == [1]
     server = ServerApp()
 
@@ -220,7 +226,7 @@ def test_ctrl_c_in_a_plain_client_and_in_the_server() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fedpers.simulate(server, cohort_app(), 2, workers=2)
+        fedpers.simulate(server, cohort_app(), CLIENTS, workers=2)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -56,7 +56,7 @@ METHODS: dict[str, Traced] = {
     "fedprox": Traced("FedProx", options={"mu": "mu"}),
     "scaffold": Traced("SCAFFOLD", options={"server_learning_rate": "server_lr"}, roles={"c": "control"}),
     "fedper": Traced("FedPer", roles={"model": "model"}),
-    "fedrep": Traced("FedRep", SAMPLES, {"plocal_epochs": "head_epochs"}, {"model": "model"}),
+    "fedrep": Traced("FedRep", {**SAMPLES, "body_epochs": None}, {"plocal_epochs": "head_epochs"}, {"model": "model"}),
     "fedbn": Traced("FedBN", SAMPLES, roles={"model": "model"}),
     "ditto": Traced(
         "Ditto",

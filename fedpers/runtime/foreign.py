@@ -1,0 +1,143 @@
+"""Any Flower ``ClientApp``, client by client: in this process, or spread over processes as under Flower's engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+
+import flwr.app as flower
+import numpy as np
+import torch
+from flwr.clientapp import ClientApp
+
+from fedpers.client.app import CohortApp
+from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
+from fedpers.flower_private import delivered
+from fedpers.records import own_copy
+from fedpers.runtime.grid import error_reply
+from fedpers.runtime.probe import cores
+from fedpers.threads import one_thread
+
+log = logging.getLogger(__name__)
+Answer = tuple[flower.Message, flower.Context | None]
+"""A client's reply, and its context as it is then; None if it raised and keeps the former one."""
+_app: ClientApp | None = None
+"""The app of a client process."""
+
+
+class ForeignClients:
+    """Calls a client app on messages; each client keeps its context.
+
+    Parameters
+    ----------
+    app : ClientApp
+    contexts : dict of int to Context
+        By node id.
+    workers : int or "auto"
+        Processes, each with a fixed part of the clients and one thread for an operation. ``auto`` is one for each core.
+        With 1, and where processes cannot be forked (not on Linux, or CUDA is in use), and for methods of this package
+        with mods, clients are called in this process, one after the other.
+    """
+
+    def __init__(self, app: ClientApp, contexts: dict[int, flower.Context], workers: int | str = "auto") -> None:
+        self.app = app
+        self.contexts = contexts
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        forks = sys.platform == "linux" and not in_use and not isinstance(app, CohortApp)
+        most = min(cores() if workers == "auto" else int(workers), len(contexts)) if forks else 1
+        self._workers = most if most > 1 else 0
+        self._processes: dict[int, tuple[ProcessPoolExecutor, int]] = {}  # with the id of the process
+        self._failures = FirstOfEachKind(log)
+
+    def call(self, messages: Sequence[flower.Message]) -> list[flower.Message]:
+        """Replies to messages, in their order; what a client changed in its context is kept unless it raises."""
+        if not self._workers:
+            with one_thread():
+                answers = [call_client(self.app, m, self.contexts[m.metadata.dst_node_id]) for m in messages]
+                return [self._taken(m, answer) for m, answer in zip(messages, answers, strict=True)]
+        futures = [self._submit(message) for message in messages]
+        return [self._taken(m, self._result(m, future)) for m, future in zip(messages, futures, strict=True)]
+
+    def _submit(self, message: flower.Message) -> Future[Answer]:
+        node = message.metadata.dst_node_id
+        index = node % self._workers
+        if index not in self._processes:
+            fork = multiprocessing.get_context("fork")
+            executor = ProcessPoolExecutor(1, fork, initializer=_begin, initargs=(self.app, index))
+            self._processes[index] = executor, executor.submit(os.getpid).result()
+        return self._processes[index][0].submit(_call, message, self.contexts[node])
+
+    def _result(self, message: flower.Message, future: Future[Answer]) -> Answer:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            index = message.metadata.dst_node_id % self._workers
+            if index in self._processes:  # the next message starts another
+                self._processes.pop(index)[0].shutdown(wait=False)
+            return error_reply(message, "its process ended before it answered"), None
+        except Exception as error:  # what cannot travel from process to process
+            return error_reply(message, with_traceback(error)), None
+
+    def _taken(self, message: flower.Message, answer: Answer) -> flower.Message:
+        reply, context = answer
+        node = message.metadata.dst_node_id
+        if context is not None:
+            self.contexts[node] = context
+        if reply.has_error():
+            reason = reply.error.reason or ""
+            if self._failures.note(f"the client on node {node}", reason):
+                log.warning("the client on node %d raised %s", node, sentence_of(reason))
+        return reply
+
+    def close(self) -> None:
+        """End the processes at once, whatever they do."""
+        for executor, process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            executor.shutdown(cancel_futures=True)
+        self._processes = {}
+
+
+def call_client(app: ClientApp, message: flower.Message, before: flower.Context) -> Answer:
+    """Call an app on one message with records of its own, as if they had travelled; what it raises is its answer."""
+    context = replace(
+        before, node_config=dict(before.node_config), state=own_copy(before.state), run_config=dict(before.run_config)
+    )
+    try:
+        reply = app(delivered(message, own_copy(message.content)), context)
+        is_message = isinstance(reply, flower.Message)
+        if not is_message or reply.metadata.reply_to_message_id != message.metadata.message_id:
+            if is_message and reply.has_error():  # Flower's mods give theirs as a reply to the reply
+                return error_reply(message, reply.error.reason or f"error {reply.error.code}"), None
+            raise TypeError(f"a client app must return a reply to its message, not {reply!r:.100}")
+    except (Exception, SystemExit) as error:  # whatever a client's code raises becomes its answer
+        return error_reply(message, with_traceback(error)), None
+    if reply.has_content():
+        reply.content = own_copy(reply.content)
+    return reply, context
+
+
+def _begin(app: ClientApp, index: int) -> None:
+    """Settle in a client process: one thread for an operation, and random numbers unlike those of other processes."""
+    global _app
+    _app = app
+    torch.set_num_threads(1)
+    seed = torch.initial_seed() + index
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (apps draw from it)
+    random.seed(seed)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
+
+
+def _call(message: flower.Message, context: flower.Context) -> Answer:
+    assert _app is not None
+    return call_client(_app, message, context)

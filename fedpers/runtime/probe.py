@@ -1,8 +1,10 @@
 """How many clients to compute together, and on how many threads: a short measurement on the run's own network.
 
 Small networks gain most from large cohorts, convolutions on a CPU from one client per core, a GPU from as many
-clients as fit. The cohort size for a network and machine is kept in the cache folder, so that a run repeated on the
-same machine computes in the same cohorts and gives the same digits; the number of workers never changes a digit.
+clients as fit. On a CPU sizes are compared with a cohort on each core at once, as a run has them by default: small
+cohorts keep the interpreter so busy that threads wait for one another. The cohort size for a network and machine is
+kept in the cache folder, so that a run repeated on the same machine computes in the same cohorts and gives the same
+digits; the number of workers never changes a digit.
 
 No size is tried, and none is chosen, for which the estimate is over :data:`MEMORY_SHARE` of the memory available at
 that time: of the GPU's for one cohort; on a CPU for as many cohorts as there are cores. What a client takes is
@@ -107,7 +109,8 @@ def probe(
 ) -> Choice:
     """Choose what is ``auto`` and keep what is given.
 
-    The cohort size is measured on one worker, whatever `workers` is, so that their number never changes a result.
+    The cohort size is measured with a worker on each core, whatever `workers` is, so that their number never changes a
+    result.
 
     Parameters
     ----------
@@ -209,7 +212,7 @@ def _measure(app: CohortApp, sizes: Sequence[int], memory: float) -> _Sweep:
             if times and not (several and size * one <= memory):
                 log.info("cohorts of %d clients are not tried: a client takes %.3g MB", size, one / 1e6)
                 return _Sweep(one, times, size if several else max(size, _TWO))
-            times[str(size)] = 1e6 * _time_steps(_stepper(app, size), app.device) / size
+            times[str(size)] = 1e6 * _time_on_all_cores(app, size, sizes[-1]) / size
             if times[str(size)] > 1.5 * min(times.values()):
                 break
     except torch.cuda.OutOfMemoryError as error:
@@ -217,6 +220,14 @@ def _measure(app: CohortApp, sizes: Sequence[int], memory: float) -> _Sweep:
         if not times:
             raise TrainingError("one client alone does not fit into the memory of the GPU.") from error
     return _Sweep(one, times, None)
+
+
+def _time_on_all_cores(app: CohortApp, size: int, num_clients: int) -> float:
+    """Seconds of a step of a cohort while one runs on each core, as far as the clients of a round fill them."""
+    threads = min(cores(), -(-num_clients // size)) if app.device.type == "cpu" else 1
+    if threads == 1:
+        return _time_steps(_stepper(app, size), app.device)
+    return _time_together([_stepper(app, size) for _ in range(threads)]) / threads
 
 
 def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
@@ -411,10 +422,11 @@ def _key(app: CohortApp, num_clients: int) -> str:
     shapes = {str(n): list(v.shape) for n, v in app.template.items()}
     device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else platform.processor()
     facts = [
+        "on all cores",
         torch.__version__,
         str(app.device),
         device,
-        os.cpu_count(),
+        cores(),
         type(app.update).__name__,
         type(app.module).__name__,
         shapes,

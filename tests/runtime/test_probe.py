@@ -48,6 +48,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(module, "_stepper", lambda app, size: size)
     monkeypatch.setattr(module, "bytes_per_client", lambda app, size=1: 100)
     monkeypatch.setattr(module, "_time_steps", time_steps)
+    monkeypatch.setattr(module, "_time_on_all_cores", lambda app, size, clients: time_steps(size, app.device))
     monkeypatch.setattr(module, "_time_together", lambda sizes: 1e-6)
     monkeypatch.setattr(module, "cores", lambda: 2)
     return calls
@@ -79,6 +80,18 @@ def test_other_questions_are_measured_anew(app: CohortApp, measured: list[Any]) 
     assert measured == [1, 4, 7, 1, 4, 6, 1, 4, 7]
     assert [probe(app, n, "auto", 1).how for n in (7, 6)] == ["cached"] * 2
     assert len(measured) == 9
+
+
+def test_sizes_are_compared_with_a_cohort_on_each_core(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[list[int]] = []
+    alone: list[int] = []
+    monkeypatch.setattr(module, "_stepper", lambda app, size: size)
+    monkeypatch.setattr(module, "cores", lambda: 3)
+    monkeypatch.setattr(module, "_time_together", lambda sizes: together.append(sizes) or 6.0)
+    monkeypatch.setattr(module, "_time_steps", lambda size, device: alone.append(size) or 5.0)
+    assert [module._time_on_all_cores(app, size, 7) for size in (1, 4, 7)] == [2.0, 3.0, 5.0]
+    assert together == [[1, 1, 1], [4, 4]]  # seven clients fill two cohorts of four, and one of seven
+    assert alone == [7]
 
 
 def test_given_values_are_kept(app: CohortApp, measured: list[Any]) -> None:

@@ -120,7 +120,8 @@ def method_seconds(name: str, clients: int, parameters: int, rounds: int) -> flo
     )  # fmt: skip
     width = round(parameters / (features + 1 + classes))
     model = MLP((features,), classes, (width,))
-    strategy, update = make_strategy(name, server={"evaluate_every": rounds + 1}, training=Training(epochs=0))
+    options = {"head_epochs": 0, "body_epochs": 0} if name == "fedrep" else {}
+    strategy, update = make_strategy(name, options, server={"evaluate_every": rounds + 1}, training=Training(epochs=0))
     client = update.client_app(model, data)
     return seconds(fedpers.simulate, strategy, client.initial_arrays, client, clients, rounds)
 

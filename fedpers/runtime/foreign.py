@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +29,8 @@ from fedpers.runtime.probe import cores
 from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
+TRIED, WORTH_A_PROCESS = 2, 0.02
+"""Calls by which ``workers=auto`` decides, and the seconds that the faster one must take for processes to pay."""
 Answer = tuple[flower.Message, flower.Context | None]
 """A client's reply, and its context as it is then; None if it raised and keeps the former one."""
 _app: ClientApp | None = None
@@ -43,29 +46,46 @@ class ForeignClients:
     contexts : dict of int to Context
         By node id.
     workers : int or "auto"
-        Processes, each with a fixed part of the clients and one thread for an operation. ``auto`` is one for each core.
-        With 1, and where processes cannot be forked (not on Linux, or CUDA is in use), and for methods of this package
-        with mods, clients are called in this process, one after the other.
+        Processes, each with a fixed part of the clients and one thread for an operation. With 1, and where processes
+        cannot be forked (not on Linux, or CUDA is in use), and for methods of this package with mods, clients are
+        called in this process, one after the other. ``auto`` calls the first :data:`TRIED` here and goes on with a
+        process for each core if they take longer than what travels between processes.
     """
 
     def __init__(self, app: ClientApp, contexts: dict[int, flower.Context], workers: int | str = "auto") -> None:
         self.app = app
         self.contexts = contexts
-        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        forks = sys.platform == "linux" and not in_use and not isinstance(app, CohortApp)
-        most = min(cores() if workers == "auto" else int(workers), len(contexts)) if forks else 1
-        self._workers = most if most > 1 else 0
+        self._workers = min(cores() if workers == "auto" else int(workers), len(contexts))
+        self._tried: list[float] | None = [] if workers == "auto" else None  # seconds of the first calls
         self._processes: dict[int, tuple[ProcessPoolExecutor, int]] = {}  # with the id of the process
         self._failures = FirstOfEachKind(log)
 
     def call(self, messages: Sequence[flower.Message]) -> list[flower.Message]:
         """Replies to messages, in their order; what a client changed in its context is kept unless it raises."""
-        if not self._workers:
-            with one_thread():
-                answers = [call_client(self.app, m, self.contexts[m.metadata.dst_node_id]) for m in messages]
-                return [self._taken(m, answer) for m, answer in zip(messages, answers, strict=True)]
+        here = len(messages)
+        if self._workers > 1 and self._can_fork():
+            here = 0 if self._tried is None else min(here, TRIED - len(self._tried))
+        with one_thread():
+            replies = [self._call_here(message) for message in messages[:here]]
+        if here == len(messages):
+            return replies
+        if self._tried is not None:
+            self._workers = self._workers if min(self._tried) > WORTH_A_PROCESS else 1
+            self._tried = None
+            return replies + self.call(messages[here:])
         futures = [self._submit(message) for message in messages]
         return [self._taken(m, self._result(m, future)) for m, future in zip(messages, futures, strict=True)]
+
+    def _can_fork(self) -> bool:
+        in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return sys.platform == "linux" and not in_use and not isinstance(self.app, CohortApp)
+
+    def _call_here(self, message: flower.Message) -> flower.Message:
+        start = time.perf_counter()
+        answer = call_client(self.app, message, self.contexts[message.metadata.dst_node_id])
+        if self._tried is not None:
+            self._tried.append(time.perf_counter() - start)
+        return self._taken(message, answer)
 
     def _submit(self, message: flower.Message) -> Future[Answer]:
         node = message.metadata.dst_node_id

@@ -206,7 +206,8 @@ def simulate(
     client becomes an error reply; one in the server app is raised here. Returns when the server app ends.
 
     The server app runs in this process, and so do methods of this package. Clients of other apps run in processes of
-    their own, as under Flower: what they change in this process's memory is lost, unless ``workers=1`` keeps them here.
+    their own, as under Flower, if they take long enough: what they change in this process's memory is lost then, unless
+    ``workers=1`` keeps them here.
 
     Parameters
     ----------

@@ -41,6 +41,7 @@ from fedpers.errors import TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
+from fedpers.runtime.probe import cores
 from tests import flower_app
 from tests.runtime.wire import WireGrid, ask, run, serialized
 
@@ -659,6 +660,24 @@ def test_with_one_worker_clients_run_in_this_process() -> None:
     grid = LocalGrid(counting(), 3, workers=1)
     assert {row["process"] for row in answers_of(grid)[0]} == {os.getpid()}
     grid.close()
+
+
+@pytest.mark.parametrize(("seconds", "spread"), [(0.0, False), (0.05, True)])
+def test_clients_that_take_long_enough_are_spread(seconds: float, spread: bool) -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        time.sleep(seconds)
+        return Message(RecordDict({"process": MetricRecord({"process": os.getpid()})}), reply_to=message)
+
+    grid = LocalGrid(app, 6)
+    first, second = ([row["process"] for row in rows] for rows in answers_of(grid, 2))
+    grid.close()
+    assert first[:2] == [os.getpid()] * 2
+    expected = min(cores(), 6) if spread else 1
+    assert len(set(second)) == expected
+    assert (os.getpid() in second) == (expected == 1)
 
 
 def test_a_client_process_that_ends_costs_its_clients_the_round() -> None:

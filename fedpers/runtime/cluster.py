@@ -10,8 +10,7 @@ import sys
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +20,7 @@ from ray.exceptions import RayError
 
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.runtime.probe import cores
+from fedpers.threads import blocked
 
 log = logging.getLogger(__name__)
 _given_up = False
@@ -41,7 +41,9 @@ def connect(address: str | None) -> bool:
             _check_address(cluster_address)
             ray.init(address=cluster_address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            with deaf_children():
+            # A scheduler sends SIGTERM to all processes of a job. This one then ends its round, saves it, for which it
+            # needs Ray's processes, and ends them.
+            with blocked(signal.SIGTERM):
                 ray.init(
                     address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -55,27 +57,10 @@ def connect(address: str | None) -> bool:
     return True
 
 
-@contextmanager
-def deaf_children() -> Iterator[None]:
-    """Let processes that are started in this thread ignore SIGTERM.
-
-    A scheduler sends it to all processes of a job. The one that runs then ends its round, saves it, for which it needs
-    Ray's processes, and ends them.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def end_helpers() -> None:
     """End what no actor needs of the Ray that was started in this process, before ``ray.shutdown``.
 
-    That asks each process to end, which :func:`deaf_children` do not hear, and waits a second for it.
+    That asks each process to end, which those that do not hear SIGTERM ignore, and waits a second for it.
     """
     node = ray._private.worker._global_node
     for kind in _HELPERS if node is not None else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 import warnings
@@ -30,6 +31,7 @@ from fedpers.runtime.flower_clients import EXCHANGE_STATE, RemoteApp
 from fedpers.runtime.grid import RUN_ID
 from fedpers.server.collect import result_of
 from fedpers.server.exchange import Exchange
+from fedpers.threads import blocked
 
 log = logging.getLogger(__name__)
 
@@ -179,8 +181,6 @@ class FlowerSimulation:
     def _engine(self) -> None:
         from flwr.simulation import run_simulation
 
-        from fedpers.runtime.cluster import deaf_children
-
         server = ServerApp()
 
         @server.main()
@@ -189,7 +189,7 @@ class FlowerSimulation:
             self._done.wait()
 
         try:
-            with deaf_children():
+            with blocked(signal.SIGTERM):  # see fedpers.runtime.cluster.connect
                 run_simulation(
                     server,
                     self._app,

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,7 +27,7 @@ from fedpers.flower_private import delivered
 from fedpers.records import own_copy
 from fedpers.runtime.grid import error_reply
 from fedpers.runtime.probe import cores
-from fedpers.threads import one_thread
+from fedpers.threads import blocked, one_thread
 
 log = logging.getLogger(__name__)
 TRIED, WORTH_A_PROCESS = 2, 0.02
@@ -91,9 +92,10 @@ class ForeignClients:
         node = message.metadata.dst_node_id
         index = node % self._workers
         if index not in self._processes:
-            fork = multiprocessing.get_context("fork")
-            executor = ProcessPoolExecutor(1, fork, initializer=_begin, initargs=(self.app, index))
-            self._processes[index] = executor, executor.submit(os.getpid).result()
+            with blocked(signal.SIGINT):  # in the midst of it, it would leave a process behind that nobody ends
+                fork = multiprocessing.get_context("fork")
+                executor = ProcessPoolExecutor(1, fork, initializer=_begin, initargs=(self.app, index, os.getpid()))
+                self._processes[index] = executor, executor.submit(os.getpid).result()
         return self._processes[index][0].submit(_call, message, self.contexts[node])
 
     def _result(self, message: flower.Message, future: Future[Answer]) -> Answer:
@@ -146,8 +148,15 @@ def call_client(app: ClientApp, message: flower.Message, before: flower.Context)
     return reply, context
 
 
-def _begin(app: ClientApp, index: int) -> None:
+def _begin(app: ClientApp, index: int, parent: int) -> None:
     """Settle in a client process: one thread for an operation, and random numbers unlike those of other processes."""
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     global _app
     _app = app
     torch.set_num_threads(1)
@@ -155,7 +164,6 @@ def _begin(app: ClientApp, index: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 (apps draw from it)
     random.seed(seed)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits, which ends this one
 
 
 def _call(message: flower.Message, context: flower.Context) -> Answer:

@@ -90,7 +90,12 @@ def test_a_mistake_in_a_server_half_is_named_with_its_place(run, where: str) -> 
 
 def test_the_same_mistake_of_many_clients_fills_no_log(run) -> None:
     answer = "helper(1) if 2 in cohort.clients else super().train(cohort, received, config)"
-    _, screen, log = run(f"def train(self, cohort, received, config):\n        return {answer}", "", "rounds=6")
+    _, screen, log = run(
+        f"def train(self, cohort, received, config):\n        return {answer}",
+        "",
+        "rounds=6",
+        "runtime.clients_at_once=4",
+    )
     assert screen.count("its clients are computed one by one") == 1
     assert log.count("Traceback (most recent call last)") == 2  # of the cohort, and of the client
 

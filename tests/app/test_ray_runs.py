@@ -58,4 +58,4 @@ def test_the_same_settings_give_the_same_numbers(settings: list[str], tmp_path: 
 
 def test_more_actors_than_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = error_of(capsys, "runtime=ray", "runtime.actors=99", "rounds=1", f"output={tmp_path}")
-    assert told == "fedpers: runtime.actors=99: expected at most 2, for which the cluster has room (2 CPUs)."
+    assert told == "fedpers: runtime.actors=99: expected at most 2, for which the cluster has room (2 CPUs and 0 GPUs)."

@@ -60,7 +60,7 @@ def outcome(method: str, grid: Any) -> dict[str, Any]:
     strategy, app = halves(method)
     last: list[flower.ArrayRecord] = []
     for report in run_rounds(
-        strategy, grid, app.initial_arrays(), 3, after_round=lambda _, arrays, last: last.append(arrays)
+        strategy, grid, app.initial_arrays(), 3, after_round=lambda _, arrays, is_last: last.append(arrays)
     ):
         assert not report.failures
         assert not report.evaluation_failures

@@ -104,7 +104,7 @@ def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None
             grid,
             setup.app.initial_arrays(),
             config.rounds,
-            after_round=lambda _, arrays, last: last.append(arrays),
+            after_round=lambda _, arrays, is_last: last.append(arrays),
         ):
             assert {str(client) for client in report.failures} == found["failures"].get(str(report.round), {}).keys()
     assert found["round"] == report.round == config.rounds

@@ -80,7 +80,7 @@ def trained(strategy: PersonalizedStrategy, app: CohortApp, *, rounds: int = 2, 
     reports = []
     with server_identity(1):
         for report in run_rounds(
-            strategy, grid, app.initial_arrays(), rounds, after_round=lambda _, record, last: arrays.append(record)
+            strategy, grid, app.initial_arrays(), rounds, after_round=lambda _, record, is_last: arrays.append(record)
         ):
             assert not report.failures
             assert not report.evaluation_failures

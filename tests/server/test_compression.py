@@ -362,7 +362,7 @@ def played(
     kept: list[flower.ArrayRecord] = []
     with server_identity(1):
         for report in run_rounds(
-            strategy, grid, app.initial_arrays(), 3, after_round=lambda _, made, last: kept.append(made)
+            strategy, grid, app.initial_arrays(), 3, after_round=lambda _, made, is_last: kept.append(made)
         ):
             assert not report.failures
     return entries(from_record(kept[-1])), grid, app

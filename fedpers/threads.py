@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked(*signals: signal.Signals) -> Iterator[None]:
-    """Let this thread, and processes that it starts meanwhile, not hear signals, which come to this thread afterwards."""
+    """Let this thread hear signals only afterwards, and processes that it starts meanwhile never."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

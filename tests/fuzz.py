@@ -37,6 +37,7 @@ from fedpers.cohort import leaves
 from fedpers.flower_private import server_identity
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
+from fedpers.server.collect import UNBOUNDED
 from fedpers.settings import Config
 from fedpers.strategies import STRATEGIES, PersonalizedStrategy, make_strategy, option_types
 from fedpers.threads import one_thread
@@ -191,7 +192,9 @@ def bad_number(metrics: flower.MetricRecord, rng: np.random.Generator) -> None:
 
 def bad_metric(metrics: flower.MetricRecord, rng: np.random.Generator) -> None:
     names = list(metrics)
-    metrics[names[rng.integers(len(names))]] = [math.nan, math.inf, -math.inf][rng.integers(3)]
+    name = names[rng.integers(len(names))]
+    damage = [math.nan, -math.inf] if name.endswith(UNBOUNDED) else [math.nan, math.inf, -math.inf]
+    metrics[name] = damage[rng.integers(len(damage))]
 
 
 DAMAGES: dict[str, Damage] = {

@@ -86,7 +86,8 @@ def meant(key: str, siblings: Iterable[str]) -> str:
         last_parts = {full.rpartition(".")[2]: full for full in known}
         near = _ELSEWHERE.get(name, name)
         if near not in last_parts:
-            near = next(iter(difflib.get_close_matches(near, last_parts, n=1, cutoff=0.8)), near)
+            near = next(iter(difflib.get_close_matches(name, [*last_parts, *_ELSEWHERE], n=1, cutoff=0.8)), name)
+            near = _ELSEWHERE.get(near, near)
         if places := [full for full in known if full.rpartition(".")[2] == near and full != key]:
             return f"{' or '.join(places)}, the whole name of that key"
     return f"a known key: {one_of(siblings, name)}"

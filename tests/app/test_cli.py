@@ -339,6 +339,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["lr=0.1"], "lr=0.1: expected training.lr, the whole name of that key."),
         (["model.lr=0.1"], "model.lr=0.1: expected training.lr, the whole name of that key."),
         (["learning_rate=0.1"], "learning_rate=0.1: expected training.lr, the whole name of that key."),
+        (["leraning_rate=0.1"], "leraning_rate=0.1: expected training.lr, the whole name of that key."),
         (["batchsize=3"], "batchsize=3: expected training.batch_size, the whole name of that key."),
         (["alpha=1"], "alpha=1: expected partition.alpha or strategy.alpha, the whole name of that key."),
         (["num_clients=5"], "num_clients=5: expected partition.num_clients, the whole name of that key."),

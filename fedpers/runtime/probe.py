@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
 
 log = logging.getLogger(__name__)
-SECONDS_PER_SIZE = 0.1
+SECONDS_PER_SIZE = 0.04
 SIZES = (1, 4, 16, 64, 256, 1024)
 MEMORY_SHARE = 0.25
 """Part of the available memory that cohorts may take together by the estimate. They take up to half as much again, for

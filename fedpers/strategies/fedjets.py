@@ -77,6 +77,7 @@ from fedpers.randomness import generator, sample_clients
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+from fedpers.tasks import class_losses
 
 log = logging.getLogger(__name__)
 HELD = "held"
@@ -230,7 +231,7 @@ class FedJETsUpdate(LocalUpdate):
         picture, embedding = _held(network.module).split(batch.x)
         of_expert = batch.losses(network.part("experts.0")(picture))
         number = _slots(batch.given).expand(len(batch.x))
-        of_gate = F.cross_entropy(network.part("gate")(embedding), number, reduction="none")
+        of_gate = class_losses(network.part("gate")(embedding), number)
         return batch.mean(of_expert + of_gate)
 
     def mixed(self, network: Network, x: Tensor) -> Tensor:

@@ -65,6 +65,7 @@ from fedpers.errors import ConfigError, DataError, check
 from fedpers.models.initial import drawing
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+from fedpers.tasks import class_losses
 
 PREVIOUS = "previous"
 """Record of the server's table before its last average."""
@@ -215,7 +216,7 @@ class GPFLUpdate(LocalUpdate):
         cosines = F.normalize(generic, dim=1) @ F.normalize(table, dim=1).T
         return (
             batch.mean(batch.losses(network.part("head")(personal)))
-            + batch.mean(F.cross_entropy(cosines, batch.y, reduction="none"))
+            + batch.mean(class_losses(cosines, batch.y))
             + self.lam * self._distance(generic - given[TARGET][batch.y], batch)
             + self._penalty(network.tensors)
         )

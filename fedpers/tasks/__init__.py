@@ -1,8 +1,8 @@
 """What is learned and how it is measured. A new task is one file here, and data that carry it."""
 
 from fedpers.tasks.base import Task
-from fedpers.tasks.classification import CLASSIFICATION, Classification
+from fedpers.tasks.classification import CLASSIFICATION, Classification, class_losses
 from fedpers.tasks.ranking import Ranking
 from fedpers.tasks.regression import Regression
 
-__all__ = ["CLASSIFICATION", "Classification", "Ranking", "Regression", "Task"]
+__all__ = ["CLASSIFICATION", "Classification", "Ranking", "Regression", "Task", "class_losses"]

@@ -410,6 +410,7 @@ def test_more_than_there_is_room_for_is_refused(machine: None) -> None:
         RayGrid(app_of(), cpus_per_actor=64)
 
 
+@pytest.mark.slow
 def test_other_apps_are_refused(machine: None) -> None:
     with pytest.raises(ConfigError, match=r"client_app=ClientApp"):
         RayGrid(flower_app.client_app(), 3)  # type: ignore[arg-type]

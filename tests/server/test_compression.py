@@ -399,6 +399,7 @@ def test_the_same_on_actors() -> None:
 # ------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_equals_one_without_a_stop(tmp_path: Path) -> None:
     common = [
         "strategy=fedrep", "compression=topk", "compression.share=0.05", "fraction=0.5", "partition.num_clients=6",

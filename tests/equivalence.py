@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fedpers.cohort import leaves
 from fedpers.flower_private import server_identity
+from fedpers.process import one_thread
 from fedpers.records import from_record
 from fedpers.runtime.grid import ClientGrid
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, PersonalizedStrategy, make_strategy
-from fedpers.threads import one_thread
 from tests.problems import problems
 
 ROUNDS = 3

@@ -35,12 +35,12 @@ from torch import Tensor
 from fedpers.app import _main
 from fedpers.cohort import leaves
 from fedpers.flower_private import server_identity
+from fedpers.process import one_thread
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
 from fedpers.server.collect import UNBOUNDED
 from fedpers.settings import Config
 from fedpers.strategies import STRATEGIES, PersonalizedStrategy, make_strategy, option_types
-from fedpers.threads import one_thread
 from tests.problems import problem
 
 Reply = flower.Message | None

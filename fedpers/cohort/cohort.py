@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 
-from fedpers.cohort.modules import has_dropout, seeded
+from fedpers.cohort.modules import has_dropout, linear_weights, seeded
 from fedpers.cohort.plan import BatchPlan, lonely_sample_error, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
@@ -217,9 +217,20 @@ class Cohort:
         tensors = entries(source) if isinstance(source, TensorDict) else source
         out = {}
         for name in tensors if names is None else names:
-            value = tensors[name].to(self.device)
-            out[name] = value.clone() if stacked else value.expand(self.size, *value.shape).clone()
+            out[name] = self._copies(name, tensors[name].to(self.device), stacked)
         return tree(out, self.size)
+
+    def _copies(self, name: str, value: Tensor, stacked: bool) -> Tensor:
+        """Copy ``[K, ...]`` of an entry for each client, laid out in memory as its gradients mapped over clients are.
+
+        Those of a linear layer's weight come input by input: two layouts in one update take several times as long.
+        """
+        transposed = self.size > 1 and name in linear_weights(self.module)
+        if transposed:
+            value = value.mT if stacked else value.mT.contiguous()
+        copies = value if stacked else value.expand(self.size, *value.shape)
+        copies = copies.clone(memory_format=torch.contiguous_format)
+        return copies.mT if transposed else copies
 
     def assemble(self, received: Tree, personal: Tree | None = None) -> Tree:
         """Full networks ``[K]``: personal entries from the clients' state, the others as received.
@@ -237,10 +248,7 @@ class Cohort:
         """
         view = self.view(received, personal)
         return tree(
-            {
-                name: value.clone() if name in view.stacked else value.expand(self.size, *value.shape).clone()
-                for name, value in view.tensors.items()
-            },
+            {name: self._copies(name, value, stacked=name in view.stacked) for name, value in view.tensors.items()},
             self.size,
         )
 
@@ -441,7 +449,11 @@ class Cohort:
             with seeded(mine["key"] if self._draws and not frozen else None, self.device):
                 total = self._loss(loss, tensors, step.x[0], step.y[0], mine)
             raw_grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            grads = {n: g.unsqueeze(0) for n, g in zip(names, raw_grads, strict=True) if g is not None}
+            grads = {
+                n: torch.empty_like(params[n]).copy_(g) if g.stride() != params[n][0].stride() else g.unsqueeze(0)
+                for n, g in zip(names, raw_grads, strict=True)
+                if g is not None
+            }
             return total.detach().unsqueeze(0), grads
 
         if self._draws and not frozen:

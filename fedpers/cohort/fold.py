@@ -72,7 +72,7 @@ class WeightedMean(Fold):
         """Take in one client's `records` (batch size []) with its `weight` >= 0; whose they are does not matter."""
         for record, values in records.items():
             for name, value in entries(values).items():
-                total = self._sum(record, name, value.shape, value)
+                total = self._sum(record, name, value)
                 total.add_(value.to(total.device), alpha=weight)
                 self.weights[record][name] += weight
 
@@ -81,16 +81,16 @@ class WeightedMean(Fold):
         numbers = weights.tolist()
         for record, values in records.items():
             for name, value in entries(values).items():
-                total = self._sum(record, name, value.shape[1:], value)
+                total = self._sum(record, name, value[0])
                 # row by row: no copy in float64, and the same sum whatever the size of the stack
                 for row, weight in zip(value.to(total.device), numbers, strict=True):
                     total.add_(row, alpha=weight)
                     self.weights[record][name] += weight
 
-    def _sum(self, record: str, name: str, shape: torch.Size, like: Tensor) -> Tensor:
+    def _sum(self, record: str, name: str, like: Tensor) -> Tensor:
         sums = self.sums.setdefault(record, {})
         if name not in sums:
-            sums[name] = torch.zeros(shape, dtype=torch.float64, device=like.device)
+            sums[name] = torch.zeros_like(like, dtype=torch.float64)
             self.weights.setdefault(record, {})[name] = 0.0
             self.dtypes.setdefault(record, {})[name] = like.dtype
         return sums[name]

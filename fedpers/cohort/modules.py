@@ -300,6 +300,11 @@ def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> No
             layer.__dict__["key"] = key
 
 
+def linear_weights(module: nn.Module) -> frozenset[str]:
+    """Canonical names of the weights of linear layers and of attention's joint projection."""
+    return _facts(module).linear_weights
+
+
 @dataclass
 class _Facts:
     """What is looked up once per module: it is called at every step."""
@@ -308,6 +313,7 @@ class _Facts:
     slots: dict[str, list[tuple[dict[str, Any], str]]]  # all places of a parameter or buffer, by any dotted name
     layers: list[_BatchNorm | _Dropout]
     names: dict[str, str]  # canonical names, see canonical_names
+    linear_weights: frozenset[str]
     parts: dict[str, dict[str, str]]  # by part: the names of the network's tensors -> their names in the part
 
 
@@ -323,7 +329,16 @@ def _facts(module: nn.Module) -> _Facts:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     slots = {name: places[id(value)] for name, value in named}
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm | _Dropout)]
-    facts = module.__dict__["_cohort_facts"] = _Facts(id(module), slots, layers, canonical_names(module), {})
+    names = canonical_names(module)
+    held = {nn.Linear: "weight", nn.MultiheadAttention: "in_proj_weight"}
+    linear = [
+        f"{name}.{weight}".removeprefix(".")
+        for name, layer in module.named_modules()
+        for kind, weight in held.items()
+        if isinstance(layer, kind)
+    ]
+    weights = frozenset(names[name] for name in linear if name in names)
+    facts = module.__dict__["_cohort_facts"] = _Facts(id(module), slots, layers, names, weights, {})
     return facts
 
 

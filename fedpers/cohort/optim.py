@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedpers.cohort.tree import expand_rows, flat_rows, select
+from fedpers.cohort.tree import expand_rows, select, sum_rows
 from fedpers.settings.training import Training
 
 
@@ -137,7 +137,7 @@ def clip_rows(grads: Mapping[str, Tensor], limit: float) -> None:
 
     As ``torch.nn.utils.clip_grad_norm_``: the factor is ``limit / (norm + 1e-6)``, at most 1.
     """
-    squares = torch.stack([flat_rows(grad).square().sum(1) for grad in grads.values()]).sum(0)
+    squares = torch.stack([sum_rows(grad.square()) for grad in grads.values()]).sum(0)
     factor = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     for grad in grads.values():
         grad.mul_(expand_rows(factor, grad))

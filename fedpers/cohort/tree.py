@@ -122,14 +122,14 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
 
 def rows_finite(stacked: Tree) -> Tensor:
     """Which clients have only finite values, bool ``[K]``; integer entries always count as finite."""
-    rows = [v.reshape(len(v), -1) for v in leaves(stacked).values() if v.is_floating_point() and v.numel()]
+    rows = [v for v in leaves(stacked).values() if v.is_floating_point() and v.numel()]
     ok = torch.ones(stacked.batch_size, dtype=torch.bool, device=rows[0].device if rows else stacked.device)
     for value in rows:
-        ok = ok & value.sum(1).isfinite().to(ok.device)  # a sum is several times faster to look at than its entries
+        ok = ok & sum_rows(value).isfinite().to(ok.device)  # a sum is several times faster to look at than its entries
     if rows and not ok.all():  # it may also have overflowed
         ok = torch.ones_like(ok)
         for value in rows:
-            ok = ok & value.isfinite().all(1).to(ok.device)
+            ok = ok & flat_rows(value.isfinite()).all(1).to(ok.device)
     return ok
 
 
@@ -141,6 +141,11 @@ def expand_rows(one: Tensor, value: Tensor) -> Tensor:
 def flat_rows(value: Tensor) -> Tensor:
     """View ``[K, ...]`` as ``[K, n]``, also where a row is a single number."""
     return value.reshape(len(value), -1)
+
+
+def sum_rows(value: Tensor) -> Tensor:
+    """Sum of the entries of each row: ``[K, ...]`` to ``[K]``; of any layout in memory, which is not copied."""
+    return value.sum(list(range(1, value.dim()))) if value.dim() > 1 else value
 
 
 def map_tensors(values: Mapping[str, Any] | None, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:

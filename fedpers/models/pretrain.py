@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from fedpers.data.cache import cache_root
 from fedpers.errors import check
 from fedpers.models.networks import Network
+from fedpers.process import one_thread
 from fedpers.randomness import generator
 from fedpers.settings.model import ModelConfig
-from fedpers.threads import one_thread
 
 logger = logging.getLogger(__name__)
 

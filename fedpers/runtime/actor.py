@@ -25,11 +25,11 @@ from fedpers.client.results import ClientResult
 from fedpers.cohort import entries
 from fedpers.cohort.state import Block
 from fedpers.data.federated import FederatedData
+from fedpers.process import one_thread
 from fedpers.records import LiveArray
 from fedpers.runtime.engine import CohortEngine, half_the_memory
 from fedpers.runtime.probe import Choice, costs, probe
 from fedpers.server.collect import Collected, ReplyCollector, ReplyRules
-from fedpers.threads import one_thread
 
 Packed = tuple[bytes, list[NDArray[np.uint8]]]
 """A pickle, and the arrays in it, which actors of one node read from the object store without a copy."""

@@ -19,8 +19,8 @@ import ray
 from ray.exceptions import RayError
 
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.process import blocked
 from fedpers.runtime.probe import cores
-from fedpers.threads import blocked
 
 log = logging.getLogger(__name__)
 _given_up = False

@@ -23,11 +23,11 @@ from fedpers.client.update import Received
 from fedpers.cohort import StateStore
 from fedpers.cohort.modules import copy_network
 from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
+from fedpers.process import keep_freed_memory, one_thread
 from fedpers.records import stack, trees
 from fedpers.runtime.probe import Choice, probe
 from fedpers.server.collect import ReplyCollector
 from fedpers.settings import RuntimeConfig, options
-from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 AHEAD = 2
@@ -109,6 +109,7 @@ class CohortEngine:
         folder: Path | None = None,
     ) -> None:
         check_counts(clients_at_once, workers)
+        keep_freed_memory()
         self.app = app
         self.clients_at_once = clients_at_once
         self.workers = workers

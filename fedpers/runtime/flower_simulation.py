@@ -25,13 +25,13 @@ from fedpers.cohort import Tree, leaves
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.errors import TrainingError
 from fedpers.flower_private import kill_simulated_clients, server_identity
+from fedpers.process import blocked
 from fedpers.records import CONFIG, flatten_state, unflatten_state
 from fedpers.runtime.flower import PATIENCE, FlowerGrid
 from fedpers.runtime.flower_clients import EXCHANGE_STATE, RemoteApp
 from fedpers.runtime.grid import RUN_ID
 from fedpers.server.collect import result_of
 from fedpers.server.exchange import Exchange
-from fedpers.threads import blocked
 
 log = logging.getLogger(__name__)
 

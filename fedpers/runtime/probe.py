@@ -39,7 +39,7 @@ from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
 from fedpers.failures import described
-from fedpers.threads import one_thread
+from fedpers.process import one_thread
 
 if TYPE_CHECKING:
     from fedpers.client.app import CohortApp

@@ -20,6 +20,7 @@ from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check
 from fedpers.failures import FirstOfEachKind, sentence_of
 from fedpers.identity import READS, check_config, check_halves, register
+from fedpers.process import one_thread
 from fedpers.randomness import sample_clients
 from fedpers.records import ARRAYS, CONFIG, from_record, to_record
 from fedpers.server.adaptation import adapt_clients, evaluate_adapted
@@ -39,7 +40,6 @@ from fedpers.server.postprocessors.base import Postprocessor
 from fedpers.server.report import RoundReport
 from fedpers.server.work import ServerWork, missing_work
 from fedpers.settings import RoundsConfig, options
-from fedpers.threads import one_thread
 
 log = logging.getLogger(__name__)
 Weighting = Annotated[Literal["samples", "uniform"], Field(description="of replies in the average: samples or alike")]

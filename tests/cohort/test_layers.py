@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedpers import simulate
-from fedpers.cohort import Network, entries
+from fedpers.cohort import Network, Training, entries
 from fedpers.cohort.modules import prepare
 from fedpers.flower_private import server_identity
 from fedpers.randomness import derive
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import FedAvg, FedPer
-from tests.layers import CLIENTS, KINDS, REFUSED, Kind, how_it_runs
+from tests.cohort.helpers import cross_entropy, make_cohort
+from tests.layers import CLIENTS, KINDS, REFUSED, STACKED, Kind, how_it_runs
 
 RUN = [kind for kind in KINDS if kind.expected != REFUSED]
 DRAW = (
@@ -104,12 +105,27 @@ def test_a_kind_of_network_trains_as_in_a_plain_loop(kind: Kind) -> None:
     assert moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUN, ids=lambda kind: kind.name)
 def test_cohort_size_and_workers_change_nothing(kind: Kind) -> None:
     first = trained(kind, 1)
-    for clients_at_once, workers in ((CLIENTS, 1), (1, 3), (2, 2)):
+    settings = ((CLIENTS, 1), (1, 3), (2, 2)) if kind.expected == STACKED else ((CLIENTS, 3),)
+    for clients_at_once, workers in settings:
         for name, value in trained(kind, clients_at_once, workers).items():
             torch.testing.assert_close(value, first[name], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("active", [1, CLIENTS])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k.expected == STACKED], ids=lambda kind: kind.name)
+def test_gradients_lie_in_memory_as_parameters_do(kind: Kind, active: int) -> None:
+    cohort = make_cohort(kind.network(), kind.data(), training=Training(batch_size=4))
+    params = cohort.assemble(cohort.template)
+    walk = cohort.walk(params, steps=[2] * active + [1] * (CLIENTS - active))
+    for step, rows in walk:
+        _, grads = cohort.gradients(step, rows, cross_entropy, cohort.trainable())
+        for name, grad in grads.items():
+            assert grad.shape == rows[name].shape
+            assert all(a == b for a, b, n in zip(grad.stride(), rows[name].stride(), grad.shape, strict=True) if n > 1)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.name in DRAW], ids=lambda kind: kind.name)

@@ -416,6 +416,7 @@ def test_other_apps_are_refused(machine: None) -> None:
         RayGrid(flower_app.client_app(), 3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_exist(machine: None) -> None:
     app = app_of()
     with RayGrid(app, actors=1) as grid, pytest.raises(ValueError, match="node 99 does not exist"):

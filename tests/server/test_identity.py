@@ -219,6 +219,7 @@ def test_a_loop_of_ones_own_begins_first() -> None:
         assert len(list(strategy.configure_train(1, app.initial_arrays(), config, grid))) == 3
 
 
+@pytest.mark.slow
 def test_clients_of_the_command_under_flower_say_what_they_are(tmp_path: Any) -> None:
     """Without data: a node answers the first question before it makes anything."""
     settings = f"strategy=fedrep strategy.head_epochs=3 dataset=npz dataset.root={tmp_path / 'missing.npz'}"

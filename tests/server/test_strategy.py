@@ -419,6 +419,7 @@ class Shuffled(LocalGrid):
         return replies
 
 
+@pytest.mark.slow
 def test_clients_are_sampled_alike_by_every_method_and_whatever_their_node_ids() -> None:
     for method in set(STRATEGIES) - {"fedjets", "ensemble"}:  # half of it are anchors; a draw for each member
         given = problem(method)

@@ -144,6 +144,7 @@ def test_no_traces_are_no_success(tmp_path: Path) -> None:
     assert reference.main(["--root", str(tmp_path), "fedavg"]) == 1
 
 
+@pytest.mark.slow
 def test_cohort_size_and_workers_do_not_matter(capsys: pytest.CaptureFixture[str]) -> None:
     assert equivalence.main(["cohort", "fedavg"]) == 0
     printed = capsys.readouterr().out

@@ -344,6 +344,7 @@ def label_blocks() -> FederatedData:
     )
 
 
+@pytest.mark.slow
 def test_anchors_teach_the_gate_whose_labels_are_whose() -> None:
     data = label_blocks()
     network = SmallNetwork(classes=6, norm=False, dropout=0.0)
@@ -687,6 +688,7 @@ def test_wrong_settings_of_an_ensemble_are_refused(options: dict[str, Any], sent
         EnsembleUpdate(**options)
 
 
+@pytest.mark.slow
 def test_fedjets_runs_out_of_the_box_with_unseen_clients(tmp_path: Path) -> None:
     assert _main(["strategy=fedjets", "rounds=3", f"output={tmp_path}"]) == 0
     (path,) = tmp_path.rglob("summary.json")

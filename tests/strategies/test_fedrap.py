@@ -396,6 +396,7 @@ def test_settings_that_do_not_fit(options: dict[str, Any], training: dict[str, A
 # ------------------------------------------------------------------ rows beside it
 
 
+@pytest.mark.slow
 def test_no_learning_wins_where_negatives_spare_the_held_out_item_and_guesses_elsewhere() -> None:
     sizes = (8,) * 60
     scores = {}

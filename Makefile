@@ -1,11 +1,11 @@
-# make setup | demo | check | test | lint | bench; each sets itself up and does nothing twice
+# make setup | demo | check | test | lint | bench | gpu; each sets itself up and does nothing twice
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses=2
 
-.PHONY: setup demo check test lint bench clean
+.PHONY: setup demo check test lint bench gpu clean
 
 setup: $(INSTALLED)
 
@@ -40,6 +40,14 @@ bench: setup
 	$(BIN)/python -m benchmarks.local_grid
 	$(BIN)/python -m benchmarks.ray_grid
 	$(BIN)/python -m benchmarks.cohort
+	$(BIN)/python -m benchmarks.peers
+
+# on a machine with a GPU, at most 10 minutes: traces, cohorts of any size, and seconds of a round
+gpu: setup
+	timeout 120 $(BIN)/python -m tests.reference --device cuda
+	timeout 240 $(BIN)/python -m tests.equivalence cohort --device cuda
+	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2
+	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2 --cnn
 
 clean:
 	rm -rf $(VENV) runs multirun build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

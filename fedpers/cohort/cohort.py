@@ -236,7 +236,8 @@ class Cohort:
         """Full networks ``[K]``: personal entries from the clients' state, the others as received.
 
         A client that has never trained has nothing of its own yet: entries the server sends come from it, all others
-        from the initial network.
+        from the initial network. Weights of linear layers are views: they lie in memory input by input, as their
+        gradients do.
 
         Parameters
         ----------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,7 +22,15 @@ class Fold(ABC):
     """Something that takes replies and yields an aggregate; a subclass has :meth:`add`, :meth:`merge`, :meth:`result`.
 
     It travels to where replies are made, empty, and :meth:`partial` of it travels back.
+
+    Attributes
+    ----------
+    any_layout : bool
+        Whether tensors may lie in memory as cohorts leave them, see :meth:`fedpers.cohort.Cohort.assemble`; otherwise
+        they come contiguous. Then what is made of them must not depend on it, in the last digit, and be contiguous.
     """
+
+    any_layout: ClassVar[bool] = False
 
     def decode(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
         """Undo ``LocalUpdate.encode`` for one client's `records` (batch size []).
@@ -62,6 +70,8 @@ class WeightedMean(Fold):
 
     A tensor that only some clients send is averaged over those.
     """
+
+    any_layout = True
 
     def __init__(self) -> None:
         self.sums: dict[str, dict[str, Tensor]] = {}
@@ -117,7 +127,7 @@ class WeightedMean(Fold):
             for name, total in sums.items():
                 mean = total / self.weights[record][name]
                 dtype = self.dtypes[record][name]
-                means[name] = mean.to(dtype) if dtype.is_floating_point else mean.round().to(dtype)
+                means[name] = (mean if dtype.is_floating_point else mean.round()).to(dtype).contiguous()
             out[record] = tree(means)
         return out
 

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import flwr.app as flower
+import numpy as np
 import torch
 from torch import nn
 
@@ -172,8 +173,8 @@ class CohortEngine:
         for group in _groups(contents, self.app.device):
             self.app.check_config(group.config)
             by_size = sorted(group.positions, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
-            for start in range(0, len(by_size), choice.clients_at_once):
-                chunk = by_size[start : start + choice.clients_at_once]
+            for cohort in np.array_split(by_size, -(-len(by_size) // choice.clients_at_once)):  # of nearly equal size
+                chunk = cohort.tolist()
                 tasks.append(_Task([clients[p] for p in chunk], partial(group.load, chunk), group.config))
         with one_thread():
             for answers in self._answers(kind, tasks):

@@ -22,7 +22,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from fedpers.cohort import Batch, Cohort, Loss, Network, Step, Tree, entries, leaves
 from fedpers.cohort.modules import copy_network
 from fedpers.cohort.optim import Optimizer
+from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
@@ -192,15 +193,27 @@ def _cohort_size(app: CohortApp, num_clients: int, memory: float) -> tuple[int, 
     key = _key(app, num_clients)
     sweep, how = _read_sweep(key), "cached"
     if sweep is None or (sweep.beyond is not None and sweep.beyond * sweep.bytes <= memory):
-        sizes = [*(s for s in SIZES if s < num_clients), num_clients]
-        sweep, how = _measure(app, sizes, memory), "measured"
+        sweep, how = _measure(app, num_clients, memory), "measured"
         _write_cache(key, asdict(sweep))
     times = sweep.within(memory)
     best = min(times.values())
-    return next(int(size) for size, us in times.items() if us <= 1.05 * best), how, times
+    # of several that are about as fast, the largest: what a cohort takes after its steps comes once for all its clients
+    return max(int(size) for size, us in times.items() if us <= 1.05 * best), how, times
 
 
-def _measure(app: CohortApp, sizes: Sequence[int], memory: float) -> _Sweep:
+def _sizes(app: CohortApp, num_clients: int) -> list[int]:
+    """Sizes that are tried, ascending: as a round is divided into cohorts of nearly equal size, see CohortEngine."""
+    at_most = [*SIZES, num_clients, -(-num_clients // _threads(app))]
+    cohorts = {-(-num_clients // most) for most in at_most if most <= num_clients}
+    return sorted({-(-num_clients // number) for number in cohorts})
+
+
+def _threads(app: CohortApp) -> int:
+    """Cohorts that may be computed side by side."""
+    return cores() if app.device.type == "cpu" else 1
+
+
+def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
     """Time ascending cohort sizes until they get clearly slower or do not fit into `memory`."""
     times: dict[str, float] = {}
     try:
@@ -208,11 +221,11 @@ def _measure(app: CohortApp, sizes: Sequence[int], memory: float) -> _Sweep:
         several = _TWO * one <= memory
         if several:
             one = bytes_per_client(app, 2)
-        for size in sizes:
+        for size in _sizes(app, num_clients):
             if times and not (several and size * one <= memory):
                 log.info("cohorts of %d clients are not tried: a client takes %.3g MB", size, one / 1e6)
                 return _Sweep(one, times, size if several else max(size, _TWO))
-            times[str(size)] = 1e6 * _time_on_all_cores(app, size, sizes[-1]) / size
+            times[str(size)] = 1e6 * _time_per_client(app, size, num_clients)
             if times[str(size)] > 1.5 * min(times.values()):
                 break
     except torch.cuda.OutOfMemoryError as error:
@@ -222,12 +235,31 @@ def _measure(app: CohortApp, sizes: Sequence[int], memory: float) -> _Sweep:
     return _Sweep(one, times, None)
 
 
-def _time_on_all_cores(app: CohortApp, size: int, num_clients: int) -> float:
-    """Seconds of a step of a cohort while one runs on each core, as far as the clients of a round fill them."""
-    threads = min(cores(), -(-num_clients // size)) if app.device.type == "cpu" else 1
+def _time_per_client(app: CohortApp, size: int, num_clients: int) -> float:
+    """Seconds of a client and step in a round; the better of two, since one may have been interrupted."""
+    return min(_time_of_a_round(app, size, num_clients) for _ in range(2)) / num_clients
+
+
+def _time_of_a_round(app: CohortApp, size: int, num_clients: int) -> float:
+    """Seconds a step of a round's clients, in cohorts of `size` of which one runs on each core.
+
+    With the step's share of what a cohort takes before its first.
+    """
+    cohorts = -(-num_clients // size)
+    threads = min(_threads(app), cohorts)
+    module = copy_network(app.module)
+    begin = _time_steps(lambda: _stepper(app, size, module), app.device) / _steps_of_a_training(app)
     if threads == 1:
-        return _time_steps(_stepper(app, size), app.device)
-    return _time_together([_stepper(app, size) for _ in range(threads)]) / threads
+        return cohorts * (begin + _time_steps(_stepper(app, size, module), app.device))
+    return -(-cohorts // threads) * (begin + _time_together([_stepper(app, size) for _ in range(threads)]))
+
+
+def _steps_of_a_training(app: CohortApp) -> int:
+    """Steps of a client of median size."""
+    training = app.update.training
+    sizes = [app.sizes[client] for client in _clients(app)]
+    batches = batches_per_epoch(sizes[len(sizes) // 2], training.batch_size, training.drop_last)
+    return training.steps or training.epochs * batches
 
 
 def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
@@ -239,7 +271,7 @@ def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
         return 1
     alone = _time_steps(_stepper(app, size), app.device)
     together = _time_together([_stepper(app, size) for _ in range(most)])
-    return most if alone * most > 1.2 * together else 1
+    return most if alone * most > 1.05 * together else 1
 
 
 def available_memory(device: torch.device) -> float:
@@ -394,7 +426,7 @@ def _stepper(app: CohortApp, size: int, module: nn.Module | None = None) -> Call
     return run
 
 
-def _time_steps(step: Callable[[], None], device: torch.device) -> float:
+def _time_steps(step: Callable[[], object], device: torch.device) -> float:
     """Seconds per call, the median of as many as fit into the time after a first one, at least two."""
 
     def once() -> float:
@@ -422,7 +454,7 @@ def _key(app: CohortApp, num_clients: int) -> str:
     shapes = {str(n): list(v.shape) for n, v in app.template.items()}
     device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else platform.processor()
     facts = [
-        "on all cores",
+        "rounds on all cores",
         torch.__version__,
         str(app.device),
         device,

@@ -156,6 +156,8 @@ class ReplyCollector:
         if not rows:
             return
         records = {r: t for r, t in result.records.items() if entries(t)}
+        if self.rules.postprocessors or not self.rules.fold.any_layout:
+            records = {r: t.contiguous() for r, t in records.items()}
         if len(rows) < len(result.clients):
             records = {r: t[torch.tensor(rows)] for r, t in records.items()}
         size = sum(value[0].nbytes for values in records.values() for value in entries(values).values())

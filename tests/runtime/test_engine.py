@@ -57,6 +57,22 @@ class Slow:
             self.ahead.append(len(STARTED) - len(self.clients))
 
 
+def test_a_round_is_divided_into_cohorts_of_nearly_equal_size() -> None:
+    sizes: list[int] = []
+
+    class Watched(FedAvgUpdate):
+        def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+            sizes.append(cohort.size)
+            return super().train(cohort, received, config)
+
+    app, strategy = Watched().client_app(SmallNetwork(), DATA), FedAvg(seed=1)
+    grid = LocalGrid(app, CLIENTS, clients_at_once=10, workers=1)
+    strategy.begin()
+    list(grid.send_and_receive(strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid)))
+    grid.close()
+    assert sizes == [8, 8, 8]  # not 10, 10 and 4
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_cohorts_in_flight_are_few_however_slowly_they_are_folded(workers: int) -> None:
     STARTED.clear()

@@ -48,7 +48,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(module, "_stepper", lambda app, size: size)
     monkeypatch.setattr(module, "bytes_per_client", lambda app, size=1: 100)
     monkeypatch.setattr(module, "_time_steps", time_steps)
-    monkeypatch.setattr(module, "_time_on_all_cores", lambda app, size, clients: time_steps(size, app.device))
+    monkeypatch.setattr(module, "_time_per_client", lambda app, size, clients: time_steps(size, app.device) / size)
     monkeypatch.setattr(module, "_time_together", lambda sizes: 1e-6)
     monkeypatch.setattr(module, "cores", lambda: 2)
     return calls
@@ -77,21 +77,37 @@ def test_other_questions_are_measured_anew(app: CohortApp, measured: list[Any]) 
     probe(app, 6, "auto", 1)
     other = FedAvgUpdate(training=Training(lr=0.01, batch_size=16)).client_app(SmallNetwork(), gaussian_data())
     probe(other, 7, "auto", 1)
-    assert measured == [1, 4, 7, 1, 4, 6, 1, 4, 7]
+    assert measured == [1, 4, 7, 1, 3, 6, 1, 4, 7]  # six clients are two cohorts of three, not of four and two
     assert [probe(app, n, "auto", 1).how for n in (7, 6)] == ["cached"] * 2
     assert len(measured) == 9
 
 
-def test_sizes_are_compared_with_a_cohort_on_each_core(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    together: list[list[int]] = []
-    alone: list[int] = []
-    monkeypatch.setattr(module, "_stepper", lambda app, size: size)
+def test_a_round_takes_as_long_as_the_core_with_most_cohorts(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    together: list[list[Any]] = []
+    alone: list[Any] = []
+    monkeypatch.setattr(module, "_stepper", lambda app, size, network=None: size)
+    monkeypatch.setattr(module, "_steps_of_a_training", lambda app: 2)
     monkeypatch.setattr(module, "cores", lambda: 3)
     monkeypatch.setattr(module, "_time_together", lambda sizes: together.append(sizes) or 6.0)
-    monkeypatch.setattr(module, "_time_steps", lambda size, device: alone.append(size) or 5.0)
-    assert [module._time_on_all_cores(app, size, 7) for size in (1, 4, 7)] == [2.0, 3.0, 5.0]
+
+    def time_steps(step: Any, device: torch.device) -> float:
+        if callable(step):
+            return 2.0  # what a cohort takes before its first step
+        alone.append(step)
+        return 5.0
+
+    monkeypatch.setattr(module, "_time_steps", time_steps)
+    assert [module._time_of_a_round(app, size, 7) for size in (1, 4, 7)] == [3 * 7.0, 7.0, 6.0]
     assert together == [[1, 1, 1], [4, 4]]  # seven clients fill two cohorts of four, and one of seven
     assert alone == [7]
+
+
+def test_a_round_is_divided_into_cohorts_of_nearly_equal_size(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    assert module._sizes(app, 50) == [1, 4, 13, 25, 50]
+    assert module._sizes(app, 1) == [1]
+    assert module._sizes(app, 7) == [1, 4, 7]
+    assert module._steps_of_a_training(app) == -(-sorted(app.sizes)[len(app.sizes) // 2] // 8)
 
 
 def test_given_values_are_kept(app: CohortApp, measured: list[Any]) -> None:
@@ -112,7 +128,7 @@ def test_a_second_worker_must_be_clearly_faster(
     app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert probe(app, 7, 1, "auto").workers == 2
-    monkeypatch.setattr(module, "_time_together", lambda sizes: 17e-6)  # two clients in the time of 1.9
+    monkeypatch.setattr(module, "_time_together", lambda sizes: 17.5e-6)  # two clients in the time of 1.94
     assert probe(app, 7, 1, "auto").workers == 1
 
 

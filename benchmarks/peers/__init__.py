@@ -1,0 +1,1 @@
+"""Rounds of training here and in other frameworks."""

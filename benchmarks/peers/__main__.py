@@ -1,0 +1,239 @@
+"""Seconds of a round of training, here and elsewhere: ``python -m benchmarks.peers``.
+
+The problem is that of ``problem.py``, with an MLP or with ``--cnn`` a convolutional network. All are measured in turns,
+one thread for each worker; printed are medians over rounds and turns, the spread over turns, and ratios to the textbook
+loop:
+
+- textbook: one client after the other, PyTorch's own optimizer, a running mean of state dicts; one thread;
+- fedpers, by clients computed together and workers, and as it chooses itself;
+- ``--flower``: the textbook loop as a Flower app, under Flower's simulation and under :func:`fedpers.simulate`;
+- ``--pfl PYTHON``, ``--fluke PYTHON``, ``--pfllib PYTHON CHECKOUT``: other frameworks, each in its own environment.
+
+``--profile`` says instead where the time of fedpers' rounds goes. Whole apps of others: ``benchmarks.flower_apps``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import flwr.app as flower
+import torch
+
+import fedpers
+from benchmarks.local_grid import server
+from benchmarks.peers.problem import (
+    BATCH,
+    CLASSES,
+    CLIENTS,
+    LR,
+    SAMPLED,
+    SAMPLES,
+    UNTIMED,
+    Textbook,
+    network,
+    options,
+    pictures,
+    timed,
+    train_client,
+)
+from fedpers.cohort import Training
+from fedpers.data import FederatedData
+from fedpers.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import FedAvg
+
+HERE = Path(__file__).parent
+FLOWER_ROUNDS = 4
+Measurement = Callable[[], list[float]]
+"""Seconds of some rounds, by something that was made anew."""
+
+
+class Ours:
+    """FedAvg of this package, its server and clients, without evaluation."""
+
+    def __init__(self, data: FederatedData, clients_at_once: int | str, workers: int | str, chosen: Namespace) -> None:
+        update = FedAvg.update(training=Training(lr=LR, batch_size=BATCH))
+        self.app = update.client_app(network(chosen.cnn), data).to(chosen.device)
+        self.strategy = FedAvg(fraction=SAMPLED / CLIENTS)
+        self.grid = LocalGrid(self.app, CLIENTS, clients_at_once=clients_at_once, workers=workers)
+        self.strategy.begin()
+        self.folding = self.strategy.folding(self.grid)
+        self.arrays = self.app.initial_arrays()
+
+    def round(self, number: int) -> None:
+        """Train the sampled clients and average."""
+        with server_identity(1):
+            messages = self.strategy.configure_train(number, self.arrays, flower.ConfigRecord(), self.folding)
+            arrays, _ = self.strategy.aggregate_train(number, self.folding.send_and_receive(messages))
+        assert arrays is not None
+        self.arrays = arrays
+
+    def close(self) -> None:
+        """End the worker threads."""
+        self.grid.close()
+
+
+def our_data(x: torch.Tensor, y: torch.Tensor) -> FederatedData:
+    """Pictures ``[CLIENTS, SAMPLES + 2, ...]``; the last two of each client are for validation and testing."""
+    parts = torch.arange(y.numel()).view(CLIENTS, -1)
+    lists = (list(parts[:, :SAMPLES]), list(parts[:, -2:-1]), list(parts[:, -1:]))
+    return FederatedData(x.flatten(0, 1), y.flatten(), *lists, CLASSES)
+
+
+def here(make: Callable[[], Any], chosen: Namespace) -> list[float]:
+    """Rounds in this process."""
+    runner = make()
+    try:
+        return timed(runner.round, chosen.rounds, chosen.device)
+    finally:
+        runner.close()
+
+
+def elsewhere(command: list[str], chosen: Namespace) -> list[float]:
+    """Rounds of another framework, by a program of this folder in its environment."""
+    flags = ["--rounds", str(chosen.rounds), "--device", chosen.device, *(["--cnn"] if chosen.cnn else [])]
+    done = subprocess.run(
+        [*command, *flags], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    times: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return times
+
+
+def flower_app(run: Callable[..., None], x: torch.Tensor, y: torch.Tensor, cnn: bool) -> list[float]:
+    """Rounds of the textbook loop as a Flower app, of as many clients as a round has."""
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+
+    app, stamps = ClientApp(), list[float]()
+
+    @app.train()
+    def train(message: flower.Message, context: flower.Context) -> flower.Message:
+        torch.set_num_threads(1)
+        model = network(cnn)
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        client = int(context.node_config["partition-id"])
+        train_client(model, x[client], y[client])
+        metrics = flower.MetricRecord({"num-examples": len(y[client])})
+        arrays = flower.ArrayRecord(model.state_dict())
+        return flower.Message(flower.RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    arrays = partial(flower.ArrayRecord, network(cnn).state_dict())
+    strategy = FlowerFedAvg(fraction_train=1.0, fraction_evaluate=0.0)
+    run(server(strategy, arrays, FLOWER_ROUNDS, stamps), app, SAMPLED)
+    return [after - before for before, after in pairwise(stamps[1:])]
+
+
+def measurements(chosen: Namespace) -> dict[str, Measurement]:
+    """What is measured, by the name of its row."""
+    x, y = pictures(SAMPLES + 2)
+    data, train = our_data(x, y), (x[:, :SAMPLES], y[:, :SAMPLES])
+    makers: dict[str, Callable[[], Any]] = {"textbook": partial(Textbook, *train, chosen.cnn, chosen.device)}
+    makers["fedpers, its choice"] = partial(Ours, data, "auto", "auto", chosen)
+    for workers in chosen.workers:
+        for size in chosen.sizes:
+            name = f"fedpers, {size} at once, {workers} worker{'s' * (workers > 1)}"
+            makers[name] = partial(Ours, data, size, workers, chosen)
+    found: dict[str, Measurement] = {name: partial(here, make, chosen) for name, make in makers.items()}
+    if chosen.pfl:
+        found["pfl"] = partial(elsewhere, [chosen.pfl, str(HERE / "run_pfl.py")], chosen)
+    if chosen.fluke:
+        found["fluke"] = partial(elsewhere, [chosen.fluke, str(HERE / "run_fluke.py")], chosen)
+    if chosen.pfllib:
+        python, checkout = chosen.pfllib
+        found["PFLlib"] = partial(elsewhere, [python, str(HERE / "run_pfllib.py"), "--checkout", checkout], chosen)
+    if chosen.flower:
+        from flwr.simulation import run_simulation
+
+        runs: dict[str, Callable[..., None]] = {"fedpers.simulate": fedpers.simulate, "Flower": run_simulation}
+        for name, run in runs.items():
+            found[f"Flower app, {name}"] = partial(flower_app, run, *train, chosen.cnn)
+    return found
+
+
+def in_turns(measured: dict[str, Measurement], turns: int) -> dict[str, list[float]]:
+    """Median seconds of a round of each, once per turn, in changing order."""
+    found: dict[str, list[float]] = {name: [] for name in measured}
+    for turn in range(turns):
+        for name in list(measured)[:: 1 if turn % 2 == 0 else -1]:
+            found[name].append(statistics.median(measured[name]()))
+    return found
+
+
+def profile(chosen: Namespace) -> None:
+    """Print where the time of rounds with one worker goes, by operation; the rest is Python and PyTorch's dispatch."""
+    x, y = pictures(SAMPLES + 2)
+    data = our_data(x, y)
+    for size in chosen.sizes:
+        runner = Ours(data, size, 1, chosen)
+        for number in range(1, UNTIMED + 1):
+            runner.round(number)
+        start = time.perf_counter()
+        for number in range(UNTIMED + 1, UNTIMED + chosen.rounds + 1):
+            runner.round(number)
+        plain = time.perf_counter() - start
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for number in range(UNTIMED + 1, UNTIMED + chosen.rounds + 1):
+                runner.round(number)
+        runner.close()
+        rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+        kernels = [row for row in rows if row.key in KERNELS]
+        inside = sum(row.self_cpu_time_total for row in kernels) / 1e6
+        print(
+            f"\n{size} at once: {plain / chosen.rounds:.4f} s a round, {1 - inside / plain:.0%} outside these kernels"
+        )
+        for row in kernels[:10]:
+            share = row.self_cpu_time_total / 1e6 / plain
+            print(f"  {row.key:28}{share:7.1%}{row.count / chosen.rounds:9.0f} calls a round", flush=True)
+
+
+KERNELS = {
+    "aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution", "aten::convolution_backward",
+    "aten::max_pool2d_with_indices", "aten::max_pool2d_with_indices_backward", "aten::relu", "aten::threshold_backward",
+    "aten::_log_softmax", "aten::_log_softmax_backward_data", "aten::gather", "aten::scatter_add_", "aten::sum",
+    "aten::sub_", "aten::add_", "aten::mul_", "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::fill_",
+    "aten::index_select", "aten::index", "aten::copy_",
+}  # fmt: skip
+"""Operations that compute on entries of tensors; others look at shapes, or call these."""
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options(__doc__)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 5, 13, 25, 50], help="clients computed together")
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--flower", action="store_true")
+    parser.add_argument("--pfl", metavar="PYTHON")
+    parser.add_argument("--fluke", metavar="PYTHON")
+    parser.add_argument("--pfllib", nargs=2, metavar=("PYTHON", "CHECKOUT"))
+    parser.add_argument("--profile", action="store_true")
+    chosen = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    if chosen.profile:
+        profile(chosen)
+        return
+    choice = Ours(our_data(*pictures(SAMPLES + 2)), "auto", "auto", chosen).grid
+    choice.choose(SAMPLED)
+    print(f"{'CNN' if chosen.cnn else 'MLP'}, seconds of a round; fedpers chooses {choice}", flush=True)
+    choice.close()
+    found = in_turns(measurements(chosen), chosen.turns)
+    base = statistics.median(found["textbook"])
+    for name, times in found.items():
+        median = statistics.median(times)
+        print(f"{name:36}{median:8.4f}  {min(times):.4f} to {max(times):.4f}  {median / base:6.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()

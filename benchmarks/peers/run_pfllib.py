@@ -1,0 +1,72 @@
+"""Rounds of FedAvg in PFLlib, in its environment: ``PYTHON benchmarks/peers/run_pfllib.py --checkout FOLDER``.
+
+Its server and clients do what its own loop does in a round, without its evaluation. PFLlib reads a client's samples
+from a file in each round; the files are written to a temporary folder, where it then looks for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import torch
+from problem import BATCH, CLASSES, CLIENTS, LR, SAMPLED, network, options, pictures, report, timed
+
+
+def write(folder: Path) -> None:
+    """Write the clients' samples as PFLlib's generators do."""
+    x, y = pictures()
+    for part in ("train", "test"):
+        (folder / part).mkdir(parents=True)
+        for k in range(CLIENTS):
+            rows = slice(None) if part == "train" else slice(2)
+            data = {"x": x[k][rows].numpy(), "y": y[k][rows].numpy()}
+            np.savez(folder / part / f"{k}.npz", data=np.array(data, dtype=object))
+
+
+def main() -> None:
+    """Run and print the seconds of each round."""
+    parser = options(__doc__)
+    parser.add_argument("--checkout", type=Path, required=True, help="folder of PFLlib, which holds 'system'")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(chosen.checkout.resolve() / "system"))
+    from flcore.servers.serveravg import FedAvg
+
+    model = network(chosen.cnn).to(chosen.device)
+    settings = Namespace(
+        device=chosen.device, dataset="peers", num_classes=CLASSES, model=model, algorithm="FedAvg", goal="peers",
+        global_rounds=chosen.rounds, local_epochs=1, batch_size=BATCH, local_learning_rate=LR, num_clients=CLIENTS,
+        join_ratio=SAMPLED / CLIENTS, random_join_ratio=False, time_select=False, time_threthold=10_000,
+        save_folder_name="items", top_cnt=100, auto_break=False, eval_gap=10**9, client_drop_rate=0.0,
+        train_slow_rate=0.0, send_slow_rate=0.0, dlg_eval=False, dlg_gap=100, batch_num_per_client=2,
+        num_new_clients=0, fine_tuning_epoch_new=0, learning_rate_decay=False, learning_rate_decay_gamma=0.99,
+        few_shot=0,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder) / "dataset" / "peers")
+        here = Path(folder) / "system"
+        here.mkdir()
+        os.chdir(here)  # it looks in ../dataset
+        with contextlib.redirect_stdout(sys.stderr):
+            server = FedAvg(settings, 0)
+
+            def play(number: int) -> None:
+                server.selected_clients = server.select_clients()
+                server.send_models()
+                for client in server.selected_clients:
+                    client.train()
+                server.receive_models()
+                server.aggregate_parameters()
+
+            times = timed(play, chosen.rounds, chosen.device)
+    report(times)
+
+
+if __name__ == "__main__":
+    main()

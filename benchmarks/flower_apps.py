@@ -1,8 +1,8 @@
 """Seconds of whole Flower apps under both engines: ``python -m benchmarks.flower_apps FOLDER...``.
 
-Each folder holds an app as Flower's examples are: its ``pyproject.toml`` names server app, client app and settings. Each
-run is a process of its own, in which importing is not timed; engines take turns, and medians and spread are printed.
-Data that an app downloads must be there.
+Each folder holds an app as Flower's examples are: its ``pyproject.toml`` names server app, client app and settings.
+Each run is a process of its own, in which importing is not timed; engines take turns, and medians and spread are
+printed. Data that an app downloads must be there.
 """
 
 from __future__ import annotations

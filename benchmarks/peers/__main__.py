@@ -19,11 +19,11 @@ import logging
 import os
 import statistics
 import subprocess
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ import flwr.app as flower
 import torch
 
 import fedpers
-from benchmarks.local_grid import server
+from benchmarks.peers.flower_app import flower_app
 from benchmarks.peers.problem import (
     BATCH,
     CLASSES,
@@ -45,7 +45,6 @@ from benchmarks.peers.problem import (
     options,
     pictures,
     timed,
-    train_client,
 )
 from fedpers.cohort import Training
 from fedpers.data import FederatedData
@@ -110,30 +109,6 @@ def elsewhere(command: list[str], chosen: Namespace) -> list[float]:
     return times
 
 
-def flower_app(run: Callable[..., None], x: torch.Tensor, y: torch.Tensor, cnn: bool) -> list[float]:
-    """Rounds of the textbook loop as a Flower app, of as many clients as a round has."""
-    from flwr.clientapp import ClientApp
-    from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
-
-    app, stamps = ClientApp(), list[float]()
-
-    @app.train()
-    def train(message: flower.Message, context: flower.Context) -> flower.Message:
-        torch.set_num_threads(1)
-        model = network(cnn)
-        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        client = int(context.node_config["partition-id"])
-        train_client(model, x[client], y[client])
-        metrics = flower.MetricRecord({"num-examples": len(y[client])})
-        arrays = flower.ArrayRecord(model.state_dict())
-        return flower.Message(flower.RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
-
-    arrays = partial(flower.ArrayRecord, network(cnn).state_dict())
-    strategy = FlowerFedAvg(fraction_train=1.0, fraction_evaluate=0.0)
-    run(server(strategy, arrays, FLOWER_ROUNDS, stamps), app, SAMPLED)
-    return [after - before for before, after in pairwise(stamps[1:])]
-
-
 def measurements(chosen: Namespace) -> dict[str, Measurement]:
     """What is measured, by the name of its row."""
     x, y = pictures(SAMPLES + 2)
@@ -157,7 +132,7 @@ def measurements(chosen: Namespace) -> dict[str, Measurement]:
 
         runs: dict[str, Callable[..., None]] = {"fedpers.simulate": fedpers.simulate, "Flower": run_simulation}
         for name, run in runs.items():
-            found[f"Flower app, {name}"] = partial(flower_app, run, *train, chosen.cnn)
+            found[f"Flower app, {name}"] = partial(flower_app, run, chosen.cnn)
     return found
 
 
@@ -167,6 +142,7 @@ def in_turns(measured: dict[str, Measurement], turns: int) -> dict[str, list[flo
     for turn in range(turns):
         for name in list(measured)[:: 1 if turn % 2 == 0 else -1]:
             found[name].append(statistics.median(measured[name]()))
+            print(f"turn {turn + 1} of {turns}: {name} {found[name][-1]:.4f} s", file=sys.stderr, flush=True)
     return found
 
 

@@ -57,6 +57,7 @@ def cohort_round(
     app = update.client_app(model, data, device=device)
     grid = LocalGrid(app, data.num_clients, clients_at_once=cohort, workers=workers)
     strategy = FedAvg()
+    strategy.begin()
     arrays = app.initial_arrays()
     with server_identity(1):
 
@@ -111,7 +112,7 @@ def main() -> None:
         settings: list[tuple[int | str, int | str]] = [(k, 1) for k in sizes]
         if options.device == "cpu":
             settings.append((1, cores()))
-        for cohort, workers in [*settings, ("auto", "auto")]:
+        for cohort, workers in [*dict.fromkeys(settings), ("auto", "auto")]:
             seconds, used = cohort_round(model, data, options.device, cohort, workers, options.rounds)
             label = f"{used}{' (auto)' if cohort == 'auto' else ''}"
             print(f"  {label:<36}{seconds:10.3f} s{plain / seconds:8.1f} times the plain loop")

@@ -82,6 +82,7 @@ def empty_app(clients: int, parameters: int) -> CohortApp:
 def ray_seconds(grid: CountingGrid, app: CohortApp, rounds: int, evaluate: bool) -> tuple[float, float, float]:
     """Median seconds of a round after the first; bytes down and up of such a round."""
     strategy = FedAvg()
+    strategy.begin()
     folding = strategy.folding(grid)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     stamps = []

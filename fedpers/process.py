@@ -1,18 +1,21 @@
-"""What holds for a whole process: threads per operation, signals it does not hear, memory it keeps."""
+"""What holds for a whole process: threads, signals it does not hear, cores and memory it may take."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
 _KEPT, _FROM_SYSTEM = 256 * 2**20, 32 * 2**20
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 @contextlib.contextmanager
@@ -54,3 +57,37 @@ def keep_freed_memory() -> None:
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(_M_MMAP_THRESHOLD, _FROM_SYSTEM)  # the largest that glibc would go to by itself
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that this process can still take from the machine or the GPU; infinite where that is not known."""
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return float("inf")
+    limits = [_read(Path(file)).strip() for file in _LIMITS]
+    sizes = [_free_memory(), *(float(limit) for limit in limits if limit.isdigit())]
+    return min(sizes)
+
+
+def _free_memory() -> float:
+    """Bytes that programs can take before the machine has to swap."""
+    if line := re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE):
+        return 1024.0 * int(line[1])
+    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        if pages in getattr(os, "sysconf_names", {}):
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages))
+    return float("inf")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:  # no such file on this kind of machine
+        return ""

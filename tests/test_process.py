@@ -4,8 +4,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+from fedpers import process
 
 FAULTS = """
 import resource
@@ -36,3 +40,33 @@ def faults(**environment: str) -> int:
 def test_freed_memory_is_kept_unless_the_user_says_how_it_should_be() -> None:
     assert faults() < 1_000
     assert faults(MALLOC_MMAP_THRESHOLD_="131072") > 100_000
+
+
+FILES = {
+    "/proc/meminfo": "MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:    300 kB\n",
+    "/sys/fs/cgroup/memory.max": "max\n",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, 300 * 1024),
+        ({"/sys/fs/cgroup/memory.max": "5000\n"}, 5000),
+        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "6000\n"}, 6000),
+        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 300 * 1024),
+        ({"/proc/meminfo": ""}, 7 * 4096),
+    ],
+)
+def test_available_memory(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], expected: int) -> None:
+    files = FILES | changed
+    monkeypatch.setattr(process, "_read", lambda file: files[str(file)])
+    monkeypatch.setattr(process.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 7}.__getitem__)
+    assert process.available_memory(torch.device("cpu")) == expected
+
+
+def test_available_memory_of_this_machine() -> None:
+    free = process.available_memory(torch.device("cpu"))
+    assert 2**20 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert process._read(Path("/no/such/file")) == ""

@@ -19,8 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from fedpers.errors import ConfigError, TrainingError
-from fedpers.process import blocked
-from fedpers.runtime.probe import cores
+from fedpers.process import blocked, cores
 
 log = logging.getLogger(__name__)
 _given_up = False

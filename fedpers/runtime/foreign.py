@@ -24,10 +24,9 @@ from flwr.clientapp import ClientApp
 from fedpers.client.app import CohortApp
 from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
 from fedpers.flower_private import delivered
-from fedpers.process import blocked, one_thread
+from fedpers.process import blocked, cores, one_thread
 from fedpers.records import own_copy
 from fedpers.runtime.grid import error_reply
-from fedpers.runtime.probe import cores
 
 log = logging.getLogger(__name__)
 TRIED, WORTH_A_PROCESS = 2, 0.02

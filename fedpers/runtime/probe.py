@@ -20,13 +20,11 @@ import json
 import logging
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +38,7 @@ from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
 from fedpers.failures import described
-from fedpers.process import one_thread
+from fedpers.process import available_memory, cores, one_thread
 
 if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
@@ -52,7 +50,6 @@ MEMORY_SHARE = 0.25
 """Part of the available memory that cohorts may take together by the estimate. They take up to half as much again, for
 what is not kept until the backward pass, and received networks and replies need room beside them."""
 _TWO = 4  # what two clients take at most, in multiples of one alone: layers mapped over clients may keep twice as much
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 @dataclass(frozen=True)
@@ -259,7 +256,7 @@ def _steps_of_a_training(app: CohortApp) -> int:
     training = app.update.training
     sizes = [app.sizes[client] for client in _clients(app)]
     batches = batches_per_epoch(sizes[len(sizes) // 2], training.batch_size, training.drop_last)
-    return training.steps or training.epochs * batches
+    return training.steps or max(1, training.epochs * batches)
 
 
 def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
@@ -272,35 +269,6 @@ def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
     alone = _time_steps(_stepper(app, size), app.device)
     together = _time_together([_stepper(app, size) for _ in range(most)])
     return most if alone * most > 1.05 * together else 1
-
-
-def available_memory(device: torch.device) -> float:
-    """Bytes that this process can still take from the machine or the GPU; infinite where that is not known."""
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type != "cpu":
-        return float("inf")
-    limits = [_read(Path(file)).strip() for file in _LIMITS]
-    sizes = [_free_memory(), *(float(limit) for limit in limits if limit.isdigit())]
-    return min(sizes)
-
-
-def _free_memory() -> float:
-    """Bytes that programs can take before the machine has to swap."""
-    if line := re.search(r"^MemAvailable:\s+(\d+) kB", _read(Path("/proc/meminfo")), re.MULTILINE):
-        return 1024.0 * int(line[1])
-    for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
-        if pages in getattr(os, "sysconf_names", {}):
-            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages))
-    return float("inf")
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:  # no such file on this kind of machine
-        return ""
 
 
 def bytes_per_client(app: CohortApp, size: int = 1) -> int:
@@ -347,11 +315,6 @@ def _kept_bytes(compute: Callable[[], object], held: Iterable[Tensor], batch: It
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
         compute()
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def costs(app: CohortApp, size: int) -> tuple[float, float] | None:

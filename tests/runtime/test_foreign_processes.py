@@ -17,9 +17,9 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedpers.flower_private import server_identity
+from fedpers.process import cores
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
-from fedpers.runtime.probe import cores
 
 
 def content() -> RecordDict:

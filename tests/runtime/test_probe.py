@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,33 +367,3 @@ def test_an_engine_stays_within_the_memory(app: CohortApp, monkeypatch: pytest.M
     assert engine.choose(7).clients_at_once in (1, 4)
     assert set(engine.choose(7).microseconds) <= {"1", "4"}
     engine.close()
-
-
-FILES = {
-    "/proc/meminfo": "MemTotal:  900 kB\nMemFree:  100 kB\nMemAvailable:    300 kB\n",
-    "/sys/fs/cgroup/memory.max": "max\n",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "",
-}
-
-
-@pytest.mark.parametrize(
-    ("changed", "expected"),
-    [
-        ({}, 300 * 1024),
-        ({"/sys/fs/cgroup/memory.max": "5000\n"}, 5000),
-        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "6000\n"}, 6000),
-        ({"/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 300 * 1024),
-        ({"/proc/meminfo": ""}, 7 * 4096),
-    ],
-)
-def test_available_memory(monkeypatch: pytest.MonkeyPatch, changed: dict[str, str], expected: int) -> None:
-    files = FILES | changed
-    monkeypatch.setattr(module, "_read", lambda file: files[str(file)])
-    monkeypatch.setattr(module.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 7}.__getitem__)
-    assert module.available_memory(torch.device("cpu")) == expected
-
-
-def test_available_memory_of_this_machine() -> None:
-    free = module.available_memory(torch.device("cpu"))
-    assert 2**20 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert module._read(Path("/no/such/file")) == ""

@@ -57,7 +57,9 @@ class CountingGrid(RayGrid):
         super()._submit(job)
 
     def _take(self, job: _Job) -> None:
-        self.up += _size(job.reference)
+        assert job.answers is not None
+        pickled, arrays = job.answers.result()
+        self.up += len(pickled) + sum(array.nbytes for array in arrays)
         super()._take(job)
 
     _counted: list[Any] = []  # noqa: RUF012

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 SECONDS_PER_SIZE = 0.04
+LONG_STEP = 0.25
 SIZES = (1, 4, 16, 64, 256, 1024)
 MEMORY_SHARE = 0.25
 """Part of the available memory that cohorts may take together by the estimate. They take up to half as much again, for
@@ -194,8 +195,7 @@ def _cohort_size(app: CohortApp, num_clients: int, memory: float) -> tuple[int, 
         _write_cache(key, asdict(sweep))
     times = sweep.within(memory)
     best = min(times.values())
-    # of several that are about as fast, the largest: what a cohort takes after its steps comes once for all its clients
-    return max(int(size) for size, us in times.items() if us <= 1.05 * best), how, times
+    return next(int(size) for size, us in times.items() if us <= 1.05 * best), how, times
 
 
 def _sizes(app: CohortApp, num_clients: int) -> list[int]:
@@ -223,7 +223,8 @@ def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
                 log.info("cohorts of %d clients are not tried: a client takes %.3g MB", size, one / 1e6)
                 return _Sweep(one, times, size if several else max(size, _TWO))
             times[str(size)] = 1e6 * _time_per_client(app, size, num_clients)
-            if times[str(size)] > 1.5 * min(times.values()):
+            slower = [us / min(times.values()) for us in times.values()]
+            if slower[-1] > 1.5 or min(slower[-2:]) > 1.15:
                 break
     except torch.cuda.OutOfMemoryError as error:
         torch.cuda.empty_cache()
@@ -233,22 +234,25 @@ def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
 
 
 def _time_per_client(app: CohortApp, size: int, num_clients: int) -> float:
-    """Seconds of a client and step in a round; the better of two, since one may have been interrupted."""
-    return min(_time_of_a_round(app, size, num_clients) for _ in range(2)) / num_clients
+    """Seconds of a client and step in a round, in cohorts of `size` of which one runs on each core.
 
-
-def _time_of_a_round(app: CohortApp, size: int, num_clients: int) -> float:
-    """Seconds a step of a round's clients, in cohorts of `size` of which one runs on each core.
-
-    With the step's share of what a cohort takes before its first.
+    With the step's share of what a cohort takes before its first. Short steps are timed twice, and the better time
+    counts: the other may have been interrupted.
     """
     cohorts = -(-num_clients // size)
     threads = min(_threads(app), cohorts)
     module = copy_network(app.module)
+
+    def step() -> float:
+        if threads == 1:
+            return _time_steps(_stepper(app, size, module), app.device)
+        return _time_together([_stepper(app, size) for _ in range(threads)])
+
     begin = _time_steps(lambda: _stepper(app, size, module), app.device) / _steps_of_a_training(app)
-    if threads == 1:
-        return cohorts * (begin + _time_steps(_stepper(app, size, module), app.device))
-    return -(-cohorts // threads) * (begin + _time_together([_stepper(app, size) for _ in range(threads)]))
+    seconds = step()
+    if seconds < LONG_STEP:
+        seconds = min(seconds, step())
+    return -(-cohorts // threads) * (begin + seconds) / num_clients
 
 
 def _steps_of_a_training(app: CohortApp) -> int:

@@ -96,9 +96,29 @@ def test_a_round_takes_as_long_as_the_core_with_most_cohorts(app: CohortApp, mon
         return 5.0
 
     monkeypatch.setattr(module, "_time_steps", time_steps)
-    assert [module._time_of_a_round(app, size, 7) for size in (1, 4, 7)] == [3 * 7.0, 7.0, 6.0]
+    times = [7 * module._time_per_client(app, size, 7) for size in (1, 4, 7)]
+    assert times == pytest.approx([3 * 7.0, 7.0, 6.0])
     assert together == [[1, 1, 1], [4, 4]]  # seven clients fill two cohorts of four, and one of seven
     assert alone == [7]
+
+
+def test_short_steps_are_timed_twice(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.2, 0.1])
+    monkeypatch.setattr(module, "_stepper", lambda app, size, network=None: size)
+    monkeypatch.setattr(module, "_time_steps", lambda step, device: 0.0 if callable(step) else next(times))
+    assert module._time_per_client(app, 7, 7) == pytest.approx(0.1 / 7)
+
+
+@pytest.mark.parametrize(
+    ("times", "tried"),
+    [([5, 4, 3, 2, 1], 5), ([4, 6.1, 1], 2), ([4, 5, 3, 4, 4], 5), ([4, 5, 5, 1], 3), ([4, 4.5, 5, 5, 1], 4)],
+)
+def test_larger_cohorts_are_tried_until_they_are_clearly_slower(
+    app: CohortApp, monkeypatch: pytest.MonkeyPatch, times: list[float], tried: int
+) -> None:
+    monkeypatch.setattr(module, "_sizes", lambda app, clients: list(range(1, 1 + len(times))))
+    monkeypatch.setattr(module, "_time_per_client", lambda app, size, clients: times[size - 1])
+    assert len(module._measure(app, 7, math.inf).microseconds) == tried
 
 
 def test_a_round_is_divided_into_cohorts_of_nearly_equal_size(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:

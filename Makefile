@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest --numprocesses=2
+PYTEST := $(BIN)/python -m pytest
 
 .PHONY: setup demo check test lint bench gpu clean
 
@@ -30,11 +30,11 @@ lint: setup
 	$(BIN)/mypy --strict fedpers
 
 check: lint
-	$(PYTEST) --dist=worksteal -m "not slow"
+	$(PYTEST) --numprocesses=2 --dist=worksteal -m "not slow"
 
-# the tests of a file, which may share a Ray cluster, stay in one process
+# the tests of a file, which may share a Ray cluster, stay in one process; many wait for others, so there is one more
 test: lint
-	$(PYTEST) --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m benchmarks.local_grid

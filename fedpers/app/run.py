@@ -29,7 +29,8 @@ def command(arguments: list[str]) -> int:
     register_choices(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here
     before = sys.argv
-    sys.argv = ["fedpers", *arguments]
+    # options of Hydra, such as -m, may stand between settings: its parser takes settings in one piece only
+    sys.argv = ["fedpers", *sorted(arguments, key=lambda a: not a.startswith("-") and ("=" in a or a.startswith("~")))]
     exit_codes: list[int] = []
     composed = False
 

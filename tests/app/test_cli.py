@@ -148,7 +148,7 @@ def test_evaluate_every_and_the_last_round(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_multirun_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _main(["-m", "strategy=local,fedavg,fedrep", "seed=0,1", *SMALL, f"output={tmp_path}"]) == 0
+    assert _main(["strategy=local,fedavg,fedrep", "-m", "seed=0,1", *SMALL, f"output={tmp_path}"]) == 0
     assert len(run_folders(tmp_path)) == 6
     capsys.readouterr()
     assert _main(["compare", str(tmp_path)]) == 0

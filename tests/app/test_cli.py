@@ -226,6 +226,7 @@ def test_installed_command(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_whoever_reads_a_table_may_stop_early(tmp_path: Path) -> None:
     (folder,) = fedpers("rounds=1", output=tmp_path)
     command = f"'{sys.executable}' -m fedpers compare '{folder}' --json | head -1; echo ${{PIPESTATUS[0]}}"
@@ -265,6 +266,7 @@ def test_a_run_ends_with_the_round_that_reaches_the_budget(strategy: str, tmp_pa
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_a_run_with_a_budget_is_resumed_to_the_same_end(tmp_path: Path) -> None:
     settings = ["strategy=fedrep", "partition.num_clients=6", "training.budget=300", "training.batch_size=20"]
     (whole,) = fedpers(*settings, "rounds=99", output=tmp_path / "whole")

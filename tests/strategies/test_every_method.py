@@ -162,6 +162,7 @@ def test_further_settings_do_not_depend_on_cohorts_and_matter(method: str, label
     assert equivalence.difference(alone, equivalence.outcome(method, torch.float64, 1000, 1)) > 1e-6
 
 
+@pytest.mark.slow
 def test_dependence_on_cohort_size_is_noticed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

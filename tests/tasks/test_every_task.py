@@ -64,6 +64,7 @@ def test_networks_with_too_few_outputs_are_refused(task: Task, shape: tuple[int,
         task.check_outputs(torch.zeros(shape), data, "Net")
 
 
+@pytest.mark.slow
 def test_tasks_know_neither_data_nor_cohorts() -> None:
     code = (
         "import sys, fedpers.tasks; print(sorted(name for name in sys.modules if name.startswith('fedpers.') "

@@ -189,6 +189,7 @@ with make_trackers(config, Path(sys.argv[1]), "a-run", {"seed": 7}, 1) as tracke
 """
 
 
+@pytest.mark.slow
 def test_wandb_without_login_is_offline_silent_and_inside_the_run_folder(tmp_path, no_login):
     # every connection it tried would go through this proxy, which counts them
     with socket.create_server(("127.0.0.1", 0)) as proxy:

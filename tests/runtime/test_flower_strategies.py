@@ -66,6 +66,7 @@ def result_of(strategy: Strategy, update: LocalUpdate, mods: Any = ()) -> Result
     return results[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_strategy_of_flower_around_clients_of_this_package(name: str) -> None:
     strategy = MADE.get(name, getattr(shipped, name))()

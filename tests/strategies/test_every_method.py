@@ -115,6 +115,7 @@ def test_traces_of_another_library_are_met(capsys: pytest.CaptureFixture[str]) -
     assert all(f"\n{method} " in printed for source in reference.SOURCES for method in source.METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "case", "array"),
     [

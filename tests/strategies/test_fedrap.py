@@ -507,6 +507,7 @@ def test_in_the_official_variant_of_pfedrec_a_saturated_score_has_no_gradient() 
 # ------------------------------------------------------------------ traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "case", "array", "change"),
     [

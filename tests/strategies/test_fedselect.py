@@ -488,6 +488,7 @@ def test_errors_as_a_user_sees_them(tmp_path: Path, capsys: pytest.CaptureFixtur
 # --------------------------------------------------------------------- traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "array"),
     [

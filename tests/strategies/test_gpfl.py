@@ -403,6 +403,7 @@ def test_items_without_labels_are_refused() -> None:
 # ------------------------------------------------------------------ traces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "array"),
     [

@@ -451,7 +451,7 @@ class Cohort:
                 total = self._loss(loss, tensors, step.x[0], step.y[0], mine)
             raw_grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
             grads = {
-                n: torch.empty_like(params[n]).copy_(g) if g.stride() != params[n][0].stride() else g.unsqueeze(0)
+                n: g.unsqueeze(0) if g.stride() == leaves[n].stride() else torch.empty_like(params[n]).copy_(g)
                 for n, g in zip(names, raw_grads, strict=True)
                 if g is not None
             }

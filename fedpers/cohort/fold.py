@@ -26,8 +26,9 @@ class Fold(ABC):
     Attributes
     ----------
     any_layout : bool
-        Whether tensors may lie in memory as cohorts leave them, see :meth:`fedpers.cohort.Cohort.assemble`; otherwise
-        they come contiguous. Then what is made of them must not depend on it, in the last digit, and be contiguous.
+        Whether tensors may come as they lie in a cohort (:meth:`fedpers.cohort.Cohort.assemble`); if not, they come
+        contiguous. A fold that says so works entry by entry, since other sums differ by layout in the last digit, and
+        its result is contiguous.
     """
 
     any_layout: ClassVar[bool] = False

@@ -264,7 +264,7 @@ def _steps_of_a_training(app: CohortApp) -> int:
 
 
 def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
-    """`most` workers if cohorts side by side are clearly faster than one after another, fewer if they fit, else 1."""
+    """`most` workers, or as many as fit, if cohorts side by side are faster than one after another; else 1."""
     if most > 1:
         fit = memory / (size * bytes_per_client(app, min(size, 2)))
         most = most if fit >= most else int(fit)

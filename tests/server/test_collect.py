@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import flwr.app as flower
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedpers.client.results import ClientResult, CohortResult
-from fedpers.cohort import Collect, Fold, Training, entries, leaves, tree
+from fedpers.cohort import Collect, Fold, Training, WeightedMean, entries, leaves, tree
 from fedpers.flower_private import server_identity
 from fedpers.records import num_bytes
 from fedpers.runtime.actor import pack, unpack
@@ -308,3 +309,26 @@ def test_kept_replies_must_hold_the_same_entries() -> None:
     fold.add({"arrays": tree({"w": torch.zeros(1)}), "more": tree({"x": torch.zeros(1)})}, 1.0, 5)
     with pytest.raises(ValueError, match=r"^replies of clients 3 and 5 do not hold the same entries$"):
         fold.result()
+
+
+class Flat(Picky):
+    """Looks at tensors as they lie in memory."""
+
+    def add(self, records: Any, weight: float, client: int) -> None:
+        super().add({"arrays": tree({"w": records["arrays"]["w"].view(-1).view(2, 2)})}, weight, client)
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_how_replies_lay_in_a_cohort_is_not_seen(mean: bool) -> None:
+    rules = collector("uniform").rules
+    results = []
+    for transposed in (False, True):
+        taker = ReplyCollector(replace(rules, fold=WeightedMean() if mean else Flat()))
+        result = stacked(clients=[5, 3, 2])
+        w = result.records["arrays"]["w"]
+        result.records["arrays"] = tree({"w": w.mT.contiguous().mT if transposed else w}, 3)
+        taker.take_cohort(result)
+        assert not taker.collected.failures
+        results.append(taker.collected.fold.result()["arrays"]["w"])
+    assert torch.equal(*results)
+    assert all(value.is_contiguous() for value in results)

@@ -326,7 +326,8 @@ def test_how_replies_lay_in_a_cohort_is_not_seen(mean: bool) -> None:
         taker = ReplyCollector(replace(rules, fold=WeightedMean() if mean else Flat()))
         result = stacked(clients=[5, 3, 2])
         w = result.records["arrays"]["w"]
-        result.records["arrays"] = tree({"w": w.mT.contiguous().mT if transposed else w}, 3)
+        w = w.mT.contiguous().mT if transposed else w
+        result.records["arrays"] = tree({**entries(result.records["arrays"]), "w": w}, 3)
         taker.take_cohort(result)
         assert not taker.collected.failures
         results.append(taker.collected.fold.result()["arrays"]["w"])

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.cohort import Tree, entries, leaves, tree
+from fedpers.cohort import Tree, entries, leaves, set_leaf, tree
 from fedpers.cohort.tensordicts import TensorDict
 from fedpers.flower_private import SType
 
@@ -206,5 +206,5 @@ def unflatten_state(record: flower.ArrayRecord, like: Tree) -> Tree:
     """Inverse of :func:`flatten_state`; `like` (batch size []) tells the roles and devices."""
     out = TensorDict({}, batch_size=[1])
     for name, value in leaves(like).items():
-        out.set(tuple(name.split("/")), to_tensor(record[name]).to(value.device).unsqueeze(0))
+        set_leaf(out, name, to_tensor(record[name]).to(value.device).unsqueeze(0))
     return out

@@ -203,6 +203,7 @@ KINDS = [
     Kind("returns scores and features", ReturnsFeatures, VECTOR, REFUSED),
     Kind("complex parameters", Fourier, VECTOR, REFUSED, dtype=torch.float32),
     Kind("bfloat16", lambda: Through(nn.Linear(8, 8), 8).bfloat16(), VECTOR, REFUSED, dtype=torch.bfloat16),
+    Kind("names with a slash", lambda: Through(nn.ModuleDict({"a/b": nn.Linear(8, 8)}), 8), VECTOR, REFUSED),
     Kind("lazy layers", lambda: Through(nn.LazyLinear(8), 8), VECTOR, REFUSED, dtype=torch.float32),
     Kind("synchronized batch norm", lambda: Through(nn.Sequential(nn.Linear(8, 8), nn.SyncBatchNorm(8)), 8), VECTOR, REFUSED),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from fedpers.cohort.step import (
     proximal,
     shifted,
 )
-from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, tree
+from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, set_leaf, tree
 from fedpers.cohort.walk import Walk
 from fedpers.settings.training import Training
 
@@ -45,6 +45,7 @@ __all__ = [
     "prepare",
     "proximal",
     "select",
+    "set_leaf",
     "shifted",
     "tree",
 ]

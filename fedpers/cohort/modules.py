@@ -141,11 +141,15 @@ def prepare(module: nn.Module) -> nn.Module:
     Raises
     ------
     ConfigError
-        If a parameter is not initialized yet (lazy layers) or is of a dtype that is not trained; a layer spans
+        If a name holds a slash; a parameter is not initialized yet (lazy layers) or is of a dtype that is not trained;
+        a layer spans
         processes (``SyncBatchNorm``), is a subclass of a batch normalization or dropout whose code is not known, or
         normalizes by the batch in evaluation too.
     """
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if "/" in name:
+            allowed = f"a network whose parameters and buffers have names without '/' ('{name}')"
+            raise ConfigError("model", type(module).__name__, allowed)
         if is_lazy(value):
             allowed = (
                 f"a network whose lazy layers know their shapes ('{name}' does not): call it once on a batch before"

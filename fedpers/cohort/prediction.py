@@ -17,6 +17,11 @@ from fedpers.data.federated import FederatedData
 
 EVALUATION_SAMPLES = 2048
 """Samples that go through the network at once in an evaluation, over all clients of a cohort."""
+EVALUATION_VALUES, FEWEST_SAMPLES = 2**18, 128
+"""On a CPU so many values of samples instead, but not fewer samples than this.
+
+A layer that needs more than 32 MB gets new memory from the system in each pass, which can take longer than the pass.
+"""
 Predict = Callable[[Network, Tensor], Tensor]
 """Scores ``[B, ...]`` of one client's network for inputs ``[B, ...]``."""
 
@@ -76,11 +81,18 @@ def predictions(
         return _of_many(one, {"tensors": stacked, "given": given}, data, lists)
 
 
+def _at_once(x: Tensor) -> int:
+    """How many of the samples ``[N, ...]`` go through a network at once."""
+    if x.device.type != "cpu":
+        return EVALUATION_SAMPLES
+    return min(EVALUATION_SAMPLES, max(FEWEST_SAMPLES, EVALUATION_VALUES // max(1, x[:1].numel())))
+
+
 def _of_one(network: Network, data: FederatedData, index: Tensor, predict: Predict) -> Tensor:
     """Predictions of one network for the samples `index`."""
     if not len(index):  # not every network takes an empty batch
         return torch.zeros(0, data.num_classes, device=data.device)
-    chunks = torch.split(index.to(data.device), EVALUATION_SAMPLES)
+    chunks = torch.split(index.to(data.device), _at_once(data.x))
     return torch.cat([predict(network, data.x[chunk]) for chunk in chunks])
 
 
@@ -106,7 +118,8 @@ def _of_many(
     for k, positions in enumerate(lists):
         index[k, : sizes[k]] = positions
     index = index.to(data.device)
-    width = max(1, EVALUATION_SAMPLES // len(lists))
+    at_once = _at_once(data.x)
+    width = max(1, at_once // len(lists))
     pieces: list[list[Tensor]] = [[] for _ in lists]
     start, rows = 0, list(range(len(lists)))
     while active := [row for row, k in enumerate(rows) if sizes[k] > start]:
@@ -118,7 +131,7 @@ def _of_many(
             per_client = map_tensors(per_client, itemgetter(stay))
             index, rows = index[stay], [rows[p] for p in active]
         ahead = min(sizes[k] - start for k in rows if sizes[k] > start)  # until the next of them is through
-        end = start + max(width, min(ahead, EVALUATION_SAMPLES // len(rows)))
+        end = start + max(width, min(ahead, at_once // len(rows)))
         chunk = index[:, start:end]
         x = data.x[chunk.reshape(-1)].view(*chunk.shape, *data.x.shape[1:])
         for k, scores in zip(rows, vmap(one)(per_client, x), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedpers.cohort.tensordicts import MemoryMappedTensor, TensorDict
-from fedpers.cohort.tree import Tree, leaves
+from fedpers.cohort.tree import Tree, leaves, set_leaf
 
 BLOCK_BYTES = 2**26
 """Bytes of state that :meth:`StateStore.blocks` copies at once."""
@@ -28,10 +28,21 @@ class StateStore:
     initial : Tree
         State of a client that has not trained yet, batch size [], possibly empty.
     memory : float, optional
-        Bytes that may be taken; rows that need more lie in memory-mapped files.
+        Most bytes of memory for the rows, where `initial` is; rows that need more lie in memory-mapped files.
     folder : Path, optional
         Where a folder for these files is made, which is gone when the store is closed; default is the system's for
         temporary files.
+
+    Attributes
+    ----------
+    clients : Tensor
+        int64 ``[N]``.
+    initial : Tree
+    rows : Tree
+        Batch size ``[N]``; the values of a client that never wrote are undefined.
+    written : Tensor
+        Which clients have written, bool ``[N]``.
+    bytes_per_client : int
     """
 
     def __init__(
@@ -56,7 +67,7 @@ class StateStore:
             else:
                 file = str(Path(self._files.name) / f"{number}.memmap")
                 rows = MemoryMappedTensor.empty(shape, dtype=value.dtype, filename=file)
-            self.rows.set(tuple(name.split("/")), rows)
+            set_leaf(self.rows, name, rows)
 
     @property
     def mapped(self) -> bool:
@@ -64,22 +75,28 @@ class StateStore:
         return self._files is not None
 
     def gather(self, clients: Sequence[int]) -> Tree:
-        """Copy of the state of some clients, batch size ``[K]``, where the initial state is."""
-        index = self._places(clients)
+        """Copy of the state of some clients, batch size ``[K]``, on the device of the initial state.
+
+        Raises
+        ------
+        KeyError
+            If the store does not know one of them.
+        """
+        index = self._row_indices(clients)
         new = ~self.written[index]
         out = TensorDict({}, batch_size=[len(index)])
         first = leaves(self.initial)
         for name, rows in leaves(self.rows).items():
-            picked = torch.Tensor.index_select(rows.as_subclass(Tensor), 0, index.to(rows.device))
+            picked = rows.index_select(0, index.to(rows.device))
             picked = picked.to(first[name].device)
             picked[new.to(picked.device)] = first[name]
-            out.set(tuple(name.split("/")), picked)
+            set_leaf(out, name, picked)
         return out
 
     def scatter(self, clients: Sequence[int], state: Tree, keep: Tensor) -> None:
         """Store the rows of `state` (``[K]``) for which `keep` (bool ``[K]``) holds."""
         kept_rows = keep.nonzero().flatten().cpu()
-        index = self._places(clients)[kept_rows]
+        index = self._row_indices(clients)[kept_rows]
         new = leaves(state)
         for name, rows in leaves(self.rows).items():
             values = new[name]
@@ -103,10 +120,10 @@ class StateStore:
         self.scatter(clients, state, torch.ones(len(clients), dtype=torch.bool))
 
     def close(self) -> None:
-        """Let go of files."""
+        """Delete the memory-mapped files, if there are any."""
         if self._files is not None:
             self.rows = TensorDict({}, batch_size=self.rows.batch_size)
             self._files.cleanup()
 
-    def _places(self, clients: Sequence[int]) -> Tensor:
+    def _row_indices(self, clients: Sequence[int]) -> Tensor:
         return torch.tensor([self._row_of_client[int(client)] for client in clients], dtype=torch.int64)

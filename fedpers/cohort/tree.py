@@ -39,6 +39,11 @@ def leaves(values: Tree) -> dict[str, Tensor]:
     return {p if isinstance(p, str) else "/".join(p): v for p, v in items if isinstance(v, Tensor)}
 
 
+def set_leaf(values: Tree, name: str, value: Tensor) -> None:
+    """Put a tensor into a tree under the name that :func:`leaves` gives it."""
+    values.set(tuple(name.split("/")), value)
+
+
 def state_names(module: nn.Module) -> list[str]:
     """Names of what a client may own: the entries of ``module.state_dict()`` without frozen parameters.
 

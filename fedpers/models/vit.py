@@ -196,7 +196,10 @@ class VisionBody(nn.Module):
         if prompts is not None:
             first = torch.cat([first, prompts])
         x = torch.cat([first.expand(tokens.shape[0], -1, -1), tokens], 1)
-        features: Tensor = self.norm(self.blocks(x)[:, 0])
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        features: Tensor = self.norm(last(x, outputs=1)[:, 0])
         return features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,13 +220,20 @@ class _Block(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, dim = x.shape
-        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, dim // self.heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, length, dim / heads]
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        """Tokens ``[B, L, D]`` after the block; or the first `outputs` of them alone, which attend to all."""
+        dim = x.shape[-1]
+        normalized = self.norm1(x)
+        if outputs is None:
+            query, key, value = self.qkv(normalized).split(dim, -1)
+        else:
+            query = F.linear(normalized[:, :outputs], self.qkv.weight[:dim], self.qkv.bias[:dim])
+            key, value = F.linear(normalized, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, -1)
+            x = x[:, :outputs]
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         # Not F.scaled_dot_product_attention: on a CPU it cannot be mapped over clients, nor differentiated twice.
         weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(-1)
-        x = x + self.out((weights @ value).transpose(1, 2).reshape(batch, length, dim))
+        x = x + self.out((weights @ value).transpose(1, 2).flatten(2))
         perceptron: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + perceptron
 

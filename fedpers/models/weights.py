@@ -1,4 +1,4 @@
-"""Weights for vision transformers, from torchvision, timm or a file."""
+"""Weights for ViT-B/16, from torchvision, timm or a file."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _HEADS = ("head.", "heads.", "pre_logits.")
 
 
 def load_weights(model: Network, weights: str) -> None:
-    """Give a vision transformer's body the values of trained weights; the head keeps its own.
+    """Give the body of a ViT-B/16 the values of trained weights; the head keeps its own.
 
-    The weights were trained on pictures normalized by mean and deviation of their own data set; ours are normalized by
-    those of theirs, which is close to it.
+    The weights were trained on ImageNet's pictures, normalized by their mean and deviation; a data set's pictures are
+    normalized by its own here, and the difference is small.
 
     Parameters
     ----------
@@ -48,11 +48,12 @@ def load_weights(model: Network, weights: str) -> None:
     weights : str
         ``imagenet`` (torchvision's ``IMAGENET1K_V1``, downloaded once to torch's cache), ``timm:NAME`` (needs timm) or
         the path of a state dict with torchvision's, timm's or our own names, ``.safetensors`` or saved by torch.
+        ``random`` is no weights and never comes here.
 
     Raises
     ------
     ConfigError
-        If there is no such file, or it holds something else.
+        If there is no such file, it holds something else, or timm is needed and not installed.
     DataError
         If the weights can neither be found nor downloaded.
     """
@@ -121,18 +122,19 @@ def _file(weights: str) -> Mapping[str, Tensor]:
 def _fill(model: Network, state: Mapping[str, Tensor], weights: str) -> None:
     """Rename, check and copy."""
     body_state = {name: value for name, value in model.state_dict().items() if name.startswith("body.")}
-    renamed = {_rename(name): value for name, value in state.items() if not name.startswith(_HEADS)}
+    known = {_rename(name): value for name, value in state.items() if not name.startswith(_HEADS)}
+    renamed = {name: _in_our_shape(name, value) for name, value in known.items()}
     wrong = [f"{name} is missing" for name in body_state if name not in renamed]
     wrong += [f"{name} is unknown" for name in renamed if name not in body_state]
     for name, value in body_state.items():
-        if name in renamed and renamed[name].numel() != value.numel():
-            wrong.append(f"{name} has shape {tuple(renamed[name].shape)} instead of {tuple(value.shape)}")
+        if name in renamed and renamed[name].shape != value.shape:
+            wrong.append(f"{name} has shape {tuple(known[name].shape)} instead of {tuple(value.shape)}")
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         kind = "weights of a ViT-B/16 for 224x224 pictures in torchvision's or timm's layout"
         raise ConfigError("model.weights", weights, f"{kind} ({wrong[0]}{more})")
     for name, value in body_state.items():
-        value.copy_(renamed[name].reshape(value.shape))  # state_dict() shares memory with the parameters
+        value.copy_(renamed[name])  # state_dict() shares memory with the parameters
 
 
 def _rename(name: str) -> str:
@@ -141,6 +143,14 @@ def _rename(name: str) -> str:
         if matches:
             return new
     return name
+
+
+def _in_our_shape(name: str, value: Tensor) -> Tensor:
+    """Their class token and positions have leading axes of length 1; their patch layer is a convolution."""
+    if name in ("body.cls", "body.positions"):
+        while value.dim() > (1 if name == "body.cls" else 2) and len(value) == 1:
+            value = value[0]
+    return value.flatten(1) if name == "body.patch.weight" and value.dim() == 4 else value
 
 
 def _reason(error: BaseException) -> str:

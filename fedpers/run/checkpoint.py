@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedpers.client.app import CohortApp
-from fedpers.cohort import Tree, entries, leaves, tree
+from fedpers.cohort import Tree, entries, leaves, set_leaf, tree
 from fedpers.cohort.state import Block
 from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
@@ -92,7 +92,7 @@ class Checkpoint:
                     role, _, rest = name.removeprefix(_STATE).partition("/")
                     if not name.startswith(_STATE) or role not in state or not rest:
                         raise DamagedError(f"{path} holds '{name}', which is no entry of a server.")
-                    state[role].set(tuple(rest.split("/")), value)
+                    set_leaf(state[role], rest, value)
         except (OSError, SafetensorError) as error:
             raise DamagedError(f"{path} cannot be read ({error}).") from error
         for name in sorted(arrays.keys() ^ like.keys()):

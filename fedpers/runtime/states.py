@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedpers.cohort import Tree, leaves
+from fedpers.cohort import Tree, leaves, set_leaf
 from fedpers.cohort.state import Block
 from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
@@ -120,7 +120,7 @@ def read_states(folder: Path, initial: Tree, clients: Collection[int] | None = N
             for name, like in first.items():
                 value = file.get_tensor(_STATE + name)  # mapped: rows that are not taken are not read
                 picked_values = value.clone() if rows is None else value[rows]
-                state.set(tuple(name.split("/")), picked_values.to(like.device))
+                set_leaf(state, name, picked_values.to(like.device))
         yield picked, state
 
 

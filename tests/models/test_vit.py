@@ -57,9 +57,16 @@ def test_forward_is_encode_of_embed():
     assert torch.equal(model.body.embed(x), tokens)
 
 
+def test_the_last_block_computes_the_class_token_alone():
+    model, tokens = small(), torch.randn(3, 16, 16, dtype=torch.float64)
+    first = (model.body.cls + model.body.positions[0]).expand(3, 1, -1)
+    every_token = model.body.blocks(torch.cat([first, tokens], 1))
+    torch.testing.assert_close(model.body.encode(tokens), model.body.norm(every_token)[:, 0])
+
+
 def test_prompts_stand_between_class_token_and_patches_and_have_no_positions():
     body, seen = small().body, []
-    body.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    body.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     tokens, prompts = torch.randn(2, 16, 16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
     features = body.encode(tokens, prompts)
     assert torch.equal(seen[0][1, 0], body.cls + body.positions[0])
@@ -231,6 +238,9 @@ def test_files_that_hold_no_weights_of_this_network_are_refused(tmp_path):
     refused(tmp_path / "more.safetensors", r"\(fc_norm\.weight is unknown\)")
     save_file(Tiny(48).state_dict(), tmp_path / "other.safetensors")
     refused(tmp_path / "other.safetensors", r"\(body\.positions has shape \(10, 12\) instead of \(5, 12\)\)")
+    transposed = {name: value.T.contiguous() if "fc1.weight" in name else value for name, value in state.items()}
+    save_file(transposed, tmp_path / "transposed.safetensors")
+    refused(tmp_path / "transposed.safetensors", r"fc1\.weight has shape \(12, 48\) instead of \(48, 12\)")
 
 
 def test_imagenet_weights_come_from_torchs_cache_or_the_net(tmp_path, monkeypatch):

@@ -127,6 +127,40 @@ def test_a_client_process_that_ends_costs_its_clients_the_round() -> None:
     assert counts[2][1] is None  # it tries the same again
 
 
+def test_a_process_that_died_between_calls_is_replaced() -> None:
+    grid = LocalGrid(counting(), 4, workers=2)
+    first = answers_of(grid)[0]
+    os.kill(first[1]["process"], signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{first[1]['process']}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = answers_of(grid)[0]
+    grid.close()
+    assert [row["count"] for row in second] == [2, 2, 2, 2]
+    assert [row["process"] for row in second[::2]] == [row["process"] for row in first[::2]]
+    assert second[1]["process"] not in [row["process"] for row in first]
+    assert second[1]["drawn"] not in [row["drawn"] for row in first]  # the replacement repeats no numbers
+
+
+def test_calls_that_fail_say_nothing_about_how_long_clients_take() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        calls = context.state.setdefault("calls", MetricRecord({"count": 0}))
+        calls["count"] = int(calls["count"]) + 1
+        time.sleep(0.05)
+        return Message(RecordDict({"process": MetricRecord({"process": os.getpid()})}), reply_to=message)
+
+    grid = LocalGrid(app, 6)
+    with server_identity(RUN_ID):
+        refused = [Message(content(), FIRST_NODE + k, "query.unknown") for k in range(6)]
+        assert all(reply.has_error() for reply in grid.send_and_receive(refused))
+    _, second = answers_of(grid, 2)
+    grid.close()
+    assert len({row["process"] for row in second}) == min(cores(), 6)
+
+
 @pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_clients(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(

@@ -225,10 +225,10 @@ class _Block(nn.Module):
         dim = x.shape[-1]
         normalized = self.norm1(x)
         if outputs is None:
-            query, key, value = self.qkv(normalized).split(dim, -1)
+            query, key, value = self.qkv(normalized).chunk(3, -1)
         else:
             query = F.linear(normalized[:, :outputs], self.qkv.weight[:dim], self.qkv.bias[:dim])
-            key, value = F.linear(normalized, self.qkv.weight[dim:], self.qkv.bias[dim:]).split(dim, -1)
+            key, value = F.linear(normalized, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, -1)
             x = x[:, :outputs]
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
         # Not F.scaled_dot_product_attention: on a CPU it cannot be mapped over clients, nor differentiated twice.

@@ -47,7 +47,7 @@ gpu: setup
 	timeout 120 $(BIN)/python -m tests.reference --device cuda
 	timeout 240 $(BIN)/python -m tests.equivalence cohort --device cuda
 	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2
-	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2 --cnn
+	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2 --problem cnn
 
 clean:
 	rm -rf $(VENV) runs multirun build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,7 @@
 """Seconds of a round of training, here and elsewhere: ``python -m benchmarks.peers``.
 
-The problem is that of ``problem.py``, with an MLP or with ``--cnn`` a convolutional network. All are measured in turns,
-one thread for each worker; printed are medians over rounds and turns, the spread over turns, and ratios to the textbook
-loop:
+The problems are those of ``problem.py``. All are measured in turns, one thread for each worker; printed are medians
+over rounds and turns, the spread over turns, and ratios to the textbook loop:
 
 - textbook: one client after the other, PyTorch's own optimizer, a running mean of state dicts; one thread;
 - fedpers, by clients computed together and workers, and as it chooses itself;
@@ -35,15 +34,13 @@ from benchmarks.peers.flower_app import flower_app
 from benchmarks.peers.problem import (
     BATCH,
     CLASSES,
-    CLIENTS,
     LR,
-    SAMPLED,
-    SAMPLES,
-    UNTIMED,
+    WITHOUT_EVALUATION,
+    Part,
+    Problem,
     Textbook,
-    network,
     options,
-    pictures,
+    problem,
     timed,
 )
 from fedpers.cohort import Training
@@ -59,49 +56,57 @@ Measurement = Callable[[], list[float]]
 
 
 class Ours:
-    """FedAvg of this package, its server and clients, without evaluation."""
+    """FedAvg of this package, its server and clients."""
 
-    def __init__(self, data: FederatedData, clients_at_once: int | str, workers: int | str, chosen: Namespace) -> None:
+    def __init__(
+        self, case: Problem, data: FederatedData, clients_at_once: int | str, workers: int | str, device: str
+    ) -> None:
         update = FedAvg.update(training=Training(lr=LR, batch_size=BATCH))
-        self.app = update.client_app(network(chosen.cnn), data).to(chosen.device)
-        self.strategy = FedAvg(fraction=SAMPLED / CLIENTS)
-        self.grid = LocalGrid(self.app, CLIENTS, clients_at_once=clients_at_once, workers=workers)
+        self.case = case
+        self.app = update.client_app(case.network(), data).to(device)
+        self.strategy = FedAvg(fraction=case.sampled / len(case.train))
+        self.grid = LocalGrid(self.app, len(case.train), clients_at_once=clients_at_once, workers=workers)
         self.strategy.begin()
         self.folding = self.strategy.folding(self.grid)
         self.arrays = self.app.initial_arrays()
 
     def round(self, number: int) -> None:
-        """Train the sampled clients and average."""
+        """Train the sampled clients and average; evaluate all if the problem says so."""
         with server_identity(1):
             messages = self.strategy.configure_train(number, self.arrays, flower.ConfigRecord(), self.folding)
             arrays, _ = self.strategy.aggregate_train(number, self.folding.send_and_receive(messages))
-        assert arrays is not None
-        self.arrays = arrays
+            assert arrays is not None
+            self.arrays = arrays
+            if self.case.evaluated:
+                messages = self.strategy.configure_evaluate(number, arrays, flower.ConfigRecord(), self.grid)
+                self.strategy.aggregate_evaluate(number, self.grid.send_and_receive(messages))
 
     def close(self) -> None:
         """End the worker threads."""
         self.grid.close()
 
 
-def our_data(x: torch.Tensor, y: torch.Tensor) -> FederatedData:
-    """Pictures ``[CLIENTS, SAMPLES + 2, ...]``; the last two of each client are for validation and testing."""
-    parts = torch.arange(y.numel()).view(CLIENTS, -1)
-    lists = (list(parts[:, :SAMPLES]), list(parts[:, -2:-1]), list(parts[:, -1:]))
-    return FederatedData(x.flatten(0, 1), y.flatten(), *lists, CLASSES)
+def our_data(case: Problem) -> FederatedData:
+    """The problem's samples; the first test sample of each client is for validation."""
+    parts: list[Part] = [*case.train, *case.test]
+    positions = torch.arange(sum(len(y) for _, y in parts)).split([len(y) for _, y in parts])
+    train, test = positions[: len(case.train)], positions[len(case.train) :]
+    lists = (list(train), [rows[:1] for rows in test], [rows[1:] for rows in test])
+    return FederatedData(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]), *lists, CLASSES)
 
 
-def here(make: Callable[[], Any], chosen: Namespace) -> list[float]:
+def here(make: Callable[[], Any], untimed: int, chosen: Namespace) -> list[float]:
     """Rounds in this process."""
     runner = make()
     try:
-        return timed(runner.round, chosen.rounds, chosen.device)
+        return timed(runner.round, untimed, chosen.rounds, chosen.device)
     finally:
         runner.close()
 
 
 def elsewhere(command: list[str], chosen: Namespace) -> list[float]:
     """Rounds of another framework, by a program of this folder in its environment."""
-    flags = ["--rounds", str(chosen.rounds), "--device", chosen.device, *(["--cnn"] if chosen.cnn else [])]
+    flags = ["--rounds", str(chosen.rounds), "--device", chosen.device, "--problem", chosen.problem]
     done = subprocess.run(
         [*command, *flags], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -111,15 +116,15 @@ def elsewhere(command: list[str], chosen: Namespace) -> list[float]:
 
 def measurements(chosen: Namespace) -> dict[str, Measurement]:
     """What is measured, by the name of its row."""
-    x, y = pictures(SAMPLES + 2)
-    data, train = our_data(x, y), (x[:, :SAMPLES], y[:, :SAMPLES])
-    makers: dict[str, Callable[[], Any]] = {"textbook": partial(Textbook, *train, chosen.cnn, chosen.device)}
-    makers["fedpers, its choice"] = partial(Ours, data, "auto", "auto", chosen)
+    case = problem(chosen.problem)
+    data = our_data(case)
+    makers: dict[str, Callable[[], Any]] = {"textbook": partial(Textbook, case, chosen.device)}
+    makers["fedpers, its choice"] = partial(Ours, case, data, "auto", "auto", chosen.device)
     for workers in chosen.workers:
         for size in chosen.sizes:
             name = f"fedpers, {size} at once, {workers} worker{'s' * (workers > 1)}"
-            makers[name] = partial(Ours, data, size, workers, chosen)
-    found: dict[str, Measurement] = {name: partial(here, make, chosen) for name, make in makers.items()}
+            makers[name] = partial(Ours, case, data, size, workers, chosen.device)
+    found: dict[str, Measurement] = {name: partial(here, make, case.untimed, chosen) for name, make in makers.items()}
     if chosen.pfl:
         found["pfl"] = partial(elsewhere, [chosen.pfl, str(HERE / "run_pfl.py")], chosen)
     if chosen.fluke:
@@ -132,7 +137,7 @@ def measurements(chosen: Namespace) -> dict[str, Measurement]:
 
         runs: dict[str, Callable[..., None]] = {"fedpers.simulate": fedpers.simulate, "Flower": run_simulation}
         for name, run in runs.items():
-            found[f"Flower app, {name}"] = partial(flower_app, run, chosen.cnn)
+            found[f"Flower app, {name}"] = partial(flower_app, run, chosen.problem)
     return found
 
 
@@ -148,18 +153,18 @@ def in_turns(measured: dict[str, Measurement], turns: int) -> dict[str, list[flo
 
 def profile(chosen: Namespace) -> None:
     """Print where the time of rounds with one worker goes, by operation; the rest is Python and PyTorch's dispatch."""
-    x, y = pictures(SAMPLES + 2)
-    data = our_data(x, y)
+    case = problem(chosen.problem)
     for size in chosen.sizes:
-        runner = Ours(data, size, 1, chosen)
-        for number in range(1, UNTIMED + 1):
+        runner = Ours(case, our_data(case), size, 1, chosen.device)
+        for number in range(1, case.untimed + 1):
             runner.round(number)
+        timed_rounds = range(case.untimed + 1, case.untimed + chosen.rounds + 1)
         start = time.perf_counter()
-        for number in range(UNTIMED + 1, UNTIMED + chosen.rounds + 1):
+        for number in timed_rounds:
             runner.round(number)
         plain = time.perf_counter() - start
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for number in range(UNTIMED + 1, UNTIMED + chosen.rounds + 1):
+            for number in timed_rounds:
                 runner.round(number)
         runner.close()
         rows = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
@@ -195,14 +200,17 @@ def main() -> None:
     parser.add_argument("--pfllib", nargs=2, metavar=("PYTHON", "CHECKOUT"))
     parser.add_argument("--profile", action="store_true")
     chosen = parser.parse_args()
+    if (chosen.flower or chosen.pfl or chosen.fluke) and chosen.problem not in WITHOUT_EVALUATION:
+        parser.error(f"--flower, --pfl and --fluke are for --problem {' or '.join(WITHOUT_EVALUATION)}")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if chosen.profile:
         profile(chosen)
         return
-    choice = Ours(our_data(*pictures(SAMPLES + 2)), "auto", "auto", chosen).grid
-    choice.choose(SAMPLED)
-    print(f"{'CNN' if chosen.cnn else 'MLP'}, seconds of a round; fedpers chooses {choice}", flush=True)
+    case = problem(chosen.problem)
+    choice = Ours(case, our_data(case), "auto", "auto", chosen.device).grid
+    choice.choose(case.sampled)
+    print(f"{case.name}, seconds of a round; fedpers chooses {choice}", flush=True)
     choice.close()
     found = in_turns(measurements(chosen), chosen.turns)
     base = statistics.median(found["textbook"])

@@ -13,15 +13,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.local_grid import server
-from benchmarks.peers.problem import SAMPLED, network, pictures, train_client
+from benchmarks.peers.problem import Problem, problem, train_client
 
 ROUNDS = 4
 
 
 @functools.cache
-def loaded() -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures and labels, made once by each process, as Flower's examples do."""
-    return pictures()
+def loaded(name: str) -> Problem:
+    """The clients' samples, made once by each process, as Flower's examples do."""
+    return problem(name)
 
 
 class Strict(FedAvg):
@@ -36,16 +36,16 @@ class Strict(FedAvg):
         return super().aggregate_train(server_round, replies)
 
 
-def client_app(cnn: bool) -> ClientApp:
+def client_app(name: str) -> ClientApp:
     """Clients that train with one thread each."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
-        model = network(cnn)
+        model = loaded(name).network()
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        x, y = (values[int(context.node_config["partition-id"])] for values in loaded())
+        x, y = loaded(name).train[int(context.node_config["partition-id"])]
         train_client(model, x, y)
         metrics = MetricRecord({"num-examples": len(y)})
         return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
@@ -53,10 +53,10 @@ def client_app(cnn: bool) -> ClientApp:
     return app
 
 
-def flower_app(run: Callable[..., None], cnn: bool) -> list[float]:
+def flower_app(run: Callable[..., None], name: str) -> list[float]:
     """Seconds of each round but the first under an engine, which takes what ``run_simulation`` takes."""
     stamps: list[float] = []
     strategy = Strict(fraction_train=1.0, fraction_evaluate=0.0)
-    first = functools.partial(ArrayRecord, network(cnn).state_dict())
-    run(server(strategy, first, ROUNDS, stamps), client_app(cnn), SAMPLED)
+    first = functools.partial(ArrayRecord, loaded(name).network().state_dict())
+    run(server(strategy, first, ROUNDS, stamps), client_app(name), loaded(name).sampled)
     return [after - before for before, after in pairwise(stamps[1:])]

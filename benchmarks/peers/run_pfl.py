@@ -13,7 +13,7 @@ from pfl.data.pytorch import PyTorchTensorDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
-from problem import BATCH, CLIENTS, LR, SAMPLED, UNTIMED, network, options, pictures, report
+from problem import BATCH, LR, WITHOUT_EVALUATION, options, problem, report
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,9 +21,9 @@ from torch.nn import functional as F
 class Model(nn.Module):
     """A network as pfl wants it."""
 
-    def __init__(self, cnn: bool) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network(cnn)
+        self.network = network
 
     def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of a batch."""
@@ -48,25 +48,26 @@ class Clock(TrainingProcessCallback):
 
 def main() -> None:
     """Run and print the seconds of each round."""
-    chosen = options(__doc__).parse_args()
+    chosen = options(__doc__, WITHOUT_EVALUATION).parse_args()
     torch.set_num_threads(1)
-    x, y = pictures()
+    case = problem(chosen.problem)
 
     def client(number: int) -> PyTorchTensorDataset:
-        order = torch.randperm(len(x[number]))
-        return PyTorchTensorDataset((x[number][order], y[number][order]), user_id=str(number))
+        x, y = case.train[number]
+        order = torch.randperm(len(x))
+        return PyTorchTensorDataset((x[order], y[order]), user_id=str(number))
 
-    data = FederatedDataset(client, lambda: int(torch.randint(CLIENTS, ())))
-    module = Model(chosen.cnn)
+    data = FederatedDataset(client, lambda: int(torch.randint(len(case.train), ())))
+    module = Model(case.network())
     model = PyTorchModel(
         module, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(module.parameters(), 1.0)
     )
-    rounds, clock = UNTIMED + chosen.rounds, Clock()
+    rounds, clock = case.untimed + chosen.rounds, Clock()
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=rounds,
             evaluation_frequency=rounds + 1,
-            train_cohort_size=SAMPLED,
+            train_cohort_size=case.sampled,
             val_cohort_size=None,
         ),
         SimulatedBackend(training_data=data, val_data=data),
@@ -77,7 +78,7 @@ def main() -> None:
         send_metrics_to_platform=False,
     )
     seconds = [after - before for before, after in zip(clock.stamps, clock.stamps[1:], strict=False)]
-    report(seconds[UNTIMED - 1 :])
+    report(seconds[case.untimed - 1 :])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Rounds of FedAvg in PFLlib, in its environment: ``PYTHON benchmarks/peers/run_pfllib.py --checkout FOLDER``.
 
-Its server and clients do what its own loop does in a round, without its evaluation. PFLlib reads a client's samples
-from a file in each round; the files are written to a temporary folder, where it then looks for them.
+Its server and clients do what its own loop does in a round; of its evaluation the scores of test samples, and not the
+losses of training samples, which the others do not compute. PFLlib reads a client's samples from a file in each round;
+the files are written to a temporary folder, where it then looks for them.
 """
 
 from __future__ import annotations
@@ -15,18 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from problem import BATCH, CLASSES, CLIENTS, LR, SAMPLED, network, options, pictures, report, timed
+from problem import BATCH, CLASSES, LR, Problem, options, problem, report, timed
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, case: Problem) -> None:
     """Write the clients' samples as PFLlib's generators do."""
-    x, y = pictures()
-    for part in ("train", "test"):
-        (folder / part).mkdir(parents=True)
-        for k in range(CLIENTS):
-            rows = slice(None) if part == "train" else slice(2)
-            data = {"x": x[k][rows].numpy(), "y": y[k][rows].numpy()}
-            np.savez(folder / part / f"{k}.npz", data=np.array(data, dtype=object))
+    for name, parts in (("train", case.train), ("test", case.test)):
+        (folder / name).mkdir(parents=True)
+        for k, (x, y) in enumerate(parts):
+            data = {"x": x.numpy(), "y": y.numpy()}
+            np.savez(folder / name / f"{k}.npz", data=np.array(data, dtype=object))
 
 
 def main() -> None:
@@ -38,18 +37,20 @@ def main() -> None:
     sys.path.insert(0, str(chosen.checkout.resolve() / "system"))
     from flcore.servers.serveravg import FedAvg
 
-    model = network(chosen.cnn).to(chosen.device)
+    case = problem(chosen.problem)
+    model = case.network().to(chosen.device)
     settings = Namespace(
         device=chosen.device, dataset="peers", num_classes=CLASSES, model=model, algorithm="FedAvg", goal="peers",
-        global_rounds=chosen.rounds, local_epochs=1, batch_size=BATCH, local_learning_rate=LR, num_clients=CLIENTS,
-        join_ratio=SAMPLED / CLIENTS, random_join_ratio=False, time_select=False, time_threthold=10_000,
+        global_rounds=chosen.rounds, local_epochs=1, batch_size=BATCH, local_learning_rate=LR,
+        num_clients=len(case.train),
+        join_ratio=case.sampled / len(case.train), random_join_ratio=False, time_select=False, time_threthold=10_000,
         save_folder_name="items", top_cnt=100, auto_break=False, eval_gap=10**9, client_drop_rate=0.0,
         train_slow_rate=0.0, send_slow_rate=0.0, dlg_eval=False, dlg_gap=100, batch_num_per_client=2,
         num_new_clients=0, fine_tuning_epoch_new=0, learning_rate_decay=False, learning_rate_decay_gamma=0.99,
         few_shot=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder) / "dataset" / "peers")
+        write(Path(folder) / "dataset" / "peers", case)
         here = Path(folder) / "system"
         here.mkdir()
         os.chdir(here)  # it looks in ../dataset
@@ -63,8 +64,11 @@ def main() -> None:
                     client.train()
                 server.receive_models()
                 server.aggregate_parameters()
+                if case.evaluated:
+                    server.send_models()
+                    server.test_metrics()
 
-            times = timed(play, chosen.rounds, chosen.device)
+            times = timed(play, case.untimed, chosen.rounds, chosen.device)
     report(times)
 
 

@@ -45,6 +45,8 @@ class FederatedData:
     anchors : tuple of int
         Clients that were dealt label sets of their own (``partition=label_sets``), ascending; none if the partition
         knows no anchors.
+    groups : tuple of int
+        Group of each client, numbered from 0, where clients fall into groups that are known; else empty.
     elsewhere : tuple of int
         Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
     task : Task
@@ -54,7 +56,8 @@ class FederatedData:
     ------
     DataError
         If a client has no training samples, an index is out of range, the lists disagree in length, a public sample
-        belongs to a client, or `unseen` does not name clients or names all of them.
+        belongs to a client, `unseen` does not name clients or names all of them, or `groups` does not name a group >= 0
+        for each client.
     """
 
     x: Tensor
@@ -67,6 +70,7 @@ class FederatedData:
     public: Tensor | None = None
     unseen: tuple[int, ...] = ()
     anchors: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
     elsewhere: tuple[int, ...] = ()
     task: Task = field(default=CLASSIFICATION, kw_only=True)
 
@@ -92,6 +96,8 @@ class FederatedData:
             )
         if len(self.unseen) == self.num_clients:
             raise DataError(f"{self.name}: all {self.num_clients} clients are unseen, none is left to train.")
+        if self.groups and (len(self.groups) != self.num_clients or min(self.groups) < 0):
+            raise DataError(f"{self.name}: groups must be one number >= 0 for each of {self.num_clients} clients.")
 
     def _check_public(self, public: Tensor) -> None:
         if len(public) == 0 or int(public.min()) < 0 or int(public.max()) >= len(self.x):
@@ -194,6 +200,8 @@ class FederatedData:
             digest.update(np.ascontiguousarray(self.public.cpu().numpy()).data)
         if self.unseen:
             digest.update(f"unseen{self.unseen}".encode())
+        if self.groups:
+            digest.update(f"groups{self.groups}".encode())
         digest.update(self._rules().encode())
         return digest.hexdigest()
 

@@ -22,7 +22,7 @@ from fedpers.settings.data import PartitionConfig, SplitConfig
 
 def deal_label_sets(
     dataset: Dataset, config: PartitionConfig, split: SplitConfig, seed: int
-) -> tuple[dict[Part, Lists], tuple[int, ...]]:
+) -> tuple[dict[Part, Lists], tuple[int, ...], tuple[int, ...]]:
     """Deal samples to clients by sets of labels.
 
     First the samples are divided into three pools, so that nobody trains on a sample that anybody is tested on. With
@@ -51,6 +51,9 @@ def deal_label_sets(
         ``train``, ``validation`` and ``test`` -> one ascending int64 array ``[>= 1]`` per client.
     unseen : tuple of int
         The clients that never train: the last ones.
+    groups : tuple of int
+        Group of each client: the anchor with which it shares most labels (of several the first), or without anchors
+        clients with the same labels.
 
     Raises
     ------
@@ -93,7 +96,7 @@ def deal_label_sets(
                     f"{client}; enlarge the split's parts."
                 )
             lists[part].append(np.sort(drawn))
-    return lists, unseen
+    return lists, unseen, _groups(sets, config.anchors)
 
 
 def _pools(dataset: Dataset, split: SplitConfig, seed: int) -> dict[Part, NDArray[np.int64]]:
@@ -140,6 +143,15 @@ def _label_sets(dataset: Dataset, config: PartitionConfig, seed: int) -> tuple[l
         if labels not in unseen:
             normal.append(labels)
     return [*anchors, *normal, *unseen], tuple(range(clients, clients + extra))
+
+
+def _groups(sets: Sequence[tuple[int, ...]], anchors: int) -> tuple[int, ...]:
+    """Group of each client, see :func:`deal_label_sets`."""
+    if not anchors:
+        numbers = {labels: number for number, labels in enumerate(dict.fromkeys(sets))}
+        return tuple(numbers[labels] for labels in sets)
+    shared = [[len(set(labels) & set(sets[anchor])) for anchor in range(anchors)] for labels in sets]
+    return tuple(counts.index(max(counts)) for counts in shared)
 
 
 def _draw(rng: np.random.Generator, classes: int, size: int) -> tuple[int, ...]:

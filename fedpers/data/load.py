@@ -55,8 +55,9 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         why = f"because {data.name} has no class labels"
         check(partition.name not in BY_LABEL, "partition", partition.name, f"iid, quantity, natural or index, {why}")
         check(split.name != "official", "split", split.name, f"fractions, {why}")
+    groups: tuple[int, ...] = ()
     if partition.name == "label_sets":
-        lists, unseen = deal_label_sets(data, partition, split, seed)
+        lists, unseen, groups = deal_label_sets(data, partition, split, seed)
     else:
         listed = _listed(len(data), partition, split, seed) if partition.name == "index" else None
         if listed is None:
@@ -76,6 +77,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         public=None if public is None else torch.from_numpy(public),
         unseen=unseen,
         anchors=tuple(range(partition.anchors)) if partition.name == "label_sets" else (),
+        groups=groups,
         task=data.task,
     )
 

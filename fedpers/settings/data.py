@@ -249,14 +249,22 @@ class HeterogeneityConfig(Settings, group="heterogeneity"):
             feature_shift="client k sees exp(strength * a) * x + strength * b, a and b drawn from N(0, 1): its own "
             "contrast and brightness",
             label_noise="a share strength * u of client k's training labels is wrong, u drawn from [0, 1]",
+            label_groups="clients fall into groups, each of which names the classes in an order of its own",
+            rotation="clients fall into groups, whose pictures are turned by multiples of 90 degrees",
         ),
     ] = "none"
     strength: Annotated[
         float, Field(ge=0, description="0 changes nothing; of label_noise at most 1"),
         OnlyFor(feature_shift=0.5, label_noise=0.4),
     ] = 0.0  # fmt: skip
+    groups: Annotated[
+        int, Field(ge=2, description="groups of clients, of nearly equal size, drawn at random; of rotation 2 or 4"),
+        OnlyFor("label_groups", "rotation"),
+    ] = 4  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name == "label_noise":
             check(self.strength <= 1, "heterogeneity.strength", self.strength, "a number >= 0 and <= 1")
+        if self.name == "rotation":
+            check(self.groups in (2, 4), "heterogeneity.groups", self.groups, "2 or 4 with heterogeneity=rotation")

@@ -66,7 +66,7 @@ def test_digits() -> None:
 
 
 def test_samples_are_spread_and_shared() -> None:
-    lists, _ = deal_label_sets(made(10, 100), config(num_clients=30, samples_per_client=50), SplitConfig(), 0)
+    lists, _, _ = deal_label_sets(made(10, 100), config(num_clients=30, samples_per_client=50), SplitConfig(), 0)
     y = made(10, 100).y.numpy()
     for own in lists["train"][5:]:
         counts = np.bincount(y[own], minlength=10)
@@ -80,8 +80,10 @@ def test_official_test_part() -> None:
     data = made(6, 50, test=20)
     split = SplitConfig("official", validation=0.2)
     settings_ = config(num_clients=8, anchors=3, labels_per_client=2, samples_per_client=30, unseen_label_sets=4)
-    lists, unseen = deal_label_sets(data, settings_, split, 1)
+    lists, unseen, groups = deal_label_sets(data, settings_, split, 1)
     assert unseen == (8, 9, 10, 11)
+    assert len(groups) == 12
+    assert groups[:3] == (0, 1, 2)
     assert min(map(min, lists["test"])) >= 300
     assert max(map(max, [*lists["train"], *lists["validation"]])) < 300
     assert [len(lists["test"][k]) for k in unseen] == [40] * 4
@@ -108,7 +110,7 @@ def test_sets_of_labels(classes: int, anchors: int, normal: int, size: int, extr
             deal_label_sets(data, settings_, SplitConfig(), seed)
         return
     assume(extra <= math.comb(classes, size) - anchors - 1)  # enough sets even if anchors take as many as they can
-    lists, unseen = deal_label_sets(data, settings_, SplitConfig(), seed)
+    lists, unseen, groups = deal_label_sets(data, settings_, SplitConfig(), seed)
     sets = [frozenset(labels(data, own)) for own in lists["train"]]
     assert len(sets) == clients + extra
     assert unseen == tuple(range(clients, clients + extra))
@@ -118,6 +120,12 @@ def test_sets_of_labels(classes: int, anchors: int, normal: int, size: int, extr
     if anchors:
         assert sorted(label for own in sets[:anchors] for label in own) == list(range(classes))
         assert max(map(len, sets[:anchors])) - min(map(len, sets[:anchors])) <= 1
+        for labels_of_client, group in zip(sets, groups, strict=True):
+            shared = [len(labels_of_client & anchor) for anchor in sets[:anchors]]
+            assert shared[group] == max(shared)
+    else:
+        same = {(sets[a] == sets[b]) == (groups[a] == groups[b]) for a in range(len(sets)) for b in range(len(sets))}
+        assert same == {True}
     trained = np.concatenate(lists["train"])
     for part in ("validation", "test"):
         assert not np.isin(np.concatenate(lists[part]), trained).any()  # type: ignore[index]

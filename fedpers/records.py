@@ -16,12 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpers.cohort import ARRAYS as ARRAYS
 from fedpers.cohort import Tree, entries, leaves, set_leaf, tree
-from fedpers.cohort.tensordicts import TensorDict
 from fedpers.flower_private import SType
 
-ARRAYS = "arrays"
-"""Record of the model's arrays, as in Flower's own strategies."""
 CONFIG = "config"
 METRICS = "metrics"
 
@@ -204,7 +202,7 @@ def flatten_state(state: Tree) -> flower.ArrayRecord:
 
 def unflatten_state(record: flower.ArrayRecord, like: Tree) -> Tree:
     """Inverse of :func:`flatten_state`; `like` (batch size []) tells the roles and devices."""
-    out = TensorDict({}, batch_size=[1])
+    out = tree({}, 1)
     for name, value in leaves(like).items():
         set_leaf(out, name, to_tensor(record[name]).to(value.device).unsqueeze(0))
     return out

@@ -18,7 +18,7 @@ from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
 from fedpers.settings.base import choices, options, plain
 from fedpers.settings.groups import GROUPS, TRACKERS, choice_values, conf_folder, group_names, method_names
-from fedpers.strategies.registry import options_of
+from fedpers.strategies.registry import default_options
 
 _CHOSEN = (*GROUPS, "strategy", "tracker")
 """Fields of a run's settings that are chosen by name."""
@@ -66,7 +66,7 @@ def _register_groups() -> None:
 
 @cache
 def _register_method(name: str) -> None:
-    _store("strategy", name, {"name": name, **options_of(name)})
+    _store("strategy", name, {"name": name, **default_options(name)})
 
 
 def _store(group: str, name: str, values: dict[str, Any]) -> None:

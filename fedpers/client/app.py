@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedpers.client.checks import check_groups, check_network, check_parts
 from fedpers.client.results import CohortResult
 from fedpers.client.update import EXTRA, LocalUpdate, Received
-from fedpers.cohort import Cohort, Reply, Tree, entries, leaves, model_tree, prepare
+from fedpers.cohort import Cohort, Reply, Tree, entries, has_role, leaves, model_tree, prepare, tree
 from fedpers.cohort.cohort import TRAINED
 from fedpers.cohort.modules import copy_network
 from fedpers.cohort.tree import rows_finite
@@ -52,12 +52,13 @@ class CohortApp(ClientApp):
     device : torch.device or str
     mods : sequence of Flower mods
         Around training, the first outermost. Clients of an app with mods are computed one at a time everywhere, and
-        their personal state is in their contexts. What a mod draws from a global generator no seed of ours decides.
+        their personal state is in their contexts. Random numbers that a mod draws from a global generator do not depend
+        on `seed`.
     head : str, optional
         Dotted name of the network's last layer where it is not called ``head``; see
         :func:`fedpers.models.with_head`.
     postprocessors : sequence of Postprocessor
-        What the server half has too; of these, the ones that work on replies where they are made are used.
+        The same postprocessors as the strategy's; those with ``encodes=True`` are applied here.
 
     Raises
     ------
@@ -119,7 +120,7 @@ class CohortApp(ClientApp):
             check(encoder.role not in roles, "postprocessors", encoder.role, allowed)
             if initial is not None:
                 state.set(encoder.role, initial)
-        if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+        if has_role(state, TRAINED):
             name = type(self.update).__name__
             raise ConfigError("strategy", name, f"no role '{TRAINED}' in initial_state; use cohort.trainings")
         if leaves(state):
@@ -216,65 +217,89 @@ class CohortApp(ClientApp):
         Parameters
         ----------
         kind : str
-            Message type, ``train`` or ``evaluate``, or ``train.action`` for the method ``train_action``.
-        clients, state, received, config, module
-            See :meth:`cohort` and :class:`LocalUpdate`.
+            Message type: ``train``, ``evaluate``, or ``KIND.NAME`` with KIND in train, evaluate, query, for the method
+            ``KIND_NAME``.
+        clients : sequence of int ``[K]``
+            In descending order of training samples.
+        state : Tree ``[K]``
+            Personal state.
+        received : mapping of record to Tree
+            Batch size [] for what all clients received, or [K].
+        config : mapping
+            The message's configuration; ``server-round`` tells the round.
+        module : nn.Module, optional
+            A worker's own copy of :attr:`module`.
 
         Returns
         -------
         CohortResult
         Tree ``[K]`` or None
-            New personal state.
+            New personal state; None if there is nothing to store.
         Tensor ``[K]``
-            Which rows of it may be stored; a client with a value that is not finite keeps its former state.
+            Which rows of it may be stored, bool; a client with a value that is not finite keeps its former state.
+
+        Raises
+        ------
+        TypeError
+            If the method returns neither a reply nor a sequence of metrics.
+        ValueError
+            If the personal state that it returns is not as its initial state declares, or `clients` are in another
+            order.
         """
         received = self._with_dtypes(received)
         cohort = self.cohort(clients, state, config, module)
         name = kind.replace(".", "_")
-        answer = getattr(self.update, name)(cohort, received, config)
-        if not isinstance(answer, Reply | Sequence):
+        output = getattr(self.update, name)(cohort, received, config)
+        if not isinstance(output, Reply | Sequence):
             expected = "cohort.reply(...), or a mapping of metrics for each client"
-            raise TypeError(f"{type(self.update).__name__}.{name} returned {answer!r:.100}: expected {expected}")
-        if not isinstance(answer, Reply):
-            return _measured(cohort.clients, answer), None, torch.ones(cohort.size, dtype=torch.bool)
+            raise TypeError(f"{type(self.update).__name__}.{name} returned {output!r:.100}: expected {expected}")
+        if not isinstance(output, Reply):
+            return _measured(cohort.clients, output), None, torch.ones(cohort.size, dtype=torch.bool)
         trains = kind.partition(".")[0] == "train"
-        self._check_state(answer, trains)
-        finite = torch.ones(cohort.size, dtype=torch.bool)
-        for stacked in [*answer.records.values(), *([] if answer.state is None else [answer.state])]:
-            finite &= rows_finite(stacked).cpu()
+        self._check_state(output, trains)
         losses = (cohort.loss_sum.cpu().double() / cohort.samples_seen.clamp(min=1)).tolist()
-        finite &= torch.tensor(losses).isfinite()
-        result = CohortResult(cohort.clients, self._metrics(cohort, losses, answer), answer.records)
+        finite = _finite_clients(output, losses)
+        result = CohortResult(cohort.clients, self._metrics(cohort, losses, output), output.records)
         if type(self.update).encode is not LocalUpdate.encode:
             result.encode = self.update.encode
         for k, client in enumerate(cohort.clients):
             if not finite[k]:
-                reason = f"training gave values that are not finite (mean loss {losses[k]:g})"
-                result.errors[client] = reason
-        new = answer.state
-        if new is not None and not trains:
-            core = {role: state[role] for role in (TRAINED, *(e.role for e in self.encoders)) if role in state.keys()}  # noqa: SIM118
-            new = Tree({**dict(new.items()), **core}, batch_size=[cohort.size])
-        if trains:
-            state_by_role = {} if new is None else dict(new.items())
-            for encoder in () if config.get(ADAPTING) else self.encoders:
-                result.records, changed = encoder.encode(
-                    result.records,
-                    received[ARRAYS],
-                    state.get(encoder.role, None),
-                    seed=self.seed,
-                    round=cohort.round,
-                    clients=cohort.clients,
-                )
-                if changed is not None:
-                    state_by_role[encoder.role] = changed
-            state_by_role.update(
-                {e.role: state[e.role] for e in self.encoders if e.role not in state_by_role and e.role in state.keys()}  # noqa: SIM118
+                result.errors[client] = f"training gave values that are not finite (mean loss {losses[k]:g})"
+        encoder_states: dict[str, Tree] = {}
+        if trains and not config.get(ADAPTING):
+            result.records, encoder_states = self._encoded(cohort, result.records, received, state)
+        return result, self._stored_state(output.state, state, encoder_states, trains, cohort.size), finite
+
+    def _encoded(
+        self, cohort: Cohort, records: dict[str, Tree], received: Received, state: Tree
+    ) -> tuple[dict[str, Tree], dict[str, Tree]]:
+        """Records ``[K]`` after all encoders, and the encoders' new personal state ``[K]`` by role."""
+        changed: dict[str, Tree] = {}
+        for encoder in self.encoders:
+            records, new = encoder.encode(
+                records,
+                received[ARRAYS],
+                state.get(encoder.role, None),
+                seed=self.seed,
+                round=cohort.round,
+                clients=cohort.clients,
             )
-            if TRAINED in state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
-                state_by_role[TRAINED] = state[TRAINED] + 1
-            new = Tree(state_by_role, batch_size=[cohort.size]) if state_by_role else None
-        return result, new, finite
+            if new is not None:
+                changed[encoder.role] = new
+        return records, changed
+
+    def _stored_state(
+        self, new: Tree | None, former: Tree, encoder_states: Mapping[str, Tree], trains: bool, size: int
+    ) -> Tree | None:
+        """Personal state ``[K]`` to store: the method's, the encoders', and the count of trainings; None for none."""
+        if new is None and not trains:
+            return None
+        roles: dict[str, Any] = {**({} if new is None else dict(new.items())), **encoder_states}
+        unchanged = [e.role for e in self.encoders if e.role not in roles and has_role(former, e.role)]
+        roles.update({role: former[role] for role in unchanged})
+        if has_role(former, TRAINED):
+            roles[TRAINED] = former[TRAINED] + 1 if trains else former[TRAINED]
+        return tree(roles, size) if roles or not trains else None
 
     def _with_dtypes(self, received: Received) -> Received:
         """What was received, the server's arrays in the network's dtypes: some of Flower's strategies send float64."""
@@ -286,28 +311,28 @@ class CohortApp(ClientApp):
         arrays = {name: v.to(first[name].dtype) if name in other else v for name, v in sent.items()}
         return {**received, ARRAYS: Tree(arrays, batch_size=received[ARRAYS].batch_size)}
 
-    def _check_state(self, answer: Reply, trains: bool) -> None:
+    def _check_state(self, output: Reply, trains: bool) -> None:
         """Refuse to lose what the method says is personal."""
-        if answer.state is None and not trains:
+        if output.state is None and not trains:
             return
         core = {TRAINED, *(encoder.role for encoder in self.encoders)}
         expected = {name for name in leaves(self.initial_state) if name.partition("/")[0] not in core}
-        returned = set() if answer.state is None else set(leaves(answer.state))
+        returned = set() if output.state is None else set(leaves(output.state))
         name = type(self.update).__name__
         if missing := sorted(expected - returned):
             raise ValueError(f"{name} does not keep '{missing[0]}', which its initial state declares as personal")
         if unknown := sorted(returned - expected):
             raise ValueError(f"{name} keeps '{unknown[0]}', which its initial state does not declare as personal")
         first = leaves(self.initial_state)
-        for entry, value in ({} if answer.state is None else leaves(answer.state)).items():
+        for entry, value in ({} if output.state is None else leaves(output.state)).items():
             is_now, was = (value.dtype, value.shape[1:]), (first[entry].dtype, first[entry].shape)
             if is_now != was:
                 actual, declared = (f"{kind} {list(shape)}" for kind, shape in (is_now, was))
                 raise ValueError(f"{name} keeps '{entry}' as {actual}, which its initial state declares as {declared}")
 
-    def _metrics(self, cohort: Cohort, losses: Sequence[float], answer: Reply) -> list[dict[str, float]]:
+    def _metrics(self, cohort: Cohort, losses: Sequence[float], output: Reply) -> list[dict[str, float]]:
         """Counts, losses and the method's own metrics of each client."""
-        columns = {f"{EXTRA}{name}": column.tolist() for name, column in answer.metrics.items()}
+        columns = {f"{EXTRA}{name}": column.tolist() for name, column in output.metrics.items()}
         counts = [values.tolist() for values in (cohort.steps_taken, cohort.gradients_taken, cohort.samples_seen)]
         return [
             {
@@ -334,12 +359,12 @@ class CohortApp(ClientApp):
             raise ConfigError("partition-id", client, f"a whole number from 0 to {self.data.num_clients - 1}")
         return client
 
-    def introduction(self, client: int) -> flower.RecordDict:
+    def identify_reply(self, client: int) -> flower.RecordDict:
         """Answer of a client to the server's first question: its number, and what it is (:mod:`fedpers.identity`)."""
         return flower.RecordDict({METRICS: flower.MetricRecord({"partition-id": client}), CONFIG: self.identity})
 
     def _identify(self, message: flower.Message, context: flower.Context) -> flower.Message:
-        return flower.Message(self.introduction(self.client_of(context)), reply_to=message)
+        return flower.Message(self.identify_reply(self.client_of(context)), reply_to=message)
 
     def _call_one(self, message: flower.Message, context: flower.Context) -> flower.Message:
         client = self.client_of(context)
@@ -350,12 +375,12 @@ class CohortApp(ClientApp):
         received, config = trees(message.content, self.device), config_of(message.content)
         self.check_config(config)
         result, new, keep = self.run(message.metadata.message_type, [client], state, received, config)
-        (answer,) = result.rows()
-        if answer.content is None:
-            raise TrainingError(answer.error)
+        (client_result,) = result.rows()
+        if client_result.content is None:
+            raise TrainingError(client_result.error)
         if new is not None and keep[0]:
             context.state[STATE] = flatten_state(new)
-        return flower.Message(answer.content, reply_to=message)
+        return flower.Message(client_result.content, reply_to=message)
 
 
 def config_of(content: flower.RecordDict) -> dict[str, Any]:
@@ -366,15 +391,26 @@ def config_of(content: flower.RecordDict) -> dict[str, Any]:
     return merged
 
 
+def _finite_clients(output: Reply, losses: Sequence[float]) -> Tensor:
+    """Which clients have only finite values in records, personal state and mean loss, bool ``[K]`` on the CPU."""
+    finite = torch.tensor(losses).isfinite()
+    for stacked in [*output.records.values(), *([] if output.state is None else [output.state])]:
+        finite &= rows_finite(stacked).cpu()
+    return finite
+
+
 def _measured(clients: list[int], rows: Sequence[Mapping[str, float]]) -> CohortResult:
-    """Answers to an evaluation; NaN is right only where the client has no samples of a part."""
+    """Evaluation results: NaN metrics are dropped, and a NaN of a split that has samples is an error.
+
+    ``num-examples`` is the number of validation and test samples.
+    """
     result = CohortResult(clients, [])
     client_metrics = []
     for client, metrics in zip(clients, rows, strict=True):
         for name, value in metrics.items():
             if math.isnan(value) and metrics.get(f"{name.partition('-')[0]}-examples", 1.0):
                 result.errors.setdefault(client, f"{name} is {value}")
-        measured = {name: value for name, value in metrics.items() if value == value}
+        measured = {name: value for name, value in metrics.items() if not math.isnan(value)}
         examples = measured.get("validation-examples", 0.0) + measured.get("test-examples", 0.0)
         client_metrics.append({"num-examples": examples, **measured})
     result.metrics = client_metrics

@@ -10,10 +10,9 @@ import torch
 from flwr.clientapp.typing import Mod
 from torch import Tensor, nn
 
-from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select
+from fedpers.cohort import ARRAYS, Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select, tree
 from fedpers.cohort.plan import smallest_batch
-from fedpers.cohort.tensordicts import TensorDict
-from fedpers.data.federated import PARTS, FederatedData, Part
+from fedpers.data.federated import EVALUATED_PARTS, FederatedData, Part
 from fedpers.settings.base import Settings
 
 if TYPE_CHECKING:
@@ -41,8 +40,9 @@ class LocalUpdate(Settings, group="strategy"):
         Entries of the network (see :func:`fedpers.cohort.select`) that go to the server, and that stay. Buffers such
         as BatchNorm statistics belong to the layer they stand in: with ``shared = "all"`` they are averaged too.
     cohort_size : int or None
-        How many clients to compute together if the user leaves it to us; None measures it. For methods whose training
-        is not made of the core's steps, which is what is measured.
+        Clients computed together when the user sets ``clients_at_once=auto``; None: chosen by timing steps of
+        :meth:`Cohort.fit`. Set it if the method does not train with :meth:`Cohort.fit`, so that the timing says
+        nothing.
     config_keys : tuple of str
         Keys of a message's configuration that the method reads beside ``server-round`` and ``auc``; a message with
         any other is refused.
@@ -62,7 +62,7 @@ class LocalUpdate(Settings, group="strategy"):
 
     @classmethod
     def key(cls, name: str) -> str:
-        """An option as it is typed: a method's own below ``strategy``."""
+        """Configuration key of a field: ``training`` stays ``training``, any other field NAME is ``strategy.NAME``."""
         return name if name == "training" else super().key(name)
 
     # ------------------------------------------------------------- before training
@@ -108,7 +108,7 @@ class LocalUpdate(Settings, group="strategy"):
             Batch size [], by role; the default holds the personal entries under ``model``.
         """
         names = select(module, self.personal)
-        return TensorDict({"model": template.select(*names)} if names else {}, batch_size=[])
+        return tree({"model": template.select(*names)} if names else {})
 
     def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
         """Arrays the server starts from, batch size []: the shared entries of the initial network.
@@ -147,11 +147,18 @@ class LocalUpdate(Settings, group="strategy"):
         Parameters
         ----------
         cohort : Cohort
+            The K clients: their data, personal state and random draws.
         received : mapping of record to Tree
+            What the server sent: batch size [] for the whole cohort, or [K].
         config : mapping
             The message's configuration; ``server-round`` is always there.
+
+        Returns
+        -------
+        Reply
+            Records ``[K]`` for the server, the clients' new personal state ``[K]``, and metrics ``[K]``.
         """
-        params = cohort.assemble(received["arrays"])
+        params = cohort.assemble(received[ARRAYS])
         cohort.fit(params, self.loss)
         return cohort.reply(params)
 
@@ -172,23 +179,58 @@ class LocalUpdate(Settings, group="strategy"):
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
         """Networks the clients predict with; the default puts personal and received entries together.
 
-        A tree ``[K]``, or a view (:meth:`Cohort.view`), in which entries that are the same for all clients are there
-        once: enough to predict with.
+        Parameters
+        ----------
+        cohort, received, config
+            As in :meth:`train`.
+
+        Returns
+        -------
+        Tree ``[K]`` or View
+            Full networks, parameters and buffers. In a view (:meth:`Cohort.view`) entries that are the same for all
+            clients are there once.
         """
-        return cohort.view(received["arrays"])
+        return cohort.view(received[ARRAYS])
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Class scores ``[B, C]`` of one client, or what else the data's task measures."""
         return network(x)
 
     def extra_models(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:
-        """Further networks to be evaluated, by a name that goes before their metrics; none by default."""
+        """Further networks to be evaluated; none by default.
+
+        Parameters
+        ----------
+        cohort, received, config
+            As in :meth:`train`.
+
+        Returns
+        -------
+        mapping of str to Tree ``[K]`` or View
+            Full networks as :meth:`personalize` returns them, by a name that goes before their metrics.
+        """
         return {}
 
     def measure(
         self, cohort: Cohort, outputs: Sequence[Tensor], part: Part, config: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """Metrics ``[K]`` of predictions on one part, see ``Task.measure``; a method may add its own."""
+        """Metrics of predictions on one part; the default takes those of the task, and a method may add its own.
+
+        Parameters
+        ----------
+        cohort : Cohort
+        outputs : sequence of Tensor ``[n_k, ...]``
+            What :meth:`predict` gives for each client's samples of the part, one tensor for each of the K clients.
+        part : {"validation", "test"}
+        config : mapping
+            The message's configuration; ``auc`` asks for the area under the ROC curve too.
+
+        Returns
+        -------
+        dict of name to Tensor ``[K]``
+            ``examples``, the number of samples, and the metrics; NaN for a client without samples, and for no other.
+            See ``Task.measure``.
+        """
         data = cohort.data
         return data.task.measure(outputs, cohort.labels(part), data.num_classes, auc=bool(config.get("auc")))
 
@@ -204,7 +246,7 @@ class LocalUpdate(Settings, group="strategy"):
         networks = {"": self.personalize(cohort, received, config)}
         networks.update({f"{name}-": network for name, network in self.extra_models(cohort, received, config).items()})
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
-        for part in PARTS[1:]:
+        for part in EVALUATED_PARTS:
             for prefix, params in networks.items():
                 columns = self.measure(cohort, cohort.logits(params, part, self.predict), part, config)
                 for name, column in columns.items():

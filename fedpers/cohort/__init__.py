@@ -1,7 +1,7 @@
 """The numerical core: K clients as one stacked computation. Knows torch, not Flower."""
 
 from fedpers.cohort.cohort import Cohort, Reply, mixed
-from fedpers.cohort.fold import Collect, Fold, Records, WeightedMean
+from fedpers.cohort.fold import ARRAYS, Collect, Fold, Records, WeightedMean
 from fedpers.cohort.modules import prepare
 from fedpers.cohort.prediction import View
 from fedpers.cohort.state import StateStore
@@ -15,11 +15,12 @@ from fedpers.cohort.step import (
     proximal,
     shifted,
 )
-from fedpers.cohort.tree import Selection, Tree, entries, leaves, model_tree, select, set_leaf, tree
+from fedpers.cohort.tree import Selection, Tree, entries, has_role, leaves, model_tree, select, set_leaf, tree
 from fedpers.cohort.walk import Walk
 from fedpers.settings.training import Training
 
 __all__ = [
+    "ARRAYS",
     "Adjust",
     "Batch",
     "Cohort",
@@ -39,6 +40,7 @@ __all__ = [
     "Walk",
     "WeightedMean",
     "entries",
+    "has_role",
     "leaves",
     "mixed",
     "model_tree",

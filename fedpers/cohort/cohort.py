@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import vmap
 
+from fedpers.cohort.fold import ARRAYS
 from fedpers.cohort.modules import has_dropout, linear_weights, seeded
 from fedpers.cohort.plan import BatchPlan, lonely_sample_error, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
 from fedpers.cohort.tensordicts import TensorDict
-from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, map_tensors, select, tree
+from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, has_role, map_tensors, select, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
 from fedpers.errors import one_of
@@ -171,7 +172,7 @@ class Cohort:
         RuntimeError
             If the method keeps no personal state: then nobody remembers.
         """
-        if TRAINED not in self.state.keys():  # noqa: SIM118 (a TensorDict iterates over rows)
+        if not has_role(self.state, TRAINED):
             raise RuntimeError("whether clients have trained is kept for methods with personal state only")
         trainings: Tensor = self.state[TRAINED].to(self.device)
         return trainings
@@ -308,8 +309,8 @@ class Cohort:
         if names and "model" not in personal_state:
             personal_state["model"] = params.select(*names)
         return Reply(
-            records={"arrays": params.select(*self.names(self.shared if share is None else share)), **records},
-            state=TensorDict(personal_state, batch_size=[self.size]) if personal_state else None,
+            records={ARRAYS: params.select(*self.names(self.shared if share is None else share)), **records},
+            state=tree(personal_state, self.size) if personal_state else None,
             metrics=dict(metrics or {}),
         )
 

@@ -16,6 +16,8 @@ from fedpers.cohort.tree import Tree, entries, tree
 
 Records = Mapping[str, Tree]
 """What a message carries: trees by record."""
+ARRAYS = "arrays"
+"""Record of the model's arrays, as in Flower's own strategies."""
 
 
 class Fold(ABC):

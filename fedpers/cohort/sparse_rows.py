@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from fedpers.cohort.cohort import Cohort
-from fedpers.cohort.fold import Fold, Records
+from fedpers.cohort.fold import ARRAYS, Fold, Records
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.step import Step
 from fedpers.cohort.tree import Tree, entries, expand_rows, tree
-
-RECORD = "arrays"
-"""Record in which rows travel, as all that a method shares."""
 
 
 class VisitedRows:
@@ -40,7 +37,7 @@ class VisitedRows:
     Attributes
     ----------
     rows : Tensor ``[K, R]``
-        Ids, ascending, int64; places beyond a client's last are m.
+        Ids, ascending, int64; m (padding) after a client's last one.
     batches : list of int ``[K]``
         Steps of each client in a pass, not ascending.
     whole : bool
@@ -72,7 +69,7 @@ class VisitedRows:
     def gather(self, table: Tensor) -> Tensor:
         """Copy the visited rows ``[K, R, dim]`` of a table for all ``[m, dim]`` or of one for each ``[K, m, dim]``.
 
-        Places that are no rows hold some row.
+        Padding holds some row.
         """
         index = self.rows.clamp(max=table.shape[-2] - 1)
         if table.dim() == 3:
@@ -124,10 +121,10 @@ class VisitedRows:
 
 def sgd_step(
     optimizer: Optimizer,
-    rows: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     grads: Mapping[str, Tensor],
-    factors: Mapping[str, Tensor],
-    pace: Tensor,
+    decay_factors: Mapping[str, Tensor],
+    rate_factors: Tensor,
 ) -> None:
     """Take a plain step with weight decay in place: ``x <- x - rate * (grad + decay * x)``.
 
@@ -135,21 +132,21 @@ def sgd_step(
     ----------
     optimizer : Optimizer
         Whose rates and decays hold (``Walk.optimizer``).
-    rows : mapping of name to Tensor ``[a, ...]``
+    tensors : mapping of name to Tensor ``[a, ...]``
     grads : mapping of name to Tensor ``[a, ...]``
-    factors : mapping of name to Tensor ``[a]``
+    decay_factors : mapping of name to Tensor ``[a]``
         By table, what decay has left of rows that are not visited.
-    pace : Tensor ``[a]``
-        Factor on the rates.
+    rate_factors : Tensor ``[a]``
+        Factors on the rates.
     """
-    pace = pace * optimizer.scale
+    rate_factors = rate_factors * optimizer.scale
     for name, grad in grads.items():
-        value, decay = rows[name], optimizer.decay[name]
-        rate = (pace * optimizer.lr[name]).to(value.dtype)
-        if decay and name in factors:
-            left = 1 - rate * decay
-            value.mul_(expand_rows(left, value))
-            factors[name].mul_(left)
+        value, decay = tensors[name], optimizer.decay[name]
+        rate = (rate_factors * optimizer.lr[name]).to(value.dtype)
+        if decay and name in decay_factors:
+            factor = 1 - rate * decay
+            value.mul_(expand_rows(factor, value))
+            decay_factors[name].mul_(factor)
         elif decay:
             grad = grad.add(value, alpha=decay)
         value.addcmul_(expand_rows(rate, value), grad, value=-1)
@@ -166,7 +163,7 @@ def packed(message: Mapping[str, Tensor], threshold: float = 0.0) -> Tree:
     message : mapping
         ``rows`` ``[R]``, -1 where there is none, ``values`` ``[R, dim]`` and ``factor``.
     threshold : float
-        Entries that are not larger are left out, >= 0; 0 keeps all.
+        Entries with ``|value| <= threshold`` are left out, >= 0; 0 keeps all.
 
     Returns
     -------
@@ -181,9 +178,9 @@ def packed(message: Mapping[str, Tensor], threshold: float = 0.0) -> Tree:
 
 
 def sparse(table: Tensor, threshold: float) -> dict[str, Tensor]:
-    """Entries of a table ``[n, dim]`` that are larger, with their places in the flattened table and its shape."""
-    places = (table.abs() > threshold).flatten().nonzero().flatten()
-    return {"values": table.flatten()[places], "places": places.int(), "shape": torch.tensor(table.shape)}
+    """Entries of a table ``[n, dim]`` with ``|value| > threshold``, their indices in the flat table, and its shape."""
+    indices = (table.abs() > threshold).flatten().nonzero().flatten()
+    return {"values": table.flatten()[indices], "indices": indices.int(), "shape": torch.tensor(table.shape)}
 
 
 def dense(message: Mapping[str, Tensor]) -> Tensor:
@@ -192,17 +189,17 @@ def dense(message: Mapping[str, Tensor]) -> Tensor:
     Raises
     ------
     ValueError
-        If places and values do not belong to a table of that shape.
+        If indices and values do not belong to a table of that shape.
     """
-    if "places" not in message:
+    if "indices" not in message:
         return message["values"]
-    shape, places = message["shape"].tolist(), message["places"].long()
+    shape, indices = message["shape"].tolist(), message["indices"].long()
     table = message["values"].new_zeros(shape[0] * shape[1])
-    if len(places) != len(message["values"]):
-        raise ValueError(f"there are {len(places)} 'places' for {len(message['values'])} values")
-    if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(table):
-        raise ValueError("'places' lie outside of the table")
-    table[places] = message["values"]
+    if len(indices) != len(message["values"]):
+        raise ValueError(f"there are {len(indices)} 'indices' for {len(message['values'])} values")
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(table):
+        raise ValueError("'indices' lie outside of the table")
+    table[indices] = message["values"]
     return table.view(shape)
 
 
@@ -239,21 +236,21 @@ class RowMean(Fold):
 
     def decode(self, records: dict[str, Tree], client: int) -> dict[str, Tree]:
         """Check rows, and fill in the small values that were not sent."""
-        message = dict(entries(records[RECORD]))
+        message = dict(entries(records[ARRAYS]))
         rows, (size, width) = message["rows"], self._received_table.shape
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < size:
             raise ValueError(f"'rows' name items outside 0..{size - 1}")
         if not bool((rows.diff() > 0).all()):
             raise ValueError("'rows' do not ascend")
-        shape = message["shape"].tolist() if "places" in message else list(message["values"].shape)
+        shape = message["shape"].tolist() if "indices" in message else list(message["values"].shape)
         if shape != [len(rows), width]:
             raise ValueError(f"'values' has shape {shape}, expected {[len(rows), width]}")
         decoded = {"rows": rows, "values": dense(message), "factor": message["factor"]}
-        return {**records, RECORD: tree(decoded)}
+        return {**records, ARRAYS: tree(decoded)}
 
     def add(self, records: Records, weight: float, client: int) -> None:
         """Take in ``rows`` ``[r]``, ``values`` ``[r, dim]`` and ``factor`` of a client."""
-        message, table = entries(records[RECORD]), self._received_table
+        message, table = entries(records[ARRAYS]), self._received_table
         rows, factor = message["rows"].long().to(table.device), float(message["factor"])
         self.rest += weight * factor
         self.total += weight
@@ -282,4 +279,4 @@ class RowMean(Fold):
         if not self.total or self.change is None:
             return {}
         mean = (self._received_table.double() * self.rest + self.change) / self.total
-        return {RECORD: tree({self.name: mean.to(self._received_table.dtype)})}
+        return {ARRAYS: tree({self.name: mean.to(self._received_table.dtype)})}

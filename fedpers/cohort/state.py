@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedpers.cohort.tensordicts import MemoryMappedTensor, TensorDict
-from fedpers.cohort.tree import Tree, leaves, set_leaf
+from fedpers.cohort.tensordicts import MemoryMappedTensor
+from fedpers.cohort.tree import Tree, leaves, set_leaf, tree
 
 BLOCK_BYTES = 2**26
 """Bytes of state that :meth:`StateStore.blocks` copies at once."""
@@ -59,7 +59,7 @@ class StateStore:
         if memory is not None and needed > memory:
             self._files = tempfile.TemporaryDirectory(prefix="states-", dir=folder, ignore_cleanup_errors=True)
         # Untouched memory is not occupied, so clients that never train cost nothing on a CPU; nor do holes in files.
-        self.rows = TensorDict({}, batch_size=[len(self.clients)])
+        self.rows = tree({}, len(self.clients))
         for number, (name, value) in enumerate(first.items()):
             shape = (len(self.clients), *value.shape)
             if self._files is None:
@@ -84,7 +84,7 @@ class StateStore:
         """
         index = self._row_indices(clients)
         new = ~self.written[index]
-        out = TensorDict({}, batch_size=[len(index)])
+        out = tree({}, len(index))
         first = leaves(self.initial)
         for name, rows in leaves(self.rows).items():
             picked = rows.index_select(0, index.to(rows.device))
@@ -122,7 +122,7 @@ class StateStore:
     def close(self) -> None:
         """Delete the memory-mapped files, if there are any."""
         if self._files is not None:
-            self.rows = TensorDict({}, batch_size=self.rows.batch_size)
+            self.rows = tree({}, len(self.clients))
             self._files.cleanup()
 
     def _row_indices(self, clients: Sequence[int]) -> Tensor:

@@ -23,14 +23,19 @@ _TERMS = ("all", "none", "parameters", "buffers", "body", "head", "norm")
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def tree(tensors: Mapping[str, Tensor], batch: int | None = None) -> Tree:
-    """Wrap tensors by name; `batch` is the number of clients K, or None for a single client's tree."""
+def tree(tensors: Mapping[str, Tensor | Tree], batch: int | None = None) -> Tree:
+    """Wrap tensors by name, or trees by role; `batch` is the number of clients K, or None for a single client's."""
     return TensorDict(dict(tensors), batch_size=[] if batch is None else [batch])
 
 
 def entries(values: Tree) -> dict[str, Tensor]:
     """Tensors of a tree by name, for a tree without roles."""
     return {str(name): value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def has_role(state: Tree, role: str) -> bool:
+    """Whether a tree has an entry of this name: a role, or a tensor's name."""
+    return role in state.keys()  # noqa: SIM118 (a TensorDict iterates over rows)
 
 
 def leaves(values: Tree) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from fedpers.tasks import CLASSIFICATION, Task
 
 Part = Literal["train", "validation", "test"]
 PARTS: tuple[Part, ...] = get_args(Part)
+EVALUATED_PARTS: tuple[Part, ...] = ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class FederatedData:
     Parameters
     ----------
     x : Tensor ``[N, ...]``
-        Inputs, ready for the model (float32, normalized).
+        Inputs, ready for the model: float32 (normalized) for pictures and features, int64 ids for ratings and tokens.
     y : Tensor ``[N]`` or ``[N, D]``
-        What `task` learns: class ids, int64, ``0 <= y < num_classes``; or targets, float32.
+        What `task` learns: class ids, int64, ``0 <= y < num_classes`` (not checked here); or targets, float32.
     train, validation, test : sequence of Tensor ``[n_k]``
-        For each client the positions in `x` it owns, int64; the three parts of a client do not overlap.
+        For each client the positions in `x` it owns, int64. The three parts of a client should not overlap, which is
+        not checked; candidates of a ranking may stand in more than one.
     num_classes : int
         Outputs of a network: classes, or targets D of a regression.
     name : str
@@ -43,14 +45,14 @@ class FederatedData:
     unseen : tuple of int
         Clients that never train, ascending; they are evaluated only. Their `train` lists are for adaptation.
     anchors : tuple of int
-        Clients that were dealt label sets of their own (``partition=label_sets``), ascending; none if the partition
-        knows no anchors.
+        Clients that were dealt label sets of their own (``partition=label_sets``), ascending; FedJETs ties each of its
+        experts to one of them. Empty if the partition knows no anchors.
     groups : tuple of int
         Group of each client, numbered from 0, where clients fall into groups that are known; else empty.
     elsewhere : tuple of int
         Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
     task : Task
-        What is learned and how it is measured; named by keyword.
+        What is learned and how it is measured; keyword-only.
 
     Raises
     ------
@@ -115,7 +117,10 @@ class FederatedData:
         return lists
 
     def samples(self, client: int, seed: int, round: int) -> NDArray[np.int64]:
-        """Positions a client trains on in a round, int64 ``[n]``: here its train list, in every round.
+        """Positions a client trains on in a round, int64 ``[n]``.
+
+        Default: the client's training positions. ``RankingData`` overrides it to draw new negatives from (seed, client,
+        round).
 
         Parameters
         ----------
@@ -157,7 +162,7 @@ class FederatedData:
         rows = [torch.bincount(y[i.cpu()], minlength=self.num_classes) for i in self.part(part)]
         return torch.stack(rows)
 
-    def to(self, device: torch.device | str) -> FederatedData:
+    def to(self, device: torch.device | str) -> Self:
         """Copy with arrays on `device`; index lists stay on the CPU, where batches are planned."""
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 

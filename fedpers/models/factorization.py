@@ -32,8 +32,8 @@ class Factorization(Network):
         return super().forward(x)
 
 
-def factorized(model: nn.Module, data: FederatedData) -> tuple[Factorization, FederatedData]:
-    """Return network and data as what a method for ratings needs them to be.
+def require_factorization(model: nn.Module, data: FederatedData) -> tuple[Factorization, FederatedData]:
+    """Return network and data, checked to be a factorization and ratings.
 
     Raises
     ------

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from fedpers.client.app import CohortApp
 from fedpers.cohort import Tree, entries, leaves, set_leaf, tree
 from fedpers.cohort.state import Block
-from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
 from fedpers.run.progress import exactly, restored, whole
 from fedpers.runtime.states import DamagedError, check_states, write_states, write_tensors
@@ -81,7 +80,7 @@ class Checkpoint:
         if path.stat().st_size > 2**28 + 16 * most * (1 + app.data.num_clients):
             raise DamagedError(f"{path} is larger than the state of this run can be.")
         arrays: dict[str, Tensor] = {}
-        state: dict[str, Tree] = {role: TensorDict({}, batch_size=[]) for role in self.roles}
+        state: dict[str, Tree] = {role: tree({}) for role in self.roles}
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a file is no mapping)

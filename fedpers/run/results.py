@@ -20,7 +20,7 @@ import torch
 
 from fedpers import __version__
 from fedpers.data import FederatedData
-from fedpers.data.federated import PARTS
+from fedpers.data.federated import EVALUATED_PARTS, PARTS
 from fedpers.errors import FedpersError
 from fedpers.randomness import sample_clients
 from fedpers.run.progress import Evaluation, Progress
@@ -177,7 +177,7 @@ def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
 
 def _add_metrics(columns: dict[str, list[Any]], rows: Mapping[int, Mapping[str, float]], when: str) -> None:
     """Add a column per metric, NaN for clients without it."""
-    names = sorted({name for row in rows.values() for name in row if name.startswith(PARTS[1:])})
+    names = sorted({name for row in rows.values() for name in row if name.startswith(EVALUATED_PARTS)})
     clients = columns["client"]
     for name in names:
         if not name.endswith("-examples"):

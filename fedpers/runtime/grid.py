@@ -27,22 +27,29 @@ def never() -> bool:
 class ClientGrid(Grid):
     """A Flower ``Grid`` whose nodes are the clients: node ids are ``FIRST_NODE + partition_id``.
 
+    The class is abstract: a subclass adds ``push_messages``, ``pull_messages`` and ``send_and_receive``.
+
     Parameters
     ----------
     num_clients : int
         >= 1.
-    most : int, optional
+    max_clients : int, optional
         Clients in the data.
 
     Attributes
     ----------
     stopping : callable
-        Whether the run was asked to stop: what ends then is not replaced.
+        Returns whether the run was asked to stop. While true, clients or processes that end are not restarted.
+
+    Raises
+    ------
+    ConfigError
+        If `num_clients` is out of its range.
     """
 
-    def __init__(self, num_clients: int, most: int | None = None) -> None:
-        good = isinstance(num_clients, int) and 1 <= num_clients <= (most or num_clients)
-        allowed = "a whole number >= 1" + (f" and <= {most}, the clients in the data" if most else "")
+    def __init__(self, num_clients: int, max_clients: int | None = None) -> None:
+        good = isinstance(num_clients, int) and 1 <= num_clients <= (max_clients or num_clients)
+        allowed = "a whole number >= 1" + (f" and <= {max_clients}, the clients in the data" if max_clients else "")
         check(good, "num_supernodes", num_clients, allowed)
         self.num_clients = num_clients
         self._polls = 0  # questions for node ids since the last message
@@ -73,6 +80,8 @@ class ClientGrid(Grid):
         ------
         TrainingError
             If a server app asks for them again and again and sends nothing: it waits for nodes that will never come.
+        RunNotRunningException
+            If the grid was closed.
         """
         self._check_open()
         now = time.monotonic()
@@ -85,7 +94,7 @@ class ClientGrid(Grid):
         return list(range(FIRST_NODE, FIRST_NODE + self.num_clients))
 
     def close(self) -> None:
-        """End the run."""
+        """End the run. Later calls for node ids or with messages to send raise ``RunNotRunningException``."""
         self._closed = True
 
     def client_of(self, message: flower.Message) -> int:
@@ -97,7 +106,13 @@ class ClientGrid(Grid):
             raise ended(self._run.run_id)
 
     def _accept(self, messages: Iterable[flower.Message]) -> list[flower.Message]:
-        """Messages with ids; ValueError if a node does not exist."""
+        """Check the nodes, then give each message an id, in place.
+
+        Raises
+        ------
+        ValueError
+            If a node does not exist; no message has got an id then.
+        """
         self._polls, self._polled_since = 0, 0.0
         accepted = list(messages)
         for message in accepted:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedpers.cohort import Batch, Cohort, Loss, Network, Step, Tree, entries, leaves
+from fedpers.cohort import Batch, Cohort, Loss, Network, Step, Tree, entries, leaves, tree
 from fedpers.cohort.modules import copy_network
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import batches_per_epoch
@@ -371,7 +371,7 @@ def _untrained(app: CohortApp, size: int, module: nn.Module | None = None) -> tu
     clients = [by_size[k % len(by_size)] for k in range(size)]
     clients.sort(key=lambda c: (-app.sizes[c], c))
     state = app.initial_state.expand(size).clone()
-    given = Tree(dict(app.update.example_given(app.template, app.data)), batch_size=[]).expand(size).clone()
+    given = tree(app.update.example_given(app.template, app.data)).expand(size).clone()
     return app.cohort(clients, state, {}, copy_network(app.module) if module is None else module), given
 
 

@@ -144,8 +144,8 @@ class RayGrid(ClientGrid):
         if client_app.mods:
             names = [getattr(mod, "__name__", type(mod).__name__) for mod in client_app.mods]
             raise ConfigError("mods", names, "none on Ray; client mods run in process or under Flower")
-        most = client_app.data.num_clients
-        super().__init__(most if num_clients is None else num_clients, most)
+        max_clients = client_app.data.num_clients
+        super().__init__(max_clients if num_clients is None else num_clients, max_clients)
         check_counts(clients_at_once, 1)
         options(RuntimeConfig)["actors"].check(actors)
         self.client_app = client_app
@@ -242,7 +242,7 @@ class RayGrid(ClientGrid):
         by_kind: dict[str, list[flower.Message]] = {}
         for message in messages:
             if message.metadata.message_type == IDENTIFY:
-                reply = flower.Message(self.client_app.introduction(self.client_of(message)), reply_to=message)
+                reply = flower.Message(self.client_app.identify_reply(self.client_of(message)), reply_to=message)
                 give_id(reply)
                 self._known[message.metadata.message_id] = reply
             else:

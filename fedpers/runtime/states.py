@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fedpers.cohort import Tree, leaves, set_leaf
+from fedpers.cohort import Tree, leaves, set_leaf, tree
 from fedpers.cohort.state import Block
-from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import FedpersError
 
 CLIENTS = "clients"
@@ -116,7 +115,7 @@ def read_states(folder: Path, initial: Tree, clients: Collection[int] | None = N
             if rows is not None and not len(rows):
                 continue
             picked = numbers.clone() if rows is None else numbers[rows]
-            state = TensorDict({}, batch_size=[len(picked)])
+            state = tree({}, len(picked))
             for name, like in first.items():
                 value = file.get_tensor(_STATE + name)  # mapped: rows that are not taken are not read
                 picked_values = value.clone() if rows is None else value[rows]

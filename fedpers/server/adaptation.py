@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedpers.cohort import Records, Tree, entries
 from fedpers.identity import ADAPTING
 from fedpers.records import ARRAYS, from_record
-from fedpers.server.collect import checked, evaluated
+from fedpers.server.collect import evaluation_metrics, validated_reply
 
 if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
@@ -36,7 +36,7 @@ def adapt_clients(
     records: list[Records] = []
     for client, before, schema in zip(able, each, schemas, strict=True):
         try:
-            trained = fold.decode(checked(results[client], schema)[0], client)
+            trained = fold.decode(validated_reply(results[client], schema)[0], client)
         except ValueError as problem:
             strategy.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             continue
@@ -61,6 +61,6 @@ def evaluate_adapted(
     results, _ = strategy.exchange.call(grid, flower.MessageType.EVALUATE, records, config, clients)
     for client in clients:
         try:
-            strategy.report.adapted[client] = evaluated(results[client])
+            strategy.report.adapted[client] = evaluation_metrics(results[client])
         except ValueError as problem:
             strategy.leave_out(client, f"adapted: {problem}", "evaluate")

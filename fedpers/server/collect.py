@@ -46,8 +46,9 @@ Schema = dict[tuple[str, str], Entry]
 log = logging.getLogger(__name__)
 UNBOUNDED = ("loss", "mse")
 """Endings of metrics that are infinite where a client's network has diverged; no other may be."""
-_COUNTS = ("steps", "samples", "gradients", "train-loss")
+_FINITE_METRICS = ("steps", "samples", "gradients", "train-loss")
 NO_REPLY = ClientResult(None, "no reply")
+"""Result of a client whose reply did not come."""
 
 
 def dtype_name(value: Tensor) -> str:
@@ -67,11 +68,11 @@ class ReplyRules:
     Attributes
     ----------
     arrays : Tree
-        The server's before the round, batch size [].
+        The server's arrays before the round, batch size [].
     schema : Schema
         What a reply holds on the wire.
     fold : Fold
-        Empty.
+        Empty aggregator (:class:`Fold`) that receives the replies.
     postprocessors : sequence of Postprocessor
     weighting : {"samples", "uniform"}
     by_client : dict of int to Schema
@@ -97,8 +98,8 @@ class Collected:
     Attributes
     ----------
     fold : Fold
-    replies : dict of int to dict
-        Metrics of each client whose reply is in the fold.
+    metrics : dict of int to dict
+        Metrics of each client whose reply was folded, by client number.
     failures : dict of int to str
         Clients whose reply cannot be used, and why.
     bytes_up : int
@@ -106,7 +107,7 @@ class Collected:
     """
 
     fold: Fold
-    replies: dict[int, dict[str, float]] = field(default_factory=dict)
+    metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
     bytes_up: int = 0
 
@@ -114,7 +115,7 @@ class Collected:
         """Add what became of other clients' replies."""
         for part in parts:
             self.fold.merge(part.fold)
-            self.replies.update(part.replies)
+            self.metrics.update(part.metrics)
             self.failures.update(part.failures)
             self.bytes_up += part.bytes_up
 
@@ -163,10 +164,11 @@ class ReplyCollector:
         size = sum(value[0].nbytes for values in records.values() for value in entries(values).values())
         metrics = [dict(result.metrics[k]) for k in rows]
         clients = [result.clients[k] for k in rows]
+        # a stack is folded at once only where the fold can; else reply by reply, and a refused reply fails alone
         if type(self.rules.fold).add_stack is not Fold.add_stack:
             try:
                 prepared, metrics = self._postprocessed(records, metrics)
-            except ValueError:  # of one of them: one by one says whose
+            except ValueError:  # one reply is unusable; adding them one by one shows whose
                 log.debug("replies of %s are looked at one by one", clients, exc_info=True)
             else:
                 self._add(prepared, clients, metrics, size * len(rows))
@@ -178,7 +180,7 @@ class ReplyCollector:
         """Take in what clients answered over a wire, or in a form that differs from reply to reply."""
         for client, result in results.items():
             try:
-                records, metrics = checked(result, self.rules.schema_for(client))
+                records, metrics = validated_reply(result, self.rules.schema_for(client))
                 if problem := self._weight_problem(metrics):
                     raise ValueError(problem)
                 records = self.rules.fold.decode(records, client)
@@ -217,7 +219,7 @@ class ReplyCollector:
         self._book(clients, metrics, size)
 
     def _book(self, clients: Sequence[int], metrics: Sequence[dict[str, float]], size: int) -> None:
-        self.collected.replies.update(zip(clients, metrics, strict=True))
+        self.collected.metrics.update(zip(clients, metrics, strict=True))
         self.collected.bytes_up += size
 
     def _weight(self, metrics: Mapping[str, float]) -> float:
@@ -229,13 +231,16 @@ class ReplyCollector:
         return f"num-examples is {metrics.get('num-examples')}" if wrong else ""
 
     def partial(self) -> Collected:
-        """What whoever merges this needs of it."""
+        """Copy for :meth:`Collected.merge` on another machine, without what that machine already has.
+
+        It is shallow: tensors and dicts are shared with :attr:`collected`.
+        """
         collected = self.collected
-        return Collected(collected.fold.partial(), collected.replies, collected.failures, collected.bytes_up)
+        return Collected(collected.fold.partial(), collected.metrics, collected.failures, collected.bytes_up)
 
 
 def result_of(reply: flower.Message | None) -> ClientResult:
-    """What a message from a client amounts to."""
+    """Content or error of a reply; :data:`NO_REPLY` for None."""
     if reply is None:
         return NO_REPLY
     if reply.has_error():
@@ -243,8 +248,14 @@ def result_of(reply: flower.Message | None) -> ClientResult:
     return ClientResult(reply.content)
 
 
-def measured(result: ClientResult) -> dict[str, float]:
-    """Metrics of an answer; ValueError says why there are none."""
+def metrics_of(result: ClientResult) -> dict[str, float]:
+    """Return the metrics of a reply, those of all its metric records in one.
+
+    Raises
+    ------
+    ValueError
+        If it has no content; the message is its error.
+    """
     if result.content is None:
         raise ValueError(result.error)
     merged: dict[str, Any] = {}
@@ -253,12 +264,17 @@ def measured(result: ClientResult) -> dict[str, float]:
     return {name: float(value) for name, value in merged.items() if isinstance(value, int | float)}
 
 
-def evaluated(result: ClientResult) -> dict[str, float]:
-    """Metrics of an answer to an evaluation; ValueError says why they cannot be used.
+def evaluation_metrics(result: ClientResult) -> dict[str, float]:
+    """Return the metrics of a reply to an evaluation.
 
     A network that has diverged is measured like any other: its predictions are wrong, its loss is infinite.
+
+    Raises
+    ------
+    ValueError
+        If it has no content or no metrics, or a value is not finite (a loss may be infinite).
     """
-    metrics = measured(result)
+    metrics = metrics_of(result)
     if not metrics:
         raise ValueError("it holds no metrics")
     for name, value in metrics.items():
@@ -267,14 +283,32 @@ def evaluated(result: ClientResult) -> dict[str, float]:
     return metrics
 
 
-def checked(result: ClientResult, schema: Schema) -> tuple[dict[str, Tree], dict[str, float]]:
-    """Records and metrics of an answer; ValueError says why it cannot be used."""
-    metrics = measured(result)
+def validated_reply(result: ClientResult, schema: Schema) -> tuple[dict[str, Tree], dict[str, float]]:
+    """Return the records and metrics of a reply that is as declared.
+
+    Parameters
+    ----------
+    result : ClientResult
+    schema : Schema
+        What it must hold.
+
+    Returns
+    -------
+    dict of record to Tree
+        Batch size [].
+    dict of str to float
+
+    Raises
+    ------
+    ValueError
+        If it has no content, differs from the schema, cannot be read, or holds values that are not finite.
+    """
+    metrics = metrics_of(result)
     assert result.content is not None
     names = {(r, n) for r, values in result.content.array_records.items() for n in values}
     if problem := _name_problem(names, schema):
         raise ValueError(problem)
-    for name in _COUNTS:
+    for name in _FINITE_METRICS:
         if not math.isfinite(metrics.get(name, 0.0)):
             raise ValueError(f"{name} is {metrics[name]}")
     try:
@@ -329,10 +363,10 @@ __all__ = [
     "ReplyCollector",
     "ReplyRules",
     "Schema",
-    "checked",
     "dtype_name",
-    "evaluated",
-    "measured",
+    "evaluation_metrics",
+    "metrics_of",
     "result_of",
     "schema_of",
+    "validated_reply",
 ]

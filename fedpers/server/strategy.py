@@ -30,9 +30,9 @@ from fedpers.server.collect import (
     ReplyCollector,
     ReplyRules,
     Schema,
-    checked,
-    evaluated,
+    evaluation_metrics,
     schema_of,
+    validated_reply,
 )
 from fedpers.server.exchange import Exchange
 from fedpers.server.folding import folding
@@ -42,9 +42,14 @@ from fedpers.server.work import ServerWork, missing_work
 from fedpers.settings import RoundsConfig, options
 
 log = logging.getLogger(__name__)
-Weighting = Annotated[Literal["samples", "uniform"], Field(description="of replies in the average: samples or alike")]
+Phase = Literal["train", "evaluate"]
+"""What clients are asked to do."""
+Weighting = Annotated[
+    Literal["samples", "uniform"],
+    Field(description="weight of a client in the average: its training samples, or 1 for every client"),
+]
 """Weight of a reply in the average: training samples of the client, or 1."""
-_OF_THE_RUN = (*options(RoundsConfig), "unseen", "postprocessors", "client_update")
+_RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "postprocessors", "client_update")
 """Fields that no method has as an option of its own."""
 
 
@@ -84,6 +89,12 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         Of the present round.
     sent_arrays : Tree
         The server's arrays before the present round; empty before the first.
+    exchange : Exchange
+        Messages to clients by their number; a new one for each run.
+    wrapper : flwr.serverapp.strategy.Strategy or None
+        One of Flower's strategies around this one, see :func:`fedpers.server.within`.
+    training_clients : list of int
+        Clients that were sent this round's training, ascending.
 
     Raises
     ------
@@ -106,8 +117,11 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     @classmethod
     def key(cls, name: str) -> str:
-        """An option as it is typed: a method's own below ``strategy``."""
-        return name if name in _OF_THE_RUN else super().key(name)
+        """Configuration key of a field: fields in :data:`_RUN_LEVEL_FIELDS` keep their name.
+
+        Any other field NAME is ``strategy.NAME``.
+        """
+        return name if name in _RUN_LEVEL_FIELDS else super().key(name)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +136,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.state: dict[str, Tree] = {}
         self.report = RoundReport(0)
         self.exchange = Exchange()
-        self.wrapper: Strategy | None = None  # one of Flower's around this strategy
+        self.wrapper: Strategy | None = None
         self._begun = False
         self._failures = FirstOfEachKind(log)
         self._identities_checked = 0
@@ -130,7 +144,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.sent_arrays = tree({})
         self._collector: ReplyCollector | None = None  # of replies that are folded where they are made
         self._training: list[flower.Message] = []  # what this round's clients were sent
-        self.training_clients: list[int] = []  # who was sent this round's training, ascending
+        self.training_clients: list[int] = []
         self._evaluating_clients: list[int] = []  # who was sent this round's evaluation
         self._started = 0.0
 
@@ -154,7 +168,11 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         Raises
         ------
         ConfigError
-            If the clients are those of another method, or do not read a key of `train_config`.
+            If the clients are those of another method or do not read a key of a configuration, or postprocessors or a
+            wrapper do not go with the method.
+        TrainingError
+            If no client is connected, two nodes hold the same client, fewer than `min_replies` replies of a round are
+            usable, a postprocessor cannot aggregate them, or the method needs :meth:`attach` first.
         """
         self.begin(timeout)
         folding_grid = self.folding(grid)
@@ -201,7 +219,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     @property
     def work(self) -> ServerWork:
-        """What the server computes with.
+        """Network, task and cohorts for computation on the server (:class:`ServerWork`).
 
         Raises
         ------
@@ -222,7 +240,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     # -------------------------------------------------- what a method overrides
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: Phase) -> list[int]:
         """Find out from the clients what must be known before they are sent anything (:meth:`query_clients`).
 
         Parameters
@@ -246,6 +264,19 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """Records for `clients`: one mapping for all of them, or one for each in their order.
 
         The default sends the model's arrays to everybody.
+
+        Parameters
+        ----------
+        round : int
+        arrays : Tree
+            The server's, batch size [].
+        clients : list of int ``[n]``
+            Those that :meth:`prepare` returned.
+
+        Returns
+        -------
+        mapping of record to Tree, or sequence ``[n]`` of such
+            Trees of batch size [].
         """
         return {ARRAYS: arrays}
 
@@ -254,11 +285,22 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
         The default is the server's arrays. A method whose clients send more adds its records
         (:func:`fedpers.server.collect.schema_of`); an entry that not every reply holds is ``optional``.
+
+        Returns
+        -------
+        Schema or sequence of Schema
+            Shapes of one client's arrays (batch size []).
         """
         return schema_of(ARRAYS, entries(self.sent_arrays))
 
     def fold(self) -> Fold:
-        """Empty aggregate for a round's replies; it travels to where they are made."""
+        """Empty streaming aggregator (:class:`Fold`) for a round's replies; sent to wherever replies are computed.
+
+        Returns
+        -------
+        Fold
+            It takes records of batch size [] (one client) or [K], and its result has batch size [].
+        """
         return WeightedMean()
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
@@ -317,7 +359,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         return sorted(set(self.exchange.node_of) - set(self.unseen))
 
     @property
-    def num_clients(self) -> int:
+    def num_trainable(self) -> int:
         """Number of clients that may train."""
         return len(self.trainable_clients)
 
@@ -327,7 +369,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         return [clients[i] for i in sample_clients(self.seed, round, len(clients), self.fraction)]
 
     def query_clients(
-        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, phase: str, schema: Schema
+        self, grid: Grid, question: str, round: int, clients: list[int], records: Records, phase: Phase, schema: Schema
     ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
         """Put a question to clients, which the client half answers with its method ``query_{question}``.
 
@@ -354,7 +396,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         usable = {}
         for client, result in results.items():
             try:
-                usable[client] = checked(result, schema)
+                usable[client] = validated_reply(result, schema)
             except ValueError as problem:
                 self.leave_out(client, str(problem), phase)
                 continue
@@ -364,7 +406,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             self.report.bytes_down += size
         return usable
 
-    def leave_out(self, client: int, reason: str, phase: str) -> None:
+    def leave_out(self, client: int, reason: str, phase: Phase) -> None:
         """Book a client as failed in this round's training or evaluation."""
         failures = self.report.failures if phase == "train" else self.report.evaluation_failures
         self._failures.note(f"round {self.report.round}, client {client}", reason)
@@ -403,11 +445,15 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
         Raises
         ------
+        ConfigError
+            If the clients are those of another method or do not read a key of `config`, or postprocessors or a wrapper
+            do not go with the method.
         TrainingError
-            If neither :meth:`start` nor :meth:`begin` was called, or no client is connected.
+            If neither :meth:`start` nor :meth:`begin` was called, no client is connected, or two nodes hold the same
+            client.
         """
         self._started = time.perf_counter()
-        if self.wrapper is not None and server_round == 1:
+        if self.wrapper is not None and server_round == 1:  # a wrapper's `start` never calls ours: round 1 begins a run
             self.begin(self.exchange.timeout)
         if not self._begun:
             raise TrainingError(
@@ -491,9 +537,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """Make the server's next arrays of a round's replies."""
         report, self._training = self.report, []
         for client in report.sampled:
-            if client not in collected.replies and client not in report.failures:
+            if client not in collected.metrics and client not in report.failures:
                 self.leave_out(client, collected.failures.get(client, NO_REPLY.error), "train")
-        good = sorted(collected.replies)
+        good = sorted(collected.metrics)
         if report.failures:
             log.warning("round %d: %s", server_round, _summed_up(report.failures, len(report.sampled)))
         if len(good) < self.min_replies:
@@ -502,10 +548,10 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
                 f"round {server_round}: {len(good)} of {len(report.sampled)} sampled clients sent a usable reply, "
                 f"{self.min_replies} needed{reasons}."
             )
-        report.book(collected.replies, collected.bytes_up)
+        report.book(collected.metrics, collected.bytes_up)
         means = {record: _on_device_of(self.sent_arrays, t) for record, t in collected.fold.result().items()}
         for postprocessor in self.postprocessors:
-            means = postprocessor.aggregate(self, means, collected.replies)
+            means = postprocessor.aggregate(self, means, collected.metrics)
             if postprocessor.state:
                 self.state[postprocessor.role] = tree(postprocessor.state)
         arrays = self.combine(self.sent_arrays, means, good)
@@ -542,7 +588,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         report = self.report
         for client, result in self.exchange.answers(replies, self._evaluating_clients).items():
             try:
-                metrics = evaluated(result)
+                metrics = evaluation_metrics(result)
             except ValueError as problem:
                 self.leave_out(client, str(problem), "evaluate")
                 continue

@@ -159,7 +159,7 @@ class Config(RoundsConfig):
     Parameters
     ----------
     strategy : mapping
-        ``name`` and the method's own settings (:func:`fedpers.strategies.options_of`).
+        ``name`` and the method's own settings (:func:`fedpers.strategies.default_options`).
     """
 
     rounds: Annotated[int, Field(ge=1)] = 50

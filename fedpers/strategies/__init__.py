@@ -11,16 +11,25 @@ from typing import Any
 from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy, Received, RoundReport, Weighting
 from fedpers.strategies.registry import (
     STRATEGIES,
+    default_options,
     make_strategy,
     method,
     method_options,
     option_types,
-    options_of,
     strategy_class,
 )
 
+options_of = default_options  # former name, which code outside of this package may import
+
 
 def __getattr__(name: str) -> Any:
+    """Module of a method, or a class of one: imports the methods' files until one defines the class.
+
+    Raises
+    ------
+    AttributeError
+        If none does.
+    """
     if name in STRATEGIES:
         return importlib.import_module(f"fedpers.strategies.{name}")
     for file in () if name.startswith("_") else STRATEGIES:
@@ -39,6 +48,7 @@ __all__ = [
     "Received",
     "RoundReport",
     "Weighting",
+    "default_options",
     "make_strategy",
     "method",
     "method_options",

@@ -5,7 +5,16 @@ from __future__ import annotations
 from fedpers.client.app import CohortApp
 from fedpers.client.update import LocalUpdate, Received
 from fedpers.server.report import RoundReport
-from fedpers.server.strategy import PersonalizedStrategy, Weighting
+from fedpers.server.strategy import PersonalizedStrategy, Phase, Weighting
 from fedpers.strategies.registry import method
 
-__all__ = ["CohortApp", "LocalUpdate", "PersonalizedStrategy", "Received", "RoundReport", "Weighting", "method"]
+__all__ = [
+    "CohortApp",
+    "LocalUpdate",
+    "PersonalizedStrategy",
+    "Phase",
+    "Received",
+    "RoundReport",
+    "Weighting",
+    "method",
+]

@@ -33,7 +33,7 @@ from fedpers.models.initial import fresh
 from fedpers.randomness import derive, sample_clients
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, method
 
 
 class Members(nn.Module):
@@ -105,7 +105,7 @@ class Ensemble(PersonalizedStrategy):
         seen = self.trainable_clients
         return [seen[i] for i in sample_clients(seed, round, len(seen), self.fraction)]
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: Phase) -> list[int]:
         """Settle who trains which members; in an evaluation everybody gets all."""
         all_members = list(range(self.client_update.members))
         if phase == "train":

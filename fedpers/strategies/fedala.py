@@ -41,7 +41,7 @@ from fedpers.cohort import Cohort, Reply, Tree, select, tree
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, method
 
 WEIGHTS = "weights"
 PASSES, SPREAD, MOST_PASSES = 10, 0.1, 100
@@ -132,7 +132,7 @@ class FedALA(PersonalizedStrategy):
     update = FedALAUpdate
     variant: Annotated[Literal["paper", "pfllib"], Field(description="who mixes in a round, see the module")] = "paper"
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: Phase) -> list[int]:
         """In ``pfllib`` let the clients that do not train in this round mix."""
         others = [client for client in self.trainable_clients if client not in clients]
         if self.variant == "pfllib" and phase == "train" and others:

@@ -69,14 +69,14 @@ from fedpers.cohort import (
     model_tree,
     tree,
 )
-from fedpers.data.federated import PARTS, FederatedData, Part
+from fedpers.data.federated import EVALUATED_PARTS, PARTS, FederatedData, Part
 from fedpers.errors import ConfigError, check
 from fedpers.models.frozen import featured
 from fedpers.models.initial import drawing, fresh
 from fedpers.randomness import generator, sample_clients
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, method
 from fedpers.tasks import class_losses
 
 log = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ class FedJETsUpdate(LocalUpdate):
         rows = super().evaluate(cohort, received, config)
         if self.evaluate_mixture:
             network = self.personalize(cohort, received, config)
-            for part in PARTS[1:]:
+            for part in EVALUATED_PARTS:
                 columns = self.measure(cohort, cohort.logits(network, part, self.mixed), part, config)
                 for name in columns.keys() - {"examples"}:
                     for row, value in zip(rows, columns[name].tolist(), strict=True):
@@ -311,7 +311,7 @@ class FedJETs(PersonalizedStrategy):
         drawn = _draw(able, tied, self.seed, "sampling_anchors", round)
         return sorted(drawn + _draw(others, min(len(others), size - tied), self.seed, "sampling", round))
 
-    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
+    def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: Phase) -> list[int]:
         """Ask all but the anchors of a round which experts they want."""
         anchors = anchor_clients(self.client_update.experts, self.unseen)
         self._anchors = {client for client in clients if phase == "train" and client in anchors}
@@ -346,7 +346,7 @@ class FedJETs(PersonalizedStrategy):
         if round == 1:
             parts = [v for n, v in entries(arrays).items() if n.startswith("experts.0.")]
             heads = [v for n, v in entries(arrays).items() if n.startswith("experts.0.head.")]
-            self.report.bytes_down += self.num_clients * (sum(v.nbytes for v in parts) - sum(v.nbytes for v in heads))
+            self.report.bytes_down += self.num_trainable * (sum(v.nbytes for v in parts) - sum(v.nbytes for v in heads))
         for i in range(self.client_update.experts):
             self.report.extra[f"holders_of_expert_{i}"] = float(sum(i in held for held in self._held.values()))
         if entropies:

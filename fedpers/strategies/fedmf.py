@@ -4,7 +4,7 @@ D. Chai et al., Secure Federated Matrix Factorization, IEEE Intelligent Systems 
 
 User k has a vector w_k (and a bias b_k), all have the item table C; item j scores ``sigmoid(w_k . C_j + b_k)``.
 
-    w_k, b_k, C <- passes of SGD on the binary cross-entropy of the user's positives and drawn negatives, all at once
+    w_k, b_k, C <- passes of SGD on the binary cross-entropy of the user's positives and drawn negatives, jointly
     C           <- mean_k C_k                                                  not weighted
 
 Shared: C. Personal: w_k, b_k. Rates: ``training.lr`` is that of the user vector, ``training.groups.body.lr`` that of
@@ -45,44 +45,48 @@ from fedpers.cohort.sparse_rows import (
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
 from fedpers.models import fresh
-from fedpers.models.factorization import factorized
+from fedpers.models.factorization import require_factorization
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
-_PLAIN = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
+_REQUIRED_TRAINING = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
 Values = Mapping[str, Tensor]
 
 
 @dataclass(kw_only=True)
 class FedMFUpdate(LocalUpdate):
-    """Move user vector and item table at once, on the visited rows.
+    """Move user vector and item table jointly, on the visited rows.
 
     Attributes
     ----------
-    shared_table : str
+    shared_table_name : str
         Name of the table that all have.
     """
 
     shared = "body"
     personal = "head"
     settles_parts = True
-    cohort_size = 16
-    shared_table: ClassVar[str] = "body.weight"
+    cohort_size = 16  # set here, because timing the steps of Cohort.fit says nothing about this update
+    shared_table_name: ClassVar[str] = "body.weight"
     threshold: Annotated[
-        float, Field(ge=0, description="entries of the common table that are not larger are not sent; 0 sends all")
+        float,
+        Field(
+            ge=0,
+            description="entries of the shared item table with absolute value <= threshold are not sent; 0 sends all",
+        ),
     ] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, plain in _PLAIN.items():
+        for name, required in _REQUIRED_TRAINING.items():
             value = getattr(self.training, name)
-            allowed = f"{'null' if plain is None else plain} for this method, which has an update of its own"
-            check(value == plain, f"training.{name}", value, allowed)
+            allowed = f"{'null' if required is None else required} for this method, which has an update of its own"
+            check(value == required, f"training.{name}", value, allowed)
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
-        """Draw the common table for itself."""
-        network, data = factorized(model, data)
+        """Draw the common table from its own random stream."""
+        network, data = require_factorization(model, data)
         network = deepcopy(network)
         network.body = self.common_table(network, seed)
         return network, data
@@ -99,7 +103,7 @@ class FedMFUpdate(LocalUpdate):
     # -------------------------------------------------------------------- training
 
     def visited(self, cohort: Cohort) -> VisitedRows:
-        """Rows of a round."""
+        """Item rows that the cohort's clients sample this round."""
         return VisitedRows(cohort)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
@@ -107,18 +111,21 @@ class FedMFUpdate(LocalUpdate):
         visited = self.visited(cohort)
         personal_values, sent = entries(cohort.state["model"]), entries(self.common(received))
         tables = cohort.names("body")
-        moved = {n: visited.gather(v) if n in tables else v.clone() for n, v in {**personal_values, **sent}.items()}
-        one = moved["head.weight"].new_ones(cohort.size)
+        tensors = {n: visited.gather(v) if n in tables else v.clone() for n, v in {**personal_values, **sent}.items()}
+        one = tensors["head.weight"].new_ones(cohort.size)
         factors = {name: one.clone() for name in tables}
-        metrics = self.descend(cohort, visited, moved, factors)
+        metrics = self.descend(cohort, visited, tensors, factors)
         cohort.gradients_taken += cohort.steps_taken
         # tables are written where they are: the state was gathered for this cohort
-        new = {n: visited.put(v, moved[n], factors[n]) if n in tables else moved[n] for n, v in personal_values.items()}
-        records = {ARRAYS: visited.message(moved[self.shared_table], factors[self.shared_table])} if sent else {}
-        return Reply(records, Tree({"model": tree(new, cohort.size)}, batch_size=[cohort.size]), metrics)
+        new = {
+            n: visited.put(v, tensors[n], factors[n]) if n in tables else tensors[n] for n, v in personal_values.items()
+        }
+        shared = self.shared_table_name
+        records = {ARRAYS: visited.message(tensors[shared], factors[shared])} if sent else {}
+        return Reply(records, tree({"model": tree(new, cohort.size)}, cohort.size), metrics)
 
     def descend(
-        self, cohort: Cohort, visited: VisitedRows, moved: dict[str, Tensor], factors: dict[str, Tensor]
+        self, cohort: Cohort, visited: VisitedRows, tensors: dict[str, Tensor], factors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Take all steps of a round in place.
 
@@ -126,7 +133,7 @@ class FedMFUpdate(LocalUpdate):
         ----------
         cohort : Cohort
         visited : VisitedRows
-        moved : dict of name to Tensor ``[K, ...]``
+        tensors : dict of name to Tensor ``[K, ...]``
             The network: of tables the visited rows ``[K, R, dim]``.
         factors : dict of name to Tensor ``[K]``
             By table, what weight decay leaves of the other rows.
@@ -136,30 +143,30 @@ class FedMFUpdate(LocalUpdate):
         dict of name to Tensor ``[K]``
             Metrics.
         """
-        walk = cohort.walk(moved, factors, training=visited.training)
-        optimizer = walk.optimizer(list(moved))
-        pace = torch.ones(cohort.size, dtype=torch.float64, device=cohort.device)
-        for step, (rows, left) in walk:
-            losses, grads = self.slopes(cohort, rows, *visited.counts(step))
-            sgd_step(optimizer, rows, grads, left, pace[: step.active])
+        walk = cohort.walk(tensors, factors, training=visited.training)
+        optimizer = walk.optimizer(list(tensors))
+        rate_factors = torch.ones(cohort.size, dtype=torch.float64, device=cohort.device)
+        for step, (rows, decay_factors) in walk:
+            losses, grads = self.gradients_of_step(cohort, rows, *visited.counts(step))
+            sgd_step(optimizer, rows, grads, decay_factors, rate_factors[: step.active])
             cohort.count_loss(step, losses)
         return {}
 
-    def slopes(
-        self, cohort: Cohort, rows: Values, positives: Tensor, samples: Tensor
+    def gradients_of_step(
+        self, cohort: Cohort, tensors: Values, positives: Tensor, samples: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses ``[a]`` of a step and their gradients, written out: autograd takes thrice as long.
 
         Parameters
         ----------
         cohort : Cohort
-        rows : mapping of name to Tensor
+        tensors : mapping of name to Tensor
             Tables ``[a, R, dim]``, ``head.weight`` ``[a, 1, dim]``, and perhaps ``head.bias`` ``[a, 1]``.
         positives, samples : Tensor ``[a, R]``
             How many of an item's samples in the step are positives, and how many there are.
         """
-        losses, grads, slope = logistic(rows[self.shared_table], rows, positives, samples)
-        return losses, {**grads, self.shared_table: slope}
+        losses, grads, by_vectors = logistic(tensors[self.shared_table_name], tensors, positives, samples)
+        return losses, {**grads, self.shared_table_name: by_vectors}
 
     # ------------------------------------------------------------------ on the way
 
@@ -167,14 +174,14 @@ class FedMFUpdate(LocalUpdate):
         """The received table ``[m, dim]`` by its name; nothing if there is none."""
         sent = received.get(ARRAYS, tree({}))
         values = entries(sent)
-        return tree({self.shared_table: dense(values)}) if "places" in values else sent
+        return tree({self.shared_table_name: dense(values)}) if "indices" in values else sent
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
         """What the user keeps, and the received table."""
         return cohort.view(self.common(received))
 
     def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
-        """Leave out the places that are no rows and, with a threshold, the small values."""
+        """Drop padding rows and, with a threshold, entries with ``|value| <= threshold``."""
         return {name: packed(entries(values), self.threshold) for name, values in records.items()}
 
 
@@ -202,14 +209,18 @@ def logistic(
     weight, bias = head["head.weight"], head.get("head.bias")
     size = samples.sum(1)
     logit = (vectors @ weight.transpose(1, 2)).squeeze(2)
-    chance = torch.sigmoid(logit if bias is None else logit + bias)
-    logs = positives * chance.log().clamp(min=-100) + (samples - positives) * (1 - chance).log().clamp(min=-100)
-    slope = chance * (1 - chance)
-    slope = (samples * chance - positives) * (slope / slope.clamp(min=1e-12)) / size[:, None]
-    grads = {"head.weight": slope.unsqueeze(1) @ vectors}
+    probability = torch.sigmoid(logit if bias is None else logit + bias)
+    logs = positives * probability.log().clamp(min=-100)
+    logs = logs + (samples - positives) * (1 - probability).log().clamp(min=-100)
+    derivative = probability * (1 - probability)
+    # as autograd does: the derivative of binary cross-entropy divides by max(p(1-p), 1e-12) and sigmoid's multiplies
+    # by p(1-p): 1 unless p is saturated, then 0
+    unsaturated = derivative / derivative.clamp(min=1e-12)
+    grad_logit = (samples * probability - positives) * unsaturated / size[:, None]
+    grads = {"head.weight": grad_logit.unsqueeze(1) @ vectors}
     if bias is not None:
-        grads["head.bias"] = slope.sum(1, keepdim=True)
-    return logs.sum(1) / -size, grads, slope.unsqueeze(2) * weight
+        grads["head.bias"] = grad_logit.sum(1, keepdim=True)
+    return logs.sum(1) / -size, grads, grad_logit.unsqueeze(2) * weight
 
 
 @method("fedmf")
@@ -223,8 +234,8 @@ class FedMF(PersonalizedStrategy):
     weighting: Weighting = "uniform"
 
     @property
-    def shared_table(self) -> tuple[str, Tensor] | None:
-        """Name and values ``[m, dim]`` of the table that all have, before the round."""
+    def sent_table(self) -> tuple[str, Tensor] | None:
+        """Name and values ``[m, dim]`` of the table that all have, before the round; None if there is none."""
         return next(iter(entries(self.sent_arrays).items()), None)
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records:
@@ -234,18 +245,18 @@ class FedMF(PersonalizedStrategy):
 
     def reply_schema(self, clients: list[int]) -> Schema:
         """Rows, values and the factor; nothing where there is no common table."""
-        if self.shared_table is None:
+        if self.sent_table is None:
             return {}
-        _, table = self.shared_table
+        _, table = self.sent_table
         kind = dtype_name(table)
         schema = {"rows": Entry((-1,), "int32"), "values": Entry((-1, table.shape[1]), kind), "factor": Entry((), kind)}
         if self.client_update.threshold:
-            schema |= {"values": Entry((-1,), kind), "places": Entry((-1,), "int32"), "shape": Entry((2,), "int64")}
+            schema |= {"values": Entry((-1,), kind), "indices": Entry((-1,), "int32"), "shape": Entry((2,), "int64")}
         return {(ARRAYS, name): entry for name, entry in schema.items()}
 
     def fold(self) -> Fold:
         """Mean of the rows that were visited."""
-        return super().fold() if self.shared_table is None else RowMean(*self.shared_table)
+        return super().fold() if self.sent_table is None else RowMean(*self.sent_table)
 
     def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:
         """As inherited; the rows an unseen user sends are put into the table it received."""

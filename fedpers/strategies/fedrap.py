@@ -5,7 +5,7 @@ code github.com/mtics/FedRAP (commit d6ee2ac).
 
 User k has a score function (w_k, b_k) and an item table D_k, all have the table C; an item j scores
 ``sigmoid(w_k . (D_kj + C_j) + b_k)``. A visit takes up to E passes over the user's positives and their drawn negatives,
-in batches of B samples (items repeat), and moves everything at once:
+in batches of B samples (items repeat), and moves everything jointly:
 
     L = BCE - lam * mean_{B,dim} (D_j - C_j)^2 + mu * mean_{B,dim} |C_j|
     x <- x - lr_x * step_decay^t * (dL/dx + weight_decay * x)       t = step in this visit; x = w, b, and all of D and C
@@ -56,7 +56,7 @@ from fedpers.cohort.sparse_rows import VisitedRows, sgd_step
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
-from fedpers.models.factorization import factorized
+from fedpers.models.factorization import require_factorization
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, method
 from fedpers.strategies.fedmf import FedMF, FedMFUpdate, Values, logistic
@@ -148,9 +148,9 @@ REGULARIZERS: dict[str, Penalty] = {
 
 @dataclass(kw_only=True)
 class FedRAPUpdate(FedMFUpdate):
-    """Move score function and both tables at once, on the visited rows."""
+    """Move score function and both tables jointly, on the visited rows."""
 
-    shared_table: ClassVar[str] = COMMON
+    shared_table_name: ClassVar[str] = COMMON
     settles_parts = True
     lam: Annotated[
         float,
@@ -198,8 +198,8 @@ class FedRAPUpdate(FedMFUpdate):
         return ("all", "-common") if self.tables == "both" else "all" if self.tables == "personal" else "head"
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
-        """Put a second table, drawn for itself, beside the first."""
-        network, data = factorized(model, data)
+        """Put a second table, drawn from its own random stream, beside the first."""
+        network, data = require_factorization(model, data)
         personal = None if self.tables == "common" else deepcopy(network.body)
         common = None if self.tables == "personal" else self.common_table(network, seed)
         return AdditiveFactorization(personal, common, deepcopy(network.head)), data
@@ -232,43 +232,43 @@ class FedRAPUpdate(FedMFUpdate):
         return replace(training, groups={**groups, PERSONAL: personal})
 
     def descend(
-        self, cohort: Cohort, visited: VisitedRows, moved: dict[str, Tensor], factors: dict[str, Tensor]
+        self, cohort: Cohort, visited: VisitedRows, tensors: dict[str, Tensor], factors: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Walk pass by pass, until the mean loss of a user no longer changes; ``passes`` counts them."""
         total = torch.zeros(cohort.size, dtype=torch.float64, device=cohort.device)
-        pace = torch.ones_like(total)
+        rate_factors = torch.ones_like(total)
         passes = torch.zeros(cohort.size, dtype=torch.float64)
         former = torch.full_like(passes, math.nan)
-        left = torch.tensor(visited.batches)  # steps of the next pass
+        next_steps = torch.tensor(visited.batches)  # steps of the next pass
         optimizer = None
         for _ in range(cohort.training.epochs):
-            trees = moved, factors, {"pace": pace, "total": total}
-            walk = cohort.walk(*trees, steps=left.tolist(), training=visited.training)
-            optimizer = optimizer or walk.optimizer(list(moved), visited.training)
-            for step, (rows, decayed, visit) in walk:
-                losses, grads = self.slopes(cohort, rows, *visited.counts(step))
-                sgd_step(optimizer, rows, grads, decayed, visit["pace"])
-                visit["pace"].mul_(self.step_decay)
+            trees = tensors, factors, {"rate_factors": rate_factors, "total": total}
+            walk = cohort.walk(*trees, steps=next_steps.tolist(), training=visited.training)
+            optimizer = optimizer or walk.optimizer(list(tensors), visited.training)
+            for step, (rows, decay_factors, visit) in walk:
+                losses, grads = self.gradients_of_step(cohort, rows, *visited.counts(step))
+                sgd_step(optimizer, rows, grads, decay_factors, visit["rate_factors"])
+                visit["rate_factors"].mul_(self.step_decay)
                 visit["total"].add_(losses.double() * step.count)
                 cohort.count_loss(step, losses)
-            passes += left > 0
+            passes += next_steps > 0
             mean = total.cpu() / cohort.samples_seen
-            left[(mean - former).abs() < self.tolerance * former.abs()] = 0
-            if not bool(left.any()):
+            next_steps[(mean - former).abs() < self.tolerance * former.abs()] = 0
+            if not bool(next_steps.any()):
                 break
             former = mean
         return {"passes": passes}
 
-    def slopes(
-        self, cohort: Cohort, rows: Values, positives: Tensor, samples: Tensor
+    def gradients_of_step(
+        self, cohort: Cohort, tensors: Values, positives: Tensor, samples: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of a step and their gradients: cross-entropy of the sum of the tables, and the penalties."""
-        personal, common = rows.get(PERSONAL), rows.get(COMMON)
+        personal, common = tensors.get(PERSONAL), tensors.get(COMMON)
         tables = [table for table in (personal, common) if table is not None]
         vectors = tables[0] if len(tables) == 1 else tables[0] + tables[1]
-        losses, grads, slope = logistic(vectors, rows, positives, samples)
+        losses, grads, by_vectors = logistic(vectors, tensors, positives, samples)
         if common is None:
-            return losses, {**grads, PERSONAL: slope}
+            return losses, {**grads, PERSONAL: by_vectors}
         paper = self.variant == "paper"
         growth = CURRICULA[self.curriculum](cohort.round - 1) if paper else 1.0
         share = samples / (samples.sum(1, keepdim=True) * vectors.shape[2])
@@ -276,15 +276,15 @@ class FedRAPUpdate(FedMFUpdate):
             share = torch.full_like(share, 1 / vectors[0].numel())
         value, by_common = REGULARIZERS[self.regularizer](common, samples, share)
         losses = losses + self.mu * growth * value
-        grads[COMMON] = by_common.mul_(self.mu * growth).add_(slope)
+        grads[COMMON] = by_common.mul_(self.mu * growth).add_(by_vectors)
         if personal is not None:
-            grads[PERSONAL] = slope
+            grads[PERSONAL] = by_vectors
             if self.lam:
                 apart = personal - common
                 losses = losses - self.lam * growth * (apart.square().sum(2) * share).sum(1)
                 apart.mul_((2 * self.lam * growth * share).unsqueeze(2))
                 grads[COMMON].add_(apart)
-                grads[PERSONAL] = slope.sub_(apart)
+                grads[PERSONAL] = by_vectors.sub_(apart)
         return losses, grads
 
 

@@ -70,7 +70,6 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, tree
 from fedpers.cohort.plan import batches_per_epoch
-from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import flat_rows
 from fedpers.data.federated import Part
 from fedpers.errors import check
@@ -128,7 +127,7 @@ class FedSelectUpdate(LocalUpdate):
         if self.variant == "official":
             previous = {name: template[name].clone() for name in self._selectable(names)}
             state.update(used=mask.clone(), previous=tree(previous))
-        return TensorDict(state, batch_size=[])
+        return tree(state)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Alternate, answer with the global entries, let the mask grow."""

@@ -3,8 +3,9 @@
 J. Zhang et al., GPFL: Simultaneously Learning Global and Personalized Feature Information for Personalized Federated
 Learning, ICCV 2023, arXiv:2308.10279.
 
-With features f = phi(x) (``[F]``), a conditional valve V, a table C of one embedding per category (``[U, F]``), its
-frozen copy C^ as received in this round, the client's head psi_k and its shares alpha_k of the categories:
+With features f = phi(x) (``[F]``); a valve V, the paper's Conditional Valve (module ``cov``); a table C of one
+embedding per category (``[U, F]``), the paper's Global Category Embedding (module ``gce``); its frozen copy C^ as
+received in this round; the client's head psi_k and its shares alpha_k of the categories:
 
     (gamma, beta) = V(c)                        two branches, each LayerNorm(ReLU(Linear(c)))
     f^G = ReLU((gamma + 1) * f + beta)          for the generic input c = g
@@ -17,7 +18,7 @@ frozen copy C^ as received in this round, the client's head psi_k and its shares
     phi, V, C        <- mean of the clients', by training samples
     prediction: psi_k(f^P) with the received phi and V and the client's p_k, before any local training
 
-Shared: the parameters of body, valve (``cov``) and table (``gce``). Personal: the head and all buffers, so BatchNorm
+Shared: the parameters of body, valve and table. Personal: the head and all buffers, so BatchNorm
 statistics of the body stay with their client in both variants (the authors' code averages and sends parameters only;
 the published descriptions do not say). No gradient reaches g, p_k and C^: they are given to the loss.
 
@@ -103,9 +104,9 @@ class ConditionalNetwork(nn.Module):
     body : nn.Module
         Samples to features ``[B, F]``.
     head : nn.Linear
-        Features to scores ``[B, C]``.
+        Features to scores ``[B, U]``.
     categories : int
-        U.
+        U, the number of classes.
     """
 
     def __init__(self, body: nn.Module, head: nn.Linear, categories: int) -> None:
@@ -116,13 +117,20 @@ class ConditionalNetwork(nn.Module):
         self.cov = Valve(head.in_features).to(head.weight)
 
 
-def conditioned(features: Tensor, valve: Tensor) -> Tensor:
-    """``ReLU((gamma + 1) * f + beta)`` (equations 1 and 2) of features ``[B, F]``; `valve` is ``[2, F]``."""
-    return torch.relu((valve[0] + 1) * features + valve[1])
+def conditioned(features: Tensor, scale_shift: Tensor) -> Tensor:
+    """``ReLU((gamma + 1) * f + beta)`` (equations 1 and 2) of features ``[B, F]``.
+
+    Parameters
+    ----------
+    features : Tensor ``[B, F]``
+    scale_shift : Tensor ``[2, F]``
+        Gamma and beta, as :class:`Valve` returns them.
+    """
+    return torch.relu((scale_shift[0] + 1) * features + scale_shift[1])
 
 
 def _tensors(given: Given) -> Mapping[str, Tensor]:
-    return cast(Mapping[str, Tensor], given)  # trees could be given too
+    return cast(Mapping[str, Tensor], given)  # `given` may also hold trees; here it holds tensors only
 
 
 @dataclass(kw_only=True)
@@ -146,7 +154,9 @@ class GPFLUpdate(LocalUpdate):
             "authors': 0.1 (MLP, CNN), 0 (ResNet-18)",
         ),
     ] = 0.1
-    variant: Annotated[Literal["official", "paper"], Field(description="see the module")] = "official"
+    variant: Annotated[
+        Literal["official", "paper"], Field(description="official: the authors' code; paper: equations 1 to 5")
+    ] = "official"
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Add table and valve between the network's body and head.
@@ -174,18 +184,21 @@ class GPFLUpdate(LocalUpdate):
             return ConditionalNetwork(copy.deepcopy(body), copy.deepcopy(head), data.num_classes), data
 
     def initial_state(self, template: Tree, module: nn.Module) -> Tree:
-        """Head and buffers; for the official conditional inputs also what they look back on."""
+        """Head and buffers.
+
+        For ``official`` also the conditional inputs of the table trained last and the round of that training.
+        """
         state = super().initial_state(template, module)
         if self.variant == "official":
-            none = template[TABLE].new_zeros(template[TABLE].shape[1])
-            state[CONDITIONS] = tree({GENERIC: none, PERSONAL: none.clone()})
-            state[LAST_ROUND] = none.new_zeros((), dtype=torch.int64)
+            zeros = template[TABLE].new_zeros(template[TABLE].shape[1])
+            state[CONDITIONS] = tree({GENERIC: zeros, PERSONAL: zeros.clone()})
+            state[LAST_ROUND] = zeros.new_zeros((), dtype=torch.int64)
         return state
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:
         """Conditional inputs as before the first average, and the initial table."""
-        none = template[TABLE].new_zeros(template[TABLE].shape[1])
-        return {GENERIC: none, PERSONAL: none, TARGET: template[TABLE]}
+        zeros = template[TABLE].new_zeros(template[TABLE].shape[1])
+        return {GENERIC: zeros, PERSONAL: zeros, TARGET: template[TABLE]}
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train everything at once; the table trained here gives the next conditional inputs."""
@@ -203,16 +216,16 @@ class GPFLUpdate(LocalUpdate):
         return replace(cohort.view(received[ARRAYS]), given=self._conditions(cohort, received, cohort.round))
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
-        """Scores ``[B, C]`` of the head for the personal features."""
-        valve = network.part("cov")(_tensors(network.given)[PERSONAL])
-        return network.part("head")(conditioned(network.part("body")(x), valve))
+        """Scores ``[B, U]`` of the head for the personal features."""
+        scale_shift = network.part("cov")(_tensors(network.given)[PERSONAL])
+        return network.part("head")(conditioned(network.part("body")(x), scale_shift))
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss of the personal features under the head plus those of the generic features (equations 3 to 5)."""
         table, given = network.tensors[TABLE], _tensors(batch.given)
         features = network.part("body")(batch.x)
-        valves = network.part("cov")(torch.stack([given[GENERIC], given[PERSONAL]]))
-        generic, personal = (conditioned(features, valve) for valve in valves)
+        scale_shifts = network.part("cov")(torch.stack([given[GENERIC], given[PERSONAL]]))
+        generic, personal = (conditioned(features, scale_shift) for scale_shift in scale_shifts)
         cosines = F.normalize(generic, dim=1) @ F.normalize(table, dim=1).T
         return (
             batch.mean(batch.losses(network.part("head")(personal)))
@@ -222,10 +235,10 @@ class GPFLUpdate(LocalUpdate):
         )
 
     def _distance(self, difference: Tensor, batch: Batch) -> Tensor:
-        """Magnitude-level loss; its slope at 0 is 0."""
+        """Magnitude-level loss; its gradient at 0 is 0."""
         if self.variant == "paper":
             return batch.mean(torch.linalg.vector_norm(difference, dim=1))
-        if batch.weight is not None:
+        if batch.weight is not None:  # padding (weight 0) must not count
             difference = difference * batch.weight[:, None]
         whole: Tensor = torch.linalg.vector_norm(difference)
         return whole
@@ -233,8 +246,8 @@ class GPFLUpdate(LocalUpdate):
     def _penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | float:
         if self.variant != "paper" or not self.mu:
             return 0.0
-        valve = torch.cat([value.flatten() for name, value in tensors.items() if name.startswith("cov.")])
-        norms: Tensor = torch.linalg.vector_norm(valve) + torch.linalg.vector_norm(tensors[TABLE])
+        valve_parameters = torch.cat([value.flatten() for name, value in tensors.items() if name.startswith("cov.")])
+        norms: Tensor = torch.linalg.vector_norm(valve_parameters) + torch.linalg.vector_norm(tensors[TABLE])
         return self.mu * norms
 
     def _training(self, training: Training) -> Training:
@@ -243,19 +256,24 @@ class GPFLUpdate(LocalUpdate):
             return training
         groups = dict(training.groups or {})
         for pattern in ("gce.*", "cov.*"):
-            while pattern in groups:  # a group of the user stays in its place
+            # `gce.**` matches the same names as `gce.*`: the user's entry stays, and this one, being last, wins
+            while pattern in groups:
                 pattern += "*"
             groups[pattern] = {"weight_decay": self.mu}
         return replace(training, groups=groups)
 
-    def _conditions(self, cohort: Cohort, received: Received, last: int) -> dict[str, Tensor]:
-        """Conditional inputs ``[K, F]`` by name, after round `last`."""
+    def _conditions(self, cohort: Cohort, received: Received, latest_round: int) -> dict[str, Tensor]:
+        """Conditional inputs ``[K, F]`` by name.
+
+        A client that trained in `latest_round` uses those it stored then; any other derives them from the server's
+        former table (``previous``). In ``paper`` all derive them from the received table.
+        """
         if self.variant == "paper":
             return self._inputs(cohort, cohort.per_client(received[ARRAYS], [TABLE])[TABLE])
         conditions = {name: value.to(cohort.device) for name, value in entries(cohort.state[CONDITIONS]).items()}
         if PREVIOUS not in received:  # nothing has been averaged yet
             return conditions
-        just_trained = (cohort.state[LAST_ROUND] == last).to(cohort.device)
+        just_trained = (cohort.state[LAST_ROUND] == latest_round).to(cohort.device)
         before = self._inputs(cohort, cohort.per_client(received[PREVIOUS])[TABLE])
         return {n: torch.where(expand_rows(just_trained, v), v, before[n]) for n, v in conditions.items()}
 

@@ -58,13 +58,12 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Collect, Records, Reply, Tree, View, entries, leaves, tree
 from fedpers.cohort.fold import REPLIES
-from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import expand_rows
 from fedpers.identity import ADAPTING
 from fedpers.models.frozen import PROMPTS
 from fedpers.randomness import generator as numbers
 from fedpers.records import ARRAYS
-from fedpers.server.collect import checked, schema_of
+from fedpers.server.collect import schema_of, validated_reply
 from fedpers.server.tools import ClientTable, ServerOptimizer
 from fedpers.strategies.base import PersonalizedStrategy, Received, Weighting, method
 from fedpers.strategies.fedvpt import FedVPTUpdate
@@ -119,7 +118,7 @@ class PFedPGUpdate(FedVPTUpdate):
         }
         return Reply(
             {ARRAYS: tree({PROMPTS: change}, cohort.size)},
-            TensorDict(personal_state, batch_size=[cohort.size]),
+            tree(personal_state, cohort.size),
             {"prompt_change": change.flatten(1).norm(dim=1)},
         )
 
@@ -321,7 +320,7 @@ class PFedPG(PersonalizedStrategy):
             changes = {}
             for client in able:
                 try:
-                    changes[client] = checked(results[client], schema)[0][ARRAYS][PROMPTS].to(base)
+                    changes[client] = validated_reply(results[client], schema)[0][ARRAYS][PROMPTS].to(base)
                 except ValueError as problem:
                     self.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             stay = [i for i, client in enumerate(able) if client in changes]

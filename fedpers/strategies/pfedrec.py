@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, View
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
-from fedpers.models.factorization import factorized
+from fedpers.models.factorization import require_factorization
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
@@ -61,7 +61,7 @@ class PFedRecUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Check that there are items to be rated."""
-        return factorized(model, data)
+        return require_factorization(model, data)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Fine-tune the received table under the user's score function."""
@@ -82,8 +82,8 @@ class PFedRecUpdate(LocalUpdate):
         """Mean binary cross-entropy; in ``official`` of probabilities."""
         if self.variant == "default":
             return super().loss(network, batch)
-        chance = torch.sigmoid(self.predict(network, batch.x)).squeeze(1)
-        return batch.mean(F.binary_cross_entropy(chance, batch.y.to(chance.dtype), reduction="none"))
+        probability = torch.sigmoid(self.predict(network, batch.x)).squeeze(1)
+        return batch.mean(F.binary_cross_entropy(probability, batch.y.to(probability.dtype), reduction="none"))
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
         """What the user trained last; the received table of a user that has not trained yet, unless ``official``."""

@@ -110,7 +110,7 @@ def option_types(name: str) -> dict[str, Any]:
     return {key: hints[key] for key in method_options(name)}
 
 
-def options_of(name: str) -> dict[str, Any]:
+def default_options(name: str) -> dict[str, Any]:
     """Return the defaults of a method's own options, of both halves.
 
     Raises

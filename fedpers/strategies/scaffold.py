@@ -95,7 +95,7 @@ class Scaffold(PersonalizedStrategy):
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move the network by ``server_lr`` and c by the share of clients that took part."""
-        share = len(clients) / self.num_clients
+        share = len(clients) / self.num_trainable
         change = entries(means[CONTROL])
         old = self.state.get(CONTROL, _zeros(arrays, tuple(change)))
         self.state[CONTROL] = tree({n: old[n] + share * v for n, v in change.items()})

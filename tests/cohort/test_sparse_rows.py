@@ -149,7 +149,7 @@ def test_messages_hold_the_visited_rows_alone(threshold: float) -> None:
     for k, client in enumerate(cohort.clients):
         items = items_of(cohort, client)
         wire = entries(packed(entries(message[k]), threshold))
-        assert ("places" in wire) == bool(threshold)
+        assert ("indices" in wire) == bool(threshold)
         read = entries(fold.decode({"arrays": tree(wire)}, client)["arrays"])
         assert read["rows"].tolist() == items.tolist()
         assert torch.equal(read["values"], table[items] * (table[items].abs() > threshold))
@@ -173,13 +173,13 @@ def test_what_was_left_out_is_zero(seed: int, rows: int, width: int, threshold: 
         ({"shape": torch.tensor([1, 4])}, r"'values' has shape \[1, 4\], expected \[2, 2\]"),
         ({"shape": torch.tensor([-2, -2])}, r"'values' has shape \[-2, -2\], expected \[2, 2\]"),
         ({"shape": torch.tensor([2**40, 2])}, r"'values' has shape \[1099511627776, 2\], expected \[2, 2\]"),
-        ({"places": torch.tensor([0, 4])}, "'places' lie outside of the table"),
-        ({"places": torch.tensor([-1, 2])}, "'places' lie outside of the table"),
-        ({"places": torch.tensor([1])}, "there are 1 'places' for 2 values"),
+        ({"indices": torch.tensor([0, 4])}, "'indices' lie outside of the table"),
+        ({"indices": torch.tensor([-1, 2])}, "'indices' lie outside of the table"),
+        ({"indices": torch.tensor([1])}, "there are 1 'indices' for 2 values"),
     ],
 )
 def test_what_is_no_part_of_a_table_is_refused(change: dict[str, Tensor], sentence: str) -> None:
     message = sent([1, 2], torch.ones(2), 1.0)
-    message |= {"places": torch.tensor([0, 3]), "shape": torch.tensor([2, 2]), **change}
+    message |= {"indices": torch.tensor([0, 3]), "shape": torch.tensor([2, 2]), **change}
     with pytest.raises(ValueError, match=sentence):
         RowMean("items", torch.zeros(4, 2)).decode({"arrays": tree(message)}, 0)

@@ -128,5 +128,5 @@ def test_a_collector_gets_every_client_once() -> None:
     collector = ReplyCollector(strategy.reply_rules(strategy.training_clients))
     grid.send_and_fold(messages, collector)
     grid.close()
-    assert sorted(collector.collected.replies) == list(range(CLIENTS))
+    assert sorted(collector.collected.metrics) == list(range(CLIENTS))
     assert collector.collected.failures == {}

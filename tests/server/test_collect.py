@@ -75,7 +75,7 @@ def test_parts_that_travelled_give_what_one_collector_gives(method: str) -> None
         parts.append(unpack(pack(part.partial())))
     merged = ReplyCollector(rules_of(strategy)).collected
     merged.merge(parts)
-    assert sorted(merged.replies) == sorted(results)
+    assert sorted(merged.metrics) == sorted(results)
     assert merged.failures == {}
     other, same = round_of(method)
     whole = ReplyCollector(rules_of(other))
@@ -128,7 +128,7 @@ def test_who_answers_less_than_declared_is_left_out_however_replies_are_divided(
     lots = [[client] for client in results] if alone else [[0, 1, 2, 3], [4, 5, 6]]
     merged = ReplyCollector(rules_of(strategy)).collected
     merged.merge(part_of(strategy, results, lot).collected for lot in lots)
-    assert sorted(merged.replies) == [4, 5, 6]
+    assert sorted(merged.metrics) == [4, 5, 6]
     assert merged.failures == dict.fromkeys(range(4), "'arrays/head.bias' is missing in its reply")
     expected = part_of(strategy, results, [4, 5, 6]).collected.fold.result()["arrays"]
     for name, value in leaves(expected).items():
@@ -141,7 +141,7 @@ def test_failures_of_all_parts_are_kept() -> None:
     merged = ReplyCollector(rules_of(strategy)).collected
     merged.merge(part_of(strategy, results, clients).collected for clients in ([0, 1, 2], [3], []))
     assert merged.failures == {3: "out of memory"}
-    assert sorted(merged.replies) == [0, 1, 2]
+    assert sorted(merged.metrics) == [0, 1, 2]
 
 
 # ------------------------------------------------------------------- stacked replies
@@ -163,7 +163,7 @@ def test_a_stack_is_folded_as_its_rows_are() -> None:
     whole, rows = collector(), collector()
     whole.take_cohort(stacked())
     rows.take(dict(zip([5, 2, 7], stacked().rows(), strict=True)))
-    assert whole.collected.replies == rows.collected.replies
+    assert whole.collected.metrics == rows.collected.metrics
     assert whole.collected.bytes_up == rows.collected.bytes_up == 3 * (16 + 8)
     means = [taker.collected.fold.result()["arrays"] for taker in (whole, rows)]
     assert torch.allclose(means[0]["w"], means[1]["w"])
@@ -176,7 +176,7 @@ def test_rows_of_clients_that_failed_are_not_folded() -> None:
     taker = collector("uniform")
     taker.take_cohort(stacked(errors={2: "out of memory"}))
     assert taker.collected.failures == {2: "out of memory"}
-    assert list(taker.collected.replies) == [5, 7]
+    assert list(taker.collected.metrics) == [5, 7]
     assert torch.equal(taker.collected.fold.result()["arrays"]["w"], torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
 
 
@@ -193,7 +193,7 @@ def test_a_stack_that_is_not_as_declared_is_left_out_whole(entry: tuple[str, str
     result.records[entry[0]][entry[1]] = entry[2]
     taker.take_cohort(result)
     assert taker.collected.failures == dict.fromkeys([5, 2, 7], problem)
-    assert taker.collected.replies == {}
+    assert taker.collected.metrics == {}
 
 
 def test_a_client_without_samples_is_left_out_where_samples_weigh() -> None:
@@ -299,7 +299,7 @@ def test_a_reply_that_a_fold_refuses_counts_nobody_twice(whole: bool) -> None:
             taker.take({client: row})
     assert taker.rules.fold.clients == [5, 2]  # type: ignore[attr-defined]
     assert taker.collected.failures == {7: "too strange"}
-    assert list(taker.collected.replies) == [5, 2]
+    assert list(taker.collected.metrics) == [5, 2]
     assert taker.collected.bytes_up == 2 * 24
 
 

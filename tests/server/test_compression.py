@@ -286,7 +286,7 @@ def test_a_reply_that_cannot_be_read_is_left_out(record: str, value: Tensor, rea
         made = flower.RecordDict({name: to_record(tree(values)) for name, values in content.items()})
         collector.take({client: ClientResult(made)})
     assert collector.collected.failures == {1: reason}
-    assert collector.collected.replies.keys() == {0}
+    assert collector.collected.metrics.keys() == {0}
     torch.testing.assert_close(
         collector.collected.fold.result()[ARRAYS]["w"], torch.tensor([64 * 2 / 127, -2.0, 0.0, 0.0, 0.0])
     )
@@ -517,7 +517,7 @@ def test_one_reply_of_a_cohort_that_cannot_be_used_leaves_the_others() -> None:
     metrics = [{"num-examples": 1, "steps": 1, "samples": 1, "train-loss": 0.5}] * 3
     collector.take_cohort(CohortResult([4, 8, 6], metrics, stack(w=values)))
     assert list(collector.collected.failures) == [8]
-    assert list(collector.collected.replies) == [4, 6]
+    assert list(collector.collected.metrics) == [4, 6]
     assert collector.collected.fold.result()[ARRAYS]["w"].tolist() == [0.25, 0.125]
 
 

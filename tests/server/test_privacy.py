@@ -137,7 +137,7 @@ def test_a_change_too_large_for_a_norm_is_left_out_alone() -> None:
         content = flower.RecordDict({ARRAYS: to_record(tree({"w": replies[ARRAYS]["w"][k]}))})
         collector.take({k: ClientResult(content)})
     assert collector.collected.failures == {1: "its change is too large for a finite norm"}
-    assert collector.collected.replies.keys() == {0}
+    assert collector.collected.metrics.keys() == {0}
 
 
 # -------------------------------------------------------------------- noise
@@ -293,8 +293,8 @@ def test_private_replies_may_be_folded_elsewhere() -> None:
         parts.append(pickle.loads(pickle.dumps(remote.partial())))
     merged = ReplyCollector(strategy.reply_rules(list(range(7)))).collected
     merged.merge(parts)
-    assert merged.replies == local.collected.replies
-    assert sum(metrics["clipped"] for metrics in merged.replies.values()) == 6
+    assert merged.metrics == local.collected.metrics
+    assert sum(metrics["clipped"] for metrics in merged.metrics.values()) == 6
     assert_same(entries(merged.fold.result()[ARRAYS]), entries(local.collected.fold.result()[ARRAYS]))
 
 

@@ -16,7 +16,7 @@ from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConf
 from fedpers.settings.base import choices, options
 from fedpers.settings.data import RATINGS, DatasetConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
-from fedpers.strategies import STRATEGIES, options_of, strategy_class
+from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
 NEEDED = {"npz": ["dataset.root=a.npz"], "ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"]}
 BROUGHT = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
@@ -70,7 +70,7 @@ def test_the_defaults_are_those_of_the_classes() -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_method_is_its_file_and_has_all_its_options(name: str) -> None:
     assert strategy_class(name).__module__ == f"fedpers.strategies.{name}"
-    assert composed([f"strategy={name}"]).strategy == {"name": name, **options_of(name)}
+    assert composed([f"strategy={name}"]).strategy == {"name": name, **default_options(name)}
 
 
 def test_names_are_written_once_where_they_are_looked_up() -> None:
@@ -130,7 +130,7 @@ def test_what_does_not_compose_is_refused(overrides: list[str], sentence: str) -
 def test_help_lists_every_option_of_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["--help", "strategy=fedrap", "partition=dirichlet", "training", "tracker=wandb", "model"]) == 0
     text = capsys.readouterr().out
-    for name, default in options_of("fedrap").items():
+    for name, default in default_options("fedrap").items():
         assert f"strategy.{name}={default}" in text
     for line in (
         "strategy=fedrap  FedRAP: ",

@@ -8,7 +8,7 @@ import pytest
 from fedpers.cohort import Training
 from fedpers.errors import ConfigError
 from fedpers.settings import options
-from fedpers.strategies import STRATEGIES, make_strategy, options_of
+from fedpers.strategies import STRATEGIES, default_options, make_strategy
 
 BAD: list[tuple[str, str, Any]] = [
     *((method, "weighting", "sample") for method in STRATEGIES),
@@ -92,7 +92,7 @@ def test_perfedavg_needs_batches_to_halve() -> None:
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
-    for call in (lambda: make_strategy("fedrepp"), lambda: options_of("fedrepp")):
+    for call in (lambda: make_strategy("fedrepp"), lambda: default_options("fedrepp")):
         with pytest.raises(ConfigError, match=r"strategy=fedrepp: .*did you mean 'fedrep'"):
             call()
     with pytest.raises(ConfigError, match=r"strategy\.head_epoch=2: .*of fedrep.*did you mean 'head_epochs'"):
@@ -113,7 +113,7 @@ def test_settings_go_to_the_half_that_has_them() -> None:
 
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_defaults_are_valid_options(method: str) -> None:
-    options = options_of(method)
+    options = default_options(method)
     assert "training" not in options
     assert "fraction" not in options
     server, client = make_strategy(method, options)

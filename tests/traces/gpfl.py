@@ -315,7 +315,7 @@ def _compare_trained(run: Running, replies: list[flower.Message], r: int) -> Non
         _compare_entries(run.compared, "client", {**kept, **sent}, case.client("after", r, client))
         losses = case.arrays.get(f"r{r}/c{client}/batch_loss")
         if losses is not None:  # all batches are of one size
-            run.compared.add("loss", collector.collected.replies[client]["train-loss"], losses.mean())
+            run.compared.add("loss", collector.collected.metrics[client]["train-loss"], losses.mean())
     weights = case.weights(r)
     if weights is not None:
         run.compared.add("weights", fold.weights() / fold.weights().sum(), weights)

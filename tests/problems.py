@@ -149,6 +149,13 @@ def generated(dtype: torch.dtype = torch.float32) -> Problem:
     return Problem(given.network, given.data, {**given.options, "server_optimizer": "sgd", "server_lr": 0.5})
 
 
+def grouped(dtype: torch.dtype = torch.float32) -> Problem:
+    """Clients in three groups, one round for all of them, then rounds within groups."""
+    given = classification(dtype)
+    groups = tuple(client % 3 for client in range(given.data.num_clients))
+    return replace(given, options={"global_rounds": 1, "groups": groups})
+
+
 SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "scaffold": scaffold,
     "fedjets": fedjets,
@@ -158,6 +165,7 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "pfedrec": pfedrec,
     "fedvpt": prompted,
     "pfedpg": generated,
+    "group_perfl": grouped,
 }
 """Methods that need something else than :func:`classification`."""
 
@@ -211,6 +219,10 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ensemble": {"three": {"members": 3, "init": "random", "weighting": "uniform"}},
     "fedvpt": {"uniform": {"prompts": 1, "weighting": "uniform"}},
+    "group_perfl": {
+        "penalties": {"group_mu": 0.3, "personal_mu": 0.2, "group_rate": 0.5, "personal_rate": 0.1, "keep_best": False},
+        "no common start": {"global_rounds": 0, "personal_epochs": 0},
+    },
     "pfedpg": {
         "adam": {"server_optimizer": "adam", "server_lr": 0.01},
         "one token": {"descriptor_tokens": 1, "inner": 5},

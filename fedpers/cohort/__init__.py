@@ -1,7 +1,7 @@
 """The numerical core: K clients as one stacked computation. Knows torch, not Flower."""
 
 from fedpers.cohort.cohort import Cohort, Reply, mixed
-from fedpers.cohort.fold import ARRAYS, Collect, Fold, Records, WeightedMean
+from fedpers.cohort.fold import ARRAYS, Collect, Fold, GroupedMean, Records, WeightedMean
 from fedpers.cohort.modules import prepare
 from fedpers.cohort.prediction import View
 from fedpers.cohort.state import StateStore
@@ -27,6 +27,7 @@ __all__ = [
     "Collect",
     "Fold",
     "Given",
+    "GroupedMean",
     "Loss",
     "Network",
     "Records",

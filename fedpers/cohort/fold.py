@@ -20,6 +20,10 @@ ARRAYS = "arrays"
 """Record of the model's arrays, as in Flower's own strategies."""
 
 
+GROUPS = "groups"
+"""Record in which :class:`GroupedMean` says which groups its means belong to."""
+
+
 class Fold(ABC):
     """Something that takes replies and yields an aggregate; a subclass has :meth:`add`, :meth:`merge`, :meth:`result`.
 
@@ -133,6 +137,52 @@ class WeightedMean(Fold):
                 means[name] = (mean if dtype.is_floating_point else mean.round()).to(dtype).contiguous()
             out[record] = tree(means)
         return out
+
+
+class GroupedMean(Fold):
+    """A weighted mean for each group of clients.
+
+    Parameters
+    ----------
+    group_of : dict of int to int
+        Group of each client; clients that it lacks belong to group 0.
+
+    Attributes
+    ----------
+    means : dict of int to WeightedMean
+        By group, of those with replies.
+    """
+
+    any_layout = True
+
+    def __init__(self, group_of: Mapping[int, int]) -> None:
+        self.group_of = dict(group_of)
+        self.means: dict[int, WeightedMean] = {}
+
+    def add(self, records: Records, weight: float, client: int) -> None:
+        """Take in one client's records."""
+        self.means.setdefault(self.group_of.get(client, 0), WeightedMean()).add(records, weight)
+
+    def merge(self, other: Self) -> None:
+        """Merge group by group."""
+        for group, mean in other.means.items():
+            if group in self.means:
+                self.means[group].merge(mean)
+            else:
+                self.means[group] = mean
+
+    def result(self) -> dict[str, Tree]:
+        """Means ``[n, ...]`` of n groups by record, and in ``groups`` their numbers ``group`` ``[n]``, ascending.
+
+        All replies must hold the same entries.
+        """
+        groups = sorted(self.means)
+        results = [self.means[group].result() for group in groups]
+        stacked = {
+            record: tree({n: torch.stack([r[record][n] for r in results]) for n in entries(values)}, len(groups))
+            for record, values in (results[0] if results else {}).items()
+        }
+        return {**stacked, GROUPS: tree({"group": torch.tensor(groups)})} if results else {}
 
 
 class Collect(Fold):

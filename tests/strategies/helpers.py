@@ -79,6 +79,7 @@ def run(
     server = {"fraction": fraction, "seed": SEED, "unseen": data.unseen}
     strategy, update = make_strategy(method, options, server=server, training=settings)
     app = update.client_app(network, data, seed=SEED, device=device)
+    strategy.attach(app)
     made = (
         LocalGrid(app, data.num_clients, clients_at_once=cohort, workers=1)
         if grid is None

@@ -13,6 +13,9 @@ from fedpers.strategies import STRATEGIES, default_options, make_strategy
 BAD: list[tuple[str, str, Any]] = [
     *((method, "weighting", "sample") for method in STRATEGIES),
     ("fedavg_ft", "finetune_epochs", 0),
+    ("group_perfl", "global_rounds", -1),
+    ("group_perfl", "group_mu", -0.1),
+    ("group_perfl", "personal_rate", 0.0),
     ("fedprox", "mu", -0.1),
     ("fedprox", "mu", math.nan),
     ("scaffold", "server_lr", 0.0),

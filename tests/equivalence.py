@@ -79,7 +79,9 @@ def halves(
     data = given.data if given.data.unseen else replace(given.data, unseen=UNSEEN)
     server = {"fraction": 0.7, "seed": 3, "unseen": data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
-    return strategy, update.client_app(given.network, data, seed=3, device=device)
+    app = update.client_app(given.network, data, seed=3, device=device)
+    strategy.attach(app)
+    return strategy, app
 
 
 def client_half(method: str, dtype: torch.dtype) -> CohortApp:

@@ -257,6 +257,7 @@ def prepared(method: str) -> Prepared:
         method, given.options, server={"unseen": given.data.unseen, "seed": 1}, training=given.training
     )
     app = update.client_app(given.network, given.data, seed=1)
+    strategy.attach(app)
     grid = LocalGrid(app, given.data.num_clients, clients_at_once=100, workers=1)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()

@@ -219,6 +219,21 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "ensemble": {"three": {"members": 3, "init": "random", "weighting": "uniform"}},
     "fedvpt": {"uniform": {"prompts": 1, "weighting": "uniform"}},
+    "fedd2s": {
+        "moving": {"rate": 1, "server_batch_size": 20},
+        "parameters": {"variant": "parameters", "rate": 1},
+    },
+    "self_fl": {
+        "closed form": {
+            "step_rule": "quadratic",
+            "curvature": 2.0,
+            "intra": "gradients",
+            "min_epochs": 0.5,
+            "weighting": "uniform",
+        },
+        "empirical": {"inter": "empirical", "start": "global", "weighting": "samples", "smoothing": 0.0},
+        "fixed": {"step_rule": "fixed", "inter_variance": 0.01, "warmup_rounds": 2},
+    },
     "group_perfl": {
         "penalties": {"group_mu": 0.3, "personal_mu": 0.2, "group_rate": 0.5, "personal_rate": 0.1, "keep_best": False},
         "no common start": {"global_rounds": 0, "personal_epochs": 0},

@@ -39,6 +39,7 @@ def made(method: str) -> tuple[PersonalizedStrategy, CohortApp, LocalGrid]:
     server = {"fraction": 0.5, "seed": 3, "unseen": data.unseen, "evaluate_every": 3}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
     app = update.client_app(given.network, data, seed=3)
+    strategy.attach(app)
     return strategy, app, LocalGrid(app, data.num_clients, clients_at_once=3, workers=1)
 
 

@@ -7,12 +7,13 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedpers.settings.base import choices
 from fedpers.settings.groups import GROUPS, choice_values
+from fedpers.settings.training import Training
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,10 @@ class RunRecord:
 
     @property
     def training(self) -> dict[str, Any]:
-        """Settings of local training, which a study may tune for each method."""
+        """Settings of local training, which a study may tune for each method; those not written are the defaults."""
         training = self.config.get("training")
-        return _flatten(training) if isinstance(training, Mapping) else {}
+        written = _flatten(training) if isinstance(training, Mapping) else {}
+        return {key: value for key, value in {**asdict(Training()), **written}.items() if value is not None}
 
     @property
     def comparable(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ as soon as it fits, so the digits may then change.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -236,11 +238,11 @@ def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
 def _time_per_client(app: CohortApp, size: int, num_clients: int) -> float:
     """Seconds of a client and step in a round, in cohorts of `size` of which one runs on each core.
 
-    With the step's share of what a cohort takes before its first. Short steps are timed twice, and the better time
-    counts: the other may have been interrupted.
+    Clients take steps by their samples, so that a core with small clients may wait for one with large ones. Short steps
+    are timed twice, and the better time counts: the other may have been interrupted.
     """
-    cohorts = -(-num_clients // size)
-    threads = min(_threads(app), cohorts)
+    steps = _steps_of_a_round(app, num_clients)
+    threads = min(_threads(app), -(-num_clients // size))
     module = copy_network(app.module)
 
     def step() -> float:
@@ -248,19 +250,41 @@ def _time_per_client(app: CohortApp, size: int, num_clients: int) -> float:
             return _time_steps(_stepper(app, size, module), app.device)
         return _time_together([_stepper(app, size) for _ in range(threads)])
 
-    begin = _time_steps(lambda: _stepper(app, size, module), app.device) / _steps_of_a_training(app)
+    begin = _time_steps(lambda: _stepper(app, size, module), app.device)
     seconds = step()
     if seconds < LONG_STEP:
         seconds = min(seconds, step())
-    return -(-cohorts // threads) * (begin + seconds) / num_clients
+    return _seconds_of_a_round(steps, size, threads, begin, seconds) / sum(steps)
 
 
-def _steps_of_a_training(app: CohortApp) -> int:
-    """Steps of a client of median size."""
+def _steps_of_a_round(app: CohortApp, num_clients: int) -> list[int]:
+    """Steps of `num_clients` clients, descending, who stand for all of them."""
     training = app.update.training
     sizes = [app.sizes[client] for client in _clients(app)]
-    batches = batches_per_epoch(sizes[len(sizes) // 2], training.batch_size, training.drop_last)
-    return training.steps or max(1, training.epochs * batches)
+    chosen = [sizes[i * len(sizes) // num_clients] for i in range(num_clients)]
+    if training.steps is not None:
+        return [max(1, training.steps)] * num_clients
+    batches = [batches_per_epoch(size, training.batch_size, training.drop_last) for size in chosen]
+    return [max(1, training.epochs * number) for number in batches]
+
+
+def _seconds_of_a_round(steps: list[int], size: int, threads: int, begin: float, seconds: float) -> float:
+    """Time until the last cohort is through, each taken by the first thread that is free.
+
+    Parameters
+    ----------
+    steps : list of int
+        Of each client, descending.
+    size : int
+        Clients of a cohort.
+    threads : int
+    begin, seconds : float
+        Time of a cohort before its first step, and of a step of all its clients.
+    """
+    free = [0.0] * threads
+    for cohort in np.array_split(steps, -(-len(steps) // size)):  # as CohortEngine divides a round
+        heapq.heapreplace(free, free[0] + begin + seconds * float(cohort.sum()) / size)
+    return max(free)
 
 
 def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
@@ -434,7 +458,7 @@ def _key(app: CohortApp, num_clients: int) -> str:
         app.update.training.batch_size,
         app.update.training.optimizer,
         app.update.training.momentum,
-        num_clients,
+        _steps_of_a_round(app, num_clients),
     ]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=12).hexdigest()
 

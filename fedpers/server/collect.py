@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedpers.client.results import ClientResult, CohortResult
+from fedpers.client.update import EXTRA
 from fedpers.cohort import Fold, Records, Tree, entries
 from fedpers.records import trees
 from fedpers.server.postprocessors.base import Postprocessor
@@ -46,6 +47,7 @@ Schema = dict[tuple[str, str], Entry]
 log = logging.getLogger(__name__)
 UNBOUNDED = ("loss", "mse")
 """Endings of metrics that are infinite where a client's network has diverged; no other may be."""
+_WEIGHT_METRICS = {"samples": "num-examples", "inverse_variance": f"{EXTRA}precision"}
 _FINITE_METRICS = ("steps", "samples", "gradients", "train-loss")
 NO_REPLY = ClientResult(None, "no reply")
 """Result of a client whose reply did not come."""
@@ -74,7 +76,8 @@ class ReplyRules:
     fold : Fold
         Empty aggregator (:class:`Fold`) that receives the replies.
     postprocessors : sequence of Postprocessor
-    weighting : {"samples", "uniform"}
+    weighting : {"samples", "uniform", "inverse_variance"}
+        See :func:`reply_weight`.
     by_client : dict of int to Schema
         What the replies of some clients hold instead.
     """
@@ -223,12 +226,12 @@ class ReplyCollector:
         self.collected.bytes_up += size
 
     def _weight(self, metrics: Mapping[str, float]) -> float:
-        return 1.0 if self.rules.weighting == "uniform" else float(metrics["num-examples"])
+        return reply_weight(self.rules.weighting, metrics)
 
     def _weight_problem(self, metrics: Mapping[str, float]) -> str:
-        number = metrics.get("num-examples", math.nan)
-        wrong = self.rules.weighting == "samples" and not 0 < number < math.inf
-        return f"num-examples is {metrics.get('num-examples')}" if wrong else ""
+        name = _WEIGHT_METRICS.get(self.rules.weighting)
+        wrong = name is not None and not 0 < metrics.get(name, math.nan) < math.inf
+        return f"{name} is {metrics.get(name)}" if name is not None and wrong else ""
 
     def partial(self) -> Collected:
         """Copy for :meth:`Collected.merge` on another machine, without what that machine already has.
@@ -237,6 +240,12 @@ class ReplyCollector:
         """
         collected = self.collected
         return Collected(collected.fold.partial(), collected.metrics, collected.failures, collected.bytes_up)
+
+
+def reply_weight(weighting: str, metrics: Mapping[str, float]) -> float:
+    """Weight of a reply in an average: its training samples, its metric ``train/precision``, or 1 (``uniform``)."""
+    name = _WEIGHT_METRICS.get(weighting)
+    return 1.0 if name is None else float(metrics[name])
 
 
 def result_of(reply: flower.Message | None) -> ClientResult:
@@ -366,6 +375,7 @@ __all__ = [
     "dtype_name",
     "evaluation_metrics",
     "metrics_of",
+    "reply_weight",
     "result_of",
     "schema_of",
     "validated_reply",

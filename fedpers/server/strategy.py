@@ -95,6 +95,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         One of Flower's strategies around this one, see :func:`fedpers.server.within`.
     training_clients : list of int
         Clients that were sent this round's training, ascending.
+    reply_metrics : mapping of int to mapping of str to float
+        Metrics of each client whose reply :meth:`combine` has in its means; a method's own begin with ``train/``.
 
     Raises
     ------
@@ -145,6 +147,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self._collector: ReplyCollector | None = None  # of replies that are folded where they are made
         self._training: list[flower.Message] = []  # what this round's clients were sent
         self.training_clients: list[int] = []
+        self.reply_metrics: Mapping[int, Mapping[str, float]] = {}
         self._evaluating_clients: list[int] = []  # who was sent this round's evaluation
         self._started = 0.0
 
@@ -549,6 +552,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
                 f"{self.min_replies} needed{reasons}."
             )
         report.book(collected.metrics, collected.bytes_up)
+        self.reply_metrics = collected.metrics
         means = {record: _on_device_of(self.sent_arrays, t) for record, t in collected.fold.result().items()}
         for postprocessor in self.postprocessors:
             means = postprocessor.aggregate(self, means, collected.metrics)

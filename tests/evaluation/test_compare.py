@@ -291,6 +291,14 @@ def test_settings_that_change_no_number_do_not_part_runs(write, tmp_path, other)
     assert [row.method for row in board(tmp_path).rows] == ["fedrep", "fedavg"]
 
 
+@pytest.mark.parametrize("newer", [{"lr": 0.1, "budget": None}, {"lr": 0.1, "epochs": 1, "groups": None}])
+def test_training_settings_that_an_older_run_did_not_write_are_the_defaults(write, tmp_path, newer):
+    write("fedrep", 0, 0.8)
+    write("fedrep", 1, 0.7, config={"training": newer})
+    (row,) = board(tmp_path).rows
+    assert row.seeds == 2
+
+
 def test_differences_that_are_nearly_equal_are_compared_without_a_warning(write, tmp_path, recwarn):
     for seed in range(3):
         write("fedrep", seed, 0.9 + 1e-16 * seed)
@@ -306,7 +314,7 @@ def test_a_method_with_a_training_of_its_own_is_told_apart_in_a_note(write, tmp_
         write("pfedrec", seed, 0.7, config={"training": {"lr": 0.01, "epochs": 2}})
     group = board(tmp_path)
     assert [row.method for row in group.rows] == ["fedrep", "fedavg", "pfedrec"]
-    told = "Rows differ in training settings (training.*): pfedrec has epochs=2 lr=0.01; the others epochs=None lr=0.1."
+    told = "Rows differ in training settings (training.*): pfedrec has epochs=2 lr=0.01; the others epochs=1 lr=0.1."
     assert told in group.notes
 
 

@@ -48,7 +48,9 @@ def halves(method: str) -> tuple[PersonalizedStrategy, CohortApp]:
     given = problem(method)
     server = {"fraction": 0.7, "seed": 3, "unseen": given.data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
-    return strategy, update.client_app(given.network, given.data, seed=3)
+    app = update.client_app(given.network, given.data, seed=3)
+    strategy.attach(app)
+    return strategy, app
 
 
 def app_of(method: str) -> CohortApp:

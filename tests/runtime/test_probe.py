@@ -85,7 +85,7 @@ def test_a_round_takes_as_long_as_the_core_with_most_cohorts(app: CohortApp, mon
     together: list[list[Any]] = []
     alone: list[Any] = []
     monkeypatch.setattr(module, "_stepper", lambda app, size, network=None: size)
-    monkeypatch.setattr(module, "_steps_of_a_training", lambda app: 2)
+    monkeypatch.setattr(module, "_steps_of_a_round", lambda app, clients: [2] * clients)
     monkeypatch.setattr(module, "cores", lambda: 3)
     monkeypatch.setattr(module, "_time_together", lambda sizes: together.append(sizes) or 6.0)
 
@@ -126,7 +126,23 @@ def test_a_round_is_divided_into_cohorts_of_nearly_equal_size(app: CohortApp, mo
     assert module._sizes(app, 50) == [1, 4, 13, 25, 50]
     assert module._sizes(app, 1) == [1]
     assert module._sizes(app, 7) == [1, 4, 7]
-    assert module._steps_of_a_training(app) == -(-sorted(app.sizes)[len(app.sizes) // 2] // 8)
+
+
+def test_clients_of_a_round_stand_for_all_of_them(app: CohortApp) -> None:
+    steps = sorted((-(-size // 8) for size in app.sizes), reverse=True)
+    assert module._steps_of_a_round(app, 7) == steps
+    assert module._steps_of_a_round(app, 3) == [steps[0], steps[2], steps[4]]
+    assert module._steps_of_a_round(app, 1) == steps[:1]
+
+
+def test_a_core_with_small_clients_waits_for_one_with_large_ones() -> None:
+    def seconds(steps: list[int], size: int, threads: int = 2, begin: float = 0.0) -> float:
+        return module._seconds_of_a_round(steps, size, threads, begin, float(size))
+
+    assert seconds([10, 8, 2, 2], 2) == 18  # the other one has 4
+    assert seconds([10, 8, 2, 2], 1) == 12  # 10 and 2, 8 and 2
+    assert seconds([10, 8, 2, 2], 4) == seconds([10, 8, 2, 2], 1, threads=1) == 22
+    assert seconds([10, 8, 2, 2], 1, begin=1.0) == 14
 
 
 def test_given_values_are_kept(app: CohortApp, measured: list[Any]) -> None:

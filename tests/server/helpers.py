@@ -56,6 +56,7 @@ def both(
     app = update.client_app(
         network or chosen.network, chosen.data, seed=3, mods=mods, postprocessors=strategy.postprocessors
     )
+    strategy.attach(app)
     return strategy, app
 
 

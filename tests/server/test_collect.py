@@ -39,6 +39,7 @@ def round_of(method: str, dtype: torch.dtype = torch.float64) -> tuple[Personali
     server = {"unseen": given.data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
     app = update.client_app(given.network, given.data)
+    strategy.attach(app)
     grid = LocalGrid(app, given.data.num_clients, clients_at_once=100, workers=1)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
     strategy.begin()

@@ -497,6 +497,7 @@ def test_an_unseen_client_that_is_not_connected_is_named(method: str) -> None:
     data = replace(given.data, unseen=(3, 6))
     strategy, update = make_strategy(method, given.options, server={"unseen": (3, 6)}, training=given.training)
     app = update.client_app(given.network, data)
+    strategy.attach(app)
     grid = LocalGrid(app, 6, clients_at_once=6, workers=1)  # the last client is not there
     *_, report = run_rounds(strategy, grid, app.initial_arrays(), 1)
     assert report.evaluation_failures == {6: "it is not connected"}

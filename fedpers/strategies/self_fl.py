@@ -1,0 +1,277 @@
+"""Self-FL: two uncertainties decide how far each client departs from the global network, and what it counts there.
+
+H. Chen, J. Ding, E. Tramel, S. Wu, A. K. Sahu, S. Avestimehr, T. Zhang, Self-Aware Personalized Federated Learning,
+NeurIPS 2022, arXiv:2204.08069.
+
+Re-derived from the abstract and summaries; the sections on method and experiments were not at hand, there is no code of
+the authors, and numbers are not comparable with the paper's. Networks theta_m scatter around theta with variance s_0
+(inter-client), what client m learns scatters around theta_m with variance s_m (intra-client). For Gaussians the best
+personal network is ``B_m theta + (1 - B_m) z_m`` with ``B_m = s_m / (s_0 + s_m)``, z_m the client's own optimum.
+
+    theta_m <- l_m steps of SGD on f_m from theta without m's own part            more of them, the larger s_0 / s_m
+    s_m     <- variance of theta_m along these steps
+    theta   <- sum_m theta_m / (s_0 + s_m) / sum_m 1 / (s_0 + s_m)
+    s_0     <- mean_m [ |theta_m - theta|^2 / d + s_0 s_m / (s_0 + s_m) ]          d parameters
+    prediction: theta_m
+
+Shared: the parameters, with s_0 down and s_m up. Personal: the whole network theta_m, buffers included, and s_m.
+
+Readings taken, all of them options. The abstract says that step counts and aggregation follow the two uncertainties,
+one across time and one across clients; the formulas are proposals:
+
+- ``step_rule: log`` takes ``l_m = b_m * log(1 + s_0 / s_m) / c`` steps within ``min_epochs`` and ``max_ratio``, b_m
+  those of the training settings and c the median logarithm after the warm-up, whose client takes its usual steps.
+  ``quadratic`` takes those by which gradient descent on a quadratic of curvature c comes from its start to the optimum,
+  ``log((s_0' + s_m) / s_m) / -log(1 - lr * c)``, s_0' the variance around that start.
+- ``start: leave_one_out`` takes out of theta what the client itself put in, ``(W theta - w_m theta_m) / (W - w_m)``, if
+  it was in the last aggregate with less than nine tenths of the weight; ``global`` starts from theta.
+- ``intra: trajectory`` is the variance of the iterates in the second half of a training, per coordinate, mean over
+  coordinates; ``gradients`` the sampling variance of the optimum, ``var(gradient of a sample) / (n_m c^2)``, for which
+  one more pass is taken sample by sample. Where it is not known (fewer than two iterates) it counts as s_0.
+- ``inter: em`` is the rule above, the mean taken with the aggregation's weights, which has the same expectation;
+  ``empirical`` lacks the second term, and can collapse since what is sent has been drawn to theta. Both are smoothed
+  over rounds (``smoothing``). ``inter_variance`` fixes s_0: small, all tend to one network, large, to local ones.
+- In the first ``warmup_rounds`` all take their usual steps from theta and count alike.
+
+What is sent has been drawn to theta already, so that iterating the third line weighs z_m by ``1 / (s_0 + s_m)^2``;
+``weighting: uniform`` is the one whose fixed point is the Gaussian optimum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fedpers.cohort import Cohort, Records, Reply, Tree, entries, tree
+from fedpers.cohort.plan import batches_per_epoch
+from fedpers.cohort.step import Step
+from fedpers.cohort.tree import expand_rows, sum_rows
+from fedpers.errors import check
+from fedpers.records import ARRAYS
+from fedpers.server.collect import reply_weight
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+
+UNCERTAINTY = "uncertainty"
+"""Record to clients and role of the server: ``inter`` s_0, ``weight`` W of the last aggregate, ``scale`` 1 / c."""
+MEMORY = "memory"
+"""Role in personal state: ``variance`` s_m (0: not known), ``weight`` w_m and ``round`` of the last training."""
+SMALLEST = 1e-12
+"""Of variances."""
+InverseVariance = Annotated[
+    Literal["inverse_variance", "samples", "uniform"],
+    Field(description="weight of a client in the average: 1 / (s_0 + s_m), its training samples, or 1"),
+]
+
+
+class RunningVariance:
+    """Variance over a sequence of networks ``[K]``, per coordinate, mean over coordinates (Welford's method).
+
+    Parameters
+    ----------
+    like : mapping of name to Tensor ``[K, ...]``
+        Tensors of the shapes that will be added.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.means = {name: torch.zeros_like(value) for name, value in like.items()}
+        first = next(iter(self.means.values()))
+        self.count = first.new_zeros(len(first))
+        self.squares = first.new_zeros(len(first), dtype=torch.float64)
+        self.size = sum(value[0].numel() for value in self.means.values())
+
+    def add(self, step: Step, values: Mapping[str, Tensor], counted: Tensor) -> None:
+        """Add the rows `values` ``[a, ...]`` of a step's clients for which `counted` (bool ``[a]``) holds."""
+        rows = slice(0, step.active) if step.rows is None else step.rows.to(self.count.device)
+        self.count[rows] += counted
+        share = counted / self.count[rows].clamp(min=1)
+        for name, mean in self.means.items():
+            before = values[name] - mean[rows]
+            mean[rows] += expand_rows(share, before) * before
+            self.squares[rows] += sum_rows(before * (values[name] - mean[rows])).double() * counted
+
+    def result(self) -> Tensor:
+        """Variance ``[K]``, float64; 0 of fewer than two networks."""
+        return self.squares / (self.count - 1).clamp(min=1) / self.size
+
+
+@dataclass(kw_only=True)
+class SelfFLUpdate(LocalUpdate):
+    """Train for as many steps as the uncertainties say."""
+
+    shared = "parameters"
+    personal = "all"
+    settles_parts = True
+    step_rule: Annotated[
+        Literal["log", "quadratic", "fixed"], Field(description="how many steps; fixed: those of the training settings")
+    ] = "log"
+    start: Annotated[Literal["leave_one_out", "global"], Field(description="network a training starts from")] = (
+        "leave_one_out"
+    )
+    intra: Annotated[
+        Literal["trajectory", "gradients"], Field(description="where the variance of a client's own network is seen")
+    ] = "trajectory"
+    curvature: Annotated[float, Field(gt=0, description="of the loss, for step_rule=quadratic and intra=gradients")] = (
+        1.0
+    )
+    min_epochs: Annotated[float, Field(ge=0, description="fewest steps, in passes over the client's samples")] = 1.0
+    max_ratio: Annotated[float, Field(gt=0, description="most steps, in multiples of those of the settings")] = 4.0
+
+    def initial_state(self, template: Tree, module: nn.Module) -> Tree:
+        """The network; nothing is known of its variance."""
+        state = super().initial_state(template, module)
+        zero = torch.zeros((), dtype=torch.float64, device=template.device)
+        state[MEMORY] = tree({"variance": zero, "weight": zero.clone(), "round": zero.to(torch.int64)})
+        return state
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train from the start that the method says, and measure the variance."""
+        params = cohort.assemble(received[ARRAYS], cohort.state["model"].select(*cohort.names("buffers")))
+        names = cohort.trainable()
+        inter, steps, spread = None, None, torch.zeros(cohort.size, dtype=torch.float64)
+        if UNCERTAINTY in received:
+            known = entries(cohort.per_client(received[UNCERTAINTY]))
+            inter = known["inter"]
+            if self.start == "leave_one_out":
+                spread = self._without_own(cohort, params, received[ARRAYS], known["weight"])
+            steps = self._steps(cohort, inter, spread.to(inter), known["scale"])
+        trajectory = RunningVariance({name: params[name] for name in names})
+        taken, total = 0, torch.tensor(self._usual_steps(cohort) if steps is None else steps)
+
+        def record(step: Step, rows: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
+            nonlocal taken
+            trajectory.add(step, rows, taken >= step.take(total.to(cohort.device)) // 2)
+            taken += 1
+
+        recorded = [record] if self.intra == "trajectory" else []
+        cohort.fit(params, self.loss, adjust=recorded, steps=steps)
+        variance = trajectory.result() if self.intra == "trajectory" else self._sampling_variance(cohort, params, names)
+        weight = torch.ones_like(variance)
+        if inter is not None:
+            weight = 1 / (inter + torch.where(variance > 0, variance, inter)).clamp(min=SMALLEST)
+        arrays = entries(received[ARRAYS])
+        away = [sum_rows((params[n] - value.to(cohort.device)).double().square()) for n, value in arrays.items()]
+        rounds = torch.full_like(weight, cohort.round).to(torch.int64)
+        memory = {"variance": variance, "weight": weight, "round": rounds}
+        return cohort.reply(
+            params,
+            state={MEMORY: tree(memory, cohort.size)},
+            metrics={"intra_variance": variance, "precision": weight, "squared_distance": torch.stack(away).sum(0)},
+        )
+
+    def _usual_steps(self, cohort: Cohort) -> list[int]:
+        """Steps ``[K]`` of the training settings."""
+        training = cohort.training
+        if training.steps is not None:
+            return [training.steps] * cohort.size
+        return [training.epochs * batches for batches in _batches(cohort)]
+
+    def _steps(self, cohort: Cohort, inter: Tensor, spread: Tensor, scale: Tensor) -> list[int]:
+        """Steps ``[K]`` by `inter`, `scale` and the variance `spread` of what a training starts from, all ``[K]``."""
+        usual = self._usual_steps(cohort)
+        variance = cohort.state[MEMORY]["variance"].to(inter)
+        known = (variance > 0) & cohort.trained
+        if self.step_rule == "fixed":
+            return usual
+        steps = torch.tensor(usual, dtype=torch.float64)
+        most, least = steps * self.max_ratio, torch.tensor(_batches(cohort)) * self.min_epochs
+        safe = variance.clamp(min=SMALLEST)
+        if self.step_rule == "log":
+            wanted = steps * (torch.log1p(inter / safe) * scale).cpu()
+        else:
+            left = 1 - cohort.rate * self.curvature
+            check(0 < left < 1, "strategy.curvature", self.curvature, f"less than 1 / training.lr={cohort.rate:g}")
+            wanted = (torch.log1p((inter + spread) / safe) / -math.log(left)).cpu()
+        chosen = torch.where(known.cpu(), wanted, steps).round()
+        return torch.minimum(torch.maximum(chosen, least.ceil()), most.ceil()).long().tolist()
+
+    def _without_own(self, cohort: Cohort, params: Tree, arrays: Tree, total: Tensor) -> Tensor:
+        """Take the clients' own parts out of what they start from, in place; variance ``[K]`` of what is left."""
+        memory, model = cohort.state[MEMORY], cohort.state["model"]
+        weight = memory["weight"].to(total)
+        others = total - weight
+        able = cohort.trained & (memory["round"].to(cohort.device) == cohort.round - 1) & (others > 0.1 * total)
+        factor = torch.where(able, weight / others.clamp(min=SMALLEST), 0)
+        for name in entries(arrays):
+            common = params[name]
+            common += expand_rows(factor.to(common), common) * (common - model[name].to(common))
+        return torch.where(able, 1 / others.clamp(min=SMALLEST), 0)
+
+    def _sampling_variance(self, cohort: Cohort, params: Tree, names: tuple[str, ...]) -> Tensor:
+        """Variance ``[K]`` of the clients' optima by the scatter of their samples' gradients."""
+        scatter = RunningVariance({name: params[name] for name in names})
+        plan = cohort.plan(epochs=1, batch_size=1, drop_last=False, frozen=True, purpose="uncertainty")
+        for step in cohort.steps(plan):
+            rows = {name: step.take(params[name]) for name in cohort.names("all")}
+            _, grads = cohort.gradients(step, rows, self.loss, names, frozen=True)
+            every = {name: grads.get(name, torch.zeros_like(rows[name])) for name in names}
+            scatter.add(step, every, torch.ones(step.active, dtype=torch.bool, device=cohort.device))
+        return scatter.result() / (scatter.count * self.curvature**2)
+
+
+def _batches(cohort: Cohort) -> list[int]:
+    """Batches ``[K]`` of one pass."""
+    training = cohort.training
+    return [batches_per_epoch(n, training.batch_size, training.drop_last) for n in cohort.sizes().tolist()]
+
+
+@method("self_fl")
+@dataclass(kw_only=True)
+class SelfFL(PersonalizedStrategy):
+    """Average by inverse variance, and the variance between clients."""
+
+    update = SelfFLUpdate
+    weighting: InverseVariance = "inverse_variance"  # type: ignore[assignment]
+    inter: Annotated[Literal["em", "empirical"], Field(description="how the variance between clients is seen")] = "em"
+    inter_variance: Annotated[
+        float | None, Field(gt=0, description="variance between clients; null: estimated in each round")
+    ] = None
+    smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="share of the former variance between clients in the new one")
+    ] = 0.5
+    warmup_rounds: Annotated[int, Field(ge=1, description="rounds with the usual steps and uniform weights")] = 1
+
+    def send(self, round: int, arrays: Tree, clients: list[int]) -> Records:
+        """Send the network and, after the warm-up, what is known of the scatter of networks."""
+        if UNCERTAINTY not in self.state or round <= self.warmup_rounds:
+            return {ARRAYS: arrays}
+        return {ARRAYS: arrays, UNCERTAINTY: self.state[UNCERTAINTY]}
+
+    def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
+        """Take the mean; estimate the variance between clients from how far each went."""
+        new = means[ARRAYS]
+        replies = [self.reply_metrics[client] for client in clients]
+        intra, squares = (
+            torch.tensor([row[f"train/{name}"] for row in replies], dtype=torch.float64)
+            for name in ("intra_variance", "squared_distance")
+        )
+        size = sum(value.numel() for value in entries(arrays).values())
+        moved = sum(float((entries(new)[n] - v).double().square().sum()) for n, v in entries(arrays).items())
+        weights = torch.tensor([reply_weight(self.weighting, row) for row in replies], dtype=torch.float64)
+        shares = weights / weights.sum()
+        inter = (float(shares @ squares) - moved) / size
+        before = self.state.get(UNCERTAINTY)
+        if before is None or self.inter == "empirical":
+            inter *= len(replies) / max(1, len(replies) - 1)
+        else:
+            former = float(before["inter"])
+            variance = torch.where(intra > 0, intra, former)
+            inter += float(shares @ (former * variance / (former + variance)))
+            inter = self.smoothing * former + (1 - self.smoothing) * inter
+        inter = max(SMALLEST, inter if self.inter_variance is None else self.inter_variance)
+        if before is None or self.report.round <= self.warmup_rounds:
+            logs = torch.log1p(inter / intra.clamp(min=SMALLEST))[intra > 0]
+            scale = 1 / float(logs.median()) if len(logs) else 1.0
+        else:
+            scale = float(before["scale"])
+        # without the sum of inverse variances nobody's own part can be taken out of the mean
+        total = float(weights.sum()) if self.weighting == "inverse_variance" else 0.0
+        values = {"inter": inter, "weight": total, "scale": scale}
+        self.state[UNCERTAINTY] = tree({name: torch.tensor(v, dtype=torch.float64) for name, v in values.items()})
+        self.report.extra["inter_variance"] = inter
+        return new

@@ -1,0 +1,169 @@
+"""Self-FL: variances by hand, steps by the uncertainties, and Gaussian clients beside the closed form."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedpers.cohort import Cohort, Training, tree
+from fedpers.cohort.step import Step
+from fedpers.errors import ConfigError
+from fedpers.strategies.self_fl import MEMORY, UNCERTAINTY, RunningVariance, SelfFL, SelfFLUpdate
+from tests.strategies.helpers import DATA, NETWORK, run
+
+
+def step_of(active: int, rows: torch.Tensor | None = None) -> Step:
+    empty = torch.zeros(active, 0)
+    return Step(
+        active=active, index=empty.long(), x=empty, y=empty, weight=None, count=empty.sum(1), key=None, rows=rows
+    )
+
+
+def test_running_variance_is_that_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.normal(size=(9, 3, 2, 2)))
+    bias = torch.from_numpy(rng.normal(size=(9, 3, 5)) + 1e4)
+    found = RunningVariance({"w": values[0], "b": bias[0]})
+    order = torch.tensor([2, 0, 1])
+    for t in range(9):
+        counted = torch.tensor([True, t >= 4, t >= 8])
+        found.add(step_of(3, order), {"w": values[t][order], "b": bias[t][order]}, counted)
+    for client, first in ((2, 0), (0, 4)):
+        together = np.concatenate([values[first:, client].flatten(1), bias[first:, client]], 1)
+        np.testing.assert_allclose(float(found.result()[client]), together.var(0, ddof=1).mean(), rtol=1e-9)
+    assert float(found.result()[1]) == 0  # of a single network
+
+
+def update_with(**options: Any) -> SelfFLUpdate:
+    return SelfFLUpdate(training=Training(lr=0.1, batch_size=5, epochs=2), **options)
+
+
+def cohort_with(variance: list[float], update: SelfFLUpdate, trainings: int = 1) -> Cohort:
+    app = update.client_app(NETWORK, DATA)
+    clients = [0, 2, 1, 3]  # 20, 13, 9 and 7 samples: 4, 3, 2 and 2 batches of 5
+    state = app.initial_state.expand(4).clone()
+    state[MEMORY, "variance"] = torch.tensor(variance, dtype=torch.float64)
+    state["trained"] = torch.full((4,), trainings)
+    return app.cohort(clients, state, {"server-round": 3})
+
+
+def steps_of(update: SelfFLUpdate, variance: list[float], inter: float, scale: float, trainings: int = 1) -> list[int]:
+    cohort = cohort_with(variance, update, trainings)
+    column = torch.ones(4, dtype=torch.float64)
+    return update._steps(cohort, inter * column, 0 * column, scale * column)
+
+
+def test_steps_grow_with_the_variance_between_clients_and_fall_with_the_own_one() -> None:
+    usual = [8, 6, 4, 4]
+    assert steps_of(update_with(step_rule="fixed"), [0.1] * 4, 1.0, 1.0) == usual
+    median = 1 / np.log1p(2.0)
+    assert steps_of(update_with(), [0.5] * 4, 1.0, median) == usual
+    assert steps_of(update_with(), [0.5, 0.1, 0.1, 5.0], 1.0, median) == [8, round(6 * np.log(11) * median), 9, 2]
+    assert steps_of(update_with(max_ratio=1.5), [1e-6] * 4, 1.0, median) == [12, 9, 6, 6]
+    assert steps_of(update_with(), [0.0, 0.5, 0.5, 0.5], 1.0, median)[0] == 8  # nothing known yet
+    assert steps_of(update_with(), [0.1] * 4, 1.0, median, trainings=0) == usual
+    exact = update_with(step_rule="quadratic", curvature=2.0, min_epochs=0.0, max_ratio=100.0)
+    assert steps_of(exact, [0.1] * 4, 0.4, 1.0) == [round(np.log(5) / -np.log(0.8))] * 4
+
+
+def test_a_rate_at_which_descent_does_not_come_closer_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"strategy\.curvature=10\.0: expected less than 1 / training\.lr=0\.1"):
+        steps_of(update_with(step_rule="quadratic", curvature=10.0), [0.1] * 4, 1.0, 1.0)
+
+
+def test_without_its_own_part_the_mean_is_that_of_the_others() -> None:
+    update = update_with()
+    cohort = cohort_with([0.1] * 4, update)
+    state = cohort.state["model"].items()
+    networks = {n: torch.randn_like(v) if v.is_floating_point() else v for n, v in state}
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    cohort.state["model"] = tree(networks, 4)
+    cohort.state[MEMORY, "weight"] = weights
+    cohort.state[MEMORY, "round"] = torch.tensor([2, 2, 1, 2])
+    names = cohort.names("parameters")
+    mean = tree({n: torch.einsum("k,k...->...", weights, networks[n]) / weights.sum() for n in names})
+    params = cohort.assemble(mean, tree({}, 4))
+    spread = update._without_own(cohort, params, mean, torch.full((4,), 10.0, dtype=torch.float64))
+    for k in range(4):
+        others = [j for j in range(4) if j != k or k == 2]  # client 2 was not in the last mean
+        expected = torch.einsum("k,k...->...", weights[others], networks["head.weight"][others]) / weights[others].sum()
+        torch.testing.assert_close(params["head.weight"][k], expected)
+    torch.testing.assert_close(spread, torch.tensor([1 / 9, 1 / 8, 0, 1 / 6], dtype=torch.float64))
+
+
+def test_the_server_weighs_by_inverse_variance_and_starts_with_a_uniform_round() -> None:
+    first = run("self_fl", rounds=1)
+    uniform = run("fedavg", {"weighting": "uniform"}, rounds=1)
+    for name, value in first.arrays.items():
+        torch.testing.assert_close(value, uniform.arrays[name], rtol=1e-12, atol=1e-12)
+    found = run("self_fl", rounds=3)
+    assert isinstance(found.strategy, SelfFL)
+    rows = found.strategy.reply_metrics
+    former = run("self_fl", rounds=2).strategy.state[UNCERTAINTY]["inter"]
+    mean = torch.zeros_like(found.arrays["head.weight"])
+    for client, row in rows.items():
+        assert row["train/precision"] == pytest.approx(1 / (float(former) + row["train/intra_variance"]), rel=1e-12)
+        mean += row["train/precision"] * found.state(client)["model/head.weight"]
+    total = sum(row["train/precision"] for row in rows.values())
+    torch.testing.assert_close(found.arrays["head.weight"], mean / total, rtol=1e-10, atol=1e-12)
+    assert float(found.strategy.state[UNCERTAINTY]["weight"]) == pytest.approx(total)
+
+
+def test_the_variance_between_clients_is_the_em_rule() -> None:
+    before, after = run("self_fl", {"smoothing": 0.0}, rounds=2), run("self_fl", {"smoothing": 0.0}, rounds=3)
+    former = float(before.strategy.state[UNCERTAINTY]["inter"])
+    rows = after.strategy.reply_metrics
+    names = list(after.arrays)
+    size = sum(value.numel() for value in after.arrays.values())
+    expected = total = 0.0
+    for client, row in rows.items():
+        state, intra = after.state(client), row["train/intra_variance"]
+        away = sum(float((state[f"model/{n}"] - after.arrays[n]).square().sum()) for n in names)
+        expected += row["train/precision"] * (away / size + former * intra / (former + intra))
+        total += row["train/precision"]
+    assert after.strategy.report.extra["inter_variance"] == pytest.approx(expected / total, rel=1e-9)
+
+
+def test_clients_predict_with_their_networks_and_a_new_one_with_the_servers() -> None:
+    found = run("self_fl", rounds=2, data=replace(DATA, unseen=(3,)))
+    predictors = found.predictors()
+    assert torch.equal(predictors[0]["head.weight"], found.state(0)["model/head.weight"])
+    assert not torch.equal(predictors[0]["head.weight"], found.arrays["head.weight"])
+
+
+def gaussian() -> ModuleType:
+    """The study of ``experiments/self_fl``."""
+    path = Path(__file__).parents[2] / "experiments" / "self_fl" / "gaussian.py"
+    spec = importlib.util.spec_from_file_location("gaussian", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gaussian"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_gaussian_clients_reach_the_closed_form_and_its_limits() -> None:
+    study = gaussian()
+    clients = study.Clients(0)
+    found = {name: study.trained(clients, *row) for name, row in study.ROWS.items()}
+    best = clients.errors(*clients.optimum())
+    for name in ("self_fl", "self_fl weighting=uniform"):
+        assert clients.errors(*found[name][:2])[1] < 1.05 * best[1]
+    uniform = found["self_fl weighting=uniform"]
+    centre, personal = clients.optimum(uniform[2])
+    assert (uniform[0] - centre).square().mean() < 0.05 * best[0]
+    assert (uniform[1] - personal).square().mean() < 0.05 * best[1]
+    assert uniform[2] == pytest.approx(study.INTER, rel=0.15)
+    pooled = clients.optimum(1e-9)[0]
+    assert (found["self_fl, s_0 to 0"][0] - pooled).square().mean() < 0.05 * best[0]
+    assert (found["self_fl, s_0 to infinity"][1] - clients.means).square().mean() < 0.01 * best[1]

@@ -231,7 +231,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "min_epochs": 0.5,
             "weighting": "uniform",
         },
-        "empirical": {"inter": "empirical", "start": "global", "weighting": "samples", "smoothing": 0.0},
+        "empirical": {"inter": "empirical", "start_from": "global", "weighting": "samples", "smoothing": 0.0},
         "fixed": {"step_rule": "fixed", "inter_variance": 0.01, "warmup_rounds": 2},
     },
     "group_perfl": {

@@ -34,7 +34,7 @@ CLOSED_FORM: dict[str, Any] = {
 }  # fmt: skip
 ROWS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "self_fl": ("self_fl", CLOSED_FORM, 20, ROUNDS),
-    "self_fl start=global": ("self_fl", {**CLOSED_FORM, "start": "global"}, 20, ROUNDS),
+    "self_fl start_from=global": ("self_fl", {**CLOSED_FORM, "start_from": "global"}, 20, ROUNDS),
     "self_fl weighting=uniform": ("self_fl", {**CLOSED_FORM, "weighting": "uniform"}, 20, ROUNDS),
     "self_fl, s_0 to 0": ("self_fl", {**CLOSED_FORM, "inter_variance": 1e-9, "min_epochs": 1.0}, 1, 100),
     "self_fl, s_0 to infinity": ("self_fl", {**CLOSED_FORM, "inter_variance": 1e4}, 20, 3),

@@ -23,7 +23,7 @@ one across time and one across clients; the formulas are proposals:
   those of the training settings and c the median logarithm after the warm-up, whose client takes its usual steps.
   ``quadratic`` takes those by which gradient descent on a quadratic of curvature c comes from its start to the optimum,
   ``log((s_0' + s_m) / s_m) / -log(1 - lr * c)``, s_0' the variance around that start.
-- ``start: leave_one_out`` takes out of theta what the client itself put in, ``(W theta - w_m theta_m) / (W - w_m)``, if
+- ``start_from: leave_one_out`` takes out of theta what the client put in, ``(W theta - w_m theta_m) / (W - w_m)``, if
   it was in the last aggregate with less than nine tenths of the weight; ``global`` starts from theta.
 - ``intra: trajectory`` is the variance of the iterates in the second half of a training, per coordinate, mean over
   coordinates; ``gradients`` the sampling variance of the optimum, ``var(gradient of a sample) / (n_m c^2)``, for which
@@ -110,7 +110,7 @@ class SelfFLUpdate(LocalUpdate):
     step_rule: Annotated[
         Literal["log", "quadratic", "fixed"], Field(description="how many steps; fixed: those of the training settings")
     ] = "log"
-    start: Annotated[Literal["leave_one_out", "global"], Field(description="network a training starts from")] = (
+    start_from: Annotated[Literal["leave_one_out", "global"], Field(description="network a training starts from")] = (
         "leave_one_out"
     )
     intra: Annotated[
@@ -137,7 +137,7 @@ class SelfFLUpdate(LocalUpdate):
         if UNCERTAINTY in received:
             known = entries(cohort.per_client(received[UNCERTAINTY]))
             inter = known["inter"]
-            if self.start == "leave_one_out":
+            if self.start_from == "leave_one_out":
                 spread = self._without_own(cohort, params, received[ARRAYS], known["weight"])
             steps = self._steps(cohort, inter, spread.to(inter), known["scale"])
         trajectory = RunningVariance({name: params[name] for name in names})
@@ -262,7 +262,8 @@ class SelfFL(PersonalizedStrategy):
             former = float(before["inter"])
             variance = torch.where(intra > 0, intra, former)
             inter += float(shares @ (former * variance / (former + variance)))
-            inter = self.smoothing * former + (1 - self.smoothing) * inter
+        if before is not None:
+            inter = self.smoothing * float(before["inter"]) + (1 - self.smoothing) * inter
         inter = max(SMALLEST, inter if self.inter_variance is None else self.inter_variance)
         if before is None or self.report.round <= self.warmup_rounds:
             logs = torch.log1p(inter / intra.clamp(min=SMALLEST))[intra > 0]

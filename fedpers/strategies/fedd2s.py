@@ -36,6 +36,7 @@ data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -261,33 +262,46 @@ class FedD2S(PersonalizedStrategy):
             return clients
         layers, cut = self._cut()
         data = self.work.app.data
-        kind = dtype_name(next(iter(entries(arrays).values())))
+        shape, kind = self._shape(layers, cut), dtype_name(next(iter(entries(arrays).values())))
         schema: Schema = {
-            (KNOWLEDGE, "features"): Entry((-1, -1), kind),
+            (KNOWLEDGE, "features"): Entry((-1, math.prod(shape)), kind),
             (KNOWLEDGE, "scores"): Entry((-1, data.num_classes), kind),
             (KNOWLEDGE, "labels"): Entry((-1,), "int64"),
         }
         answers = self.query_clients(grid, "knowledge", round, clients, {ARRAYS: tree({})}, phase, schema)
-        knowledge = {client: entries(records[KNOWLEDGE]) for client, (records, _) in answers.items()}
-        knowledge = {client: values for client, values in knowledge.items() if len(values["labels"])}
-        if knowledge:
-            self._learn(round, arrays, knowledge, layers, cut)
-        return [client for client in clients if client in answers]
+        knowledge = {}
+        for client, (records, _) in answers.items():
+            values = entries(records[KNOWLEDGE])
+            labels = values["labels"]
+            known = (labels >= 0) & (labels < data.num_classes)
+            if len({len(value) for value in values.values()}) > 1 or not bool(known.all()):
+                self.leave_out(client, "features, scores and labels do not belong together", phase)
+            else:
+                knowledge[client] = values
+        nonempty = {client: values for client, values in knowledge.items() if len(values["labels"])}
+        if nonempty:
+            self._learn(round, arrays, nonempty, layers[cut:], shape)
+        return [client for client in clients if client in knowledge]
 
     def _learn(
-        self, round: int, arrays: Tree, knowledge: Mapping[int, Mapping[str, Tensor]], layers: list[list[str]], cut: int
+        self,
+        round: int,
+        arrays: Tree,
+        knowledge: Mapping[int, Mapping[str, Tensor]],
+        behind: Sequence[Sequence[str]],
+        shape: tuple[int, ...],
     ) -> None:
-        """Train the head on what clients knowledge, and score their samples with it."""
+        """Train the head, layers `behind` the cut, on features of `shape`, and score the clients' samples with it."""
         update, work = self.client_update, self.work
         names = ("features", "scores", "labels")
         columns = {name: torch.cat([values[name] for values in knowledge.values()]) for name in names}
         x = torch.cat([columns["features"], columns["scores"]], 1)
         every, none = [torch.arange(len(x))], [torch.arange(0)]
-        classes, shape = columns["scores"].shape[1], self._shape(layers, cut)
+        classes = columns["scores"].shape[1]
         data = FederatedData(x, columns["labels"], every, none, none, classes, task=work.task)
 
         def predict(network: Network, x: Tensor) -> Tensor:
-            return through(network, layers[cut:], x[:, :-classes].reshape(-1, *shape))
+            return through(network, behind, x[:, :-classes].reshape(-1, *shape))
 
         def loss(network: Network, batch: Batch) -> Tensor:
             scores = predict(network, batch.x)
@@ -296,12 +310,12 @@ class FedD2S(PersonalizedStrategy):
 
         cohort = work.cohort(data, round)
         params = cohort.assemble(arrays, tree({}, 1))
-        behind = update.names(work.module, layers[cut:])
+        held = update.names(work.module, behind)
         training = replace(update.training, batch_size=self.server_batch_size, epochs=self.server_epochs, steps=None)
         training = training if self.server_lr is None else replace(training, lr=self.server_lr)
-        trained = [name for name in cohort.trainable() if name in behind]
+        trained = [name for name in cohort.trainable() if name in held]
         cohort.fit(params, loss, only=trained, training=training, purpose="server")
-        self._new_arrays = tree({n: params[n][0] if n in behind else v for n, v in entries(arrays).items()})
+        self._new_arrays = tree({n: params[n][0] if n in held else v for n, v in entries(arrays).items()})
         (scores,) = cohort.logits(params, "train", predict)
         sizes = [len(values["labels"]) for values in knowledge.values()]
         self._targets = dict(zip(knowledge, torch.split(scores, sizes), strict=True))

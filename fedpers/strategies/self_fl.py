@@ -87,6 +87,8 @@ class RunningVariance:
 
     def add(self, step: Step, values: Mapping[str, Tensor], counted: Tensor) -> None:
         """Add the rows `values` ``[a, ...]`` of a step's clients for which `counted` (bool ``[a]``) holds."""
+        if not bool(counted.any()):
+            return
         rows = slice(0, step.active) if step.rows is None else step.rows.to(self.count.device)
         self.count[rows] += counted
         share = counted / self.count[rows].clamp(min=1)
@@ -245,11 +247,12 @@ class SelfFL(PersonalizedStrategy):
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Take the mean; estimate the variance between clients from how far each went."""
         new = means[ARRAYS]
+        names = ("train/intra_variance", "train/squared_distance")
         replies = [self.reply_metrics[client] for client in clients]
-        intra, squares = (
-            torch.tensor([row[f"train/{name}"] for row in replies], dtype=torch.float64)
-            for name in ("intra_variance", "squared_distance")
-        )
+        replies = [row for row in replies if all(0 <= row.get(name, math.nan) < math.inf for name in names)]
+        if not replies:  # none says how far it went
+            return new
+        intra, squares = (torch.tensor([row[name] for row in replies], dtype=torch.float64) for name in names)
         size = sum(value.numel() for value in entries(arrays).values())
         moved = sum(float((entries(new)[n] - v).double().square().sum()) for n, v in entries(arrays).items())
         weights = torch.tensor([reply_weight(self.weighting, row) for row in replies], dtype=torch.float64)

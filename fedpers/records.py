@@ -201,8 +201,9 @@ def flatten_state(state: Tree) -> flower.ArrayRecord:
 
 
 def unflatten_state(record: flower.ArrayRecord, like: Tree) -> Tree:
-    """Inverse of :func:`flatten_state`; `like` (batch size []) tells the roles and devices."""
+    """Inverse of :func:`flatten_state`; `like` (batch size []) tells roles and devices, and values that are missing."""
     out = tree({}, 1)
     for name, value in leaves(like).items():
-        set_leaf(out, name, to_tensor(record[name]).to(value.device).unsqueeze(0))
+        found = to_tensor(record[name]).to(value.device) if name in record else value
+        set_leaf(out, name, found.unsqueeze(0))
     return out

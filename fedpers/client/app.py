@@ -139,6 +139,20 @@ class CohortApp(ClientApp):
             if kind in ("train", "evaluate", "query") and action and callable(getattr(self.update, name)):
                 getattr(self, kind)(action, mods=mods if kind == "train" else None)(self._call_one)
 
+    def kind(self, client: int) -> int:
+        """Number of a client's kind of network; cohorts are of one kind (:class:`~fedpers.client.mixed.MixedApp`)."""
+        return 0
+
+    @property
+    def first_kind(self) -> CohortApp:
+        """App of the first kind of network."""
+        return self
+
+    @property
+    def largest_kind(self) -> CohortApp:
+        """App of the kind of network with most parameters."""
+        return self
+
     def restrict(self, clients: Sequence[int]) -> Self:
         """Copy with the data of some clients only, to compute them on another machine; of none for what all share."""
         return self.with_data(self.data.restrict(clients))

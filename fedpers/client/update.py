@@ -49,6 +49,8 @@ class LocalUpdate(Settings, group="strategy"):
     settles_parts : bool
         Whether the method itself settles what is shared and what is personal, entry by entry or in modules of its own,
         so that a subclass cannot override `shared` and `personal`; of all other methods it can.
+    mixes_networks : bool
+        Whether clients may have different networks: what is shared does not depend on them.
     training : Training
         Optimizer, rates and batches.
     """
@@ -58,6 +60,7 @@ class LocalUpdate(Settings, group="strategy"):
     cohort_size: ClassVar[int | None] = None
     config_keys: ClassVar[tuple[str, ...]] = ()
     settles_parts: ClassVar[bool] = False
+    mixes_networks: ClassVar[bool] = False
     training: Training = field(default_factory=Training)
 
     @classmethod

@@ -94,12 +94,18 @@ class StateStore:
         return out
 
     def scatter(self, clients: Sequence[int], state: Tree, keep: Tensor) -> None:
-        """Store the rows of `state` (``[K]``) for which `keep` (bool ``[K]``) holds."""
+        """Store the rows of `state` (``[K]``) for which `keep` (bool ``[K]``) holds.
+
+        Entries that `state` lacks stay as they are, initial at the client's first call.
+        """
         kept_rows = keep.nonzero().flatten().cpu()
         index = self._row_indices(clients)[kept_rows]
-        new = leaves(state)
-        for name, rows in leaves(self.rows).items():
-            values = new[name]
+        new, all_rows, first = leaves(state), leaves(self.rows), leaves(self.initial)
+        fresh = index[~self.written[index]]
+        for name in all_rows.keys() - new.keys():
+            all_rows[name][fresh.to(all_rows[name].device)] = first[name].to(all_rows[name].device)
+        for name, values in new.items():
+            rows = all_rows[name]
             rows[index.to(rows.device)] = values[kept_rows.to(values.device)].to(rows.device)
         self.written[index] = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpers.errors import check
 from fedpers.models.factorization import Factorization
@@ -86,11 +86,21 @@ def build_model(
         check(classes, "model.pretrained", config.pretrained, "null, because pretraining needs class labels")
     with drawing(seed, "model"):
         model = build(num_items, **options) if num_items is not None else build(input_shape, num_classes, **options)
+        if config.features is not None:
+            model = _projected(model, config.features, num_classes)
     if weights != "random":
         load_weights(model, weights)
     if config.pretrained is not None and public is not None:
         pretrain(model, *public, Pretraining.of(config), seed, device)
     return model if config.head is None else with_head(model, config.head, _samples(input_shape, num_items, seed))
+
+
+def _projected(model: Network, features: int, num_classes: int) -> Network:
+    """Network with a linear layer and ReLU of width `features` between body and head."""
+    width = model.head.in_features
+    assert isinstance(width, int)
+    body = model.body.children() if isinstance(model.body, nn.Sequential) else [model.body]
+    return Network(nn.Sequential(*body, nn.Linear(width, features), nn.ReLU()), nn.Linear(features, num_classes))
 
 
 def _samples(shape: tuple[int, ...], num_items: int | None, seed: int) -> Tensor:

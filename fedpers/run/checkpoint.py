@@ -30,6 +30,7 @@ from fedpers.client.app import CohortApp
 from fedpers.cohort import Tree, entries, leaves, set_leaf, tree
 from fedpers.cohort.state import Block
 from fedpers.errors import FedpersError
+from fedpers.records import from_record
 from fedpers.run.progress import exactly, restored, whole
 from fedpers.runtime.states import DamagedError, check_states, write_states, write_tensors
 
@@ -74,7 +75,7 @@ class Checkpoint:
             If they do not fit the app.
         """
         path = self.folder / SERVER
-        like = entries(app.update.initial_arrays(app.template, app.module))
+        like = entries(from_record(app.initial_arrays()))
         most = sum(value.nbytes for value in [*like.values(), *entries(app.template).values()])
         # what a server knows beside its arrays is at most some numbers of their size for each client
         if path.stat().st_size > 2**28 + 16 * most * (1 + app.data.num_clients):

@@ -116,7 +116,7 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
         "strategy": config.strategy["name"],
         "dataset": setup.data.name,
         "partition": partition.name + detail,
-        "model": config.model.name,
+        "model": config.model.label,
         "compression": config.compression.name,
         "privacy": config.privacy.name,
         "aggregation": config.aggregation.name,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from fedpers.client.mixed import MixedApp
 from fedpers.client.update import LocalUpdate
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
-from fedpers.errors import ConfigError
-from fedpers.models import build_model
-from fedpers.randomness import sample_clients
+from fedpers.errors import ConfigError, check
+from fedpers.models import ModelConfig, Network, build_model
+from fedpers.randomness import generator, sample_clients
 from fedpers.records import from_record
 from fedpers.run.checkpoint import network_checksum
 from fedpers.server.postprocessors import make_postprocessors
@@ -50,24 +54,51 @@ def prepare_run(config: Config) -> Setup:
     strategy.unseen = data.unseen
     sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
     strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
-    try:
-        public = None if data.public is None else (data.x[data.public], data.y[data.public])
-        model = build_model(
-            config.model,
-            tuple(data.x.shape[1:]),
-            data.num_classes,
-            config.seed,
-            num_items=data.num_items or None,
-            public=public,
-            device=device,
+    kinds = config.model.of_kinds() or {config.model.name: config.model}
+    models = [_network(kind, config.seed, data, device) for kind in kinds.values()]
+    apps = [
+        update.client_app(model, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
+        for model in models
+    ]
+    app = apps[0]
+    if config.model.kinds is not None:
+        app = MixedApp(
+            apps, deal_kinds(list(kinds), config.model.kind_file, data.num_clients, config.seed), list(kinds)
         )
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        raise ConfigError("model", config.model.name, f"a network that can be built here ({reason})") from error
-    app = update.client_app(model, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
     strategy.attach(app)
     strategy.check_arrays(from_record(app.initial_arrays()), sampled)
-    return Setup(data, strategy, app, network_checksum(model), model.pretrained_accuracy)
+    network = nn.ModuleList(models) if len(models) > 1 else models[0]
+    return Setup(data, strategy, app, network_checksum(network), models[0].pretrained_accuracy)
+
+
+def _network(config: ModelConfig, seed: int, data: FederatedData, device: torch.device) -> Network:
+    """Build a network for the data."""
+    public = None if data.public is None else (data.x[data.public], data.y[data.public])
+    shape, items = tuple(data.x.shape[1:]), data.num_items or None
+    try:
+        return build_model(config, shape, data.num_classes, seed, num_items=items, public=public, device=device)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise ConfigError("model", config.name, f"a network that can be built here ({reason})") from error
+
+
+def deal_kinds(kinds: Sequence[str], file: str | None, num_clients: int, seed: int) -> list[int]:
+    """Kind of each client, a position in `kinds`: in equal numbers at random, or as a file says.
+
+    Raises
+    ------
+    ConfigError
+        If the file does not name one of the kinds for each client.
+    """
+    if file is None:
+        return [int(place) % len(kinds) for place in generator(seed, "kinds").permutation(num_clients)]
+    try:
+        names = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.kind_file", file, f"a readable .json file ({error})") from error
+    fits = isinstance(names, list) and len(names) == num_clients and all(name in kinds for name in names)
+    check(fits, "model.kind_file", file, f"a list with one of {', '.join(kinds)} for each of {num_clients} clients")
+    return [list(kinds).index(name) for name in names]
 
 
 def make_halves(config: Config) -> tuple[PersonalizedStrategy, LocalUpdate]:

@@ -173,9 +173,11 @@ class CohortEngine:
         for group in _groups(contents, self.app.device):
             self.app.check_config(group.config)
             by_size = sorted(group.positions, key=lambda p: (-self.app.sizes[clients[p]], clients[p]))
-            for cohort in np.array_split(by_size, -(-len(by_size) // choice.clients_at_once)):  # of nearly equal size
-                chunk = cohort.tolist()
-                tasks.append(_Task([clients[p] for p in chunk], partial(group.load, chunk), group.config))
+            for network in sorted({self.app.kind(clients[p]) for p in by_size}):
+                alike = [p for p in by_size if self.app.kind(clients[p]) == network]
+                for cohort in np.array_split(alike, -(-len(alike) // choice.clients_at_once)):  # of nearly equal size
+                    chunk = cohort.tolist()
+                    tasks.append(_Task([clients[p] for p in chunk], partial(group.load, chunk), group.config))
         with one_thread():
             for answers in self._answers(kind, tasks):
                 for answer in answers:

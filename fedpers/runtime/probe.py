@@ -123,6 +123,7 @@ def probe(
         Part of this machine, or of its GPU, that one cohort may count on, in (0, 1]; if not given, that of one core on
         a CPU and all of a GPU.
     """
+    app = app.largest_kind
     size_of_method = app.update.cohort_size
     on_cpu = app.device.type == "cpu"
     memory = MEMORY_SHARE * available_memory(app.device)
@@ -350,6 +351,7 @@ def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
 
     None for methods whose training is not made of the core's steps.
     """
+    app = app.largest_kind
     if app.update.cohort_size is not None or not any(p.requires_grad for p in app.module.parameters()):
         return None
     key = f"{_key(app, size)}:costs"

@@ -33,7 +33,7 @@ class ServerWork:
 
     def __init__(self, strategy: PersonalizedStrategy, app: CohortApp) -> None:
         check_halves(strategy, app.identity)
-        self.app = app
+        self.app = app.first_kind
         self.seed = strategy.seed
 
     @property

@@ -10,6 +10,17 @@ from pydantic import Field
 from fedpers.errors import check, one_of
 from fedpers.settings.base import Choices, OnlyFor, Settings, choice_options, options
 
+KINDS: dict[str, dict[str, Any]] = {
+    "mlp": {},
+    "cnn": {},
+    "cnn_bn": {"name": "cnn", "norm": "batch"},
+    "resnet18_gn": {"name": "resnet18", "norm": "group"},
+    "resnet18_bn": {"name": "resnet18", "norm": "batch"},
+    "vit": {},
+}
+"""Networks that clients can be dealt: settings of each."""
+_WITH_FEATURES = ("mlp", "cnn", "resnet18", "vit")
+_MIXING = ("name", "kinds", "kind_file", "features")
 _PRETRAINED = ("mlp", "cnn", "resnet18", "vit", "vit_b16")
 _Size = Annotated[int, Field(ge=1)]
 
@@ -67,6 +78,22 @@ class ModelConfig(Settings, group="model"):
               description="initial values of the body"),
         OnlyFor(vit_b16="imagenet"),
     ] = None  # fmt: skip
+    features: Annotated[
+        int | None,
+        Field(ge=1, description="width of a projection before the head, so that all kinds of network have the same"),
+        OnlyFor(*_WITH_FEATURES),
+    ] = None
+    kinds: Annotated[
+        tuple[str, ...] | None,
+        Field(min_length=2, title=f"two or more of {', '.join(KINDS)}",
+              description="networks that clients are dealt in equal numbers at random, each with its defaults"),
+        OnlyFor("mlp"),
+    ] = None  # fmt: skip
+    kind_file: Annotated[
+        str | None,
+        Field(description="a .json file with the kind of each client, in place of the draw"),
+        OnlyFor("mlp"),
+    ] = None
     head: Annotated[
         str | None,
         Field(min_length=1, title="the dotted name of a layer, or null",
@@ -93,6 +120,7 @@ class ModelConfig(Settings, group="model"):
             value = getattr(self, name)
             allowed = f"no value: {self.name} has the options {', '.join(n for n in known if n != 'name')}"
             check(name in known or value == option.default, option.key, value, allowed)
+        self._check_kinds()
         if self.norm is not None:
             kinds = ("none", "batch") if self.name == "cnn" else ("batch", "group")
             check(self.norm in kinds, "model.norm", self.norm, one_of(kinds, self.norm))
@@ -104,11 +132,33 @@ class ModelConfig(Settings, group="model"):
                 allowed = f"{'null' if option.default is None else option.default} unless model.pretrained=public"
                 check(value == option.default, option.key, value, allowed)
 
+    def _check_kinds(self) -> None:
+        """Refuse kinds that are not known, and settings that none of them would read."""
+        check(self.kind_file is None or self.kinds is not None, "model.kind_file", self.kind_file, "null without kinds")
+        for kind in self.kinds or ():
+            check(kind in KINDS, "model.kinds", kind, one_of(KINDS, kind))
+        for name, option in choice_options(type(self), self.name).items():
+            if self.kinds is not None and name not in _MIXING:
+                value = getattr(self, name)
+                allowed = "no value with model.kinds: each has its defaults"
+                check(value in (None, option.default), option.key, value, allowed)
+
+    def of_kinds(self) -> dict[str, ModelConfig]:
+        """Settings of each kind of network that clients are dealt, by its name."""
+        return {
+            kind: ModelConfig(**{"name": kind, **KINDS[kind], "features": self.features}) for kind in self.kinds or ()
+        }
+
+    @property
+    def label(self) -> str:
+        """Name for tables."""
+        return self.name if self.kinds is None else "+".join(self.kinds)
+
     def options(self) -> dict[str, Any]:
         """Arguments of the network by name: what was given, else the network's defaults."""
         chosen: dict[str, Any] = {}
         for name, option in choice_options(type(self), self.name).items():
-            if name not in ("name", "head") and not name.startswith("pretrain"):
+            if name not in (*_MIXING, "head") and not name.startswith("pretrain"):
                 value = getattr(self, name)
                 chosen[name] = option.default if value is None else value
         return chosen

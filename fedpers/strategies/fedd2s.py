@@ -102,9 +102,13 @@ class FedD2SUpdate(LocalUpdate):
     shared = "none"
     personal = "all"
     settles_parts = True
+    mixes_networks = True
     cuts: Annotated[
         tuple[int, ...] | None,
-        Field(description="the dropping set: layers in front of the cut, in this order; null: all hidden ones to 1"),
+        Field(
+            description="the dropping set: layers in front of the cut, in this order, -1 for all but the head; null: "
+            "all hidden ones to 1"
+        ),
     ] = None
     rate: Annotated[int | None, Field(ge=1, description="rounds until the cut moves on; null: it stays")] = 10
     beta: Annotated[float, Field(ge=0, description="weight of the server's scores; 0 is local training")] = 1.0
@@ -126,8 +130,10 @@ class FedD2SUpdate(LocalUpdate):
         return model, data
 
     def cuts_of(self, module: nn.Module) -> tuple[int, ...]:
-        """The dropping set for a network."""
-        return tuple(range(len(layers_of(module)) - 1, 0, -1)) if self.cuts is None else self.cuts
+        """The dropping set for a network, counted from the front."""
+        layers = len(layers_of(module))
+        cuts = tuple(range(layers - 1, 0, -1)) if self.cuts is None else self.cuts
+        return tuple(cut + layers if cut < 0 else cut for cut in cuts)
 
     def cut(self, module: nn.Module, round: int) -> int:
         """Layers in front of the cut in a round >= 1."""

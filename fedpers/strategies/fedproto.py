@@ -51,6 +51,7 @@ class FedProtoUpdate(LocalUpdate):
     shared = "none"
     personal = "all"
     settles_parts = True
+    mixes_networks = True
     lam: Annotated[
         float,
         Field(ge=0, description="strength of the attraction to the global prototypes; 0 is local; about 1 with pfllib"),

@@ -20,6 +20,7 @@ class LocalOnlyUpdate(LocalUpdate):
 
     shared = "none"
     personal = "all"
+    mixes_networks = True
 
 
 @method("local")

@@ -46,7 +46,10 @@ def test_a_regression_trains_and_is_selected_on_r2(strategy: str, targets: int |
     ("setting", "message"),
     [
         ("partition=dirichlet", "partition=dirichlet: expected iid, quantity, natural or index, because file has no"),
-        ("heterogeneity=label_noise heterogeneity.strength=0.5", "heterogeneity=label_noise: expected none or feature"),
+        (
+            "heterogeneity=label_noise heterogeneity.strength=0.5",
+            "heterogeneity=label_noise: expected none, feature",
+        ),
         ("model.pretrained=public split.public=0.2", "model.pretrained=public: expected null, because pretraining"),
         ("dataset.y=ids", "holds whole numbers as float64; store class ids as whole numbers, or the targets of a"),
     ],

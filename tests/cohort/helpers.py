@@ -108,7 +108,9 @@ def train_alone(
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
-def assert_same(found: Tree | dict[str, Tensor], expected: dict[str, Tensor], row: int | None = None) -> None:
+def assert_same(
+    found: Tree | dict[str, Tensor], expected: dict[str, Tensor], row: int | None = None, float64: float = 1e-10
+) -> None:
     """All entries agree: to 1e-10 in float64, to 1e-5 in float32, relative to the largest entry of each tensor."""
     for name, value in expected.items():
         ours = found[name] if row is None else found[name][row]
@@ -116,7 +118,7 @@ def assert_same(found: Tree | dict[str, Tensor], expected: dict[str, Tensor], ro
         if not value.is_floating_point():
             assert torch.equal(ours, value), name
             continue
-        tolerance = 1e-10 if value.dtype == torch.float64 else 1e-5
+        tolerance = float64 if value.dtype == torch.float64 else 1e-5
         scale = max(float(value.abs().max()), 1e-2)
         gap = float((ours - value).abs().max()) / scale
         assert gap <= tolerance, f"{name}: {gap:.1e}"

@@ -296,7 +296,7 @@ def test_training_settings_that_an_older_run_did_not_write_are_the_defaults(writ
     write("fedrep", 0, 0.8)
     write("fedrep", 1, 0.7, config={"training": newer})
     (row,) = board(tmp_path).rows
-    assert row.seeds == 2
+    assert row.seeds == (0, 1)
 
 
 def test_differences_that_are_nearly_equal_are_compared_without_a_warning(write, tmp_path, recwarn):

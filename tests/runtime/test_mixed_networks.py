@@ -155,8 +155,8 @@ RUN = ("rounds=4", "fraction=0.5", "split.unseen=1", "training.batch_size=40", "
 def fedpers(*words: str, output: Path) -> Path:
     """Run the command; the folder of its run."""
     _main([*words, f"output={output}"])
-    (config,) = output.rglob("config.yaml")
-    return config.parent
+    (summary,) = output.rglob("summary.json")
+    return summary.parent
 
 
 def clients_of(folder: Path) -> pd.DataFrame:

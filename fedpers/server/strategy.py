@@ -441,6 +441,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
             check_wrapped(self, self.wrapper, arrays)
 
+    @one_thread()  # what a method computes here is small, and threads of one operation wait for other programs
     def configure_train(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> Iterable[flower.Message]:
@@ -572,6 +573,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             return []
         return self.evaluation_messages(server_round, arrays, config, grid)
 
+    @one_thread()
     def evaluation_messages(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> list[flower.Message]:

@@ -25,6 +25,7 @@ on FedGKT (He et al. 2020):
   counts rounds between drops, null never drops. In reverse order, or of a single number, `cuts` is a control.
 - There is one server network; G is its part behind the cut. When the cut moves, the layers that G gains are fresh.
 - A client sends nothing in its first round, in which it trains alone: features of a random network teach nothing.
+- ``beta`` is 0.1: at FedGKT's 1, with T = 3, the server's scores outweigh the labels, and clients lose by listening.
 - ``variant: parameters`` is a control that sends parameters instead, not FedD2S: the first l layers are averaged. A
   copy of the network with the received layers learns from f_n (in front of the cut only) and is sent back, then f_n
   learns from the copy.
@@ -111,7 +112,7 @@ class FedD2SUpdate(LocalUpdate):
         ),
     ] = None
     rate: Annotated[int | None, Field(ge=1, description="rounds until the cut moves on; null: it stays")] = 10
-    beta: Annotated[float, Field(ge=0, description="weight of the server's scores; 0 is local training")] = 1.0
+    beta: Annotated[float, Field(ge=0, description="weight of the server's scores; 0 is local training")] = 0.1
     alpha: Annotated[float, Field(ge=0, description="weight of the clients' scores in what the server learns")] = 1.0
     temperature: Annotated[float, Field(gt=0, description="of scores in both distillations")] = 3.0
     variant: Annotated[
@@ -247,7 +248,7 @@ class FedD2S(PersonalizedStrategy):
     update = FedD2SUpdate
     common_options = ("cuts", "rate", "alpha", "temperature", "variant")
     client_update: FedD2SUpdate = field(default_factory=FedD2SUpdate)
-    server_epochs: Annotated[int, Field(ge=1, description="passes of the server over what clients sent")] = 1
+    server_epochs: Annotated[int, Field(ge=1, description="passes of the server over what clients sent")] = 5
     server_lr: Annotated[float | None, Field(gt=0, description="of the server's head; null: training.lr")] = None
     server_batch_size: Annotated[int, Field(ge=1, description="samples in a batch of the server")] = 64
 

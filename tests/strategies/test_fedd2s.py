@@ -73,7 +73,9 @@ def test_what_travels_is_features_scores_and_labels(cut: int, width: int) -> Non
 
 def test_the_server_learns_from_labels_and_scores() -> None:
     """One full batch: the step is the gradient of the loss by hand."""
-    options = {"cuts": (1,), "server_batch_size": 1000, "server_lr": 0.3, "alpha": 0.7, "temperature": 2.0}
+    options = {
+        "cuts": (1,), "server_batch_size": 1000, "server_lr": 0.3, "server_epochs": 1, "alpha": 0.7, "temperature": 2.0,
+    }  # fmt: skip
     before, after = trained(options, rounds=1), trained(options, rounds=2)
     features, scores, labels = [], [], []
     for client in range(4):

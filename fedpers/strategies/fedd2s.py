@@ -194,7 +194,7 @@ class FedD2SUpdate(LocalUpdate):
         walk = cohort.walk(params)
         optimizer = walk.optimizer(names)
         for step, rows in walk:
-            places = torch.searchsorted(step.take(owned), step.index)
+            places = torch.searchsorted(step.take(owned).contiguous(), step.index.contiguous())
             wanted = step.take(scores)
             targets = scores.new_zeros(cohort.size, *step.index.shape[1:], scores.shape[2])
             of_step = slice(0, step.active) if step.rows is None else step.rows.to(cohort.device)

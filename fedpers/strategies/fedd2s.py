@@ -246,7 +246,7 @@ class FedD2S(PersonalizedStrategy):
     """Server with a head of its own, which learns from all clients' features. It needs :meth:`attach`."""
 
     update = FedD2SUpdate
-    common_options = ("cuts", "rate", "alpha", "temperature", "variant")
+    common_options = ("cuts", "rate", "alpha", "beta", "temperature", "variant")
     client_update: FedD2SUpdate = field(default_factory=FedD2SUpdate)
     server_epochs: Annotated[int, Field(ge=1, description="passes of the server over what clients sent")] = 5
     server_lr: Annotated[float | None, Field(gt=0, description="of the server's head; null: training.lr")] = None

@@ -40,6 +40,9 @@ class Raise(logging.Handler):
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+AMPLIFYING = {("pfedpg", "adam"): 10.0}
+"""Factor on the tolerance of float32: Adam's first steps are as long for a tiny gradient as for a large one, so that the
+rounding of a tiny one grows. In float64 the tolerance is that of all others."""
 
 
 def outcome(
@@ -154,7 +157,8 @@ def compare_cohorts(methods: list[str], device: str = "cpu") -> int:
     rows = [(method, label) for method in methods for label in problems(method)]
     over = 0
     for method, label in rows:
-        for dtype, tolerance in TOLERANCE.items():
+        for dtype, usual in TOLERANCE.items():
+            tolerance = usual * (AMPLIFYING.get((method, label), 1.0) if dtype == torch.float32 else 1.0)
             known: dict[str, dict[str, Tensor]] = {}
 
             def get(

@@ -41,7 +41,7 @@ class Raise(logging.Handler):
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 AMPLIFYING = {("pfedpg", "adam"): 10.0}
-"""Factor on the tolerance of float32: Adam's first steps are as long for a tiny gradient as for a large one, so that the
+"""Factor on the tolerance of float32: Adam's first steps are as long for a tiny gradient as for a large one, so that
 rounding of a tiny one grows. In float64 the tolerance is that of all others."""
 
 

@@ -137,6 +137,7 @@ class ModelConfig(Settings, group="model"):
         check(self.kind_file is None or self.kinds is not None, "model.kind_file", self.kind_file, "null without kinds")
         for kind in self.kinds or ():
             check(kind in KINDS, "model.kinds", kind, one_of(KINDS, kind))
+        check(len(set(self.kinds or ())) == len(self.kinds or ()), "model.kinds", self.kinds, "each kind once")
         for name, option in choice_options(type(self), self.name).items():
             if self.kinds is not None and name not in _MIXING:
                 value = getattr(self, name)

@@ -37,7 +37,8 @@ class MixedApp(CohortApp):
     Raises
     ------
     ConfigError
-        If the method shares whole networks, or the kinds do not share arrays of the same shapes.
+        If the method shares entries of a network, the kinds do not share arrays of the same shapes, or `kind_of` does
+        not name a kind for each client.
     """
 
     def __init__(self, apps: Sequence[CohortApp], kind_of: Sequence[int], names: Sequence[str] = ()) -> None:

@@ -142,9 +142,8 @@ def prepare(module: nn.Module) -> nn.Module:
     ------
     ConfigError
         If a name holds a slash; a parameter is not initialized yet (lazy layers) or is of a dtype that is not trained;
-        a layer spans
-        processes (``SyncBatchNorm``), is a subclass of a batch normalization or dropout whose code is not known, or
-        normalizes by the batch in evaluation too.
+        a layer spans processes (``SyncBatchNorm``), is a subclass of a batch normalization or dropout whose code is not
+        known, or normalizes by the batch in evaluation too.
     """
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if "/" in name:

@@ -1,10 +1,15 @@
 """Tests never touch the user's cache, and spend no time on a good choice of the cohort size."""
 
+import os
 import sys
 from pathlib import Path
 
 import absl.logging
 import pytest
+
+# before PyTorch is imported, here and in every process that is started: threads that wait for one another while several
+# processes share the cores cost more than they bring
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # absl, which dp-accounting and TensorBoard bring along, closes the stream of its handler when logging is set up anew,
 # unless it is one of the process: while tests are captured it would close what all of them are captured in

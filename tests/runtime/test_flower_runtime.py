@@ -428,12 +428,9 @@ class TestOneEngine:
         with server_identity(1):
             local = failures(LocalGrid(app, 7, clients_at_once=1, workers=1), app, None)
         assert local[2].keys() == {1, 3}
-        engine.run(partial(bad_app, 0.0), lambda grid: found.append(failures(grid, app, None)))
-        assert found == [local]
         engine.run(partial(bad_app, 10.0), lambda grid: found.append(failures(grid, app, 8.0)))
-        assert found[1][2].keys() == {1, 3, 5}
-        assert found[1][2][5] == "no reply"
-        assert not found[1][3]
+        assert found[0][2].pop(5) == "no reply"
+        assert found == [local]
 
 
 def sleeping_app(nap: float) -> CohortApp:
@@ -494,7 +491,7 @@ def test_an_engine_that_cannot_start_says_why() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_command_writes_the_numbers_that_it_writes_here(tmp_path: Path) -> None:
-    settings = ["strategy=gpfl", "dataset=digits", "partition.num_clients=5", "rounds=3", "evaluate_every=2"]
+    settings = ["strategy=gpfl", "dataset=digits", "partition.num_clients=4", "rounds=2", "evaluate_every=2"]
     common = [sys.executable, "-m", "fedpers", *settings, "runtime.device=cpu"]
     rows = {}
     for runtime in ("local", "flower"):
@@ -502,12 +499,12 @@ def test_the_command_writes_the_numbers_that_it_writes_here(tmp_path: Path) -> N
         folder = tmp_path / runtime
         done = subprocess.run(
             [*common, f"runtime={runtime}", f"hydra.run.dir={folder}", *more],
-            capture_output=True, text=True, timeout=400, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=400, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         rows[runtime] = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    assert len(rows["local"]) == len(rows["flower"]) == 4
+    assert len(rows["local"]) == len(rows["flower"]) == 3
     for ours, theirs in zip(rows["local"], rows["flower"], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() - {"seconds", "train_seconds", "samples_per_second"}:

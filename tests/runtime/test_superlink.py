@@ -146,9 +146,9 @@ def assert_none_is_left(surroundings: dict[str, str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_supernodes_give_what_this_process_gives(tmp_path: Path) -> None:
+def test_a_supernode_gives_what_this_process_gives(tmp_path: Path) -> None:
     settings = "strategy=gpfl dataset=digits rounds=1"
-    command = [sys.executable, str(SCRIPT), "--nodes", "2", "--settings", settings, "--tls", "--result"]
+    command = [sys.executable, str(SCRIPT), "--nodes", "1", "--settings", settings, "--tls", "--result"]
     surroundings = environment()
     done = subprocess.run(
         [*command, str(tmp_path / "found.json")],
@@ -157,7 +157,7 @@ def test_supernodes_give_what_this_process_gives(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["failures"] == {}
-    assert_as_here(found, f"{settings} partition.num_clients=2")
+    assert_as_here(found, f"{settings} partition.num_clients=1")
     assert f"after round {found['round']}:" in done.stdout
     assert_none_is_left(surroundings)
 

@@ -155,9 +155,10 @@ def gaussian() -> ModuleType:
 def test_gaussian_clients_reach_the_closed_form_and_its_limits() -> None:
     study = gaussian()
     clients = study.Clients(0)
-    found = {name: study.trained(clients, *row) for name, row in study.ROWS.items()}
+    weightings, limits = ("self_fl", "self_fl weighting=uniform"), ("self_fl, s_0 to 0", "self_fl, s_0 to infinity")
+    found = {name: study.trained(clients, *study.ROWS[name]) for name in (*weightings, *limits)}
     best = clients.errors(*clients.optimum())
-    for name in ("self_fl", "self_fl weighting=uniform"):
+    for name in weightings:
         assert clients.errors(*found[name][:2])[1] < 1.05 * best[1]
     uniform = found["self_fl weighting=uniform"]
     centre, personal = clients.optimum(uniform[2])

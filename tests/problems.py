@@ -228,7 +228,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
             "step_rule": "quadratic",
             "curvature": 2.0,
             "intra": "gradients",
-            "min_epochs": 0.5,
+            "min_ratio": 0.5,
             "weighting": "uniform",
         },
         "empirical": {"inter": "empirical", "start_from": "global", "weighting": "samples", "smoothing": 0.0},

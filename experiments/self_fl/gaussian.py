@@ -29,14 +29,14 @@ from fedpers.tasks import Regression
 CLIENTS, DIMENSIONS, INTER, NOISE, ROUNDS, LR = 100, 20, 1.0, 10.0, 20, 0.05
 """Clients have 4 to 40 samples: s_m from 0.25 to 2.5 beside s_0 = 1."""
 CLOSED_FORM: dict[str, Any] = {
-    "step_rule": "quadratic", "intra": "gradients", "curvature": 2 / DIMENSIONS, "min_epochs": 0.0, "max_ratio": 1e6,
+    "step_rule": "quadratic", "intra": "gradients", "curvature": 2 / DIMENSIONS, "min_ratio": 0.0, "max_ratio": 1e6,
     "smoothing": 0.0,
 }  # fmt: skip
 ROWS: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "self_fl": ("self_fl", CLOSED_FORM, 20, ROUNDS),
     "self_fl start_from=global": ("self_fl", {**CLOSED_FORM, "start_from": "global"}, 20, ROUNDS),
     "self_fl weighting=uniform": ("self_fl", {**CLOSED_FORM, "weighting": "uniform"}, 20, ROUNDS),
-    "self_fl, s_0 to 0": ("self_fl", {**CLOSED_FORM, "inter_variance": 1e-9, "min_epochs": 1.0}, 1, 100),
+    "self_fl, s_0 to 0": ("self_fl", {**CLOSED_FORM, "inter_variance": 1e-9, "min_ratio": 1.0}, 1, 100),
     "self_fl, s_0 to infinity": ("self_fl", {**CLOSED_FORM, "inter_variance": 1e4}, 20, 3),
     "fedavg (pooled)": ("fedavg", {}, 20, ROUNDS),
     "local": ("local", {}, 200, 1),

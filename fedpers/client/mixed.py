@@ -22,8 +22,8 @@ from fedpers.records import from_record
 class MixedApp(CohortApp):
     """Flower ``ClientApp`` of clients with different networks.
 
-    Personal state is stored by kind: role ``kind0`` holds that of the first kind, and so on. Of a client's only the
-    values of its kind change.
+    Personal state is stored by kind: role ``kind0`` holds that of the first kind, and so on. Every client stores the
+    state of all kinds; that of kinds other than its own stays as it was made.
 
     Parameters
     ----------

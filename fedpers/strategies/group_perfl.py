@@ -70,6 +70,11 @@ class GroupPerFLUpdate(LocalUpdate):
         bool, Field(description="stage 3 keeps what has the lowest validation loss, perhaps the network of the group")
     ] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        allowed = "0 without stage 1 (strategy.global_rounds=0), to whose network it pulls"
+        check(self.global_rounds > 0 or self.group_mu == 0, "strategy.group_mu", self.group_mu, allowed)
+
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the received network, in stage 2 perhaps near that of all clients."""
         params = cohort.assemble(received[ARRAYS])
@@ -84,26 +89,30 @@ class GroupPerFLUpdate(LocalUpdate):
             return cohort.view(received[ARRAYS])
         params = cohort.assemble(received[ARRAYS])
         start = params.clone()
+        pull = [proximal(self.personal_mu, start)] if self.personal_mu else []
+        rates = _rates(cohort, self.personal_rate)
+        if not self.keep_best:
+            cohort.fit(params, self.loss, adjust=pull, rates=rates, epochs=self.personal_epochs, purpose="personal")
+            return params
         best, lowest = start.clone(), self._validation_loss(cohort, start)
-        for _ in range(self.personal_epochs):
-            pull = [proximal(self.personal_mu, start)] if self.personal_mu else []
-            rates = _rates(cohort, self.personal_rate)
+        for _ in range(self.personal_epochs):  # the optimizer begins anew in each
             cohort.fit(params, self.loss, adjust=pull, rates=rates, epochs=1, purpose="personal")
-            if self.keep_best:
-                loss = self._validation_loss(cohort, params)
-                better = (loss < lowest).to(cohort.device)
-                lowest = torch.minimum(loss, lowest)
-                best = tree(
-                    {n: torch.where(expand_rows(better, v), v, best[n]) for n, v in entries(params).items()},
-                    cohort.size,
-                )
-        return best if self.keep_best else params
+            loss = self._validation_loss(cohort, params)
+            better = ((loss < lowest) | loss.isnan()).to(cohort.device)
+            lowest = torch.minimum(loss, lowest)
+            best = tree(
+                {n: torch.where(expand_rows(better, v), v, best[n]) for n, v in entries(params).items()}, cohort.size
+            )
+        return best
 
     def _validation_loss(self, cohort: Cohort, params: Tree) -> Tensor:
-        """Mean validation loss of each client ``[K]``; infinite without samples, or where it is not finite."""
+        """Mean validation loss of each client ``[K]``; infinite where it is not finite, NaN without samples."""
         outputs = zip(cohort.logits(params, "validation", self.predict), cohort.labels("validation"), strict=True)
-        means = [cohort.data.task.losses(scores, y).double().mean() for scores, y in outputs]
-        return torch.stack(means).cpu().nan_to_num(nan=torch.inf)
+        losses = [cohort.data.task.losses(scores, y).double() for scores, y in outputs]
+        means = [
+            rows.mean().nan_to_num(nan=torch.inf, posinf=torch.inf) if len(rows) else rows.mean() for rows in losses
+        ]
+        return torch.stack(means).cpu()
 
 
 def _rates(cohort: Cohort, factor: float) -> Tensor | None:

@@ -61,6 +61,24 @@ def test_a_strong_pull_keeps_groups_at_the_network_of_all() -> None:
     assert 0 < distances[1] < 0.5 * distances[0]
 
 
+def test_without_samples_for_validation_the_last_pass_is_kept() -> None:
+    nothing = [torch.zeros(0, dtype=torch.int64) for _ in range(4)]
+    data = replace(GROUPED, validation=nothing)
+    kept, last = (
+        run("group_perfl", {"global_rounds": 1, "keep_best": best}, rounds=2, data=data) for best in (True, False)
+    )
+    for client in range(4):
+        assert_equal(kept.predictors()[client], last.predictors()[client])
+
+
+def test_passes_before_a_prediction_share_the_momentum() -> None:
+    settings: dict[str, Any] = {"rounds": 1, "data": GROUPED, "momentum": 0.9, "shuffle": False}
+    found = run("group_perfl", {"global_rounds": 1, "keep_best": False, "personal_epochs": 3}, **settings)
+    tuned = run("fedavg_ft", {"finetune_epochs": 3}, **settings)
+    for client in range(4):
+        assert_equal(found.predictors()[client], tuned.predictors()[client])
+
+
 def test_adapting_never_raises_the_validation_loss_and_rates_that_diverge_change_nothing() -> None:
     adapted, plain, wild = (
         run("group_perfl", {"global_rounds": 1, **options}, rounds=2, data=GROUPED).strategy.report

@@ -16,7 +16,7 @@ import torch
 from fedpers.cohort import Cohort, Training, tree
 from fedpers.cohort.step import Step
 from fedpers.errors import ConfigError
-from fedpers.strategies.self_fl import MEMORY, UNCERTAINTY, RunningVariance, SelfFL, SelfFLUpdate
+from fedpers.strategies.self_fl import AGGREGATE, MEMORY, UNCERTAINTY, RunningVariance, SelfFL, SelfFLUpdate
 from tests.strategies.helpers import DATA, NETWORK, run
 
 
@@ -35,7 +35,7 @@ def test_running_variance_is_that_of_numpy() -> None:
     order = torch.tensor([2, 0, 1])
     for t in range(9):
         counted = torch.tensor([True, t >= 4, t >= 8])
-        found.add(step_of(3, order), {"w": values[t][order], "b": bias[t][order]}, counted)
+        found.add({"w": values[t][order], "b": bias[t][order]}, counted, step_of(3, order))
     for client, first in ((2, 0), (0, 4)):
         together = np.concatenate([values[first:, client].flatten(1), bias[first:, client]], 1)
         np.testing.assert_allclose(float(found.result()[client]), together.var(0, ddof=1).mean(), rtol=1e-9)
@@ -58,7 +58,7 @@ def cohort_with(variance: list[float], update: SelfFLUpdate, trainings: int = 1)
 def steps_of(update: SelfFLUpdate, variance: list[float], inter: float, scale: float, trainings: int = 1) -> list[int]:
     cohort = cohort_with(variance, update, trainings)
     column = torch.ones(4, dtype=torch.float64)
-    return update._steps(cohort, inter * column, 0 * column, scale * column)
+    return update._steps(cohort, inter * column, inter * column, scale * column)
 
 
 def test_steps_grow_with_the_variance_between_clients_and_fall_with_the_own_one() -> None:
@@ -66,17 +66,17 @@ def test_steps_grow_with_the_variance_between_clients_and_fall_with_the_own_one(
     assert steps_of(update_with(step_rule="fixed"), [0.1] * 4, 1.0, 1.0) == usual
     median = 1 / np.log1p(2.0)
     assert steps_of(update_with(), [0.5] * 4, 1.0, median) == usual
-    assert steps_of(update_with(), [0.5, 0.1, 0.1, 5.0], 1.0, median) == [8, round(6 * np.log(11) * median), 9, 2]
+    assert steps_of(update_with(), [0.5, 0.1, 0.1, 5.0], 1.0, median) == [8, round(6 * np.log(11) * median), 9, 1]
     assert steps_of(update_with(max_ratio=1.5), [1e-6] * 4, 1.0, median) == [12, 9, 6, 6]
     assert steps_of(update_with(), [0.0, 0.5, 0.5, 0.5], 1.0, median)[0] == 8  # nothing known yet
     assert steps_of(update_with(), [0.1] * 4, 1.0, median, trainings=0) == usual
-    exact = update_with(step_rule="quadratic", curvature=2.0, min_epochs=0.0, max_ratio=100.0)
+    exact = update_with(step_rule="quadratic", curvature=2.0, min_ratio=0.0, max_ratio=100.0)
     assert steps_of(exact, [0.1] * 4, 0.4, 1.0) == [round(np.log(5) / -np.log(0.8))] * 4
 
 
 def test_a_rate_at_which_descent_does_not_come_closer_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"strategy\.curvature=10\.0: expected less than 1 / training\.lr=0\.1"):
-        steps_of(update_with(step_rule="quadratic", curvature=10.0), [0.1] * 4, 1.0, 1.0)
+    with pytest.raises(ConfigError, match=r"strategy\.curvature=10\.0: expected less than 1 / training\.lr = 10"):
+        update_with(step_rule="quadratic", curvature=10.0)
 
 
 def test_without_its_own_part_the_mean_is_that_of_the_others() -> None:
@@ -86,17 +86,19 @@ def test_without_its_own_part_the_mean_is_that_of_the_others() -> None:
     networks = {n: torch.randn_like(v) if v.is_floating_point() else v for n, v in state}
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     cohort.state["model"] = tree(networks, 4)
-    cohort.state[MEMORY, "weight"] = weights
     cohort.state[MEMORY, "round"] = torch.tensor([2, 2, 1, 2])
     names = cohort.names("parameters")
     mean = tree({n: torch.einsum("k,k...->...", weights, networks[n]) / weights.sum() for n in names})
     params = cohort.assemble(mean, tree({}, 4))
-    spread = update._without_own(cohort, params, mean, torch.full((4,), 10.0, dtype=torch.float64))
+    share, others_variance = weights / weights.sum(), torch.tensor([1 / 9, 1 / 8, 1 / 7, 1 / 6], dtype=torch.float64)
+    share[3] = 0  # its reply did not arrive
+    known = {"round": torch.full((4,), 2), "share": share, "others": others_variance}
+    spread = update._leave_out(cohort, params, mean, known)
     for k in range(4):
-        others = [j for j in range(4) if j != k or k == 2]  # client 2 was not in the last mean
+        others = [j for j in range(4) if j != k or k >= 2]  # client 2 has trained before that round
         expected = torch.einsum("k,k...->...", weights[others], networks["head.weight"][others]) / weights[others].sum()
         torch.testing.assert_close(params["head.weight"][k], expected)
-    torch.testing.assert_close(spread, torch.tensor([1 / 9, 1 / 8, 0, 1 / 6], dtype=torch.float64))
+    torch.testing.assert_close(spread, torch.tensor([1 / 9, 1 / 8, 0, 0], dtype=torch.float64))
 
 
 def test_the_server_weighs_by_inverse_variance_and_starts_with_a_uniform_round() -> None:
@@ -114,7 +116,38 @@ def test_the_server_weighs_by_inverse_variance_and_starts_with_a_uniform_round()
         mean += row["train/precision"] * found.state(client)["model/head.weight"]
     total = sum(row["train/precision"] for row in rows.values())
     torch.testing.assert_close(found.arrays["head.weight"], mean / total, rtol=1e-10, atol=1e-12)
-    assert float(found.strategy.state[UNCERTAINTY]["weight"]) == pytest.approx(total)
+    last, inter = found.strategy.state[AGGREGATE], float(found.strategy.state[UNCERTAINTY]["inter"])
+    assert last["clients"].tolist() == list(rows)
+    weights = torch.tensor([row["train/precision"] for row in rows.values()], dtype=torch.float64)
+    torch.testing.assert_close(last["share"], weights / total)
+    variances = [inter + row["train/intra_variance"] for row in rows.values()]
+    scatter = [float(w) ** 2 * v for w, v in zip(weights[1:], variances[1:], strict=True)]
+    assert float(last["others"][0]) == pytest.approx(sum(scatter) / float(weights[1:].sum()) ** 2)
+
+
+@pytest.mark.parametrize("weighting", ["inverse_variance", "samples", "uniform"])
+def test_the_server_says_who_was_in_the_last_mean_and_with_which_share(weighting: str) -> None:
+    strategy = run("self_fl", {"weighting": weighting}, rounds=2).strategy
+    last = strategy.state[AGGREGATE]
+    last["clients"][0] = 99  # instead of the first, whose reply was lost
+    sent = strategy.send(3, strategy.sent_arrays, list(range(4)))
+    shares = [float(records[UNCERTAINTY]["share"]) for records in sent]
+    rounds = {int(records[UNCERTAINTY]["round"]) for records in sent}
+    assert rounds == {2}
+    members = last["clients"].tolist()
+    assert shares == [float(last["share"][members.index(c)]) if c in members else 0.0 for c in range(4)]
+    assert 0.0 in shares
+    assert sum(shares) == pytest.approx(1 - float(last["share"][0]))
+
+
+def test_it_needs_the_exact_mean() -> None:
+    assert not SelfFL.plain_mean()
+
+
+@pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 2}, {"steps": 3}])
+def test_few_steps_tell_a_variance_too(settings: dict[str, int]) -> None:
+    found = run("self_fl", rounds=2, **settings)
+    assert all(row["train/intra_variance"] > 0 for row in found.strategy.reply_metrics.values())
 
 
 def test_the_variance_between_clients_is_the_em_rule() -> None:
@@ -123,13 +156,17 @@ def test_the_variance_between_clients_is_the_em_rule() -> None:
     rows = after.strategy.reply_metrics
     names = list(after.arrays)
     size = sum(value.numel() for value in after.arrays.values())
-    expected = total = 0.0
+    expected = total = squares = 0.0
     for client, row in rows.items():
         state, intra = after.state(client), row["train/intra_variance"]
         away = sum(float((state[f"model/{n}"] - after.arrays[n]).square().sum()) for n in names)
-        expected += row["train/precision"] * (away / size + former * intra / (former + intra))
-        total += row["train/precision"]
-    assert after.strategy.report.extra["inter_variance"] == pytest.approx(expected / total, rel=1e-9)
+        weight = row["train/precision"]
+        expected += weight * former * intra / (former + intra)
+        squares += weight * away / size
+        total += weight
+    shares = [row["train/precision"] / total for row in rows.values()]
+    expected = expected / total + squares / total / (1 - sum(share**2 for share in shares))
+    assert after.strategy.report.extra["inter_variance"] == pytest.approx(expected, rel=1e-9)
 
 
 def test_clients_predict_with_their_networks_and_a_new_one_with_the_servers() -> None:

@@ -41,7 +41,7 @@ from fedpers.strategies import PersonalizedStrategy, RoundReport, make_strategy
 from fedpers.strategies.fedavg import FedAvg, FedAvgUpdate
 from tests.problems import Problem, gaussian_data, problem
 
-METHODS = ("gpfl", "pfedpg", "fedjets", "scaffold", "fedrap")
+METHODS = ("pfedpg", "fedjets", "scaffold", "fedrap")
 
 
 def halves(method: str) -> tuple[PersonalizedStrategy, CohortApp]:

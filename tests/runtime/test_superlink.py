@@ -144,24 +144,6 @@ def assert_none_is_left(surroundings: dict[str, str]) -> None:
     assert programs(surroundings[MARK]) == set()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_supernode_gives_what_this_process_gives(tmp_path: Path) -> None:
-    settings = "strategy=gpfl dataset=digits rounds=1"
-    command = [sys.executable, str(SCRIPT), "--nodes", "1", "--settings", settings, "--tls", "--result"]
-    surroundings = environment()
-    done = subprocess.run(
-        [*command, str(tmp_path / "found.json")],
-        env=surroundings, capture_output=True, text=True, timeout=1500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr + done.stdout
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["failures"] == {}
-    assert_as_here(found, f"{settings} partition.num_clients=1")
-    assert f"after round {found['round']}:" in done.stdout
-    assert_none_is_left(surroundings)
-
-
 WAITING = """
 import os, time
 from pathlib import Path
@@ -199,13 +181,16 @@ client = Waiting()
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_server_state_finds_a_client_whose_supernode_was_started_anew(tmp_path: Path) -> None:
-    """It is away between its training in round 1 and the end of that round."""
+def test_server_state_finds_a_client_whose_supernode_was_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script as it is run, encrypted; a node is away between its training in round 1 and the end of that round."""
     settings = (
-        "strategy=pfedpg dataset=digits rounds=2 evaluate_every=2 partition.num_clients=2 model=vit model.dim=16 "
+        "strategy=pfedpg dataset=digits rounds=2 evaluate_every=2 model=vit model.dim=16 "
         "model.depth=1 model.heads=2 model.pretrained=null"
     )
-    app, has_trained, may_train = tmp_path / "app", tmp_path / "has_trained", tmp_path / "may_train"
+    app, result = tmp_path / "app", tmp_path / "found.json"
+    has_trained, may_train = tmp_path / "has_trained", tmp_path / "may_train"
     shutil.copytree(APP, app, ignore=shutil.ignore_patterns("__pycache__"))
     (app / "personalized" / "app.py").write_text(WAITING)
     federation = loaded()
@@ -214,6 +199,9 @@ def test_server_state_finds_a_client_whose_supernode_was_started_anew(tmp_path: 
         """Stops and starts node 1 once it has trained, then lets client 0 train."""
 
         anew = False
+
+        def run(self, *arguments: Any, **more: Any) -> Any:
+            return super().run(*arguments, app=app, **more)
 
         def check(self) -> None:
             super().check()
@@ -225,11 +213,22 @@ def test_server_state_finds_a_client_whose_supernode_was_started_anew(tmp_path: 
                 may_train.touch()
 
     surroundings = {**environment(), "HAS_TRAINED": str(has_trained), "MAY_TRAIN": str(may_train)}
-    with Restarting(2, environment=surroundings) as here:
-        found = here.run(settings, tmp_path / "found.json", timeout=1500, app=app)
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(federation, "Federation", Restarting)
+    typed = ["--nodes", "2", "--tls", "--timeout", "1500", "--settings", settings, "--result", str(result)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *typed])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert federation.main() == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert may_train.exists()
+    found = json.loads(result.read_text())
     assert found["failures"] == {}
-    assert_as_here(found, settings, anew=1, tolerance=1e-4)  # Adam on the server: rounding grows
+    assert "after round 2:" in capsys.readouterr().out
+    # Adam on the server: rounding grows
+    assert_as_here(found, f"{settings} partition.num_clients=2", anew=1, tolerance=1e-4)
     assert_none_is_left(surroundings)
 
 

@@ -33,8 +33,9 @@ def made_up(shape: tuple[int, ...], classes: int, clients: int) -> FederatedData
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(clients * SAMPLES, *shape, generator=generator)
     y = torch.randint(0, classes, (len(x),), generator=generator)
-    own = list(torch.arange(len(x)).view(clients, SAMPLES))
-    return FederatedData(x, y, own, own, own, classes, "made-up")
+    owned = list(torch.arange(len(x)).view(clients, SAMPLES))
+    nothing = [torch.arange(0)] * clients
+    return FederatedData(x, y, owned, nothing, nothing, classes, "made-up")
 
 
 def median(call: Callable[[], object], device: str, rounds: int) -> float:

@@ -49,3 +49,9 @@ def one_of(names: Iterable[str], given: str) -> str:
     near = difflib.get_close_matches(given, options, n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
     return f"one of {', '.join(options)}{hint}"
+
+
+def reason(error: BaseException) -> str:
+    """Last line of an error's text, for use inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip().rstrip(".") if lines else type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 import pytest
 from flwr.serverapp import ServerApp
 from nbclient import NotebookClient
@@ -21,12 +22,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def python_blocks(section: str) -> list[str]:
+    """Code of a section."""
+    (text,) = re.findall(rf"^## {section}\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(python_blocks()[0], "README.md", "exec"), {})
+    exec(compile(python_blocks("Use a strategy in your own Flower app")[0], "README.md", "exec"), {})
     accuracy = float(capsys.readouterr().out.strip())
     assert 0.5 < accuracy <= 1
 
@@ -34,7 +37,7 @@ def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    exec(compile("\n".join(python_blocks()[:2]), "README.md", "exec"), names)
+    exec(compile("\n".join(python_blocks("Use a strategy in your own Flower app")), "README.md", "exec"), names)
     assert names["client_app"].mods
     for strategy, clients in (("robust", "client_app"), ("private", "client_app"), ("small", "small_app")):
         app = ServerApp()
@@ -52,7 +55,7 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(python_blocks()[2])
+    (tmp_path / "mine.py").write_text(python_blocks("Write a new method")[0])
     commands = re.findall(r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", README, flags=re.MULTILINE)
     assert len(commands) == 2
     clients, small = [], ["rounds=2", "partition.num_clients=5"]
@@ -69,8 +72,28 @@ def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
     assert clients[0] == clients[1]
 
 
+def test_own_data_in_a_call() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(python_blocks("Your own data and network")[0], "README.md", "exec"), names)
+    assert names["data"].client_names == ("Kiel", "Ulm")
+
+
+@pytest.mark.slow
+def test_own_data_and_network_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "hospitals.py").write_text(python_blocks("Your own data and network")[1])
+    (command,) = re.findall(r"^fedpers (dataset=hospitals:.*?)$", README, flags=re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "fedpers", *command.split(), "rounds=2", f"output={tmp_path / 'runs'}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (clients,) = (tmp_path / "runs").rglob("clients.parquet")
+    assert list(pd.read_parquet(clients)["name"]) == ["Kiel", "Ulm", "Bonn"]
+
+
 def test_every_method_stands_in_the_table() -> None:
-    assert set(re.findall(r"^\| `(\w+)`(?: \(.*?\))? \|", README, flags=re.MULTILINE)) == set(STRATEGIES)
+    (methods,) = re.findall(r"^## Methods\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"^\| `(\w+)`(?: \(.*?\))? \|", methods, flags=re.MULTILINE)) == set(STRATEGIES)
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:

@@ -70,8 +70,10 @@ class Clients:
         ]
         self.means = torch.stack([rows.mean(0) for rows in samples])
         lists = list(torch.arange(sum(self.sizes)).split(self.sizes.tolist()))
-        y = torch.cat(samples)
-        self.data = FederatedData(torch.zeros(len(y), 1, dtype=torch.float64), y, lists, lists, lists, DIMENSIONS,
+        y = torch.cat([*samples, self.true])
+        test = list(torch.arange(sum(self.sizes), len(y))[:, None])
+        nothing = [torch.arange(0)] * CLIENTS
+        self.data = FederatedData(torch.zeros(len(y), 1, dtype=torch.float64), y, lists, nothing, test, DIMENSIONS,
                                   "gaussian", task=Regression())  # fmt: skip
 
     def optimum(self, inter: float = INTER) -> tuple[Tensor, Tensor]:

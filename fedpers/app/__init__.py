@@ -12,7 +12,8 @@ from types import ModuleType
 from fedpers import __version__
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
 
-SUBCOMMANDS = ("compare", "plot", "resume")
+SUBCOMMANDS = {"compare": "compare", "list": "listing", "partition": "partition", "plot": "plot", "resume": "resume"}
+"""Subcommands, and the file of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def _main(arguments: list[str]) -> int:
         if "output=" in arguments:
             raise ConfigError("output", "", "a folder")
         if first in SUBCOMMANDS:
-            return int(_load(first).command(arguments[1:]))
+            return int(_load(SUBCOMMANDS[first]).command(arguments[1:]))
         if not first.startswith(("-", "~")) and "=" not in first:
             known = one_of(SUBCOMMANDS, first)
             raise FedpersError(f"'{first}' is neither a setting (key=value) nor a subcommand: {known}.")

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedpers.app.keys import check_choices, meant, with_open_keys
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
-from fedpers.settings.base import choices, options, plain
+from fedpers.settings.base import CUSTOM, choices, options, plain
 from fedpers.settings.groups import GROUPS, TRACKERS, choice_values, conf_folder, group_names, method_names
 from fedpers.strategies.registry import default_options
 
@@ -48,6 +48,10 @@ def register_choices(overrides: Sequence[str] = ()) -> None:
     by_name = all(not key.startswith(("experiment", "hydra", "-")) or key in ("-m", "--multirun") for key, _ in typed)
     if not by_name or not all(re.fullmatch(r"[\w:.]+", name) for name in names):
         names = [*names, *method_names()]
+    for key, value in typed:
+        for name in value.split(",") if key in ("dataset", "model") else ():
+            if re.fullmatch(r"[\w.]+:\w+", name):
+                _store(key, name, choice_values(key, name))
     for name in {_DEFAULT_METHOD, *names}:
         if ":" in name or name in method_names():
             _register_method(name)
@@ -99,7 +103,8 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     text = str(error)
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = match.groups()
-        return ConfigError(group, name, one_of(group_names(group), name))
+        custom = f", or {CUSTOM}" if group in ("dataset", "model", "strategy") else ""
+        return ConfigError(group, name, one_of(group_names(group), name) + custom)
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")

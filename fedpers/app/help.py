@@ -24,6 +24,8 @@ Subcommands:
   fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
   fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
+  fedpers partition [key=value ...] [--plot FILE]     what each client owns, without training
+  fedpers list datasets|partitions|strategies|...     what there is to choose from
   fedpers --help strategy=fedrep training             every option of a choice, with its range; the choices of a group
   fedpers --version
 
@@ -101,10 +103,13 @@ def _options(group: str, choice: str) -> Mapping[str, Option]:
 
 
 def _lines(known: Mapping[str, Option]) -> list[str]:
-    width = max((len(f"{option.key}={_typed(option.default)}") for option in known.values()), default=0)
+    shown = [
+        option for whole in known.values() for option in (options(whole.nested).values() if whole.nested else [whole])
+    ]
+    width = max((len(f"{option.key}={_typed(option.default)}") for option in shown), default=0)
     return [
         f"  {f'{option.key}={_typed(option.default)}':<{width}}  {option.help or '-'}  [{option.allowed}]"
-        for option in known.values()
+        for option in shown
     ]
 
 

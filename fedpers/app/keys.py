@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 
 from fedpers.errors import ConfigError, one_of
 from fedpers.settings import Config
 from fedpers.settings.base import RENAMED, Option, Settings, options
 from fedpers.settings.groups import GROUPS, group_names, method_names
+from fedpers.settings.heterogeneity import SHIFTS
 from fedpers.strategies.registry import method_options
 
-OPEN_KEYS = ("training.groups",)
+OPEN_KEYS = (
+    "training.groups",
+    "dataset.arguments",
+    "model.arguments",
+    *(f"heterogeneity.{shift}" for shift in SHIFTS),
+)
 """Keys below which any name may be typed."""
 _ELSEWHERE = {
     "learning_rate": "lr",
@@ -40,7 +47,9 @@ _ELSEWHERE = {
 
 
 _OF_ONES_OWN = {
-    "dataset": "; arrays of your own are dataset=npz dataset.root=FILE, ratings dataset=ratings dataset.root=FILE",
+    "dataset": "; data of your own are dataset=npz, csv, parquet or images with dataset.root=PATH, ratings "
+    "dataset=ratings dataset.root=FILE, a function dataset=module:function",
+    "model": "; a network of your own is model=module:Class",
     "strategy": "; a method of your own is strategy=module:Class",
 }
 
@@ -48,7 +57,8 @@ _OF_ONES_OWN = {
 def with_open_keys(arguments: Iterable[str]) -> list[str]:
     """Arguments in which names below open keys are added (``++``): Hydra takes none that it does not know."""
     starts = tuple(f"{key}{end}" for key in OPEN_KEYS for end in (".", "="))
-    return [f"++{text}" if text.startswith(starts) else text for text in arguments]
+    texts = [re.sub(r"^(dataset|model)\.name=(?=.*:)", r"\1=", text) for text in arguments]
+    return [f"++{text}" if text.startswith(starts) else text for text in texts]
 
 
 def check_choices(arguments: Iterable[str]) -> None:

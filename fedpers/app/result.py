@@ -21,6 +21,8 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
     at_end = f"{_percent(last.get(measured))} at round {summary['last_round']}{_over(summary, clients)}"
     if summary["last_round"] is None:
         result = f"no round could be selected: no client could be measured in any of {summary['rounds_done']} rounds"
+    elif summary["selected_on"] == "nothing":
+        result = f"test {headline} {at_end} (no part for validation, so that no round is selected)"
     elif summary["selected_round"] is None:
         result = f"no round could be selected; test {headline} {at_end}"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
@@ -31,6 +32,8 @@ IDENTIFY = "query.identify"
 """Message a strategy sends to learn which node holds which client."""
 STATE = "fedpers"
 """Record of a context that holds a client's personal state."""
+
+log = logging.getLogger(__name__)
 
 
 class CohortApp(ClientApp):
@@ -102,6 +105,8 @@ class CohortApp(ClientApp):
         check(isinstance(adapted, tuple) and len(adapted) == 2, "strategy", type(update).__name__, expected)
         model, data = adapted
         self.data = data.to(self.device)
+        if not self.data.elsewhere and not any(len(positions) for positions in self.data.test):
+            log.warning("%s: no client has samples for testing, so that nothing will be measured.", self.data.name)
         self.module = prepare(model).to(self.device)
         self.template = model_tree(self.module)
         self.initial_state = self._initial_state()

@@ -8,7 +8,8 @@ from fedpers.data.partition import partition_samples
 from fedpers.data.ratings import RankingData
 from fedpers.data.sets.base import Dataset
 from fedpers.data.split import split_clients
-from fedpers.settings.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
+from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.heterogeneity import HeterogeneityConfig
 
 __all__ = [
     "PARTS",

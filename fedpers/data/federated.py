@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.errors import DataError
+from fedpers.errors import DataError, reason
 from fedpers.tasks import CLASSIFICATION, Task
 
 Part = Literal["train", "validation", "test"]
@@ -32,10 +32,10 @@ class FederatedData:
     x : Tensor ``[N, ...]``
         Inputs, ready for the model: float32 (normalized) for pictures and features, int64 ids for ratings and tokens.
     y : Tensor ``[N]`` or ``[N, D]``
-        What `task` learns: class ids, int64, ``0 <= y < num_classes`` (not checked here); or targets, float32.
+        What `task` learns: class ids, whole numbers with ``0 <= y < num_classes``; or targets, floats.
     train, validation, test : sequence of Tensor ``[n_k]``
-        For each client the positions in `x` it owns, int64. The three parts of a client should not overlap, which is
-        not checked; candidates of a ranking may stand in more than one.
+        For each client the positions in `x` it owns. Each stands in one of its three parts, once; only candidates of a
+        ranking may stand in more than one. A client without samples for testing is not evaluated.
     num_classes : int
         Outputs of a network: classes, or targets D of a regression.
     name : str
@@ -49,17 +49,26 @@ class FederatedData:
         experts to one of them. Empty if the partition knows no anchors.
     groups : tuple of int
         Group of each client, numbered from 0, where clients fall into groups that are known; else empty.
+    client_names : tuple of str
+        What the data call each client, for tables; empty if they do not.
+    class_names : tuple of str
+        What the data call each class; empty if they do not.
     elsewhere : tuple of int
         Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
     task : Task
         What is learned and how it is measured; keyword-only.
 
+    Notes
+    -----
+    NumPy arrays and lists are taken for tensors: floats become float32, the default of PyTorch's layers, and whole
+    numbers int64. A tensor keeps its type, except for labels, which become int64 where they are class ids.
+
     Raises
     ------
     DataError
-        If a client has no training samples, an index is out of range, the lists disagree in length, a public sample
-        belongs to a client, `unseen` does not name clients or names all of them, or `groups` does not name a group >= 0
-        for each client.
+        If labels are none of `task`'s, a client has no training samples, a position is out of range or stands twice
+        with a client, the lists disagree in length, a public sample belongs to a client, `unseen` does not name clients
+        or names all of them, or `groups` does not name a group >= 0 for each client.
     """
 
     x: Tensor
@@ -74,9 +83,75 @@ class FederatedData:
     anchors: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     elsewhere: tuple[int, ...] = ()
+    client_names: tuple[str, ...] = field(default=(), kw_only=True)
+    class_names: tuple[str, ...] = field(default=(), kw_only=True)
     task: Task = field(default=CLASSIFICATION, kw_only=True)
 
+    @classmethod
+    def from_clients(
+        cls,
+        clients: Any,
+        *,
+        owner: Any = None,
+        label: str = "label",
+        validation: float = 0.15,
+        test: float = 0.25,
+        seed: int = 0,
+        name: str = "data",
+    ) -> FederatedData:
+        """Make data of samples that lie client by client.
+
+            FederatedData.from_clients({"Kiel": (x1, y1), "Ulm": (x2, y2)})
+            FederatedData.from_clients(TensorDataset(x, y), owner=hospital_of_each_sample)
+
+        Parameters
+        ----------
+        clients : sequence, or mapping by the client's name
+            Samples of each client: a pair of inputs ``[n, ...]`` and labels ``[n]`` or ``[n, D]`` (tensors, arrays or
+            lists), a data frame, a PyTorch ``Dataset`` of such pairs; or a mapping from ``train``, ``validation`` and
+            ``test`` to these. With `owner`, one such set.
+        owner : sequence ``[N]``, optional
+            Client of each sample, numbers or text.
+        label : str
+            The column of a data frame that holds the labels; all others are inputs.
+        validation, test : float
+            Shares of the samples of a client that is not split yet.
+        seed : int
+            Of the split; a client's depends on `seed`, its number and its samples.
+        name : str
+
+        Returns
+        -------
+        FederatedData
+            Inputs are float32 (pictures of bytes ``[n, H, W]`` or ``[n, H, W, C]`` normalized to ``[n, C, H, W]``) or
+            int64. Labels of any hashable kind become class ids, and `class_names` keeps what they were, unless they
+            are 0, 1, ... already; floats are targets of a regression.
+
+        Raises
+        ------
+        DataError
+            If something else is given; it names the client.
+        """
+        from fedpers.data.clients import data_of_clients  # which needs this class
+
+        return data_of_clients(
+            clients, owner=owner, label=label, validation=validation, test=test, seed=seed, name=name
+        )
+
     def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            object.__setattr__(self, name, _as_tensor(getattr(self, name), f"{self.name}: {name}"))
+        for part in PARTS:
+            lists = [_as_positions(positions, f"{self.name}: {part}") for positions in self.part(part)]
+            object.__setattr__(self, part, lists)
+        if self.public is not None:
+            object.__setattr__(self, "public", _as_positions(self.public, f"{self.name}: public"))
+        self._check()
+        object.__setattr__(self, "y", self.task.prepare_labels(self.y, self.num_classes, self.name))
+
+    def _check(self) -> None:
+        if self.x.dim() == 0 or self.y.dim() == 0 or (len(self.x) == 0 and not self.elsewhere):
+            raise DataError(f"{self.name}: x is {list(self.x.shape)} and y is {list(self.y.shape)}, expected [N, ...].")
         if len(self.x) != len(self.y):
             raise DataError(f"{self.name}: x has {len(self.x)} samples but y has {len(self.y)}.")
         if not len(self.train) == len(self.validation) == len(self.test) > 0:
@@ -89,6 +164,11 @@ class FederatedData:
             used = torch.cat(list(self.part(part)))
             if len(used) and (int(used.min()) < 0 or int(used.max()) >= len(self.x)):
                 raise DataError(f"{self.name}: a {part} index is outside 0..{len(self.x) - 1}.")
+        if not self.task.parts_overlap:
+            self._check_disjoint()
+        for named, count in (("client_names", self.num_clients), ("class_names", self.num_classes)):
+            if len(getattr(self, named)) not in (0, count):
+                raise DataError(f"{self.name}: there are {len(getattr(self, named))} {named} for {count}.")
         if self.public is not None:
             self._check_public(self.public)
         if list(self.unseen) != sorted(set(self.unseen) & set(range(self.num_clients))):
@@ -100,6 +180,21 @@ class FederatedData:
             raise DataError(f"{self.name}: all {self.num_clients} clients are unseen, none is left to train.")
         if self.groups and (len(self.groups) != self.num_clients or min(self.groups) < 0):
             raise DataError(f"{self.name}: groups must be one number >= 0 for each of {self.num_clients} clients.")
+
+    def _check_disjoint(self) -> None:
+        """Refuse a position that stands twice with one client; clients may share some (``partition=label_sets``)."""
+        used = torch.cat([positions for part in PARTS for positions in self.part(part)]).cpu()
+        if len(used) == 0 or int(torch.bincount(used).max()) <= 1:
+            return
+        owner = torch.cat([torch.repeat_interleave(torch.arange(self.num_clients), self.sizes(part)) for part in PARTS])
+        owned, counts = torch.unique(owner * len(self.x) + used, return_counts=True)
+        if int(counts.max()) > 1:
+            client, position = divmod(int(owned[counts > 1][0]), len(self.x))
+            places = [part for part in PARTS for sample in self.part(part)[client].tolist() if sample == position]
+            raise DataError(
+                f"{self.name}: sample {position} of client {client} stands in {' and in '.join(places)}; each of its "
+                f"samples must stand in one part, once."
+            )
 
     def _check_public(self, public: Tensor) -> None:
         if len(public) == 0 or int(public.min()) < 0 or int(public.max()) >= len(self.x):
@@ -213,3 +308,26 @@ class FederatedData:
     def _rules(self) -> str:
         """What besides arrays decides the samples of a round, for the checksum."""
         return ""
+
+
+def _as_tensor(values: Any, what: str) -> Tensor:
+    """A tensor as it is; arrays and lists with PyTorch's default types."""
+    if isinstance(values, Tensor):
+        return values
+    try:
+        array = np.asarray(values)
+        tensor = torch.as_tensor(array)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} must be a tensor, an array or a list of numbers ({reason(error)}).") from error
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _as_positions(values: Any, what: str) -> Tensor:
+    """Int64 ``[n]`` on the CPU."""
+    if isinstance(values, Tensor) and values.dtype == torch.int64 and values.dim() == 1:
+        return values
+    tensor = _as_tensor(values if len(values) else np.zeros(0, np.int64), what)
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise DataError(f"{what} lists {kind} {list(tensor.shape)}, expected positions, whole numbers [n].")
+    return tensor.long()

@@ -2,55 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedpers.data.federated import PARTS, FederatedData
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
-from fedpers.settings.data import HeterogeneityConfig
+from fedpers.settings.base import Settings
+from fedpers.settings.heterogeneity import HeterogeneityConfig
 
 _BY_LABEL = ("label_noise", "label_groups")
-_BY_GROUP = ("label_groups", "rotation")
+_OF_PICTURES = ("rotation", "blur", "colour", "missing_channels")
 
 
 def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: int) -> FederatedData:
-    """Change each client's samples as `config` says; draws come from (`seed`, client or group).
+    """Change each client's samples as `config` says; draws come from (`seed`, shift, client or group).
+
+    Labels of all parts of a client change alike, except for noise, which only training labels have. Clients that fall
+    into groups for several reasons have the group of all of them together.
 
     Raises
     ------
     DataError
         If a sample that would change belongs to two clients.
     ConfigError
-        If the data are ratings, have no labels to change, or are no pictures that can be turned; or there are fewer
+        If the data are ratings, have no labels to change, or are no pictures that can be changed so; or there are fewer
         clients than groups.
     """
-    name = config.name
-    if name == "none" or (name not in _BY_GROUP and config.strength == 0):
-        return data
-    allowed = f"none, because {data.name} holds ratings"
-    check(data.num_items == 0, "heterogeneity", name, allowed)
+    shifts = {n: s for n, s in config.shifts().items() if getattr(s, "strength", 1) > 0}
+    for name, shift in shifts.items():
+        _check(data, name)
+        data = _APPLIED[name](data, shift, seed)
+    return data
+
+
+def _check(data: FederatedData, name: str) -> None:
+    """Refuse data that a shift cannot change."""
+    check(data.num_items == 0, "heterogeneity", name, f"none, because {data.name} holds ratings")
     allowed = f"none, feature_shift or rotation, because {data.name} has no class labels"
     check(name not in _BY_LABEL or data.task.classes, "heterogeneity", name, allowed)
     if name in _BY_LABEL and data.num_classes < 2:
         raise DataError(f"heterogeneity={name} needs at least two classes.")
+    shape = f"another, because samples of {data.name} have shape {list(data.x.shape[1:])}"
+    check(name not in _OF_PICTURES or data.x.dim() >= 3, "heterogeneity", name, f"{shape}, and are no pictures")
+    kind = str(data.x.dtype).removeprefix("torch.")
+    allowed = f"label_groups or label_noise, because samples of {data.name} are {kind}"
+    check(name in _BY_LABEL or data.x.is_floating_point(), "heterogeneity", name, allowed)
     parts = PARTS[:1] if name == "label_noise" else PARTS
     owned = torch.cat([indices for part in parts for indices in data.part(part)])
-    if len(set(owned.tolist())) < len(owned):
+    if int(torch.bincount(owned).max()) > 1:
         raise DataError(f"heterogeneity={name} needs samples that belong to one client each.")
-    if name == "feature_shift":
-        return replace(data, x=_shifted(data, config.strength, seed))
-    if name == "label_noise":
-        return replace(data, y=_noisy(data, config.strength, seed))
-    allowed = f"at most {data.num_clients}, the number of clients"
-    check(config.groups <= data.num_clients, "heterogeneity.groups", config.groups, allowed)
-    order = generator(seed, "groups").permutation(data.num_clients)
-    data = replace(data, groups=tuple(int(position) % config.groups for position in order))
-    if name == "label_groups":
-        return replace(data, y=_renamed(data, config.groups, seed))
-    return replace(data, x=_turned(data, config.groups))
 
 
 def _positions(data: FederatedData, client: int) -> Tensor:
@@ -58,45 +65,131 @@ def _positions(data: FederatedData, client: int) -> Tensor:
     return torch.cat([data.part(part)[client] for part in PARTS])
 
 
-def _shifted(data: FederatedData, strength: float, seed: int) -> Tensor:
-    x = data.x.clone()
-    for client in range(data.num_clients):
-        contrast, brightness = generator(seed, "feature_shift", client).normal(size=2)
-        positions = _positions(data, client)
-        x[positions] = x[positions] * float(torch.tensor(strength * contrast).exp()) + strength * brightness
-    return x
+def _each_client(change: Callable[[Tensor, np.random.Generator, Any], Tensor], name: str) -> Any:
+    """A shift that changes the samples ``[n, ...]`` of each client by draws of its own."""
+
+    def applied(data: FederatedData, shift: Settings, seed: int) -> FederatedData:
+        x = data.x.clone()
+        for client in range(data.num_clients):
+            positions = _positions(data, client)
+            x[positions] = change(x[positions], generator(seed, name, client), shift)
+        return replace(data, x=x)
+
+    return applied
 
 
-def _noisy(data: FederatedData, strength: float, seed: int) -> Tensor:
+def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[Tensor, Tensor]], name: str) -> Any:
+    """A shift that changes inputs and labels of clients by the group they fall into."""
+
+    def applied(data: FederatedData, shift: Any, seed: int) -> FederatedData:
+        allowed = f"at most {data.num_clients}, the number of clients"
+        check(shift.groups <= data.num_clients, "heterogeneity.groups", shift.groups, allowed)
+        order = generator(seed, "groups").permutation(data.num_clients)
+        group_of = [int(position) % shift.groups for position in order]
+        x, y = data.x.clone(), data.y.clone()
+        for client, group in enumerate(group_of):
+            positions = _positions(data, client)
+            x[positions], y[positions] = change(data, positions, group, seed, shift)
+        if data.groups:
+            pairs = list(zip(data.groups, group_of, strict=True))
+            numbers = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
+            group_of = [numbers[pair] for pair in pairs]
+        return replace(data, x=x, y=y, groups=tuple(group_of))
+
+    return applied
+
+
+def _shifted(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
+    contrast, brightness = rng.normal(size=2)
+    changed: Tensor = x * float(np.exp(shift.strength * contrast)) + shift.strength * brightness
+    return changed
+
+
+def _contrasted(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
+    return x * float(np.exp(shift.strength * rng.normal()))
+
+
+def _noisy(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
+    deviation = shift.strength * rng.random()
+    noisy: Tensor = x + deviation * torch.from_numpy(rng.standard_normal(x.shape)).to(x)
+    return noisy
+
+
+def _blurred(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
+    """Rows, then columns, after a normal curve of three deviations to each side; edges are repeated."""
+    deviation = shift.strength * rng.random()
+    reach = int(np.ceil(3 * deviation))
+    if reach == 0 or deviation < 1e-3:
+        return x
+    offsets = torch.arange(-reach, reach + 1, dtype=x.dtype)
+    curve = torch.exp(-0.5 * (offsets / deviation) ** 2)
+    curve = curve / curve.sum()
+    flat = x.reshape(-1, 1, *x.shape[-2:])
+    flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), "replicate"), curve.view(1, 1, 1, -1))
+    flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), "replicate"), curve.view(1, 1, -1, 1))
+    return flat.reshape(x.shape)
+
+
+def _coloured(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
+    contrast, brightness = (torch.from_numpy(rng.normal(size=(x.shape[1], 1, 1))).to(x) for _ in range(2))
+    changed: Tensor = x * torch.exp(shift.strength * contrast) + shift.strength * brightness
+    return changed
+
+
+def _without_channels(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
+    missing = rng.random(x.shape[1]) < shift.strength
+    missing[rng.integers(x.shape[1])] = False  # one is left
+    return x * torch.from_numpy(~missing).to(x).view(-1, 1, 1)
+
+
+def _permuted(data: FederatedData, positions: Tensor, group: int, seed: int, shift: Any) -> tuple[Tensor, Tensor]:
+    x = data.x[positions]
+    order = generator(seed, "permuted_pixels", group).permutation(x[0].numel()) if group else np.arange(x[0].numel())
+    return x.flatten(1)[:, torch.from_numpy(order)].reshape(x.shape), data.y[positions]
+
+
+def _turned(data: FederatedData, positions: Tensor, group: int, seed: int, shift: Any) -> tuple[Tensor, Tensor]:
+    x, angle = data.x[positions], group * shift.angle % 360
+    allowed = f"another, because samples of {data.name} have shape {list(data.x.shape[1:])}: only square pictures can"
+    square = x.shape[-1] == x.shape[-2] or shift.angle == 180
+    check(square, "heterogeneity", "rotation", f"{allowed} be turned by {shift.angle:g} degrees")
+    if angle % 90 == 0:
+        return torch.rot90(x, int(angle // 90), (-2, -1)), data.y[positions]
+    radians = torch.deg2rad(torch.tensor(angle, dtype=x.dtype))
+    cosine, sine, zero = torch.cos(radians), torch.sin(radians), torch.zeros((), dtype=x.dtype)
+    turn = torch.stack([torch.stack([cosine, -sine, zero]), torch.stack([sine, cosine, zero])])
+    flat = x.reshape(len(x), -1, *x.shape[-2:])
+    places = F.affine_grid(turn.expand(len(x), 2, 3), list(flat.shape), align_corners=False)
+    turned = F.grid_sample(flat, places, padding_mode="border", align_corners=False)
+    return turned.reshape(x.shape), data.y[positions]
+
+
+def _renamed(data: FederatedData, positions: Tensor, group: int, seed: int, shift: Any) -> tuple[Tensor, Tensor]:
+    names = torch.from_numpy(generator(seed, "label_groups", group).permutation(data.num_classes))
+    return data.x[positions], names[data.y[positions]]
+
+
+def _mislabelled(data: FederatedData, shift: Any, seed: int) -> FederatedData:
     y = data.y.clone()
     for client, positions in enumerate(data.train):
         rng = generator(seed, "label_noise", client)
-        wrong = positions[
-            torch.from_numpy(rng.permutation(len(positions))[: round(strength * rng.random() * len(positions))])
-        ]
-        other = torch.from_numpy(rng.integers(1, data.num_classes, len(wrong)))
-        y[wrong] = (y[wrong] + other) % data.num_classes
-    return y
+        count = rng.permutation(len(positions))[: round(shift.strength * rng.random() * len(positions))]
+        wrong = positions[torch.from_numpy(count)]
+        other = rng.integers(1, data.num_classes, len(wrong)) if shift.kind == "symmetric" else np.ones(len(wrong), int)
+        y[wrong] = (y[wrong] + torch.from_numpy(other)) % data.num_classes
+    return replace(data, y=y)
 
 
-def _renamed(data: FederatedData, groups: int, seed: int) -> Tensor:
-    """Labels after each group's permutation of the classes."""
-    y = data.y.clone()
-    names = [generator(seed, "label_groups", group).permutation(data.num_classes) for group in range(groups)]
-    for client, group in enumerate(data.groups):
-        positions = _positions(data, client)
-        y[positions] = torch.from_numpy(names[group])[y[positions]]
-    return y
-
-
-def _turned(data: FederatedData, groups: int) -> Tensor:
-    """Pictures ``[N, ..., H, W]`` after each group's turn."""
-    square = data.x.dim() >= 3 and (groups == 2 or data.x.shape[-1] == data.x.shape[-2])
-    allowed = f"another, because samples of {data.name} have shape {list(data.x.shape[1:])}"
-    pictures = "square pictures" if groups == 4 else "pictures"
-    check(square, "heterogeneity", "rotation", f"{allowed}: only {pictures} can be turned")
-    x = data.x.clone()
-    for client, group in enumerate(data.groups):
-        positions = _positions(data, client)
-        x[positions] = torch.rot90(x[positions], group * (4 // groups), (-2, -1))
-    return x
+_APPLIED: dict[str, Callable[[FederatedData, Any, int], FederatedData]] = {
+    "rotation": _each_group(_turned, "rotation"),
+    "permuted_pixels": _each_group(_permuted, "permuted_pixels"),
+    "blur": _each_client(_blurred, "blur"),
+    "contrast": _each_client(_contrasted, "contrast"),
+    "colour": _each_client(_coloured, "colour"),
+    "feature_shift": _each_client(_shifted, "feature_shift"),
+    "missing_channels": _each_client(_without_channels, "missing_channels"),
+    "noise": _each_client(_noisy, "noise"),
+    "label_groups": _each_group(_renamed, "label_groups"),
+    "label_noise": _mislabelled,
+}
+"""What applies each of :data:`fedpers.settings.heterogeneity.SHIFTS`."""

@@ -6,16 +6,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpers.data.datasets import load_dataset
+from fedpers.data.datasets import custom, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.index import OWNED, read_index
 from fedpers.data.label_sets import deal_label_sets
 from fedpers.data.partition import BY_LABEL, partition_samples
+from fedpers.data.pfllib_partition import PFLLIB, divide_as_pfllib
 from fedpers.data.ratings import leave_one_out
+from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings
-from fedpers.data.split import draw_unseen, hold_out, split_clients, take_public
+from fedpers.data.split import draw_unseen, hold_out, split_clients, take_public, tested_owners
 from fedpers.errors import DataError, check
 from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+
+WITH_PARTS = ("index", *PFLLIB)
+"""Partitions that say which of a client's samples are for testing."""
 
 
 def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig, seed: int) -> FederatedData:
@@ -50,20 +55,34 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     _check_kind(dataset, partition, split)
     if dataset.holds_ratings:
         return leave_one_out(read_ratings(dataset), dataset, split, seed)
-    data = load_dataset(dataset)
+    if ":" in dataset.name:
+        made = custom(dataset)
+        if isinstance(made, FederatedData):
+            why = f"because {dataset.name} divides its samples itself"
+            check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
+            check(split == SplitConfig(), "split", split.name, f"no settings, {why}")
+            return made
+        data = made
+    else:
+        data = load_dataset(dataset)
+    by_owner = partition.name == "natural"
     if not data.task.classes:
         why = f"because {data.name} has no class labels"
         check(partition.name not in BY_LABEL, "partition", partition.name, f"iid, quantity, natural or index, {why}")
-        check(split.name != "official", "split", split.name, f"fractions, {why}")
+        check(split.name != "official" or by_owner, "split", split.name, f"fractions, {why}")
     groups: tuple[int, ...] = ()
     if partition.name == "label_sets":
         lists, unseen, groups = deal_label_sets(data, partition, split, seed)
     else:
-        listed = _listed(len(data), partition, split, seed) if partition.name == "index" else None
+        listed = _listed(data, partition, split, seed) if partition.name in WITH_PARTS else None
         if listed is None:
-            divided = data.training_part() if split.name == "official" else data
-            listed = split_clients(data, partition_samples(divided, partition, seed), split, seed)
+            divided = data
+            if split.name == "official":
+                divided = tested_owners(data) if by_owner else data.training_part()
+            owned = partition_samples(divided, partition, seed)
+            listed = split_clients(data, owned, split, seed, by_owner=by_owner)
         lists, unseen = listed, draw_unseen(len(listed["train"]), split, seed)
+    names = tuple(data.owner_name(int(positions[0])) for positions in lists["train"]) if by_owner else ()
     lists["train"], public = take_public(lists["train"], unseen, split, seed)
     train, validation, test = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)
     return FederatedData(
@@ -78,6 +97,8 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         unseen=unseen,
         anchors=tuple(range(partition.anchors)) if partition.name == "label_sets" else (),
         groups=groups,
+        client_names=names,
+        class_names=data.class_names,
         task=data.task,
     )
 
@@ -99,17 +120,22 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
 
 
 def _listed(
-    num_samples: int, config: PartitionConfig, split: SplitConfig, seed: int
+    data: Dataset, config: PartitionConfig, split: SplitConfig, seed: int
 ) -> dict[Part, list[NDArray[np.int64]]] | None:
-    """Parts named by an index file; None if it leaves the split to us."""
-    lists = read_index(str(config.file), num_samples, config.num_clients, config.min_samples)
-    if OWNED in lists:
-        return None
+    """Parts that come with the partition; None if an index file leaves the split to us."""
+    if config.name == "index":
+        lists = read_index(str(config.file), len(data), config.num_clients, config.min_samples)
+        if OWNED in lists:
+            return None
+    else:
+        check(split.name != "official", "split", split.name, f"fractions, because partition={config.name} has parts")
+        lists = divide_as_pfllib(data.y.numpy(), data.num_classes, config, seed)
     if "validation" not in lists:
         held = [hold_out(positions, [split.validation], seed, k) for k, positions in enumerate(lists["train"])]
         lists["train"], lists["validation"] = map(list, zip(*held, strict=True))
-    for part in PARTS:
+    for part in PARTS if split.validation else ("train", "test"):
         for client, positions in enumerate(lists[part]):
             if len(positions) == 0:
-                raise DataError(f"{config.file}: the {part} list of client {client} is empty.")
+                where = config.file or f"partition={config.name}"
+                raise DataError(f"{where}: the {part} list of client {client} is empty.")
     return {part: lists[part] for part in PARTS}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedpers.data.cache import read_lists, write_lists
 from fedpers.data.index import read_index
+from fedpers.data.pfllib_partition import PFLLIB
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import derive, generator
@@ -23,7 +24,13 @@ from fedpers.settings.data import DEFAULT_CLIENTS, PartitionConfig
 
 logger = logging.getLogger(__name__)
 
-BY_LABEL = ("dirichlet", "pathological", "label_sets")  # they divide classes, which a regression does not have
+BY_LABEL = (
+    "dirichlet",
+    "pathological",
+    "label_sets",
+    "pfllib_dirichlet",
+    "pfllib_pathological",
+)  # they divide classes, which a regression does not have
 ATTEMPTS = 6  # seeds tried until every client has min_samples
 TRIES = {"dirichlet": 11, "pathological": 1}  # divisions flwr-datasets tries with one seed
 _CACHE_FORMAT = 1  # raise when the same settings give another division
@@ -55,7 +62,7 @@ def partition_samples(dataset: Dataset, config: PartitionConfig, seed: int) -> l
     """
     seed = seed if config.seed is None else config.seed
     allowed = "a partition that deals each sample to one client, because label_sets and user do not"
-    check(config.name not in ("label_sets", "user"), "partition", config.name, allowed)
+    check(config.name not in ("label_sets", "user", *PFLLIB), "partition", config.name, allowed)
     if config.num_clients is not None:
         _check_enough(dataset, config, config.num_clients)
     if config.name == "natural":
@@ -92,6 +99,7 @@ def _natural(dataset: Dataset, config: PartitionConfig, seed: int) -> list[NDArr
         )
     owner = dataset.owner.numpy()
     order = np.argsort(owner, kind="stable")
+    order = order[np.searchsorted(owner[order], 0) :]  # -1 is nobody
     starts = np.unique(owner[order], return_index=True)[1]
     owners = np.split(order, starts[1:])
     lists = [positions for positions in owners if len(positions) >= config.min_samples]

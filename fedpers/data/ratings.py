@@ -15,7 +15,7 @@ from torch import Tensor
 from fedpers.data.federated import FederatedData, Part
 from fedpers.data.sets.rating_files import Ratings
 from fedpers.data.split import draw_unseen
-from fedpers.errors import DataError
+from fedpers.errors import ConfigError, DataError
 from fedpers.randomness import generator
 from fedpers.settings.data import DatasetConfig, SplitConfig
 from fedpers.tasks import Ranking
@@ -83,6 +83,7 @@ class RankingData(FederatedData):
         negatives: int = 4,
         protocol: str = "clean",
         top_k: int = 10,
+        client_names: tuple[str, ...] = (),
     ) -> RankingData:
         """Make the data from item ids.
 
@@ -93,7 +94,7 @@ class RankingData(FederatedData):
             Items each user liked, oldest first.
         validation, test : sequence of int64 arrays ``[1 + c]``
             The held-out item of each user, then the c items it is ranked among.
-        name, unseen, negatives
+        name, unseen, negatives, client_names
             See the class.
         protocol, top_k
             See :class:`fedpers.tasks.Ranking`.
@@ -114,6 +115,7 @@ class RankingData(FederatedData):
             unseen=unseen,
             num_items=num_items,
             negatives=negatives,
+            client_names=client_names,
             task=Ranking(top_k, protocol),
         )
 
@@ -164,8 +166,8 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
 
     Rows with a rating <= 0 and pairs of user and item that were there before are left out, then users with fewer than
     ``config.min_interactions`` rows; users and items are numbered by first appearance in what remains. Of equally late
-    rows the first in the file counts as the latest. Without times an item is the later the later it first appears in
-    the file. What is left out is logged, and so is how many held-out items nobody trains on.
+    rows the first in the file counts as the latest. What stands for times in a file without them, or by request, is
+    said in ``config.held_out``. What is left out is logged, and so is how many held-out items nobody trains on.
 
     Parameters
     ----------
@@ -174,7 +176,7 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
     split : SplitConfig
         Of it `unseen` is used.
     seed : int
-        Of the negatives and unseen users.
+        Of the negatives, unseen users and held-out items that are drawn at random.
 
     Returns
     -------
@@ -185,11 +187,10 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
     DataError
         If no user is left, or a user has touched so many items that too few negatives are left.
     ConfigError
-        If ``split.unseen`` leaves no user to train.
+        If ``split.unseen`` leaves no user to train, or items are to be held out by times that the file does not have.
     """
-    user, item, time, num_items = _numbered(ratings, config)
-    if time is None:
-        time = item
+    rows, user, item, num_items = _numbered(ratings, config)
+    time = _times(ratings, config, rows, user, item, seed)
     order = np.lexsort((np.arange(len(user)), -time, user))  # each user's rows, latest first
     by_user = np.split(item[order], np.cumsum(np.bincount(user))[:-1])
     train = [history[:1:-1] for history in by_user]
@@ -211,13 +212,50 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
         negatives=config.negatives,
         protocol=config.protocol,
         top_k=config.top_k,
+        client_names=_user_names(ratings, rows, user),
     )
+
+
+def _times(
+    ratings: Ratings,
+    config: DatasetConfig,
+    rows: NDArray[np.int64],
+    user: NDArray[np.int64],
+    item: NDArray[np.int64],
+    seed: int,
+) -> NDArray[Any]:
+    """How late each of the rows is, by the file's times or by what stands for them."""
+    chosen = config.held_out
+    if chosen is None and ratings.time is None:
+        chosen = "newest_item" if config.protocol == "official" else "random"
+        meant = {"newest_item": "that appear last in the file for the first time", "random": "drawn at random"}[chosen]
+        logger.warning("%s has no times: held out are items %s (dataset.held_out=%s).", ratings.name, meant, chosen)
+    if chosen == "last_row":
+        return np.arange(len(rows))
+    if chosen == "newest_item":
+        return item
+    if chosen == "random":
+        keys = np.empty(len(rows))
+        order = np.argsort(user, kind="stable")
+        for client, positions in enumerate(np.split(order, np.cumsum(np.bincount(user))[:-1])):
+            keys[positions] = generator(seed, "held_out", client).permutation(len(positions))
+        return keys
+    if ratings.time is None:
+        raise ConfigError("dataset.held_out", "latest", f"another, because {ratings.name} has no times")
+    return ratings.time[rows]
+
+
+def _user_names(ratings: Ratings, rows: NDArray[np.int64], user: NDArray[np.int64]) -> tuple[str, ...]:
+    """What the file calls each user."""
+    first = rows[np.unique(user, return_index=True)[1]]
+    ids = ratings.user[first].tolist()
+    return tuple(ratings.user_names[number] if ratings.user_names else str(number) for number in ids)
 
 
 def _numbered(
     ratings: Ratings, config: DatasetConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any] | None, int]:
-    """Users, items and times of the rows that count, users and items from 0; and the number of items."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]:
+    """The rows that count, their users and items, both from 0; and the number of items."""
     rows = np.flatnonzero(ratings.rating > 0)
     liked = len(rows)
     user, item = _by_appearance(ratings.user[rows]), _by_appearance(ratings.item[rows])
@@ -244,7 +282,7 @@ def _numbered(
         (~enough).sum(),
         minimum,
     )
-    return user, item, None if ratings.time is None else ratings.time[rows], int(item.max()) + 1
+    return rows, user, item, int(item.max()) + 1
 
 
 def _by_appearance(ids: NDArray[np.int64]) -> NDArray[np.int64]:

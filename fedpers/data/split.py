@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedpers.data.federated import Part
@@ -20,7 +22,7 @@ Lists = list[NDArray[np.int64]]
 
 
 def split_clients(
-    dataset: Dataset, owned: Sequence[NDArray[np.int64]], config: SplitConfig, seed: int
+    dataset: Dataset, owned: Sequence[NDArray[np.int64]], config: SplitConfig, seed: int, *, by_owner: bool = False
 ) -> dict[Part, Lists]:
     """Split the samples of every client.
 
@@ -34,6 +36,8 @@ def split_clients(
     seed : int
         A client's split depends on `seed`, its number and its own samples, not on the other clients
         (``official`` test samples excepted).
+    by_owner : bool
+        Whether `owned` are the natural clients of `dataset`, so that ``official`` test samples go to their owners.
 
     Returns
     -------
@@ -52,7 +56,7 @@ def split_clients(
     if config.name == "official":
         held = [hold_out(positions, [config.validation], seed, k) for k, positions in enumerate(owned)]
         train, validation = map(list, zip(*held, strict=True))
-        test = deal_official(dataset, owned, seed)
+        test = official_by_owner(dataset, owned) if by_owner else deal_official(dataset, owned, seed)
     else:
         fractions = [config.validation, config.test]
         held = [hold_out(positions, fractions, seed, k) for k, positions in enumerate(owned)]
@@ -125,8 +129,8 @@ def hold_out(positions: NDArray[np.int64], fractions: Sequence[float], seed: int
     ----------
     positions : int64 array ``[n]``
     fractions : sequence of float
-        How much of `n` each held-out part gets, rounded; at least one sample, and at most what leaves one for
-        every other part.
+        How much of `n` each held-out part gets, rounded; at least one sample unless it is 0, and at most what leaves
+        one for every other part.
     seed, client : int
         The draw belongs to them.
 
@@ -140,17 +144,49 @@ def hold_out(positions: NDArray[np.int64], fractions: Sequence[float], seed: int
     DataError
         If there are fewer samples than parts.
     """
-    n, parts = len(positions), len(fractions) + 1
+    n, parts = len(positions), 1 + sum(fraction > 0 for fraction in fractions)
     if n < parts:
-        names = "train, validation and test" if parts == 3 else "train and validation"
+        names = f"train and {'validation' if len(fractions) == 1 else 'test'}"
+        names = "train, validation and test" if parts == 3 else names
         raise DataError(f"Client {client} has {n} samples, but {names} need one each; raise partition.min_samples.")
     shuffled = generator(seed, "split", client).permutation(positions)
     ends = [0]
     for done, fraction in enumerate(fractions):
-        most = n - ends[-1] - (len(fractions) - done)
-        ends.append(ends[-1] + min(max(1, int(fraction * n + 0.5)), most))
+        most = n - ends[-1] - 1 - sum(other > 0 for other in fractions[done + 1 :])
+        ends.append(ends[-1] + (min(max(1, int(fraction * n + 0.5)), most) if fraction > 0 else 0))
     *held, rest = np.split(shuffled, ends[1:])
     return [np.sort(part) for part in (rest, *held)]
+
+
+def tested_owners(dataset: Dataset) -> Dataset:
+    """Official training part, in which samples of owners without official test samples are nobody's.
+
+    Both owners without test samples and test samples of owners without training samples are left out with a warning.
+    """
+    training = dataset.training_part()
+    if dataset.owner is None or training.owner is None:
+        return training
+    trained, tested = torch.unique(training.owner), torch.unique(dataset.owner[len(training) :])
+    for absent, present, what in ((tested, trained, "test"), (trained, tested, "training")):
+        missing = present[~torch.isin(present, absent)]
+        if len(missing):
+            names = [dataset.owner_name(int((dataset.owner == number).nonzero()[0])) for number in missing[:3]]
+            logger.warning(
+                "split=official: %d of %d clients (%s) have no official %s samples and are left out.",
+                len(missing), len(present), ", ".join(names) + (", ..." if len(missing) > 3 else ""), what,
+            )  # fmt: skip
+    kept = torch.isin(training.owner, tested)
+    return replace(training, owner=torch.where(kept, training.owner, -1))
+
+
+def official_by_owner(dataset: Dataset, owned: Sequence[NDArray[np.int64]]) -> Lists:
+    """Official test samples of each client's owner, ascending; see :func:`tested_owners`."""
+    assert dataset.owner is not None
+    start = len(dataset.training_part())
+    owner = dataset.owner.numpy()
+    order = start + np.argsort(owner[start:], kind="stable")
+    ends = {side: np.searchsorted(owner[order], [owner[p[0]] for p in owned], side) for side in ("left", "right")}
+    return [order[first:last] for first, last in zip(ends["left"], ends["right"], strict=True)]
 
 
 def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: int) -> Lists:

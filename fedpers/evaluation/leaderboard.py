@@ -118,7 +118,7 @@ class Group:
 
 
 def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
-    """Group comparable runs and rank the methods of each group.
+    """Group comparable runs and rank the methods of each group; groups are in the order of their first run's folder.
 
     Of several runs with the same config and seed the newest counts, a finished one before an interrupted one, and a
     note says so.
@@ -126,10 +126,9 @@ def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
     by_config: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
         by_config[json.dumps(run.comparable, sort_keys=True, default=str)].append(run)
-    members = list(by_config.values())
+    members = sorted(by_config.values(), key=lambda group: min(str(run.folder) for run in group))
     titles = _titles([group[0] for group in members])
-    groups = [_group(title, group) for title, group in zip(titles, members, strict=True)]
-    return sorted(groups, key=lambda group: group.title)
+    return [_group(title, group) for title, group in zip(titles, members, strict=True)]
 
 
 def leaderboard_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -145,12 +144,18 @@ def leaderboard_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]
 
 
+_NO_SHIFTS = ("none", None, "name", "strength", "groups")
+"""Values of ``heterogeneity.name`` and keys below ``heterogeneity`` that name no shift."""
+
+
 def _titles(runs: Sequence[RunRecord]) -> list[str]:
     """Name each group by what its runs share, and groups that would look alike by what tells them apart."""
     short = []
     for run in runs:
         s, config = run.summary, run.comparable
-        parts = [s.get("dataset"), s.get("partition"), s.get("model")]
+        shifts = dict.fromkeys(key.split(".")[1] for key in config if key.startswith("heterogeneity."))
+        shifts = {name: None for name in (config.get("heterogeneity.name"), *shifts) if name not in _NO_SHIFTS}
+        parts = [s.get("dataset"), s.get("partition"), *shifts, s.get("model")]
         parts += [f"{s[name]} {name.removeprefix('num_')}" for name in ("num_clients", "rounds") if name in s]
         if config.get("fraction") is not None:
             parts.append(f"fraction {config['fraction']}")

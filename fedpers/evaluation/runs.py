@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpers.settings.base import choices
+from fedpers.settings.data import OWN_FILES
 from fedpers.settings.groups import GROUPS, choice_values
 from fedpers.settings.training import Training
 
@@ -78,11 +79,12 @@ class RunRecord:
         considered = {key: value for key, value in self.config.items() if key not in IGNORED}
         flat = _flatten({key: _in_effect(key, value) for key, value in considered.items()})
         flat.pop("dataset.download", None)
-        if flat.get("dataset.name") not in ("npz", "ratings"):  # there the path says what the data are, not only where
+        if flat.get("dataset.name") not in ("ratings", *OWN_FILES):  # there the path says what the data are
             flat.pop("dataset.root", None)
         for key, usual in DEFAULT_CHOICES.items():
             if flat.get(f"{key}.name", usual) == usual:  # nothing else of it matters then
                 flat = {name: value for name, value in flat.items() if not name.startswith(f"{key}.")}
+        flat = {name: value for name, value in flat.items() if value is not None}  # as in runs of before it was there
         protocol = str(self.summary.get("protocol", "validation-selected"))
         return flat | {"protocol": protocol.partition(":")[0]}
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fedpers.custom import call_custom, import_custom
 from fedpers.errors import check
 from fedpers.models.factorization import Factorization
 from fedpers.models.head import with_head
@@ -71,6 +72,8 @@ def build_model(
     DataError
         If weights can neither be found nor downloaded.
     """
+    if ":" in config.name:
+        return _custom(config, input_shape, num_classes, seed, num_items)
     build, options = MODELS[config.name], config.options()
     weights = options.pop("weights", "random")
     if config.name == "factorization":
@@ -93,6 +96,21 @@ def build_model(
     if config.pretrained is not None and public is not None:
         pretrain(model, *public, Pretraining.of(config), seed, device)
     return model if config.head is None else with_head(model, config.head, _samples(input_shape, num_items, seed))
+
+
+def _custom(
+    config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, seed: int, num_items: int | None
+) -> Network:
+    """A network of the user's own, its initial values drawn from `seed`."""
+    kind = import_custom("model.name", config.name)
+    known = {"input_shape": input_shape, "num_classes": num_classes, "num_items": num_items}
+    check(callable(kind), "model.name", config.name, "module:Name of a class or a function that makes a network")
+    with drawing(seed, "model"):
+        model = call_custom("model", config.name, kind, known, config.arguments or {})
+    allowed = f"module:Name of what makes an nn.Module, not {type(model).__name__}"
+    check(isinstance(model, nn.Module), "model.name", config.name, allowed)
+    made: Network = model
+    return made if config.head is None else with_head(made, config.head, _samples(input_shape, num_items, seed))
 
 
 def _projected(model: Network, features: int, num_classes: int) -> Network:

@@ -345,5 +345,7 @@ class _Run:
 
 def _progress(setup: Setup) -> Progress:
     task = setup.data.task
+    if not any(len(positions) for positions in setup.data.part(task.selected_on)):
+        return Progress(None, task.latest_wins, setup.data.unseen)
     part = "validation" if task.selected_on == "validation" else setup.strategy.published_selection
     return Progress(f"{part}/{task.headline}", task.latest_wins, setup.data.unseen)

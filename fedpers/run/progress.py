@@ -30,13 +30,15 @@ class Progress:
         Rounds trained, aggregated and, where due, evaluated.
     ended : bool
         Whether all rounds are done, or as many as the budget allows.
+    selected_by : str or None
+        Metric of the selection; None: there is no validation part, and the latest round is taken.
     best, last : tuple (round, metrics, report) or None
         Evaluated round with the highest score (the first of equals, or the last if the data's protocol says so), and
         the latest evaluated one. A round without a score, or in which a client could not be measured, is not chosen: a
         mean over the others would flatter it.
     """
 
-    selected_by: str = "validation/accuracy"
+    selected_by: str | None = "validation/accuracy"
     latest_wins: bool = False
     unseen: tuple[int, ...] = ()
     rounds_done: int = 0
@@ -65,6 +67,8 @@ class Progress:
         return sorted(report.evaluation_failures.keys() - set(self.unseen))
 
     def _better(self, metrics: dict[str, float]) -> bool:
+        if self.selected_by is None:
+            return True
         score = metrics.get(self.selected_by, math.nan)
         best = -math.inf if self.best is None else self.best[1][self.selected_by]
         return score > best or (self.latest_wins and score == best)

@@ -129,8 +129,8 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
         "interrupted": not progress.ended and progress.rounds_done < config.rounds,
         "error": progress.error,
         "task": task.name,
-        "protocol": task.protocol,
-        "selected_on": progress.selected_by.partition("/")[0],
+        "protocol": "last round" if progress.selected_by is None else task.protocol,
+        "selected_on": "nothing" if progress.selected_by is None else progress.selected_by.partition("/")[0],
         "headline": task.headline,
         "also": list(task.also),
         "spread": task.spread,
@@ -162,6 +162,8 @@ def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
     import pandas as pd
 
     columns: dict[str, list[Any]] = {"client": list(range(data.num_clients))}
+    if data.client_names:
+        columns["name"] = list(data.client_names)
     for part in PARTS:
         columns[f"{part}_size"] = data.sizes(part).tolist()
     columns["unseen"] = [client in data.unseen for client in range(data.num_clients)]

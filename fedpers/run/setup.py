@@ -68,7 +68,7 @@ def prepare_run(config: Config) -> Setup:
     strategy.attach(app)
     strategy.check_arrays(from_record(app.initial_arrays()), sampled)
     network = nn.ModuleList(models) if len(models) > 1 else models[0]
-    return Setup(data, strategy, app, network_checksum(network), models[0].pretrained_accuracy)
+    return Setup(data, strategy, app, network_checksum(network), getattr(models[0], "pretrained_accuracy", None))
 
 
 def _network(config: ModelConfig, seed: int, data: FederatedData, device: torch.device) -> Network:

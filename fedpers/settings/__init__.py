@@ -1,7 +1,8 @@
 """What can be set: one dataclass for each group, each option written once. Imports neither torch nor Flower."""
 
 from fedpers.settings.base import Option, Settings, build, options
-from fedpers.settings.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
+from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
 from fedpers.settings.run import (
     CheckpointConfig,

@@ -85,6 +85,18 @@ class Choices:
         return core_schema.literal_schema(list(self.help))
 
 
+class OpenChoices(Choices):
+    """The same, and ``module:Name`` for a choice of the user's own."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> core_schema.CoreSchema:
+        custom = core_schema.str_schema(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+        return core_schema.union_schema([core_schema.literal_schema(list(self.help)), custom])
+
+
+CUSTOM = "module:Name"
+"""In :class:`OnlyFor`: every choice of the user's own."""
+
+
 class OnlyFor:
     """Marks an option that only some choices of a group have: ``OnlyFor("dirichlet")``.
 
@@ -100,6 +112,8 @@ class OnlyFor:
         self.names, self.defaults = names, defaults
 
     def __contains__(self, name: object) -> bool:
+        if ":" in str(name):
+            return CUSTOM in self.names
         return name in self.names or name in self.defaults
 
     def default(self, choice: str, otherwise: Any) -> Any:
@@ -327,7 +341,8 @@ def _described(hint: Any, value: Any) -> str:
     if names:
         if len(names) == 1 and get_origin(_plain(hint)) is Literal:
             return str(names[0])
-        return one_of(map(str, names), value if isinstance(value, str) else "")
+        custom = f", or {CUSTOM}" if _marks(hint, OpenChoices) else ""
+        return one_of(map(str, names), value if isinstance(value, str) else "") + custom
     if _is_list(hint):
         return f"a list, each entry {describe(get_args(_plain(hint))[0])}"
     mapping = _is_mapping(hint) or (isinstance(origin, type) and issubclass(origin, Settings))

@@ -1,14 +1,14 @@
-"""Which data, who owns them, and how each client's are split: the groups ``dataset`` to ``heterogeneity``."""
+"""Which data, who owns them, and how each client's are split: the groups ``dataset``, ``partition`` and ``split``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from fedpers.errors import check
-from fedpers.settings.base import Choices, OnlyFor, Settings
+from fedpers.settings.base import CUSTOM, Choices, OnlyFor, OpenChoices, Settings
 
 DEFAULT_CLIENTS = 20
 LEAVE_ONE_OUT = 3
@@ -20,6 +20,10 @@ RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings"
 CLIENTS_OF_DATA = ("natural", "index", "user")
 """Partitions for which the number of clients comes with the data."""
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
+_TABLES = ("csv", "parquet", "hf")
+_SCALED = ("images", "hf")
+OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf")
+"""Data of one's own in files."""
 _DRAWN = ("iid", "dirichlet", "pathological", "quantity")
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
 
@@ -30,13 +34,19 @@ class DatasetConfig(Settings, group="dataset"):
 
     name: Annotated[
         str,
-        Choices(
+        OpenChoices(
             digits="1,797 pictures of 8x8 pixels, 10 classes; comes with scikit-learn, nothing to download",
             mnist="70,000 pictures of 28x28 pixels, 10 classes; root holds MNIST/raw or its four idx files",
             fashion_mnist="70,000 pictures of 28x28 pixels, 10 classes; root holds FashionMNIST/raw or its idx files",
             cifar10="60,000 colour pictures of 32x32 pixels, 10 classes; root holds cifar-10-batches-py",
             cifar100="60,000 colour pictures of 32x32 pixels, 100 classes; root holds cifar-100-python",
             npz="arrays of your own in the .npz file root",
+            csv="a table of your own: root is a .csv file whose columns are features, label and perhaps client",
+            parquet="a table of your own: root is a .parquet file whose columns are features, label and perhaps client",
+            images="pictures of your own: root holds a folder for each class, perhaps within folders of domains",
+            hf="a set of Hugging Face's library datasets: path is its name, or the folder it was saved to",
+            pfllib="the folder root as PFLlib writes it: train/0.npz, test/0.npz, ..., config.json",
+            leaf="LEAF's .json files: root is a file, a folder of them, or one with train and test",
             synthetic_ratings="made up: groups of users see items in their own way; nothing to download",
             movielens100k="100,000 ratings of 1,682 films by 943 users; root holds u.data or ratings.dat, from "
             "grouplens.org/datasets/movielens/100k",
@@ -53,8 +63,20 @@ class DatasetConfig(Settings, group="dataset"):
     root: Annotated[
         str | None,
         Field(description="folder of the files, or the file; null: $FEDPERS_CACHE/data or ~/.cache/fedpers/data"),
-        OnlyFor("npz", *PICTURES, *_FILES),
+        OnlyFor(*OWN_FILES, *PICTURES, *_FILES),
     ] = None
+    path: Annotated[
+        str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
+        OnlyFor("hf"),
+    ] = None  # fmt: skip
+    size: Annotated[int, Field(ge=1, description="pixels a side to which pictures are scaled"), OnlyFor(*_SCALED)] = 32
+    label: Annotated[str, Field(description="column of classes, or of numbers to predict"), OnlyFor(*_TABLES)] = "label"
+    features: Annotated[
+        tuple[str, ...] | None,
+        Field(min_length=1, title="one or more names of columns, or null",
+              description="columns of inputs, which get mean 0 and deviation 1; null: all but label and client"),
+        OnlyFor(*_TABLES),
+    ] = None  # fmt: skip
     download: Annotated[bool, Field(description="fetch what is not there"), OnlyFor(*PICTURES)] = True
     x: Annotated[
         str,
@@ -67,7 +89,9 @@ class DatasetConfig(Settings, group="dataset"):
         OnlyFor("npz"),
     ] = "y"
     client: Annotated[
-        str | None, Field(description="array [N] of client ids, for partition=natural"), OnlyFor("npz")
+        str | None,
+        Field(description="array or column of client ids, for partition=natural"),
+        OnlyFor("npz", *_TABLES),
     ] = None
     n_train: Annotated[
         str | None,
@@ -95,9 +119,22 @@ class DatasetConfig(Settings, group="dataset"):
         int, Field(ge=1, description="items the user never touched among which a held-out one is ranked"),
         OnlyFor(*RATINGS),
     ] = 99  # fmt: skip
+    held_out: Annotated[
+        Literal["latest", "last_row", "random", "newest_item"] | None,
+        Field(
+            description="which items of a user are for testing and validation: the latest; those of the last rows of "
+            "the file; drawn at random; newest_item, of files without times: those that appear last in the file for "
+            "the first time, as in the codes of FedRAP and PFedRec. null: latest, but of files without times random "
+            "(protocol=official: newest_item)"
+        ),
+        OnlyFor(*RATINGS),
+    ] = None
     top_k: Annotated[int, Field(ge=1, description="length of the recommended list"), OnlyFor(*RATINGS)] = 10
     max_users: Annotated[
         int | None, Field(ge=1, description="the first so many users, for quick runs; null: all"), OnlyFor(*RATINGS)
+    ] = None
+    arguments: Annotated[
+        dict[str, Any] | None, Field(description="what a function of your own is called with"), OnlyFor(CUSTOM)
     ] = None
     num_users: Annotated[int, Field(ge=1), OnlyFor("synthetic_ratings")] = 200
     num_items: Annotated[int, Field(ge=40), OnlyFor("synthetic_ratings")] = 300
@@ -107,7 +144,13 @@ class DatasetConfig(Settings, group="dataset"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = {"npz": "an .npz file", "ratings": "a .csv or .npz file"}
+        kinds = {
+            "npz": "an .npz file", "ratings": "a .csv or .npz file", "csv": "a .csv file", "parquet": "a .parquet file",
+            "images": "a folder of pictures", "pfllib": "a folder of PFLlib", "leaf": "a file or folder of LEAF",
+        }  # fmt: skip
+        allowed = "no value, except for a function of your own, dataset=module:function"
+        check(not self.arguments or ":" in self.name, "dataset.arguments", self.arguments, allowed)
+        check(self.name != "hf" or bool(self.path), "dataset.path", self.path, "the name or the folder of a set")
         needed = self.name not in kinds or bool(self.root)
         check(needed, "dataset.root", self.root, f"the path of {kinds.get(self.name)}")
         if self.min_interactions is None:
@@ -131,6 +174,8 @@ class PartitionConfig(Settings, group="partition"):
             pathological="each client has a few classes only",
             quantity="labels mixed as in the whole, sizes differ",
             natural="client ids that come with the data (dataset.client)",
+            pfllib_dirichlet="PFLlib's division by Dirichlet(alpha), with its train and test parts; its own seed is 1",
+            pfllib_pathological="PFLlib's division into a few classes for each client, with its train and test parts",
             index="lists of samples in a file",
             label_sets="clients hold sets of labels and may share training samples; the setting of FedJETs",
             user="each user of a set of ratings is a client; dataset.max_users limits them",
@@ -147,6 +192,8 @@ class PartitionConfig(Settings, group="partition"):
             pathological=DEFAULT_CLIENTS,
             quantity=DEFAULT_CLIENTS,
             label_sets=DEFAULT_CLIENTS,
+            pfllib_dirichlet=DEFAULT_CLIENTS,
+            pfllib_pathological=DEFAULT_CLIENTS,
         ),
     ] = None
     seed: Annotated[int | None, Field(ge=0, description="of the division and the split; null: the seed of the run")] = (
@@ -156,9 +203,11 @@ class PartitionConfig(Settings, group="partition"):
         int, Field(ge=1, description="samples every client has at least"), OnlyFor(*_DRAWN, "natural", "index")
     ] = 10
     alpha: Annotated[
-        float, Field(gt=0, description="concentration; small is heterogeneous, large is like iid"), OnlyFor("dirichlet")
+        float,
+        Field(gt=0, description="concentration; small is heterogeneous, large is like iid"),
+        OnlyFor("dirichlet", "pfllib_dirichlet"),
     ] = 0.1
-    classes_per_client: Annotated[int, Field(ge=1), OnlyFor("pathological")] = 2
+    classes_per_client: Annotated[int, Field(ge=1), OnlyFor("pathological", "pfllib_pathological")] = 2
     skew: Annotated[
         Literal["linear", "square", "exponential"],
         Field(description="beyond min_samples, client k gets a share in proportion to k, k**2 or exp(k)"),
@@ -215,7 +264,12 @@ class SplitConfig(Settings, group="split"):
     ] = "fractions"
     validation: Annotated[
         float,
-        Field(gt=0, lt=1, description="share of the client's samples, or of its training samples (official)"),
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the client's samples, or of its training samples (official); 0: no round is selected "
+            "and the last one is reported",
+        ),
         OnlyFor("fractions", "official"),
     ] = 0.15
     test: Annotated[
@@ -236,35 +290,3 @@ class SplitConfig(Settings, group="split"):
         if self.name == "fractions":
             allowed = f"less than 1 - split.validation = {1 - self.validation:g}"
             check(self.validation + self.test < 1, "split.test", self.test, allowed)
-
-
-@dataclass
-class HeterogeneityConfig(Settings, group="heterogeneity"):
-    """Ways in which clients differ beyond the samples they own (the group ``heterogeneity``)."""
-
-    name: Annotated[
-        str,
-        Choices(
-            none="clients differ in their samples only",
-            feature_shift="client k sees exp(strength * a) * x + strength * b, a and b drawn from N(0, 1): its own "
-            "contrast and brightness",
-            label_noise="a share strength * u of client k's training labels is wrong, u drawn from [0, 1]",
-            label_groups="clients fall into groups, each of which names the classes in an order of its own",
-            rotation="clients fall into groups, whose pictures are turned by multiples of 90 degrees",
-        ),
-    ] = "none"
-    strength: Annotated[
-        float, Field(ge=0, description="0 changes nothing; of label_noise at most 1"),
-        OnlyFor(feature_shift=0.5, label_noise=0.4),
-    ] = 0.0  # fmt: skip
-    groups: Annotated[
-        int, Field(ge=2, description="groups of clients, of nearly equal size, drawn at random; of rotation 2 or 4"),
-        OnlyFor("label_groups", "rotation"),
-    ] = 4  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name == "label_noise":
-            check(self.strength <= 1, "heterogeneity.strength", self.strength, "a number >= 0 and <= 1")
-        if self.name == "rotation":
-            check(self.groups in (2, 4), "heterogeneity.groups", self.groups, "2 or 4 with heterogeneity=rotation")

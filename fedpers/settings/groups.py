@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpers.settings.base import Settings, choice_options, choices, options, plain
-from fedpers.settings.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
+from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
 from fedpers.settings.run import RuntimeConfig, TensorBoardConfig, WandbConfig
 from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig

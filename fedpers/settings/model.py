@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpers.errors import check, one_of
-from fedpers.settings.base import Choices, OnlyFor, Settings, choice_options, options
+from fedpers.settings.base import CUSTOM, OnlyFor, OpenChoices, Settings, choice_options, options
 
 KINDS: dict[str, dict[str, Any]] = {
     "mlp": {},
@@ -31,7 +31,7 @@ class ModelConfig(Settings, group="model"):
 
     name: Annotated[
         str,
-        Choices(
+        OpenChoices(
             mlp="fully connected layers",
             cnn="two convolutions, as in the federated learning literature",
             resnet18="a residual network for small pictures",
@@ -82,6 +82,14 @@ class ModelConfig(Settings, group="model"):
         int | None,
         Field(ge=1, description="width of a projection before the head, so that all kinds of network have the same"),
         OnlyFor(*_WITH_FEATURES),
+    ] = None
+    arguments: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description="what a network of your own is made with; input_shape, num_classes and num_items are given "
+            "where it has such parameters"
+        ),
+        OnlyFor(CUSTOM),
     ] = None
     kinds: Annotated[
         tuple[str, ...] | None,

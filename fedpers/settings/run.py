@@ -10,7 +10,8 @@ from pydantic import Field
 
 from fedpers.errors import check
 from fedpers.settings.base import Choices, OnlyFor, Settings
-from fedpers.settings.data import DatasetConfig, HeterogeneityConfig, PartitionConfig, SplitConfig
+from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
 from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig
 from fedpers.settings.training import Training

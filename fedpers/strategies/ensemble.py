@@ -67,7 +67,7 @@ class EnsembleUpdate(LocalUpdate):
         ConfigError
             If there are no classes to average probabilities of.
         """
-        classes = data.task.classes and not data.y.is_floating_point()
+        classes = data.task.classes
         check(classes, "dataset", data.name, "samples with class labels for strategy=ensemble")
         others = [fresh(model, seed, i) if self.init == "random" else model for i in range(1, self.members)]
         return Members([copy.deepcopy(member) for member in (model, *others)]), data

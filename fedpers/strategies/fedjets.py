@@ -154,7 +154,7 @@ class FedJETsUpdate(LocalUpdate):
         """
         _check_anchors(self.experts, data)
         allowed = "samples with class labels for strategy=fedjets"
-        check(not data.y.is_floating_point(), "dataset", data.name, allowed)
+        check(data.task.classes, "dataset", data.name, allowed)
         if getattr(model, "pretrained_accuracy", 0.0) is None:
             log.warning("The common expert of fedjets has random values; model.pretrained=public trains it first.")
         embedding = featured(model, data, budget=sys.maxsize)[1].x.flatten(1)

@@ -61,7 +61,7 @@ class FedProtoUpdate(LocalUpdate):
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
         allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes and data.y.dtype == torch.int64, "strategy", "fedproto", allowed)
+        check(data.task.classes, "strategy", "fedproto", allowed)
         fits = hasattr(model, "body") and "head.weight" in select(model, "head")
         check(fits, "model", type(model).__name__, "a network with a 'body' and a linear 'head' for strategy=fedproto")
         return model, data

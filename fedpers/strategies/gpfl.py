@@ -62,7 +62,7 @@ from torch.nn import functional as F
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Training, Tree, View, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError, DataError, check
+from fedpers.errors import ConfigError, check
 from fedpers.models.initial import drawing
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
@@ -165,21 +165,13 @@ class GPFLUpdate(LocalUpdate):
         ------
         ConfigError
             If the network is not a body under a linear head, or samples have no class labels.
-        DataError
-            If a label is outside the table.
         """
         kind = type(model).__name__
         body, head = getattr(model, "body", None), getattr(model, "head", None)
         if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
             raise ConfigError("model", kind, "a network with a 'body' and a linear 'head' for strategy=gpfl")
         allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes and data.y.dtype == torch.int64, "strategy", "gpfl", allowed)
-        outside = data.y[(data.y < 0) | (data.y >= data.num_classes)]
-        if len(outside):
-            raise DataError(
-                f"{data.name}: label {int(outside[0])} is outside the category table of strategy=gpfl, which has "
-                f"{data.num_classes} embeddings for labels 0..{data.num_classes - 1}."
-            )
+        check(data.task.classes, "strategy", "gpfl", allowed)
         with drawing(seed, "gpfl"):
             return ConditionalNetwork(copy.deepcopy(body), copy.deepcopy(head), data.num_classes), data
 

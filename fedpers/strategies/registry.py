@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from fedpers.custom import import_custom
 from fedpers.errors import ConfigError, one_of
 from fedpers.settings import base as settings
 from fedpers.settings.groups import method_names
@@ -72,16 +71,11 @@ def strategy_class(name: str) -> type[PersonalizedStrategy]:
         if name not in STRATEGIES:
             raise ConfigError("strategy", name, f"{one_of(STRATEGIES, name)}, or module:Class")
         return STRATEGIES[name]
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        kind = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        raise ConfigError("strategy.name", name, f"module:Class of a module that can be imported ({error})") from error
+    kind = import_custom("strategy.name", name)
     if not (isinstance(kind, type) and issubclass(kind, PersonalizedStrategy)):
         raise ConfigError("strategy.name", name, "module:Class of a subclass of PersonalizedStrategy")
-    return kind
+    chosen: type[PersonalizedStrategy] = kind
+    return chosen
 
 
 def method_options(name: str) -> dict[str, settings.Option]:

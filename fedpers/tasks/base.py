@@ -28,6 +28,8 @@ class Task(ABC):
         Whether labels are class ids and a network gives a score for each class.
     spread : bool
         Whether the distribution of the headline over clients (deviation, worst decile) says something.
+    parts_overlap : bool
+        Whether a sample may stand in several parts of a client, as items do that are candidates of a ranking.
     baselines : tuple of str
         Strategies that belong in every table of this task.
     """
@@ -35,6 +37,7 @@ class Task(ABC):
     name: ClassVar[str]
     classes: ClassVar[bool] = False
     spread: ClassVar[bool] = True
+    parts_overlap: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("local", "fedavg")
 
     @property
@@ -73,6 +76,24 @@ class Task(ABC):
         y : Tensor ``[B, ...]``
             Its labels.
         """
+
+    def prepare_labels(self, y: Tensor, num_classes: int, name: str) -> Tensor:
+        """Labels in the form that :meth:`losses` and :meth:`measure` take; the default changes nothing.
+
+        Parameters
+        ----------
+        y : Tensor ``[N, ...]``
+            As a user gives them.
+        num_classes : int
+        name : str
+            Of the data, for errors.
+
+        Raises
+        ------
+        DataError
+            If they are no labels of this task.
+        """
+        return y
 
     def check_outputs(self, outputs: Tensor, data: FederatedData, network: str = "network") -> None:
         """Refuse a network whose outputs do not fit the labels; the default asks for ``[B, C]``, ``C >= num_classes``.

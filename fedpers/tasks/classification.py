@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedpers.errors import DataError
 from fedpers.evaluation import metrics
 from fedpers.tasks.base import Task, sum_by_client
 
@@ -27,17 +28,28 @@ class Classification(Task):
         """Share of samples whose highest score is that of their class."""
         return "accuracy"
 
-    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy ``[B]`` of class ids; binary cross-entropy of targets in [0, 1], which are floats.
+    def prepare_labels(self, y: Tensor, num_classes: int, name: str) -> Tensor:
+        """Class ids ``[N]`` as int64.
 
-        Parameters
-        ----------
-        outputs : Tensor ``[B, C]``
-            Class scores, or with ``C = 1`` the logit of an event.
-        y : Tensor ``[B]``
+        Raises
+        ------
+        DataError
+            If they are no whole numbers ``[N]``, or one is outside ``0 <= y < num_classes``.
         """
-        if y.is_floating_point():
-            return binary_losses(outputs, y)
+        if y.dim() != 1 or y.is_floating_point() or y.is_complex():
+            raise DataError(
+                f"{name}: y is {str(y.dtype).removeprefix('torch.')} {list(y.shape)}, expected class ids, whole "
+                f"numbers [N]; targets of a regression, floats [N] or [N, D], need task=Regression()."
+            )
+        if len(y) and not y.is_meta and (int(y.min()) < 0 or int(y.max()) >= num_classes):
+            raise DataError(
+                f"{name}: labels run from {int(y.min())} to {int(y.max())}, expected 0 to {num_classes - 1}, because "
+                f"num_classes={num_classes}."
+            )
+        return y.long()
+
+    def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy ``[B]`` of class scores `outputs` ``[B, C]`` and class ids `y` ``[B]``."""
         return class_losses(outputs, y)
 
     def measure(

@@ -38,6 +38,7 @@ class Ranking(Task):
 
     name: ClassVar[str] = "ranking"
     spread: ClassVar[bool] = False  # of one held-out item for each user
+    parts_overlap: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = (*Task.baselines, "no_learning")
     top_k: int = 10
     protocol_name: str = "clean"

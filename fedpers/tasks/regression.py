@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from fedpers.errors import check
+from fedpers.errors import DataError, check
 from fedpers.tasks.base import Task, sum_by_client
 
 if TYPE_CHECKING:
@@ -34,6 +34,24 @@ class Regression(Task):
     def headline(self) -> str:
         """``r2``, see :meth:`measure`."""
         return "r2"
+
+    def prepare_labels(self, y: Tensor, num_classes: int, name: str) -> Tensor:
+        """Targets ``[N]`` or ``[N, D]`` as floats; whole numbers become float32.
+
+        Raises
+        ------
+        DataError
+            If they have another shape, `num_classes` is not D, or one is not finite.
+        """
+        if y.dim() not in (1, 2) or y.is_complex() or y[:1].numel() not in (0, num_classes):
+            raise DataError(
+                f"{name}: y is {str(y.dtype).removeprefix('torch.')} {list(y.shape)}, expected numbers [N] or [N, D] "
+                f"with num_classes={num_classes} for D."
+            )
+        targets = y if y.is_floating_point() else y.float()
+        if not targets.is_meta and not bool(targets.isfinite().all()):
+            raise DataError(f"{name}: y is not finite (nan or infinite).")
+        return targets
 
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Squared error ``[B]`` of each sample, the mean over its D numbers."""

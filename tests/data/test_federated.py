@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,3 +70,58 @@ def test_checksum_of_present_data_stays() -> None:
 def test_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         made(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"y": torch.zeros(10)},
+            r"y is float32 \[10\], expected class ids, whole numbers \[N\]; targets of",
+        ),
+        ({"y": torch.zeros(10, 3).long()}, r"y is int64 \[10, 3\], expected class ids"),
+        ({"y": torch.arange(10)}, r"labels run from 0 to 9, expected 0 to 0, because num_classes=1\."),
+        ({"y": torch.zeros(10).long() - 1}, r"labels run from -1 to -1"),
+        ({"y": torch.zeros(9).long()}, r"x has 10 samples but y has 9\."),
+        ({"y": torch.full((10,), float("nan")), "task": Regression()}, r"y is not finite"),
+        ({"y": torch.zeros(10, 2), "task": Regression()}, r"y is float32 \[10, 2\], expected numbers .* num_classes=1"),
+        ({"x": torch.zeros(())}, r"x is \[\] and y is \[10\]"),
+        ({"x": ["a"] * 10}, r"x must be a tensor, an array or a list of numbers"),
+        (
+            {"test": [[5], [2]]},
+            r"sample 2 of client 1 stands in train and in test; each of its samples must",
+        ),
+        ({"test": [[5, 5], [6]]}, r"sample 5 of client 0 stands in test and in test"),
+        ({"test": [[5], [0.5]]}, r"test lists float32 \[1\], expected positions, whole numbers"),
+        ({"test": [[5], [True]]}, r"test lists bool \[1\], expected positions"),
+        ({"test": [[5], [10]]}, r"a test index is outside 0\.\.9"),
+        ({"test": [[5]]}, r"must list the same clients"),
+        ({"client_names": ("Ulm",)}, r"there are 1 client_names for 2\."),
+        ({"class_names": ("a", "b")}, r"there are 2 class_names for 1\."),
+    ],
+)
+def test_what_is_documented_is_checked(values: dict[str, Any], message: str) -> None:
+    data = made()
+    given: dict[str, Any] = {"x": data.x, "y": data.y, "train": data.train, "validation": data.validation}
+    with pytest.raises(DataError, match=message):
+        FederatedData(**{**given, "test": data.test, "num_classes": 1, **values})
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint8", "bool", "array", "list"])
+def test_arrays_lists_and_other_whole_numbers_are_taken(kind: str) -> None:
+    x, y = np.arange(20.0).reshape(10, 2), np.arange(10) % 2
+    labels: Any = {"array": y, "list": y.tolist()}.get(kind)
+    labels = torch.from_numpy(y).to(getattr(torch, kind)) if labels is None else labels
+    data = FederatedData(x.tolist() if kind == "list" else x, labels, [np.array([0, 1]), [2]], [[3], [4]], [[5], []], 2)
+    assert data.x.dtype == torch.float32
+    assert data.y.dtype == torch.int64
+    assert data.y.tolist() == y.tolist()
+    assert [positions.tolist() for positions in data.train] == [[0, 1], [2]]
+    assert data.test[1].dtype == torch.int64
+    wide = FederatedData(torch.from_numpy(x), y, [[0]], [[1]], [[2]], 2)
+    assert wide.x.dtype == torch.float64  # a tensor keeps its type
+
+
+def test_clients_may_share_samples() -> None:
+    data = FederatedData(torch.zeros(4, 1), [0] * 4, [[0, 1], [0, 1]], [[2], [2]], [[3], [3]], 1)
+    assert data.num_clients == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from fedpers.data import FederatedData, HeterogeneityConfig, apply_heterogeneity
 from fedpers.data.federated import PARTS
 from fedpers.errors import ConfigError, DataError
+from fedpers.settings.base import choice_options, choices
+from fedpers.settings.heterogeneity import SHIFTS, LabelGroups, LabelNoise, Noise, Rotation
 from fedpers.tasks import Regression
 from tests.problems import gaussian_data
 
@@ -91,6 +94,88 @@ def test_each_group_sees_pictures_turned_alike() -> None:
             grouped(wrong, "rotation", groups)
 
 
+def pictures(clients: int = 8, side: int = 6, channels: int = 3) -> FederatedData:
+    data = gaussian_data([6] * clients, classes=4)
+    x = torch.randn(len(data.x), channels, side, side, generator=torch.Generator().manual_seed(0))
+    return replace(data, x=x)
+
+
+BY_NAME = sorted(set(choices(HeterogeneityConfig)) - {"none"})
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_shift_is_drawn_from_the_seed_and_changes_what_it_says(name: str) -> None:
+    data = pictures()
+    values = choice_options(HeterogeneityConfig, name)
+    config = HeterogeneityConfig(name, **{n: values[n].default for n in ("strength", "groups") if n in values})
+    first, again, other = (apply_heterogeneity(data, config, seed) for seed in (1, 1, 2))
+    assert first.checksum == again.checksum != data.checksum
+    assert first.checksum != other.checksum
+    assert torch.equal(first.x, data.x) == (name in ("label_groups", "label_noise"))
+    assert torch.equal(first.y, data.y) == (name not in ("label_groups", "label_noise"))
+    assert bool(first.x.isfinite().all())
+    assert bool(first.groups) == (name in ("label_groups", "rotation", "permuted_pixels"))
+    if name in SHIFTS and name not in ("label_groups", "rotation", "permuted_pixels"):
+        nothing: dict[str, Any] = {name: SHIFTS[name](strength=0.0)}  # type: ignore[call-arg]
+        assert apply_heterogeneity(data, HeterogeneityConfig(**nothing), 1) is data
+
+
+def test_shifts_compose_and_test_labels_are_what_the_client_means() -> None:
+    data = pictures()
+    config = HeterogeneityConfig(
+        rotation=Rotation(2, 180.0), label_groups=LabelGroups(4), label_noise=LabelNoise(1.0, "pair"), noise=Noise(0.1)
+    )
+    found = apply_heterogeneity(data, config, 3)
+    turned = apply_heterogeneity(data, HeterogeneityConfig(rotation=Rotation(2, 180.0)), 3)
+    named = apply_heterogeneity(data, HeterogeneityConfig("label_groups", groups=4), 3)
+    noisy = apply_heterogeneity(turned, HeterogeneityConfig(noise=Noise(0.1)), 3)
+    torch.testing.assert_close(found.x, noisy.x)
+    for part in ("validation", "test"):
+        for positions in found.part(part):  # type: ignore[arg-type]
+            assert torch.equal(found.y[positions], named.y[positions])
+    wrong = torch.cat([(found.y[p] - named.y[p]) % 4 for p in found.train])
+    assert set(wrong.tolist()) == {0, 1}  # a pair: the next class
+    both = set(zip(turned.groups, named.groups, strict=True))
+    assert len(set(found.groups)) == len(both)
+
+
+def test_pictures_are_turned_by_any_angle() -> None:
+    data = pictures(6, side=9, channels=1)
+    spot = torch.zeros(len(data.x), 1, 9, 9)
+    spot[:, :, 4, 7] = 1.0  # to the right of the middle
+    found = apply_heterogeneity(replace(data, x=spot), HeterogeneityConfig(rotation=Rotation(3, 45.0)), 0)
+    for client, group in enumerate(found.groups):
+        picture = found.x[data.train[client][0], 0]
+        row, column = divmod(int(picture.argmax()), 9)
+        expected = {0: (4, 7), 1: (2, 6), 2: (1, 4)}[group]  # counterclockwise, as torch.rot90
+        assert (row, column) == expected
+
+
+def test_a_permutation_of_pixels_is_one_for_each_group() -> None:
+    data = pictures()
+    found = apply_heterogeneity(data, HeterogeneityConfig("permuted_pixels", groups=2), 0)
+    for client, group in enumerate(found.groups):
+        positions = data.train[client]
+        before, after = data.x[positions].flatten(1), found.x[positions].flatten(1)
+        assert torch.equal(before.sort(1).values, after.sort(1).values)
+        assert torch.equal(before, after) == (group == 0)
+
+
+def test_one_channel_is_always_left() -> None:
+    found = apply_heterogeneity(pictures(), HeterogeneityConfig("missing_channels", strength=1.0), 0)
+    for positions in found.train:
+        left = (found.x[positions].abs().sum((0, 2, 3)) > 0).tolist()
+        assert sum(left) == 1
+
+
+@pytest.mark.parametrize("name", ["rotation", "blur", "colour", "missing_channels"])
+def test_shifts_of_pictures_need_pictures(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"heterogeneity={name}: expected another, because samples of .* shape \[6\]"
+    ):
+        apply_heterogeneity(gaussian_data([6] * 4), HeterogeneityConfig(name, strength=0.5, groups=4), 0)
+
+
 def test_more_groups_than_clients_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"heterogeneity\.groups=3: expected at most 2, the number of clients"):
         grouped(gaussian_data((5, 5)), "label_groups", 3)
@@ -106,7 +191,7 @@ def test_bad_values_and_shared_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"heterogeneity\.strength=1\.5: expected a number >= 0 and <= 1"):
         HeterogeneityConfig("label_noise", 1.5)
     data = gaussian_data((5, 5))
-    numbers = replace(data, y=data.y.float(), task=Regression())
+    numbers = replace(data, y=data.y.float(), num_classes=1, task=Regression())
     with pytest.raises(ConfigError, match=r"heterogeneity=label_noise: expected none, feature_shift or rotation"):
         apply_heterogeneity(numbers, HeterogeneityConfig("label_noise", 0.5), 0)
     shared = type(data)(data.x, data.y, [data.train[0]] * 2, data.validation, data.test, data.num_classes)

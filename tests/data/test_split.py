@@ -178,7 +178,7 @@ def test_leave_one_out_is_for_ratings() -> None:
             {"name": "oficial"},
             r"split=oficial: expected one of fractions, leave_one_out, official \(did you mean 'official'",
         ),
-        ({"validation": 0.0}, r"split\.validation=0\.0: expected a number > 0 and < 1\."),
+        ({"validation": -0.1}, r"split\.validation=-0\.1: expected a number >= 0 and < 1\."),
         ({"validation": 1}, r"split\.validation=1\.0: "),
         ({"test": -0.1}, r"split\.test=-0\.1: "),
         ({"test": float("nan")}, r"split\.test=nan: "),

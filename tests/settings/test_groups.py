@@ -18,7 +18,8 @@ from fedpers.settings.data import RATINGS, DatasetConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
-NEEDED = {"npz": ["dataset.root=a.npz"], "ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"]}
+NEEDED = {"ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"], "hf": ["dataset.path=a"]}
+NEEDED |= {name: ["dataset.root=a"] for name in ("npz", "csv", "parquet", "images", "pfllib", "leaf")}
 BROUGHT = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
 PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfig("resnet18", norm="batch"),
            "resnet18_gn": ModelConfig("resnet18")}  # fmt: skip
@@ -199,4 +200,4 @@ def test_a_method_of_ones_own_is_a_choice_like_others(
     assert _main(["--help", "strategy=own_method:Mine"]) == 0
     assert "strategy.mu=0.25" in capsys.readouterr().out
     assert _main(["strategy=own_method:Nobody"]) == 2
-    assert "expected module:Class of a subclass of PersonalizedStrategy" in capsys.readouterr().err
+    assert "expected module:Name, but module own_method has no Nobody" in capsys.readouterr().err

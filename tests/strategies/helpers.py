@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,11 +20,14 @@ from fedpers.randomness import sample_clients
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
+from fedpers.tasks import Regression
 from tests.cohort.helpers import batches
 from tests.problems import SmallNetwork, gaussian_data
 
 SEED = 3
 DATA = gaussian_data((20, 9, 13, 7), dtype=torch.float64)  # batches of 5 leave 0, 4, 3 and 2 samples
+NUMBERS = replace(DATA, y=DATA.y.double(), num_classes=1, task=Regression())
+"""The same samples with numbers in place of class labels."""
 NETWORK = SmallNetwork(dropout=0.0).double()
 Values = dict[str, Tensor]
 

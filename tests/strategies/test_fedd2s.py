@@ -16,7 +16,7 @@ from fedpers.errors import ConfigError, TrainingError
 from fedpers.models import CNN, MLP, Network
 from fedpers.strategies import make_strategy
 from fedpers.strategies.fedd2s import FedD2S, FedD2SUpdate, layers_of, soft_loss
-from tests.strategies.helpers import DATA, Finished, run
+from tests.strategies.helpers import DATA, NUMBERS, Finished, run
 
 DEEP = MLP((6,), 4, hidden=(8, 5)).double()
 """Two hidden layers: cuts 2 and 1."""
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused() -> None:
         with pytest.raises(ConfigError, match=r"strategy\.cuts=.*: expected numbers from 1 to 2, the hidden layers"):
             trained({"cuts": cuts})
     with pytest.raises(ConfigError, match=r"strategy=fedd2s: expected another method for .* no class labels"):
-        run("fedd2s", {}, network=DEEP, data=replace(DATA, y=DATA.y.double()))
+        run("fedd2s", {}, network=DEEP, data=NUMBERS)
     strategy, _ = make_strategy("fedd2s")
     with pytest.raises(TrainingError, match="FedD2S computes on the server: call attach"):
         strategy.prepare(1, tree({"head.weight": torch.zeros(1)}), [0], None, "train")  # type: ignore[arg-type]

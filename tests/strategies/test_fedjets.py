@@ -33,6 +33,7 @@ from fedpers.strategies import (
     make_strategy,
 )
 from fedpers.strategies.fedjets import SELECTED, SLOTS, ExpertMean
+from fedpers.tasks import Regression
 from tests import equivalence
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
@@ -588,7 +589,7 @@ def test_networks_and_data_that_cannot_work_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"dataset=gaussian: expected samples of numbers with class labels"):
         FedJETsUpdate().client_app(NETWORK, replace(DATA, x=DATA.x.long()))
     with pytest.raises(ConfigError, match=r"dataset=gaussian: expected samples with class labels for strategy=fedjets"):
-        FedJETsUpdate().client_app(NETWORK, replace(DATA, y=DATA.y.double()))
+        FedJETsUpdate().client_app(NETWORK, replace(DATA, y=DATA.y.double(), num_classes=1, task=Regression()))
 
 
 def test_a_common_expert_that_nobody_trained_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:

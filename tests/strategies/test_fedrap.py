@@ -493,7 +493,7 @@ def test_in_the_official_variant_of_pfedrec_a_saturated_score_has_no_gradient() 
         app = update.client_app(network, GIVEN.data)
         for bias in (-120.0, 0.3):
             leaf = torch.tensor([bias], requires_grad=True)
-            batch = Batch(torch.tensor([3]), torch.tensor([1.0]))
+            batch = Batch(torch.tensor([3]), torch.tensor([1.0]), task=GIVEN.data.task)
             loss = update.loss(Network(app.module, {**first, "head.bias": leaf}), batch)
             losses[variant, bias] = float(loss)
             slopes[variant, bias] = float(torch.autograd.grad(loss, leaf)[0])

@@ -19,14 +19,27 @@ from torch.nn import functional as F
 from fedpers.cohort import Batch, Given, Network, Training, View, entries, tree
 from fedpers.data.federated import FederatedData
 from fedpers.data.ratings import RankingData
-from fedpers.errors import ConfigError, DataError
+from fedpers.errors import ConfigError
 from fedpers.models import ModelConfig, build_model
 from fedpers.strategies import GPFLUpdate
 from fedpers.strategies.gpfl import ConditionalNetwork, conditioned
 from tests import reference, traces
 from tests.cohort.helpers import assert_same
 from tests.problems import SmallNetwork, gaussian_data
-from tests.strategies.helpers import DATA, NETWORK, SEED, Finished, Values, average, copied, drawn, passes, run, sizes
+from tests.strategies.helpers import (
+    DATA,
+    NETWORK,
+    NUMBERS,
+    SEED,
+    Finished,
+    Values,
+    average,
+    copied,
+    drawn,
+    passes,
+    run,
+    sizes,
+)
 
 CLIENTS = range(DATA.num_clients)
 HEAD = ("head.weight", "head.bias")
@@ -187,8 +200,8 @@ class Two(nn.Module):
 
 def two_categories() -> FederatedData:
     x = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]])
-    part = [torch.arange(3)]
-    return FederatedData(x, torch.tensor([0, 1, 0]), part, part, part, 2, "two")
+    part, nothing = [torch.arange(3)], [torch.arange(0)]
+    return FederatedData(x, torch.tensor([0, 1, 0]), part, nothing, nothing, 2, "two")
 
 
 def test_features_by_hand() -> None:
@@ -345,18 +358,6 @@ def test_backbones(config: ModelConfig) -> None:
 # ------------------------------------------------------------------ errors
 
 
-@pytest.mark.parametrize("label", [4, -1])
-def test_a_label_outside_the_table_is_refused(label: int) -> None:
-    y = DATA.y.clone()
-    y[3] = label
-    with pytest.raises(DataError) as caught:
-        GPFLUpdate().client_app(NETWORK, replace(DATA, y=y))
-    assert str(caught.value) == (
-        f"gaussian: label {label} is outside the category table of strategy=gpfl, which has 4 embeddings for "
-        "labels 0..3."
-    )
-
-
 class NoBody(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -397,7 +398,7 @@ def test_items_without_labels_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"strategy=gpfl: expected another method for .*no class labels"):
         GPFLUpdate().adapt_model(Two(), data, SEED)
     with pytest.raises(ConfigError, match=r"strategy=gpfl: expected another method for gaussian, .*no class labels"):
-        GPFLUpdate().adapt_model(NETWORK, replace(DATA, y=DATA.y.double()), SEED)
+        GPFLUpdate().adapt_model(NETWORK, NUMBERS, SEED)
 
 
 # ------------------------------------------------------------------ traces

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedpers.tasks import CLASSIFICATION, Classification
+from fedpers.tasks import CLASSIFICATION, Classification, Ranking
 from fedpers.tasks.classification import class_counts
 
 # client 0: right, right, wrong, wrong; client 1 has no samples; client 2: twice wrong
@@ -91,10 +91,10 @@ def test_losses_of_events() -> None:
         return math.log1p(math.exp(value))
 
     expected = [math.log(2), softplus(2), 0.25 * softplus(1) + 0.75 * softplus(-1)]
-    losses: Tensor = CLASSIFICATION.losses(logits, y)
+    losses: Tensor = Ranking().losses(logits, y)
     assert losses.tolist() == pytest.approx(expected)
     assert losses.dtype == torch.float64
-    torch.testing.assert_close(vmap(CLASSIFICATION.losses)(logits[None], y[None])[0], losses)
+    torch.testing.assert_close(vmap(Ranking().losses)(logits[None], y[None])[0], losses)
 
 
 def test_what_a_run_reads() -> None:

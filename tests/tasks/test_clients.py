@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,18 +45,27 @@ def listed(*sizes: int) -> list[Tensor]:
     return [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def of_parts(x: Tensor, y: Tensor, num_classes: int, **more: Any) -> FederatedData:
+    """Each part has all samples, as copies."""
+    parts = [
+        [positions + 6 * place for positions in lists]
+        for place, lists in enumerate((listed(2, 2, 2), listed(4, 0, 2), listed(0, 0, 6)))
+    ]
+    return FederatedData(torch.cat([x] * 3), torch.cat([y] * 3), *parts, num_classes, **more)
+
+
 @pytest.fixture
 def data() -> FederatedData:
     x = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 2, 0], [0, 0, 3]])
     y = torch.tensor([0, 1, 1, 2, 1, 2])
-    return FederatedData(x, y, listed(2, 2, 2), listed(4, 0, 2), listed(0, 0, 6), 3)
+    return of_parts(x, y, 3)
 
 
 @pytest.fixture
 def numbers() -> FederatedData:
     """Targets are twice the inputs."""
     x = torch.tensor([[1.0], [2], [3], [4], [5], [6]])
-    return FederatedData(x, 2 * x[:, 0], listed(2, 2, 2), listed(4, 0, 2), listed(0, 0, 6), 1, task=Regression())
+    return of_parts(x, 2 * x[:, 0], 1, task=Regression())
 
 
 @pytest.mark.parametrize("clients", [[0, 1, 2], [1], [0, 1]])

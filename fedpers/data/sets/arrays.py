@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import lzma
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.sets.base import Dataset, normalized, reason
-from fedpers.errors import DataError
+from fedpers.data.sets.base import Dataset, normalized
+from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, Regression
+
+logger = logging.getLogger(__name__)
 
 MAX_CHANNELS = 4
 MAX_CLASSES = 100_000  # labels beyond are ids or values, not classes
@@ -29,42 +33,119 @@ def npz(config: DatasetConfig) -> Dataset:
     array_names = [name for name in (config.x, config.y, config.client, config.n_train) if name is not None]
     arrays = read_npz(path, array_names)
     x, y = arrays[config.x], arrays[config.y]
-    is_classification = y.ndim == 1 and y.dtype.kind in "iu"
+    train_size = None if config.n_train is None else _train_size(path, config.n_train, arrays[config.n_train], len(y))
+    client = None if config.client is None else arrays[config.client]
+    if client is not None and (client.ndim != 1 or client.dtype.kind not in "iuUS"):
+        kind = f"{client.dtype} {list(client.shape)}"
+        raise DataError(f"{path}: {config.client} must be whole numbers or text [N], not {kind}.")
+    return dataset_of(path, path.stem, {config.x: x}, {config.y: y}, client=client, train_size=train_size)
+
+
+def dataset_of(
+    path: Path,
+    name: str,
+    named_x: Mapping[str, NDArray[Any]],
+    named_y: Mapping[str, NDArray[Any]],
+    *,
+    client: NDArray[Any] | None = None,
+    train_size: int | None = None,
+) -> Dataset:
+    """Make a data set of arrays that were read somewhere, or say what is wrong with them.
+
+    Parameters
+    ----------
+    path : Path
+        Where they come from, for errors.
+    name : str
+        Of the data set.
+    named_x : mapping with one entry
+        The inputs under the name an error calls them: uint8 pictures ``[N, H, W]`` or ``[N, H, W, C]``, which are
+        normalized; floats ``[N, ...]``, which are taken as they are.
+    named_y : mapping with one entry
+        Classes, whole numbers or text ``[N]``; or targets, floats ``[N]`` or ``[N, D]``.
+    client : array ``[N]``, optional
+        Natural client of each sample, whole numbers or text.
+    train_size : int, optional
+        So many samples, the first, are the official training part.
+
+    Raises
+    ------
+    DataError
+    """
+    ((x_name, x),) = named_x.items()
+    ((y_name, y),) = named_y.items()
+    is_classification = y.ndim == 1 and y.dtype.kind in "iubUS"
     if not is_classification and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
         raise DataError(
-            f"{path}: {config.y} must be whole numbers [N], class ids, or floats [N] or [N, D], targets of a "
+            f"{path}: {y_name} must be whole numbers or text [N], classes, or floats [N] or [N, D], targets of a "
             f"regression, not {y.dtype} {list(y.shape)}."
         )
     if x.ndim == 0 or len(x) != len(y):
-        raise DataError(f"{path}: {config.x} has {x.shape[0] if x.ndim else 0} samples but {config.y} has {len(y)}.")
+        raise DataError(f"{path}: {x_name} has {x.shape[0] if x.ndim else 0} samples but {y_name} has {len(y)}.")
     if len(y) == 0:
         raise DataError(f"{path}: there are no samples.")
-    labels = _class_ids(path, config.y, y) if is_classification else _targets(path, config.y, y)
-    train_size = None if config.n_train is None else _train_size(path, config.n_train, arrays[config.n_train], len(y))
+    classes: tuple[str, ...] = ()
+    if is_classification:
+        labels, classes = _class_ids(path, y_name, y)
+    else:
+        labels = _targets(path, y_name, y)
     if x.dtype == np.uint8:
         if x.ndim == 3:
             x = x[..., None]
         if x.ndim != 4 or x.shape[-1] > MAX_CHANNELS:
             raise DataError(
-                f"{path}: {config.x} is uint8 {list(x.shape)}, expected pictures [N, H, W] or "
+                f"{path}: {x_name} is uint8 {list(x.shape)}, expected pictures [N, H, W] or "
                 f"[N, H, W, C] with C <= {MAX_CHANNELS}, or floats."
             )
         inputs = normalized(x, train_size or len(x))
     elif x.dtype.kind == "f":
-        inputs = _finite(path, config.x, x)
+        inputs = _finite(path, x_name, x)
     else:
-        raise DataError(f"{path}: {config.x} is {x.dtype}, expected uint8 pictures or floats.")
-    owner = None if config.client is None else _owner(path, config.client, arrays[config.client])
-    num_classes = int(labels.max()) + 1 if is_classification else labels[0].numel()
-    task = CLASSIFICATION if is_classification else Regression()
-    return Dataset(inputs, labels, num_classes, path.stem, train_size=train_size, owner=owner, task=task)
+        raise DataError(f"{path}: {x_name} is {x.dtype}, expected uint8 pictures or floats.")
+    numbers, owner_names = (None, ()) if client is None else number_labels(client)
+    return Dataset(
+        inputs,
+        labels,
+        int(labels.max()) + 1 if is_classification else labels[0].numel(),
+        name,
+        train_size=train_size,
+        owner=None if numbers is None else torch.from_numpy(numbers),
+        owner_names=owner_names,
+        class_names=classes,
+        task=CLASSIFICATION if is_classification else Regression(),
+    )
 
 
-def _class_ids(path: Path, name: str, y: NDArray[Any]) -> Tensor:
-    if int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES:
+def _class_ids(path: Path, name: str, y: NDArray[Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """Class ids ``[N]``, and the classes' names unless they are these ids."""
+    if y.dtype.kind in "iu" and (int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES):
         bad = y.min() if int(y.min()) < 0 else y.max()
         raise DataError(f"{path}: {name} has the label {bad}, expected class ids from 0 to {MAX_CLASSES - 1}.")
-    return torch.from_numpy(y.astype(np.int64))
+    ids, names = number_labels(y)
+    if names and y.dtype.kind in "iu":
+        logger.warning("%s: the labels %s are numbered as classes 0 to %d.", path, _short(names), len(names) - 1)
+    return torch.from_numpy(ids), names
+
+
+def number_labels(labels: NDArray[Any]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Number labels ``[N]`` from 0 in their order.
+
+    Returns
+    -------
+    ids : int64 array ``[N]``
+    names : tuple of str
+        Label of class 0, 1, ...; empty if the labels are these numbers.
+    """
+    values, ids = np.unique(labels, return_inverse=True)
+    if values.dtype.kind in "iu" and (values == np.arange(len(values))).all():
+        return ids.astype(np.int64), ()
+    names = (value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values.tolist())
+    return ids.astype(np.int64), tuple(names)
+
+
+def _short(names: tuple[str, ...]) -> str:
+    """Names for a sentence, of many the first and the last."""
+    return ", ".join(names) if len(names) <= 5 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
 
 
 def _targets(path: Path, name: str, y: NDArray[Any]) -> Tensor:
@@ -93,14 +174,6 @@ def _train_size(path: Path, name: str, value: NDArray[Any], num_samples: int) ->
     if value.size != 1 or value.dtype.kind not in "iu" or not 0 < int(value.item()) <= num_samples:
         raise DataError(f"{path}: {name} must be one whole number from 1 to {num_samples}.")
     return int(value.item())
-
-
-def _owner(path: Path, name: str, value: NDArray[Any]) -> Tensor:
-    if value.ndim != 1 or value.dtype.kind not in "iuUS":
-        raise DataError(f"{path}: {name} must be whole numbers or text [N], not {value.dtype} {list(value.shape)}.")
-    if value.dtype.kind in "US":
-        value = np.unique(value, return_inverse=True)[1]
-    return torch.from_numpy(value.astype(np.int64))
 
 
 def read_npz(path: Path, names: list[str] | None = None) -> dict[str, NDArray[Any]]:

@@ -33,7 +33,11 @@ class Dataset:
         The first `train_size` samples are the official training part, the others the official test part;
         None if there is no official split.
     owner : Tensor ``[N]`` or None
-        Natural client of each sample, int64; None if the data have none.
+        Natural client of each sample, int64, -1 for samples of nobody; None if the data have none.
+    owner_names : tuple of str
+        What the data call client 0, 1, ... of `owner`; empty where the numbers are the names.
+    class_names : tuple of str
+        What the data call each class; empty if they do not.
     task : Task
         What is learned.
 
@@ -49,6 +53,8 @@ class Dataset:
     name: str
     train_size: int | None = None
     owner: Tensor | None = None
+    owner_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     task: Task = CLASSIFICATION
 
     def __post_init__(self) -> None:
@@ -69,6 +75,13 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def owner_name(self, sample: int) -> str:
+        """What the data call the natural client of a sample."""
+        if self.owner is None:
+            raise ConfigError("partition", "natural", f"another partition, because {self.name} has no client ids")
+        number = int(self.owner[sample])
+        return self.owner_names[number] if self.owner_names else str(number)
 
     def training_part(self) -> Dataset:
         """Official training part alone (views, same positions).
@@ -103,9 +116,3 @@ def normalized(pictures: NDArray[np.uint8], train_size: int) -> Tensor:
         deviation = float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))
         x[:, channel].sub_(mean).div_(deviation or 1.0)  # a constant channel becomes 0
     return x
-
-
-def reason(error: BaseException) -> str:
-    """Last line of an error's text, for use inside a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip().rstrip(".") if lines else type(error).__name__

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.sets.base import Dataset, data_root, normalized, reason
+from fedpers.data.sets.base import Dataset, data_root, normalized
 from fedpers.data.torchvision_shim import import_torchvision
-from fedpers.errors import DataError
+from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; torchvision itself would wait for minutes

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
 import io
+import lzma
 import os
 import warnings
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.sets.arrays import read_npz
+from fedpers.data.sets.arrays import number_labels, read_npz
 from fedpers.data.sets.base import data_root
-from fedpers.errors import DataError
+from fedpers.errors import DataError, reason
 from fedpers.randomness import generator
 from fedpers.settings.data import DatasetConfig
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FILES: dict[str, tuple[str, ...]] = {
     "movielens100k": ("u.data", "ml-100k/u.data", "ratings.dat", "ml100k.npz"),
@@ -34,6 +43,8 @@ SOURCES = {
 COLUMNS = ("user", "item", "rating", "time")
 _SAME = {"userid": "user", "uid": "user", "itemid": "item", "movieid": "item", "mid": "item", "artistid": "item"}
 _SAME |= {"weight": "rating", "timestamp": "time"}
+_WHOLE_NUMBER = r"-?(?:0|[1-9]\d{0,17})(?:\.0*)?"
+_OTHER_NUMBER = r"[-+]?\d*\.?\d+(?:[eE][-+]?\d+)?"
 _SYNTHETIC_GROUPS = 4
 _SYNTHETIC_SIZE = 4  # of a taste
 
@@ -50,6 +61,8 @@ class Ratings:
     time : int64 or float64 array ``[n]``, or None
         None if the file does not say.
     name : str
+    user_names : tuple of str
+        What the file calls user 0, 1, ...; empty where the numbers are the names.
     """
 
     user: NDArray[np.int64]
@@ -57,6 +70,7 @@ class Ratings:
     rating: NDArray[np.float64]
     time: NDArray[Any] | None
     name: str
+    user_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.user)
@@ -65,14 +79,16 @@ class Ratings:
 def read_ratings(config: DatasetConfig) -> Ratings:
     """Read (or make) a set of ratings.
 
-    ``dataset.root`` is a file, or a folder in which `FILES` are looked for. A text file has columns separated by
-    ``::``, tabs, commas or semicolons. With a header they are found by name: ``user``, ``item`` and perhaps ``rating``
-    and ``time``, or as MovieLens and HetRec name them (``userId``, ``movieId``, ``artistID``, ``weight``,
-    ``timestamp``). Without one (not for ``ratings``) they are user, item, rating and perhaps time. Without ratings
-    each row counts as liked. Ids are whole numbers, or names of which none is a number. An .npz file has arrays
-    ``user``, ``item`` and perhaps ``rating`` and ``time``. Two packed forms are read as well. One has ``count`` (rows
-    of user 1, 2, ...), ``item`` and each user's latest item ``test_item``; the order of the others is not known, so
-    they share one time. The other has ``ua`` ``[n, 3]``: user, artist and number of listenings.
+    ``dataset.root`` is a file, or a folder in which `FILES` are looked for. A text file (``.gz``, ``.bz2`` or ``.xz``
+    too) has columns separated by ``::``, tabs, commas or semicolons. With a header they are found by name: ``user``,
+    ``item`` and perhaps ``rating`` and ``time``, or as MovieLens and HetRec name them (``userId``, ``movieId``,
+    ``artistID``, ``weight``, ``timestamp``). Without one (not for ``ratings``) they are user, item, rating and perhaps
+    time. Without ratings each row counts as liked. Ids are text, unless all of a column are whole numbers without
+    leading zeros: ``0123`` and ``123`` are two items. Times are numbers or dates. A .parquet file has columns of these
+    names, an .npz file arrays ``user``, ``item`` and perhaps ``rating`` and ``time``. Two packed forms are read as
+    well. One has ``count`` (rows of user 1, 2, ...), ``item`` and each user's latest item ``test_item``; the order of
+    the others is not known, so they share one time. The other has ``ua`` ``[n, 3]``: user, artist and number of
+    listenings.
 
     Raises
     ------
@@ -83,7 +99,10 @@ def read_ratings(config: DatasetConfig) -> Ratings:
         return _synthetic(config)
     try:
         path = _find(config)
-        columns = _from_npz(path) if path.suffix == ".npz" else _from_text(path, config)
+        if path.suffix in (".npz", ".parquet"):
+            columns, user_names = (_from_npz if path.suffix == ".npz" else _from_parquet)(path)
+        else:
+            columns, user_names = _from_text(path, config)
     except OSError as error:
         raise DataError(f"{config.name}: {error}.") from error
     name = path.stem if config.name == "ratings" else config.name
@@ -99,6 +118,7 @@ def read_ratings(config: DatasetConfig) -> Ratings:
         rating=_numbers(path, "rating", columns.get("rating", np.ones(lengths["user"]))).astype(np.float64),
         time=None if time is None else _numbers(path, "time", time),
         name=name,
+        user_names=user_names,
     )
 
 
@@ -121,13 +141,10 @@ def _find(config: DatasetConfig) -> Path:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
+def _from_text(path: Path, config: DatasetConfig) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
     import pandas as pd
 
-    try:
-        text = path.read_text(encoding="utf-8-sig").lstrip("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not a text file ({error.reason}).") from error
+    text = _text(path).lstrip("\n")
     first = text.partition("\n")[0]
     separator = next((s for s in ("::", "\t", ",", ";") if s in first), ",")
     if separator == "::":
@@ -147,7 +164,6 @@ def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
     doubled = [column for column in COLUMNS if names.count(column) > 1]
     if doubled:
         raise DataError(f"{path} has more than one column '{doubled[0]}'.")
-    as_text = {"user": str, "item": str} if config.name == "amazon_video" else None  # ids like 0000143502
     names = [column if column in COLUMNS else f"other {index}" for index, column in enumerate(names)]  # each once
     try:
         with warnings.catch_warnings():
@@ -158,28 +174,102 @@ def _from_text(path: Path, config: DatasetConfig) -> dict[str, NDArray[Any]]:
                 names=names,
                 header=0 if header else None,
                 index_col=False,
-                dtype=as_text,
+                dtype={"user": str, "item": str},
+                keep_default_na=False,
+                na_values=[""],
                 low_memory=False,
             )
     except pd.errors.ParserWarning as error:
         raise DataError(f"{path} is damaged (its rows have more cells than its first line).") from error
     except ValueError as error:  # one such row, or an open quote
         raise DataError(f"{path} is damaged ({str(error).strip().splitlines()[-1].rstrip('.')}).") from error
+    return _from_table(path, table)
+
+
+def _text(path: Path) -> str:
+    """Text of a file, perhaps compressed, in UTF-8, UTF-16 or an encoding of Western Europe."""
+    unpack: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress
+    }  # fmt: skip
+    packed = path.read_bytes()
+    try:
+        content = unpack.get(path.suffix, bytes)(packed)
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        raise DataError(f"{path} is damaged ({reason(error)}).") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encodings = ["utf-16"]
+    elif b"\0" in content:
+        raise DataError(f"{path} is not a text file.")
+    else:
+        encodings = ["utf-8-sig", "cp1252", "latin-1"]
+    for encoding in encodings:
+        try:
+            return content.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise DataError(f"{path} is not a text file.")
+
+
+def _from_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    import pandas as pd
+
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged or no .parquet file ({reason(error)}).") from error
+    names = [_SAME.get(str(name).lower().replace("_", ""), str(name).lower()) for name in table.columns]
+    table = table.set_axis(names, axis=1)
+    for column in ("user", "item"):
+        if names.count(column) != 1:
+            raise DataError(f"{path} has {names.count(column)} columns '{column}'; it has {', '.join(names)}.")
+        table[column] = table[column].astype("string").astype(object)
+    return _from_table(path, table)
+
+
+def _from_table(path: Path, table: DataFrame) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    """Columns as numbers, and what users are called; users and items are text in `table`."""
+    import pandas as pd
+
+    if table.empty:
+        raise DataError(f"{path} is empty, expected rows of user, item, rating and time.")
     columns: dict[str, NDArray[Any]] = {}
-    for column in (name for name in names if name in COLUMNS):
+    user_names: tuple[str, ...] = ()
+    for column in (name for name in table.columns if name in COLUMNS):
         values = table[column]
         if bool(values.isna().any()):
             raise DataError(f"{path}: column '{column}' has no value in row {int(values.isna().argmax()) + 1}.")
-        if values.dtype.kind in "iuf":
+        if column in ("user", "item"):
+            values = values.str.strip()
+            whole = values.str.fullmatch(_WHOLE_NUMBER)
+            if bool(whole.all()):
+                columns[column] = values.str.partition(".")[0].astype("int64").to_numpy()
+                continue
+            fraction = values.str.contains(r"[.eE]") & ~whole
+            if bool(values.str.fullmatch(_OTHER_NUMBER).all()) and bool(fraction.any()):
+                row = int(fraction.argmax())
+                raise DataError(
+                    f"{path}: column '{column}' has {values.iloc[row]} in row {row + 1}, expected a whole number >= 0."
+                )
+            columns[column], ids = pd.factorize(values)
+            user_names = tuple(ids) if column == "user" else user_names
+        elif values.dtype.kind in "iuf":
             columns[column] = values.to_numpy()
-            continue
-        number = pd.to_numeric(values, errors="coerce").notna()
-        names_allowed = column in ("user", "item") and (as_text is not None or not bool(number.any()))
-        if not names_allowed:
-            row = int((~number).argmax())
+        elif (
+            column == "time"
+            and (dates := pd.to_datetime(values, errors="coerce", utc=True, format="mixed")).notna().all()
+        ):
+            columns[column] = dates.astype("int64").to_numpy()
+        else:
+            row = int(pd.to_numeric(values, errors="coerce").isna().argmax())
             raise DataError(f"{path}: column '{column}' has '{values.iloc[row]}' in row {row + 1}, expected a number.")
-        columns[column] = pd.factorize(values)[0].astype(np.int64)
-    return columns
+    return columns, user_names
+
+
+def _dates(values: Any) -> Any:
+    """Text as times, NaT where it is no date."""
+    import pandas as pd
+
+    return pd.to_datetime(values, errors="coerce", utc=True, format="mixed")
 
 
 def _ids(path: Path, column: str, values: NDArray[Any]) -> NDArray[np.int64]:
@@ -205,7 +295,7 @@ def _numbers(path: Path, column: str, values: NDArray[Any]) -> NDArray[Any]:
 # --- npz ------------------------------------------------------------------------------------------------------------
 
 
-def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
+def _from_npz(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
     arrays = read_npz(path)
     if "ua" in arrays:
         listened = arrays["ua"]
@@ -218,13 +308,15 @@ def _from_npz(path: Path) -> dict[str, NDArray[Any]]:
         if column not in arrays:
             raise DataError(f"{path} has no array '{column}'; it has {', '.join(sorted(arrays)) or 'none'}.")
     columns = {column: arrays[column] for column in COLUMNS if column in arrays}
+    user_names: tuple[str, ...] = ()
     for column, values in columns.items():
         kinds = "iufUS" if column in ("user", "item") else "iuf"
         if values.ndim != 1 or values.dtype.kind not in kinds:
             raise DataError(f"{path}: {column} is {values.dtype} {list(values.shape)}, expected numbers [n].")
         if values.dtype.kind in "US":
-            columns[column] = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    return columns
+            columns[column], ids = number_labels(values)
+            user_names = ids if column == "user" else user_names
+    return columns, user_names
 
 
 def _from_counts(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

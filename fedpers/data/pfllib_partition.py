@@ -1,0 +1,111 @@
+"""PFLlib's divisions of samples among clients, draw by draw (``dataset/utils/dataset_utils.py`` of its repository)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpers.errors import DataError, check
+from fedpers.settings.data import DEFAULT_CLIENTS, PartitionConfig
+
+PFLLIB = ("pfllib_dirichlet", "pfllib_pathological")
+TRAIN_SHARE, BATCH = 0.75, 10
+"""Constants of PFLlib: a client's training share, and the batch size from which its least number of samples follows."""
+ATTEMPTS = 1000
+
+Lists = list[NDArray[np.int64]]
+
+
+def divide_as_pfllib(y: NDArray[np.int64], num_classes: int, config: PartitionConfig, seed: int) -> dict[str, Lists]:
+    """Divide all samples and split each client's into parts for training and testing.
+
+    With the labels of a data set in its official order, the training part first, and ``partition.seed=1``, the seed of
+    PFLlib's scripts, the lists are those that PFLlib writes.
+
+    Parameters
+    ----------
+    y : int64 array ``[N]``
+    num_classes : int
+    config : PartitionConfig
+        Its ``alpha`` or ``classes_per_client``, and ``num_clients``.
+    seed : int
+        Used if `config` has no seed of its own.
+
+    Returns
+    -------
+    dict
+        ``train`` and ``test`` -> one ascending int64 array per client.
+
+    Raises
+    ------
+    DataError
+        If no division with enough samples for each client is found.
+    """
+    clients = config.num_clients or DEFAULT_CLIENTS
+    # PFLlib draws from NumPy's global generator, which is of this kind
+    draws = np.random.RandomState(config.seed if config.seed is not None else seed)
+    least = int(min(BATCH / (1 - TRAIN_SHARE), len(y) / clients / 2))
+    if config.name == "pfllib_dirichlet":
+        owned = _dirichlet(y, num_classes, clients, config.alpha, least, draws)
+    else:
+        owned = _pathological(y, num_classes, clients, config.classes_per_client, least, draws)
+    parts: dict[str, Lists] = {"train": [], "test": []}
+    for positions in owned:
+        trained = math.floor(TRAIN_SHARE * len(positions))
+        order = draws.permutation(len(positions))  # as scikit-learn's train_test_split draws
+        tested = len(positions) - trained
+        parts["test"].append(np.sort(positions[order[:tested]]))
+        parts["train"].append(np.sort(positions[order[tested:]]))
+    return parts
+
+
+def _dirichlet(
+    y: NDArray[np.int64], num_classes: int, clients: int, alpha: float, least: int, draws: np.random.RandomState
+) -> Lists:
+    for _ in range(ATTEMPTS):
+        owned: Lists = [np.zeros(0, np.int64) for _ in range(clients)]
+        for label in range(num_classes):
+            positions = np.flatnonzero(y == label)
+            draws.shuffle(positions)
+            proportions = draws.dirichlet(np.repeat(alpha, clients))
+            proportions = proportions * [len(mine) < len(y) / clients for mine in owned]
+            ends = (np.cumsum(proportions / proportions.sum()) * len(positions)).astype(int)[:-1]
+            owned = [np.concatenate(pair) for pair in zip(owned, np.split(positions, ends), strict=True)]
+        if min(map(len, owned)) >= least:
+            return owned
+    raise DataError(
+        f"partition=pfllib_dirichlet: in {ATTEMPTS} attempts not all of {clients} clients had {least} samples; raise "
+        f"partition.alpha or lower partition.num_clients."
+    )
+
+
+def _pathological(
+    y: NDArray[np.int64], num_classes: int, clients: int, per_client: int, least: int, draws: np.random.RandomState
+) -> Lists:
+    check(per_client <= num_classes, "partition.classes_per_client", per_client, f"at most {num_classes}, all classes")
+    owned: Lists = [np.zeros(0, np.int64) for _ in range(clients)]
+    wanted = [per_client] * clients
+    for label in range(num_classes):
+        positions = np.flatnonzero(y == label)
+        takers = [client for client in range(clients) if wanted[client] > 0]
+        takers = takers[: math.ceil(clients / num_classes * per_client)]
+        if not takers:
+            break
+        average = len(positions) / len(takers)
+        low, high = int(max(average / 10, least / num_classes)), int(average)
+        if low >= high:
+            raise DataError(
+                f"partition=pfllib_pathological: class {label} has {len(positions)} samples, too few for "
+                f"{len(takers)} clients; lower partition.num_clients or partition.classes_per_client."
+            )
+        sizes = draws.randint(low, high, len(takers) - 1)
+        for client, part in zip(takers, np.split(positions, np.cumsum(sizes)), strict=True):
+            owned[client] = np.concatenate([owned[client], part])
+            wanted[client] -= 1
+    empty = [client for client, positions in enumerate(owned) if len(positions) == 0]
+    if empty:
+        raise DataError(f"partition=pfllib_pathological: client {empty[0]} has no samples; raise "
+                        f"partition.classes_per_client or lower partition.num_clients.")  # fmt: skip
+    return owned

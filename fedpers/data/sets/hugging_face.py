@@ -1,0 +1,59 @@
+"""Sets of the library ``datasets``: by name, or saved on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpers.data.sets.arrays import dataset_of
+from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.tables import dataset_of_table
+from fedpers.errors import ConfigError, DataError, one_of, reason
+from fedpers.settings.data import DatasetConfig
+
+
+def hugging_face(config: DatasetConfig) -> Dataset:
+    """Read a set that ``datasets.save_to_disk`` wrote, or one by its name (downloaded if it is not in the cache).
+
+    ``train`` and ``test``, where it has both, are the official parts; otherwise all its parts are one. A column of
+    pictures is scaled to ``dataset.size`` pixels a side and normalized; without one, columns of numbers are features.
+
+    Raises
+    ------
+    DataError
+        If it cannot be loaded, or has columns that cannot be used.
+    ConfigError
+        If a column that was named is not there.
+    """
+    import datasets
+
+    where = Path(config.path or "").expanduser()
+    try:
+        loaded: Any = datasets.load_from_disk(str(where)) if where.exists() else datasets.load_dataset(str(config.path))
+    except Exception as error:  # whatever that library or the network says
+        raise DataError(f"dataset.path={config.path} cannot be loaded ({reason(error)}).") from error
+    parts = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
+    official = {"train", "test"} <= parts.keys()
+    rows = datasets.concatenate_datasets([parts["train"], parts["test"]] if official else list(parts.values()))
+    train_size = len(parts["train"]) if official else None
+    name = where.name.replace("/", "_")
+    pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not pictures:
+        return dataset_of_table(config, where, name, rows.to_pandas(), train_size)
+    for key, column in (("dataset.label", config.label), ("dataset.client", config.client)):
+        if column is not None and column not in rows.column_names:
+            raise ConfigError(key, column, f"a column of {where}: {one_of(rows.column_names, column)}")
+    x = np.stack([_scaled(picture, config.size) for picture in rows[pictures[0]]])
+    grey = bool((x == x[..., :1]).all())
+    client = None if config.client is None else np.array(rows[config.client][:])
+    labels = np.array(rows[config.label][:])
+    return dataset_of(where, name, {pictures[0]: x[..., :1] if grey else x}, {config.label: labels}, client=client,
+                      train_size=train_size)  # fmt: skip
+
+
+def _scaled(picture: Any, size: int) -> Any:
+    """Uint8 ``[size, size, 3]``."""
+    picture = picture.convert("RGB")
+    return np.asarray(picture if picture.size == (size, size) else picture.resize((size, size)))

@@ -1,0 +1,72 @@
+"""Folders of pictures: one for each class, perhaps within one for each domain."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpers.data.sets.arrays import dataset_of
+from fedpers.data.sets.base import Dataset
+from fedpers.errors import DataError, reason
+from fedpers.settings.data import DatasetConfig
+
+logger = logging.getLogger(__name__)
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def images(config: DatasetConfig) -> Dataset:
+    """Read ``ROOT/CLASS/*.png`` or ``ROOT/DOMAIN/CLASS/*.png`` (or another common format).
+
+    Pictures are scaled to ``dataset.size`` pixels a side and normalized. Where there are domains, each is a natural
+    client. Files that are no pictures are left out and named on the screen.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing, holds no classes with pictures, or a picture is damaged.
+    """
+    root = Path(config.root or "").expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root} is missing or not a folder.")
+    inner = [folder for folder in _folders(root) for folder in _folders(folder)]
+    depth = 3 if inner else 2
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
+    pictures = [
+        path for path in files if path.suffix.lower() in _SUFFIXES and len(path.relative_to(root).parts) == depth
+    ]
+    if not pictures:
+        raise DataError(f"{root} has no pictures in folders CLASS/ or DOMAIN/CLASS/ ({', '.join(_SUFFIXES)}).")
+    others = [str(path.relative_to(root)) for path in files if path not in set(pictures)]
+    if others:
+        shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        logger.warning("%s: %d files are no pictures of a class and are left out: %s.", root, len(others), shown)
+    x = np.stack([_picture(path, config.size) for path in pictures])
+    grey = bool((x == x[..., :1]).all())
+    labels = np.array([path.parent.name for path in pictures])
+    domains = np.array([path.parent.parent.name for path in pictures]) if depth == 3 else None
+    return dataset_of(root, root.name, {"pictures": x[..., :1] if grey else x}, {"class": labels}, client=domains)
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _hidden(path: Path) -> bool:
+    """Whether it is a file of the system, such as ``.DS_Store``."""
+    return any(part.startswith((".", "__MACOSX")) or part == "Thumbs.db" for part in path.parts)
+
+
+def _picture(path: Path, size: int) -> NDArray[Any]:
+    """Uint8 ``[size, size, 3]``."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            scaled = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path} is damaged ({reason(error)}).") from error
+    return np.asarray(scaled)

@@ -1,0 +1,120 @@
+"""Folders as PFLlib writes them: ``train/0.npz``, ``test/0.npz``, ... and ``config.json``."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpers.data.sets.arrays import dataset_of
+from fedpers.data.sets.base import Dataset
+from fedpers.errors import DataError, reason
+from fedpers.settings.data import DatasetConfig
+
+_HARMLESS = {
+    (module, name)
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+    for name in ("_reconstruct", "scalar", "_frombuffer")
+} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+"""What a pickled dictionary of arrays names; nothing else is loaded."""
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Unpickles arrays, numbers, text and containers; refuses whatever else a pickle wants to call."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _HARMLESS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded")
+        return super().find_class(module, name)
+
+
+def pfllib(config: DatasetConfig) -> Dataset:
+    """Read a folder of PFLlib as it lies: client N owns ``train/N.npz`` and ``test/N.npz``.
+
+    A file holds ``data``, a pickled dictionary of ``x`` ``[n, ...]`` and ``y`` ``[n]``, which is read without running
+    anything; or the arrays ``x`` and ``y``. The files' ``train`` parts, in the order of the clients, are the official
+    training part. Numbers are taken as they are: PFLlib stores pictures normalized.
+
+    Raises
+    ------
+    DataError
+        If the folder or a file is missing or damaged, a client has no samples, or shapes differ.
+    """
+    root = Path(config.root or "").expanduser()
+    clients = _clients(root)
+    parts = [(client, *_read(root / part / f"{client}.npz")) for part in ("train", "test") for client in range(clients)]
+    shapes = {x.shape[1:] for _, x, _ in parts}
+    if len(shapes) > 1:
+        raise DataError(f"{root}: clients differ in the shape of a sample: {', '.join(map(str, sorted(shapes)))}.")
+    x, y = (np.concatenate([part[place] for part in parts]) for place in (1, 2))
+    owner = np.concatenate([np.full(len(labels), client) for client, _, labels in parts])
+    train_size = sum(len(labels) for _, _, labels in parts[:clients])
+    return dataset_of(root, root.name, {"x": x}, {"y": y}, client=owner, train_size=train_size)
+
+
+def _clients(root: Path) -> int:
+    """Number of clients, for each of which both files must be there."""
+    numbers = {
+        part: sorted(int(path.stem) for path in (root / part).glob("*.npz") if path.stem.isdecimal())
+        for part in ("train", "test")
+    }
+    if not numbers["train"]:
+        raise DataError(f"{root} has no files train/0.npz, train/1.npz, ...; dataset.root is a folder of PFLlib.")
+    stated = _stated(root)
+    clients = numbers["train"][-1] + 1 if stated is None else stated
+    for part, present in numbers.items():
+        if present != list(range(clients)):
+            absent = next((k for k in range(clients) if k not in present), None)
+            what = f"{part}/{absent}.npz is missing" if absent is not None else f"{part} has more files"
+            raise DataError(f"{root}: there are {clients} clients, but {what}.")
+    return clients
+
+
+def _stated(root: Path) -> int | None:
+    """Number of clients that ``config.json`` states; None if there is no such file."""
+    path = root / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        clients = json.loads(path.read_text(encoding="utf-8")).get("num_clients")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({reason(error)}).") from error
+    return clients if isinstance(clients, int) else None
+
+
+def _read(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Inputs ``[n, ...]`` and labels ``[n]`` of one client's part."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            arrays = {name.removesuffix(".npy"): _array(file, name) for name in file.namelist()}
+    except (OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}).") from error
+    content = arrays["data"].item() if "data" in arrays and arrays["data"].ndim == 0 else arrays
+    if not isinstance(content, dict) or not {"x", "y"} <= content.keys():
+        raise DataError(f"{path} holds no dictionary of x and y.")
+    try:
+        x, y = np.asarray(content["x"]), np.asarray(content["y"])
+    except ValueError as error:
+        raise DataError(f"{path}: samples differ in shape ({reason(error)}).") from error
+    if x.dtype == object or y.dtype == object or y.ndim != 1 or x.ndim == 0 or len(x) != len(y):
+        raise DataError(f"{path}: x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}, expected [n, ...] "
+                        f"and [n].")  # fmt: skip
+    return x, y
+
+
+def _array(file: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """One array of an ``.npz`` file; of a pickled one what needs no code to run."""
+    with file.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        _, _, dtype = header(stream)
+        if dtype.hasobject:
+            return np.asarray(_ArraysOnly(stream).load())
+    with file.open(name) as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array

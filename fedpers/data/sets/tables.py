@@ -1,0 +1,101 @@
+"""Tables: a row is a sample, columns are its features, its label and perhaps its client."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedpers.data.sets.arrays import dataset_of
+from fedpers.data.sets.base import Dataset
+from fedpers.errors import ConfigError, DataError, one_of, reason
+from fedpers.settings.data import DatasetConfig
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+def table(config: DatasetConfig) -> Dataset:
+    """Read a ``.csv`` file (also compressed; the separator is found) or a ``.parquet`` file.
+
+    Raises
+    ------
+    DataError
+        If the file is missing or damaged, or a cell is empty or no number.
+    ConfigError
+        If a column that was named is not there.
+    """
+    import pandas as pd
+
+    path = Path(config.root or "").expanduser()
+    if not os.path.isfile(path):
+        raise DataError(f"{path} is missing or not a file.")
+    try:
+        rows = pd.read_parquet(path) if config.name == "parquet" else pd.read_csv(path, sep=None, engine="python")
+    except (OSError, ValueError, pd.errors.ParserError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as {config.name} ({reason(error)}).") from error
+    return dataset_of_table(config, path, path.name.split(".")[0], rows)
+
+
+def dataset_of_table(
+    config: DatasetConfig, path: Path, name: str, rows: DataFrame, train_size: int | None = None
+) -> Dataset:
+    """Make a data set of the columns that `config` names.
+
+    Features get mean 0 and deviation 1, those of the official training part if there is one.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+        Of it `label`, `client` and `features`; without `features` all other columns are.
+    path : Path
+        For errors.
+    name : str
+    rows : DataFrame
+    train_size : int, optional
+
+    Raises
+    ------
+    DataError, ConfigError
+        See :func:`table`.
+    """
+    columns = [str(column) for column in rows.columns]
+    rows = rows.set_axis(columns, axis=1)
+    used = {"dataset.label": [config.label], "dataset.client": [config.client] if config.client else []}
+    used["dataset.features"] = list(config.features or ())
+    for key, named in used.items():
+        for column in named:
+            if column not in columns:
+                raise ConfigError(key, column, f"a column of {path}: {one_of(columns, column)}")
+    features = used["dataset.features"] or [c for c in columns if c not in (config.label, config.client)]
+    if not features or len(rows) == 0:
+        raise DataError(f"{path} has no {'rows' if features else 'columns beside label and client'}.")
+    for column in (*features, config.label, *used["dataset.client"]):
+        absent = rows[column].isna()
+        if bool(absent.any()):
+            raise DataError(f"{path}: column '{column}' has no value in row {int(absent.argmax()) + 1}.")
+    text = [column for column in features if rows[column].dtype.kind not in "iufb"]
+    if text:
+        raise DataError(
+            f"{path}: column '{text[0]}' is {rows[text[0]].dtype}, but features are numbers; name those to use in "
+            f"dataset.features."
+        )
+    x = rows[features].to_numpy(np.float64)
+    x = x - x[:train_size].mean(0)
+    deviation = x[:train_size].std(0)
+    x = x / np.where(deviation > 0, deviation, 1.0)
+    client = None if config.client is None else _ids(rows[config.client])
+    return dataset_of(path, name, {"features": x}, {config.label: _labels(rows[config.label])}, client=client,
+                      train_size=train_size)  # fmt: skip
+
+
+def _labels(column: Any) -> Any:
+    """Whole numbers, floats, or anything else as text."""
+    return column.to_numpy() if column.dtype.kind in "iufb" else column.astype(str).to_numpy(str)
+
+
+def _ids(column: Any) -> Any:
+    """Whole numbers, or anything else as text."""
+    return column.to_numpy() if column.dtype.kind in "iu" else column.astype(str).to_numpy(str)

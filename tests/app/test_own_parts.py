@@ -1,0 +1,137 @@
+"""Networks and data of a user's own on the command line, as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fedpers.app import _main
+from tests.app.test_cli import error_of, fedpers
+
+MODULE = """
+import numpy as np
+import torch
+from torch import nn
+from fedpers.data import FederatedData
+
+class Net(nn.Module):
+    def __init__(self, num_classes, width=8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, width), nn.ReLU())
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+def arrays(n=400, sites=4):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 6)).astype("float32")
+    return x, np.where(x[:, 0] > 0, "yes", "no"), np.array(["Ulm", "Kiel", "Bonn", "Mainz"])[np.arange(n) % sites]
+
+def plain():
+    return arrays()[:2]
+
+def clients():
+    x, y, site = arrays()
+    return {name: (x[site == name], y[site == name]) for name in ("Ulm", "Kiel")}
+
+def divided():
+    return FederatedData.from_clients(clients())
+
+def nothing():
+    return 5
+
+def needs(root):
+    return root
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine_parts.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("typed", ["dataset=mine_parts:arrays", "dataset.name=mine_parts:arrays"])
+def test_own_data_and_network(here: Path, typed: str) -> None:
+    (folder,) = fedpers(
+        typed, "dataset.arguments.sites=2", "partition=natural", "model.name=mine_parts:Net",
+        "model.arguments.width=5", "strategy=fedper", "rounds=3", output=here / "runs",
+    )  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_clients"] == 2
+    assert summary["model"] == "mine_parts:Net"
+    assert summary["last"]["test/accuracy"] > 0.6
+    clients = pd.read_parquet(folder / "clients.parquet")
+    assert list(clients["name"]) == ["Kiel", "Ulm"]
+    assert _main(["resume", str(folder), "rounds=4"]) == 0
+    assert json.loads((folder / "summary.json").read_text())["rounds_done"] == 4
+
+
+@pytest.mark.parametrize(
+    ("typed", "clients"),
+    [
+        ("plain partition=iid partition.num_clients=5", 5),
+        ("clients partition=natural", 2),
+        ("divided partition=natural", 2),
+    ],
+)
+def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: str, clients: int) -> None:
+    (folder,) = fedpers(f"dataset=mine_parts:{typed.split()[0]}", *typed.split()[1:], "rounds=1", output=here / "runs")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_clients"] == clients
+    assert summary["failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("model=mine_parts:Nett", r"model.name=mine_parts:Nett: expected module:Name, but module mine_parts has no"),
+        ("model=nowhere:Net", r"model.name=nowhere:Net: expected module:Name of a module that can be imported"),
+        (
+            "model=mine_parts:Net model.arguments.with=3",
+            "model.arguments.with=3: expected a parameter of mine_",
+        ),
+        (
+            "model=mine_parts:plain",
+            "model.name=mine_parts:plain: expected module:Name of what makes an nn.M",
+        ),
+        ("dataset=mine_parts:nothing", r"dataset.name=mine_parts:nothing: expected a function that returns (x, y)"),
+        (
+            "dataset=mine_parts:needs",
+            "dataset.arguments.root=None: expected a value, because mine_parts:n",
+        ),
+        (
+            "dataset=mine_parts:divided",
+            "partition=dirichlet: expected natural, because mine_parts:divided",
+        ),
+        ("dataset=digits dataset.arguments.n=3", r"dataset.arguments"),
+        ("model=nett", r"or module:Name"),
+    ],
+)
+def test_what_is_wrong_with_them_is_a_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
+) -> None:
+    assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={here / 'runs'}")
+
+
+def test_without_a_part_for_validation_the_last_round_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder,) = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=3", output=tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["selected_round"] == summary["last_round"] == 3
+    assert (summary["selected_on"], summary["protocol"]) == ("nothing", "last round")
+    assert summary["selected"] == summary["last"]
+    assert "no part for validation, so that no round is selected" in capsys.readouterr().out
+    part = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=2",
+                   output=tmp_path / "part")[0]  # fmt: skip
+    assert _main(["resume", str(part), "rounds=3"]) == 0
+    assert json.loads((part / "summary.json").read_text())["selected"] == summary["selected"]
+    assert _main(["compare", str(folder)]) == 0
+    assert "last round" in capsys.readouterr().out

@@ -1,0 +1,62 @@
+"""``fedpers partition`` and ``fedpers list`` as typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from fedpers.app import _main
+from fedpers.settings.groups import GROUPS, choices, method_names
+from tests.app.test_cli import error_of
+
+
+def test_clients_are_shown_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    csv, picture = tmp_path / "clients.csv", tmp_path / "clients.png"
+    settings = ["partition=pathological", "partition.num_clients=40", "partition.min_samples=8", "split.unseen=2"]
+    assert _main(["partition", *settings, "--csv", str(csv), "--plot", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    assert "... and 10 more clients" in shown
+    assert "digits, partition=pathological: 40 clients, " in shown
+    assert "fewer than 10 test samples" in shown
+    rows = pd.read_csv(csv)
+    assert len(rows) == 40
+    assert rows.unseen.sum() == 2
+    classes = rows[[column for column in rows if column.startswith("class ")]]
+    assert classes.shape == (40, 10)
+    assert (classes.gt(0).sum(1) <= 2).all()
+    assert (classes.sum(1) == rows.train + rows.validation + rows.test).all()
+    shares = classes.div(classes.sum(1), axis=0)
+    whole = classes.sum() / classes.sum().sum()
+    assert rows.divergence.tolist() == pytest.approx((shares - whole).abs().sum(1) / 2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_that_cannot_be_used_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*arguments: str) -> str:
+        assert _main(list(arguments)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "partition=dirichlett: expected one of" in told("partition", "partition=dirichlett")
+    assert "cannot be written" in told("partition", "--plot", str(tmp_path / "a.xyz"))
+    assert "there are no classes to draw" in told("partition", "dataset=synthetic_ratings", "--plot", "a.png")
+
+
+@pytest.mark.parametrize("kind", ["datasets", "partitions", "heterogeneity", "models", "strategies", "tasks"])
+def test_what_there_is_to_choose_from(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["list", kind]) == 0
+    shown = capsys.readouterr().out
+    group = {"strategies": "strategy"}.get(kind, kind.removesuffix("s"))
+    names = method_names() if kind == "strategies" else list(choices(GROUPS[group])) if group in GROUPS else []
+    for name in [*names, *(["classification", "ranking", "regression"] if kind == "tasks" else [])]:
+        assert any(line.split() and line.split()[0] == name for line in shown.splitlines()), name
+
+
+def test_a_mistyped_shift_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = f"output={tmp_path}"
+    line = error_of(capsys, "heterogeneity.rotation.angel=3", "rounds=1", output)
+    assert "heterogeneity.rotation.angel=3: expected a known key: one of angle, groups (did you mean 'angle'?)" in line
+    line = error_of(capsys, "heterogeneity.blur.strength=-1", "rounds=1", output)
+    assert "heterogeneity.blur.strength=-1.0: expected a number >= 0" in line

@@ -78,7 +78,7 @@ def _each_client(change: Callable[[Tensor, np.random.Generator, Any], Tensor], n
     return applied
 
 
-def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[Tensor, Tensor]], name: str) -> Any:
+def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[Tensor, Tensor]]) -> Any:
     """A shift that changes inputs and labels of clients by the group they fall into."""
 
     def applied(data: FederatedData, shift: Any, seed: int) -> FederatedData:
@@ -101,12 +101,12 @@ def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[T
 
 def _shifted(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
     contrast, brightness = rng.normal(size=2)
-    changed: Tensor = x * float(np.exp(shift.strength * contrast)) + shift.strength * brightness
+    changed: Tensor = x * float(torch.tensor(shift.strength * contrast).exp()) + shift.strength * brightness
     return changed
 
 
 def _contrasted(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
-    return x * float(np.exp(shift.strength * rng.normal()))
+    return x * float(torch.tensor(shift.strength * rng.normal()).exp())
 
 
 def _noisy(x: Tensor, rng: np.random.Generator, shift: Any) -> Tensor:
@@ -181,15 +181,15 @@ def _mislabelled(data: FederatedData, shift: Any, seed: int) -> FederatedData:
 
 
 _APPLIED: dict[str, Callable[[FederatedData, Any, int], FederatedData]] = {
-    "rotation": _each_group(_turned, "rotation"),
-    "permuted_pixels": _each_group(_permuted, "permuted_pixels"),
+    "rotation": _each_group(_turned),
+    "permuted_pixels": _each_group(_permuted),
     "blur": _each_client(_blurred, "blur"),
     "contrast": _each_client(_contrasted, "contrast"),
     "colour": _each_client(_coloured, "colour"),
     "feature_shift": _each_client(_shifted, "feature_shift"),
     "missing_channels": _each_client(_without_channels, "missing_channels"),
     "noise": _each_client(_noisy, "noise"),
-    "label_groups": _each_group(_renamed, "label_groups"),
+    "label_groups": _each_group(_renamed),
     "label_noise": _mislabelled,
 }
 """What applies each of :data:`fedpers.settings.heterogeneity.SHIFTS`."""

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ENGINES = ("fedpers", "flower")
+FAILED = "ClientAppException"
+"""What an engine writes when a client fails; a round of failing clients is no measurement."""
 
 
 def app_of(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -47,16 +49,21 @@ def run_one(folder: Path, engine: str, nodes: int) -> float:
         return time.perf_counter() - start
     from flwr.simulation import run_simulation
 
-    # run_simulation has no place for an app's settings: what it calls has
+    # run_simulation has no place for an app's settings: what it and `flwr run` call has. Without the folder of the app
+    # its clients would get no settings, and fail.
     private = sys.modules[run_simulation.__module__]
     run = private.Run.create_empty(run_id=1)
-    run.primary_task_id, run.federation_id, run.override_config = 1, private.NOOP_FEDERATION_ID, config
+    run.primary_task_id, run.federation_id = 1, private.NOOP_FEDERATION_ID
     private.TaskIdentity.task_id, private.TaskIdentity.run_id = 1, 1
     private.TaskIdentity.node_id = private.SUPERLINK_NODE_ID
     context = private.Context(1, 0, {}, private.RecordDict(), config)
     event = private.EventType.PYTHON_API_RUN_SIMULATION_ENTER
+    components = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["components"]
     start = time.perf_counter()
-    private._run_simulation(nodes, event, client_app, server_app, server_app_context=context, run=run)
+    private._run_simulation(
+        nodes, event, client_app_attr=components["clientapp"], server_app_attr=components["serverapp"],
+        app_dir=str(folder), is_app=True, server_app_context=context, run=run,
+    )  # fmt: skip
     return time.perf_counter() - start
 
 
@@ -81,9 +88,11 @@ def main() -> None:
             for engine in ENGINES[:: 1 if turn % 2 == 0 else -1]:
                 command = [sys.executable, "-m", "benchmarks.flower_apps", str(folder), "--engine", engine]
                 done = subprocess.run(
-                    [*command, "--nodes", str(chosen.nodes)], stdout=subprocess.PIPE, text=True, check=True, cwd=here,
+                    [*command, "--nodes", str(chosen.nodes)], capture_output=True, text=True, check=False, cwd=here,
                     env={**os.environ, "PYTHONPATH": here},
                 )  # fmt: skip
+                if done.returncode or FAILED in done.stdout + done.stderr:
+                    sys.exit(f"{folder.name} under {engine} failed:\n{done.stderr[-3000:]}")
                 found[engine].append(json.loads(done.stdout.splitlines()[-1]))
         medians = {engine: statistics.median(times) for engine, times in found.items()}
         cells = [f"{medians[e]:8.2f} ({min(found[e]):.2f} to {max(found[e]):.2f})" for e in ENGINES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,73 @@ from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 
-_HARMLESS = {
-    (module, name)
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-    for name in ("_reconstruct", "scalar", "_frombuffer")
-} | {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-"""What a pickled dictionary of arrays names; nothing else is loaded."""
+_PLAIN = re.compile(r"[biufSU]\d+")
+"""Types of arrays that hold nothing but their own bytes."""
+
+
+class _Dtype:
+    """Stands for a pickled type; only its name and byte order are read."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.name, self.order = str(name), "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def resolve(self) -> np.dtype[Any]:
+        if not _PLAIN.fullmatch(self.name):
+            raise pickle.UnpicklingError(f"it holds an array of type {self.name}, which is not loaded")
+        return np.dtype(f"{self.order}{self.name}")
+
+
+class _Array:
+    """Stands for a pickled array, which is made of its bytes alone."""
+
+    def __init__(self, *_: Any) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def resolve(self) -> Any:
+        _, shape, dtype, by_columns, data = self.state
+        if isinstance(data, list):  # of objects: containers and other arrays
+            return data[0] if shape == () else data
+        return np.frombuffer(data, dtype.resolve()).reshape(shape, order="F" if by_columns else "C").copy()
+
+
+def _of_buffer(data: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.state = (1, shape, dtype, order == "F", bytes(data))
+    return array
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> Any:
+    return np.frombuffer(data, dtype.resolve())[0]
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles arrays, numbers, text and containers; refuses whatever else a pickle wants to call."""
+    """Unpickles arrays, numbers, text and containers without calling anything that the file names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _HARMLESS:
+        known = {"_reconstruct": _Array, "scalar": _scalar, "_frombuffer": _of_buffer, "ndarray": _Array,
+                 "dtype": _Dtype, "encode": _bytes}  # fmt: skip
+        if module.partition(".")[0] not in ("numpy", "_codecs") or name not in known:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not loaded")
-        return super().find_class(module, name)
+        return known[name]
+
+
+def _resolved(value: Any) -> Any:
+    """What a pickle holds, with arrays for what stands for them."""
+    if isinstance(value, _Array):
+        return _resolved(value.resolve())
+    if isinstance(value, dict):
+        return {key: _resolved(entry) for key, entry in value.items()}
+    return type(value)(map(_resolved, value)) if type(value) in (list, tuple) else value
 
 
 def pfllib(config: DatasetConfig) -> Dataset:
@@ -91,30 +144,28 @@ def _read(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     """Inputs ``[n, ...]`` and labels ``[n]`` of one client's part."""
     try:
         with zipfile.ZipFile(path) as file:
-            arrays = {name.removesuffix(".npy"): _array(file, name) for name in file.namelist()}
-    except (OSError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, ValueError, AttributeError) as error:
-        raise DataError(f"{path} cannot be read ({reason(error)}).") from error
-    content = arrays["data"].item() if "data" in arrays and arrays["data"].ndim == 0 else arrays
-    if not isinstance(content, dict) or not {"x", "y"} <= content.keys():
-        raise DataError(f"{path} holds no dictionary of x and y.")
-    try:
+            content: Any = {name.removesuffix(".npy"): _array(file, name) for name in file.namelist()}
+        content = content["data"] if isinstance(content.get("data"), dict) else content
+        if not isinstance(content, dict) or not {"x", "y"} <= content.keys():
+            raise DataError(f"{path} holds no dictionary of x and y.")
         x, y = np.asarray(content["x"]), np.asarray(content["y"])
-    except ValueError as error:
-        raise DataError(f"{path}: samples differ in shape ({reason(error)}).") from error
+    except DataError:
+        raise
+    except Exception as error:  # whatever damaged or malicious bytes lead to
+        raise DataError(f"{path} cannot be read ({reason(error)}).") from error
     if x.dtype == object or y.dtype == object or y.ndim != 1 or x.ndim == 0 or len(x) != len(y):
         raise DataError(f"{path}: x is {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}, expected [n, ...] "
                         f"and [n].")  # fmt: skip
     return x, y
 
 
-def _array(file: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """One array of an ``.npz`` file; of a pickled one what needs no code to run."""
+def _array(file: zipfile.ZipFile, name: str) -> Any:
+    """One array of an ``.npz`` file; of a pickled one what it holds, without running anything."""
     with file.open(name) as stream:
         version = np.lib.format.read_magic(stream)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         _, _, dtype = header(stream)
         if dtype.hasobject:
-            return np.asarray(_ArraysOnly(stream).load())
+            return _resolved(_ArraysOnly(stream).load())
     with file.open(name) as stream:
-        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
-        return array
+        return np.lib.format.read_array(stream, allow_pickle=False)

@@ -31,7 +31,7 @@ def import_custom(key: str, name: str) -> Any:
         sys.path.append(os.getcwd())
     try:
         imported = importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ConfigError(key, name, f"module:Name of a module that can be imported ({error})") from error
     if not hasattr(imported, attribute):
         raise ConfigError(key, name, f"module:Name, but module {module} has no {attribute}")

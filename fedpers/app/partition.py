@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedpers.app.compose import composed
+from fedpers.app.result import print_error
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.errors import FedpersError
 from fedpers.evaluation.clients import describe_clients, draw_clients
@@ -32,10 +34,13 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="as of a run: dataset=..., partition=..., ...")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="also write the rows of all clients")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="also draw classes of clients: .svg, .png, .pdf")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     config = composed(options.settings)
-    data = data_of(config)
+    try:
+        data = data_of(config)
+    except Exception as error:  # of a function of the user's
+        return print_error(error)
     rows = describe_clients(data)
     title = f"{data.name}, partition={config.partition.name}"
     console = Console()
@@ -49,7 +54,7 @@ def command(arguments: list[str]) -> int:
         try:
             rows.to_csv(options.csv, index=False)
         except OSError as error:
-            raise FedpersError(f"{options.csv} cannot be written ({error.strerror}).") from error
+            raise FedpersError(f"{options.csv} cannot be written ({error}).") from error
     if options.plot is not None:
         draw_clients(rows, title, options.plot)
     return 0
@@ -70,9 +75,9 @@ def _table(rows: DataFrame, shown_classes: int) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in columns:
         justify: Literal["left", "right"] = "left" if column == "name" else "right"
-        table.add_column(column.removeprefix("class "), justify=justify, no_wrap=True)
+        table.add_column(escape(column.removeprefix("class ")), justify=justify, no_wrap=True)
     for row in rows[columns].head(SHOWN_CLIENTS).itertuples(index=False):
-        cells = (f"{value:.2f}" if isinstance(value, float) else str(value or "·") for value in row[1:])
+        cells = (f"{value:.2f}" if isinstance(value, float) else escape(str(value or "·")) for value in row[1:])
         table.add_row(str(row[0]), *cells)
     return table
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedpers.data.federated import PARTS, FederatedData
 from fedpers.data.sets.base import normalized
 from fedpers.data.split import hold_out
-from fedpers.errors import DataError, reason
+from fedpers.errors import DataError, check, reason
 from fedpers.tasks import CLASSIFICATION, Regression
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,10 @@ def data_of_clients(
     clients: Any, *, owner: Any, label: str, validation: float, test: float, seed: int, name: str
 ) -> FederatedData:
     """Make data of all clients; see :meth:`FederatedData.from_clients`."""
+    for key, share in (("validation", validation), ("test", test)):
+        check(0 <= share < 1 and validation + test < 1, key, share, "shares >= 0 that leave something for training")
     samples = _by_owner(clients, owner, label, name) if owner is not None else _named(clients, name)
+    _check_columns(samples, label, name)
     rows: list[tuple[NDArray[Any], NDArray[Any]]] = []
     lists: dict[str, list[NDArray[np.int64]]] = {part: [] for part in PARTS}
     start = 0
@@ -65,6 +68,17 @@ def data_of_clients(
     )
 
 
+def _check_columns(samples: Mapping[str, Any], label: str, name: str) -> None:
+    """Refuse data frames whose columns differ: they would be put together by position."""
+    frames = {client: list(map(str, given.columns)) for client, given in samples.items() if hasattr(given, "columns")}
+    first = next(iter(frames.values()), [])
+    for client, columns in frames.items():
+        if columns != first:
+            raise DataError(
+                f"{name}: client {client} has the columns {', '.join(columns)}, the first {', '.join(first)}."
+            )
+
+
 def _named(clients: Any, name: str) -> dict[str, Any]:
     """Samples by name of the client."""
     if isinstance(clients, Mapping):
@@ -86,6 +100,8 @@ def _by_owner(samples: Any, owner: Any, label: str, name: str) -> dict[str, Any]
     ids = np.asarray(owner)
     if ids.shape != (len(y),):
         raise DataError(f"{name}: owner is {list(ids.shape)}, expected one id for each of {len(y)} samples.")
+    if any(value is None or value != value for value in ids.tolist()):
+        raise DataError(f"{name}: owner has no value for a sample.")
     values, numbers = np.unique(ids.astype(str) if ids.dtype == object else ids, return_inverse=True)
     return {str(value): (x[numbers == k], y[numbers == k]) for k, value in enumerate(values.tolist())}
 
@@ -132,6 +148,8 @@ def _pair(given: Any, label: str, where: str) -> tuple[NDArray[Any], NDArray[Any
 def _array(values: Any, what: str) -> NDArray[Any]:
     try:
         array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    except TypeError:  # bfloat16, which NumPy does not have
+        array = values.detach().cpu().float().numpy()
     except ValueError as error:
         raise DataError(f"{what} differ in shape ({reason(error)}).") from error
     if array.ndim == 0:
@@ -159,6 +177,15 @@ def _inputs(parts: Sequence[NDArray[Any]], name: str) -> Tensor:
 def _labels(parts: Sequence[NDArray[Any]], name: str) -> tuple[Tensor, tuple[str, ...]]:
     """Labels of all samples: class ids and the classes' names, or targets of a regression without names."""
     kinds = {part.dtype.kind for part in parts if len(part)}
+    shapes = {part.shape[1:] for part in parts if len(part)}
+    if len(shapes) > 1 or (kinds & set("USO") and kinds - set("USO")) or ("f" in kinds and len(kinds) > 1):
+        types = ", ".join(sorted({str(part.dtype) for part in parts if len(part)}))
+        raise DataError(f"{name}: clients differ in the type or the shape of labels: {types}.")
+    missing = [
+        value for part in parts if part.dtype == object for value in part.tolist() if value is None or value != value
+    ]
+    if missing:
+        raise DataError(f"{name}: a label is missing ({missing[0]}).")
     y = np.concatenate([part for part in parts if len(part)]) if kinds else np.zeros(0, np.int64)
     if y.dtype.kind == "f":
         if not np.isfinite(y).all():

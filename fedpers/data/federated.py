@@ -319,7 +319,9 @@ def _as_tensor(values: Any, what: str) -> Tensor:
         tensor = torch.as_tensor(array)
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} must be a tensor, an array or a list of numbers ({reason(error)}).") from error
-    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+    if tensor.is_floating_point():
+        return tensor.to(torch.get_default_dtype())
+    return tensor if tensor.is_complex() or tensor.dtype == torch.bool else tensor.long()
 
 
 def _as_positions(values: Any, what: str) -> Tensor:

@@ -45,12 +45,14 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
 def _check(data: FederatedData, name: str) -> None:
     """Refuse data that a shift cannot change."""
     check(data.num_items == 0, "heterogeneity", name, f"none, because {data.name} holds ratings")
-    allowed = f"none, feature_shift or rotation, because {data.name} has no class labels"
+    allowed = f"a shift of features, because {data.name} has no class labels"
     check(name not in _BY_LABEL or data.task.classes, "heterogeneity", name, allowed)
     if name in _BY_LABEL and data.num_classes < 2:
         raise DataError(f"heterogeneity={name} needs at least two classes.")
     shape = f"another, because samples of {data.name} have shape {list(data.x.shape[1:])}"
-    check(name not in _OF_PICTURES or data.x.dim() >= 3, "heterogeneity", name, f"{shape}, and are no pictures")
+    pictures = data.x.dim() == 4 or (data.x.dim() == 3 and name in ("rotation", "blur"))
+    check(name not in _OF_PICTURES or pictures, "heterogeneity", name, f"{shape}, and are no pictures")
+    check(name != "permuted_pixels" or data.x.dim() >= 2, "heterogeneity", name, shape)
     kind = str(data.x.dtype).removeprefix("torch.")
     allowed = f"label_groups or label_noise, because samples of {data.name} are {kind}"
     check(name in _BY_LABEL or data.x.is_floating_point(), "heterogeneity", name, allowed)
@@ -78,13 +80,15 @@ def _each_client(change: Callable[[Tensor, np.random.Generator, Any], Tensor], n
     return applied
 
 
-def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[Tensor, Tensor]]) -> Any:
+def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[Tensor, Tensor]], name: str) -> Any:
     """A shift that changes inputs and labels of clients by the group they fall into."""
 
     def applied(data: FederatedData, shift: Any, seed: int) -> FederatedData:
         allowed = f"at most {data.num_clients}, the number of clients"
         check(shift.groups <= data.num_clients, "heterogeneity.groups", shift.groups, allowed)
-        order = generator(seed, "groups").permutation(data.num_clients)
+        # a second reason is drawn by itself, so that neither follows from the other
+        purpose = f"groups, {name}" if data.groups else "groups"
+        order = generator(seed, purpose).permutation(data.num_clients)
         group_of = [int(position) % shift.groups for position in order]
         x, y = data.x.clone(), data.y.clone()
         for client, group in enumerate(group_of):
@@ -181,15 +185,15 @@ def _mislabelled(data: FederatedData, shift: Any, seed: int) -> FederatedData:
 
 
 _APPLIED: dict[str, Callable[[FederatedData, Any, int], FederatedData]] = {
-    "rotation": _each_group(_turned),
-    "permuted_pixels": _each_group(_permuted),
+    "rotation": _each_group(_turned, "rotation"),
+    "permuted_pixels": _each_group(_permuted, "permuted_pixels"),
     "blur": _each_client(_blurred, "blur"),
     "contrast": _each_client(_contrasted, "contrast"),
     "colour": _each_client(_coloured, "colour"),
     "feature_shift": _each_client(_shifted, "feature_shift"),
     "missing_channels": _each_client(_without_channels, "missing_channels"),
     "noise": _each_client(_noisy, "noise"),
-    "label_groups": _each_group(_renamed),
+    "label_groups": _each_group(_renamed, "label_groups"),
     "label_noise": _mislabelled,
 }
 """What applies each of :data:`fedpers.settings.heterogeneity.SHIFTS`."""

@@ -275,11 +275,13 @@ def _group(group: str, value: Any) -> dict[str, Any]:
 
 def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path) -> None:
     """Refuse settings that lead to code, networks or servers from elsewhere unless they were typed."""
-    strategy = _get(plain, "strategy.name")
+    parts = {f"{group}.name": _get(plain, f"{group}.name") for group in ("strategy", "dataset", "model")}
+    path = _get(plain, "dataset.path")
     weights = _get(plain, "model.weights")
     address = _get(plain, "runtime.address")
     named = (
-        ("strategy.name", strategy, ":" in str(strategy), "names code that would be run"),
+        *((key, name, ":" in str(name), "names code that would be run") for key, name in parts.items()),
+        ("dataset.path", path, path is not None and not Path(str(path)).exists(), "names a set to download"),
         (
             "model.weights",
             weights,

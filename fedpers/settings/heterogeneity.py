@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedpers.errors import check
-from fedpers.settings.base import Choices, OnlyFor, Settings
+from fedpers.settings.base import Choices, OnlyFor, Settings, choice_options
 
 _Groups = Annotated[int, Field(ge=2, description="groups of clients, of nearly equal size, drawn at random")]
 _Strength = Annotated[float, Field(ge=0, description="0 changes nothing")]
@@ -40,7 +40,7 @@ class Noise(Settings, group="heterogeneity.noise"):
 class Blur(Settings, group="heterogeneity.blur"):
     """Gaussian blur of pictures, of deviation ``strength * u`` pixels with u of client k from [0, 1]."""
 
-    strength: _Strength = 1.0
+    strength: Annotated[float, Field(ge=0, le=100, description="pixels; 0 changes nothing")] = 1.0
 
 
 @dataclass
@@ -159,6 +159,14 @@ class HeterogeneityConfig(Settings, group="heterogeneity"):
             check(self.strength <= 1, "heterogeneity.strength", self.strength, "a number >= 0 and <= 1")
         if self.name == "rotation":
             check(self.groups in (2, 4), "heterogeneity.groups", self.groups, "2 or 4 with heterogeneity=rotation")
+
+        if getattr(self, self.name, None) is not None:
+            allowed = f"its default, because heterogeneity.{self.name}.* say it"
+            usual = choice_options(type(self), self.name)
+            for name in ("strength", "groups"):
+                value = getattr(self, name)
+                if name in usual:
+                    check(value == usual[name].default, f"heterogeneity.{name}", value, allowed)
 
     def shifts(self) -> dict[str, Settings]:
         """Shifts by name, in the order in which they are applied."""

@@ -41,12 +41,13 @@ class Classification(Task):
                 f"{name}: y is {str(y.dtype).removeprefix('torch.')} {list(y.shape)}, expected class ids, whole "
                 f"numbers [N]; targets of a regression, floats [N] or [N, D], need task=Regression()."
             )
+        y = y.long()
         if len(y) and not y.is_meta and (int(y.min()) < 0 or int(y.max()) >= num_classes):
             raise DataError(
                 f"{name}: labels run from {int(y.min())} to {int(y.max())}, expected 0 to {num_classes - 1}, because "
                 f"num_classes={num_classes}."
             )
-        return y.long()
+        return y
 
     def losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy ``[B]`` of class scores `outputs` ``[B, C]`` and class ids `y` ``[B]``."""

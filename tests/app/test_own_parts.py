@@ -69,7 +69,9 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
     assert summary["last"]["test/accuracy"] > 0.6
     clients = pd.read_parquet(folder / "clients.parquet")
     assert list(clients["name"]) == ["Kiel", "Ulm"]
-    assert _main(["resume", str(folder), "rounds=4"]) == 0
+    assert _main(["resume", str(folder), "rounds=4"]) == 2  # names code that would be run
+    typed_again = ["dataset.name=mine_parts:arrays", "model.name=mine_parts:Net"]
+    assert _main(["resume", str(folder), "rounds=4", *typed_again]) == 0
     assert json.loads((folder / "summary.json").read_text())["rounds_done"] == 4
 
 

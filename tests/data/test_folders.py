@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +312,23 @@ def test_pfllibs_divisions_are_those_that_were_compared_with_its_files() -> None
         text = json.dumps({part: [positions.tolist() for positions in lists] for part, lists in parts.items()})
         found[name] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     assert found == {"pfllib_dirichlet": "fefa7dfbc3216793", "pfllib_pathological": "70ccdb3faf964193"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_bytes_of_a_pickle_are_a_sentence(tmp_path: Path, seed: int) -> None:
+    """Whatever stands there, nothing of it reaches NumPy's own way to restore arrays."""
+    draws = np.random.default_rng(seed)
+    root = tmp_path / "D"
+    for part in ("train", "test"):
+        save_as_pfllib(root / part / "0.npz", np.zeros((4, 3), np.float32), np.arange(4) % 2)
+    file = root / "train" / "0.npz"
+    with zipfile.ZipFile(file) as packed:
+        whole = packed.read("data.npy")
+    for _ in range(300):
+        broken = bytearray(whole)
+        for place in draws.integers(128, len(whole), 2):
+            broken[place] = draws.integers(256)
+        with zipfile.ZipFile(file, "w") as packed:
+            packed.writestr("data.npy", bytes(broken))
+        with contextlib.suppress(DataError):
+            load_dataset(DatasetConfig("pfllib", root=str(root)))

@@ -127,7 +127,7 @@ def test_shifts_compose_and_test_labels_are_what_the_client_means() -> None:
     )
     found = apply_heterogeneity(data, config, 3)
     turned = apply_heterogeneity(data, HeterogeneityConfig(rotation=Rotation(2, 180.0)), 3)
-    named = apply_heterogeneity(data, HeterogeneityConfig("label_groups", groups=4), 3)
+    named = apply_heterogeneity(turned, HeterogeneityConfig("label_groups", groups=4), 3)
     noisy = apply_heterogeneity(turned, HeterogeneityConfig(noise=Noise(0.1)), 3)
     torch.testing.assert_close(found.x, noisy.x)
     for part in ("validation", "test"):
@@ -135,8 +135,8 @@ def test_shifts_compose_and_test_labels_are_what_the_client_means() -> None:
             assert torch.equal(found.y[positions], named.y[positions])
     wrong = torch.cat([(found.y[p] - named.y[p]) % 4 for p in found.train])
     assert set(wrong.tolist()) == {0, 1}  # a pair: the next class
-    both = set(zip(turned.groups, named.groups, strict=True))
-    assert len(set(found.groups)) == len(both)
+    assert found.groups == named.groups
+    assert len(set(found.groups)) > 4  # who is turned does not follow from who names the classes how
 
 
 def test_pictures_are_turned_by_any_angle() -> None:
@@ -192,7 +192,7 @@ def test_bad_values_and_shared_samples_are_refused() -> None:
         HeterogeneityConfig("label_noise", 1.5)
     data = gaussian_data((5, 5))
     numbers = replace(data, y=data.y.float(), num_classes=1, task=Regression())
-    with pytest.raises(ConfigError, match=r"heterogeneity=label_noise: expected none, feature_shift or rotation"):
+    with pytest.raises(ConfigError, match=r"heterogeneity=label_noise: expected a shift of features"):
         apply_heterogeneity(numbers, HeterogeneityConfig("label_noise", 0.5), 0)
     shared = type(data)(data.x, data.y, [data.train[0]] * 2, data.validation, data.test, data.num_classes)
     with pytest.raises(DataError, match="belong to one client each"):

@@ -151,3 +151,13 @@ def test_every_sample_stands_in_one_part_of_one_client(sizes: list[int], seed: i
 def test_what_cannot_be_meant_is_a_sentence(clients: Any, more: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         FederatedData.from_clients(clients, **more)
+
+
+def test_columns_are_not_put_together_by_position() -> None:
+    frame = FORMS["table"]
+    with pytest.raises(DataError, match="client 1 has the columns b, a, label, the first a, b, label"):
+        FederatedData.from_clients([frame, frame[["b", "a", "label"]]])
+    with pytest.raises(DataError, match="clients differ in the type or the shape of labels"):
+        FederatedData.from_clients([(X, Y), (X, X[:, :1] / 7)])
+    with pytest.raises(DataError, match="a sample has no label"):
+        FederatedData.from_clients([(X, np.array(["a", None] * 10, dtype=object))])

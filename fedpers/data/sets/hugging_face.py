@@ -55,5 +55,7 @@ def hugging_face(config: DatasetConfig) -> Dataset:
 
 def _scaled(picture: Any, size: int) -> Any:
     """Uint8 ``[size, size, 3]``."""
+    if picture is None or picture.mode[0] in "IF":
+        raise DataError(f"a picture is {'missing' if picture is None else picture.mode}, expected 8 bits a channel.")
     picture = picture.convert("RGB")
     return np.asarray(picture if picture.size == (size, size) else picture.resize((size, size)))

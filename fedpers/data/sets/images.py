@@ -32,9 +32,9 @@ def images(config: DatasetConfig) -> Dataset:
     root = Path(config.root or "").expanduser()
     if not root.is_dir():
         raise DataError(f"{root} is missing or not a folder.")
-    inner = [folder for folder in _folders(root) for folder in _folders(folder)]
-    depth = 3 if inner else 2
     files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
+    depths = [len(path.relative_to(root).parts) for path in files if path.suffix.lower() in _SUFFIXES]
+    depth = 3 if depths.count(3) > depths.count(2) else 2  # what lies elsewhere is named below
     pictures = [
         path for path in files if path.suffix.lower() in _SUFFIXES and len(path.relative_to(root).parts) == depth
     ]
@@ -51,10 +51,6 @@ def images(config: DatasetConfig) -> Dataset:
     return dataset_of(root, root.name, {"pictures": x[..., :1] if grey else x}, {"class": labels}, client=domains)
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
 def _hidden(path: Path) -> bool:
     """Whether it is a file of the system, such as ``.DS_Store``."""
     return any(part.startswith((".", "__MACOSX")) or part == "Thumbs.db" for part in path.parts)
@@ -66,7 +62,9 @@ def _picture(path: Path, size: int) -> NDArray[Any]:
 
     try:
         with Image.open(path) as picture:
+            if picture.mode[0] in "IF":
+                raise DataError(f"{path} has {picture.mode} pixels, expected a picture of 8 bits for each channel.")
             scaled = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is damaged ({reason(error)}).") from error
     return np.asarray(scaled)

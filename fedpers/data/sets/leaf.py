@@ -69,11 +69,15 @@ def _read_file(path: Path) -> list[tuple[str, Any, Any]]:
         raise DataError(f"{path} is missing or damaged ({reason(error)}).") from error
     if not isinstance(content, dict) or not {"users", "user_data"} <= content.keys():
         raise DataError(f"{path} is not a file of LEAF: it has no 'users' and 'user_data'.")
+    if not isinstance(content["users"], list) or not isinstance(content["user_data"], dict):
+        raise DataError(f"{path} is not a file of LEAF: 'users' is no list, or 'user_data' no dictionary.")
     rows: list[tuple[str, Any, Any]] = []
-    for user in content["users"]:
+    for user in dict.fromkeys(map(str, content["users"])):
         samples = content["user_data"].get(user)
         if not isinstance(samples, dict) or not {"x", "y"} <= samples.keys():
             raise DataError(f"{path}: user {user} has no x and y.")
+        if not isinstance(samples["x"], list) or not isinstance(samples["y"], list):
+            raise DataError(f"{path}: x and y of user {user} are no lists.")
         if len(samples["x"]) != len(samples["y"]):
             raise DataError(f"{path}: user {user} has {len(samples['x'])} inputs but {len(samples['y'])} labels.")
         rows += [(str(user), values, label) for values, label in zip(samples["x"], samples["y"], strict=True)]

@@ -144,7 +144,7 @@ def _find(config: DatasetConfig) -> Path:
 def _from_text(path: Path, config: DatasetConfig) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
     import pandas as pd
 
-    text = _text(path).lstrip("\n")
+    text = file_text(path).lstrip("\n")
     first = text.partition("\n")[0]
     separator = next((s for s in ("::", "\t", ",", ";") if s in first), ",")
     if separator == "::":
@@ -186,7 +186,7 @@ def _from_text(path: Path, config: DatasetConfig) -> tuple[dict[str, NDArray[Any
     return _from_table(path, table)
 
 
-def _text(path: Path) -> str:
+def file_text(path: Path) -> str:
     """Text of a file, perhaps compressed, in UTF-8, UTF-16 or an encoding of Western Europe."""
     unpack: dict[str, Callable[[bytes], bytes]] = {
         ".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress
@@ -269,7 +269,8 @@ def _dates(values: Any) -> Any:
     """Text as times, NaT where it is no date."""
     import pandas as pd
 
-    return pd.to_datetime(values, errors="coerce", utc=True, format="mixed")
+    iso = values.str.match(r"\d{4}-\d\d-\d\d")  # any other order of day and month would be a guess
+    return pd.to_datetime(values.where(iso), errors="coerce", utc=True, format="mixed")
 
 
 def _ids(path: Path, column: str, values: NDArray[Any]) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.rating_files import file_text
 from fedpers.errors import ConfigError, DataError, one_of, reason
 from fedpers.settings.data import DatasetConfig
 
@@ -33,10 +35,31 @@ def table(config: DatasetConfig) -> Dataset:
     if not os.path.isfile(path):
         raise DataError(f"{path} is missing or not a file.")
     try:
-        rows = pd.read_parquet(path) if config.name == "parquet" else pd.read_csv(path, sep=None, engine="python")
-    except (OSError, ValueError, pd.errors.ParserError, EOFError) as error:
+        rows = pd.read_parquet(path) if config.name == "parquet" else _read_csv(path, config)
+    except DataError:
+        raise
+    except Exception as error:  # of pandas, of unpacking, of the file
         raise DataError(f"{path} cannot be read as {config.name} ({reason(error)}).") from error
     return dataset_of_table(config, path, path.name.split(".")[0], rows)
+
+
+def _read_csv(path: Path, config: DatasetConfig) -> DataFrame:
+    """Labels and clients as they stand there, unless all of a column are plain numbers."""
+    import pandas as pd
+
+    text = {config.label: str, **({config.client: str} if config.client else {})}
+    content = file_text(path)
+    if not content.strip():
+        raise DataError(f"{path} is empty.")
+    rows = pd.read_csv(
+        io.StringIO(content), sep=None, engine="python", dtype=text, skipinitialspace=True, keep_default_na=False,
+        na_values=["", "NaN", "nan"],
+    )  # fmt: skip
+    for column in text:
+        if column in rows and not rows[column].str.fullmatch(r"0\d+").any():
+            numbers = pd.to_numeric(rows[column], errors="coerce")
+            rows[column] = numbers if bool(numbers.notna().all()) else rows[column]
+    return rows
 
 
 def dataset_of_table(

@@ -159,5 +159,5 @@ def test_columns_are_not_put_together_by_position() -> None:
         FederatedData.from_clients([frame, frame[["b", "a", "label"]]])
     with pytest.raises(DataError, match="clients differ in the type or the shape of labels"):
         FederatedData.from_clients([(X, Y), (X, X[:, :1] / 7)])
-    with pytest.raises(DataError, match="a sample has no label"):
+    with pytest.raises(DataError, match=r"a label is missing \(None\)"):
         FederatedData.from_clients([(X, np.array(["a", None] * 10, dtype=object))])

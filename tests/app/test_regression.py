@@ -48,7 +48,7 @@ def test_a_regression_trains_and_is_selected_on_r2(strategy: str, targets: int |
         ("partition=dirichlet", "partition=dirichlet: expected iid, quantity, natural or index, because file has no"),
         (
             "heterogeneity=label_noise heterogeneity.strength=0.5",
-            "heterogeneity=label_noise: expected none, feature",
+            "heterogeneity=label_noise: expected a shift of features",
         ),
         ("model.pretrained=public split.public=0.2", "model.pretrained=public: expected null, because pretraining"),
         ("dataset.y=ids", "holds whole numbers as float64; store class ids as whole numbers, or the targets of a"),

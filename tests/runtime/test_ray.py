@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fedpers.runtime.ray as ray_runtime
+import fedpers.runtime.ray_actors as ray_actors
 from fedpers import simulate
 from fedpers.cohort import Fold, Training, entries, leaves, tree
 from fedpers.errors import ConfigError, FedpersError, TrainingError
@@ -49,8 +50,9 @@ from tests.runtimes import on_one_machine
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[None]:
-    """Ray on this machine, room for five actors."""
-    with on_one_machine(cpus=5):
+    """Ray on this machine, room for five actors, which may take long to start while other tests run beside them."""
+    with pytest.MonkeyPatch.context() as patch, on_one_machine(cpus=5):
+        patch.setattr(ray_actors, "PATIENCE", 240.0)
         yield
 
 

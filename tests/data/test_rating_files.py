@@ -292,3 +292,10 @@ def test_users_are_counted_by_the_data_set() -> None:
         ConfigError, match=r"partition\.num_clients=5: expected null with partition=user; dataset\.max_us"
     ):
         PartitionConfig("user", 5)
+
+
+@pytest.mark.parametrize("day", ["02/01/2020", "01.02.2020", "yesterday"])
+def test_dates_whose_order_would_be_a_guess_are_refused(tmp_path: Path, day: str) -> None:
+    file = written(tmp_path / "a.csv", f"user,item,time\n1,2,{day}\n1,3,{day}\n")
+    with pytest.raises(DataError, match=f"column 'time' has '{day}' in row 1, expected a number"):
+        read("ratings", file)

@@ -254,10 +254,7 @@ def _from_table(path: Path, table: DataFrame) -> tuple[dict[str, NDArray[Any]], 
             user_names = tuple(ids) if column == "user" else user_names
         elif values.dtype.kind in "iuf":
             columns[column] = values.to_numpy()
-        elif (
-            column == "time"
-            and (dates := pd.to_datetime(values, errors="coerce", utc=True, format="mixed")).notna().all()
-        ):
+        elif column == "time" and (dates := _dates(values)).notna().all():
             columns[column] = dates.astype("int64").to_numpy()
         else:
             row = int(pd.to_numeric(values, errors="coerce").isna().argmax())

@@ -332,3 +332,16 @@ def test_damaged_bytes_of_a_pickle_are_a_sentence(tmp_path: Path, seed: int) -> 
             packed.writestr("data.npy", bytes(broken))
         with contextlib.suppress(DataError):
             load_dataset(DatasetConfig("pfllib", root=str(root)))
+
+
+def test_a_nested_folder_and_deep_pixels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in ("cat", "dog"):
+        for k in range(2):
+            picture(tmp_path / kind / f"{k}.png", 40 * k)
+    picture(tmp_path / "dog" / "old" / "x.png", 9)
+    data = load_dataset(DatasetConfig("images", root=str(tmp_path), size=8))
+    assert (len(data), data.class_names, data.owner) == (4, ("cat", "dog"), None)
+    assert "dog/old/x.png" in caplog.text
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "cat" / "deep.png")
+    with pytest.raises(DataError, match=r"cat/deep\.png has I(;16)? pixels, expected a picture of 8 bits"):
+        load_dataset(DatasetConfig("images", root=str(tmp_path), size=8))

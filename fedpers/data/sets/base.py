@@ -38,6 +38,10 @@ class Dataset:
         What the data call client 0, 1, ... of `owner`; empty where the numbers are the names.
     class_names : tuple of str
         What the data call each class; empty if they do not.
+    domain : Tensor ``[N]`` or None
+        Domain of each sample (the style of a picture, the source of a digit), int64 from 0; None if the data have none.
+    domain_names : tuple of str
+        What the data call domain 0, 1, ...; empty where the numbers are the names.
     task : Task
         What is learned.
 
@@ -55,6 +59,8 @@ class Dataset:
     owner: Tensor | None = None
     owner_names: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    domain: Tensor | None = None
+    domain_names: tuple[str, ...] = ()
     task: Task = CLASSIFICATION
 
     def __post_init__(self) -> None:
@@ -67,6 +73,8 @@ class Dataset:
             raise DataError(f"{self.name}: labels run from {low} to {high}, expected 0 to {self.num_classes - 1}.")
         if self.owner is not None and len(self.owner) != len(self.y):
             raise DataError(f"{self.name}: there are {len(self.owner)} client ids for {len(self.y)} samples.")
+        if self.domain is not None and len(self.domain) != len(self.y):
+            raise DataError(f"{self.name}: there are {len(self.domain)} domains for {len(self.y)} samples.")
         if self.train_size is not None and not 0 < self.train_size <= len(self.y):
             raise DataError(
                 f"{self.name}: an official training part of {self.train_size} samples does not fit "
@@ -94,7 +102,10 @@ class Dataset:
         n = self.train_size
         if n is None or n == len(self):
             raise ConfigError("split", "official", f"fractions, because {self.name} has no official test part")
-        return replace(self, x=self.x[:n], y=self.y[:n], owner=None if self.owner is None else self.owner[:n])
+        owner = None if self.owner is None else self.owner[:n]
+        return replace(
+            self, x=self.x[:n], y=self.y[:n], owner=owner, domain=None if self.domain is None else self.domain[:n]
+        )
 
 
 def data_root(config: DatasetConfig) -> Path:

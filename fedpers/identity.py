@@ -26,7 +26,9 @@ ANY = "*"
 """Stands for all keys of a configuration: client mods may read any."""
 ADAPTING = "adapting"
 """Key that marks a training of which nothing reaches the server."""
-COMMON_KEYS = ("server-round", "auc", ADAPTING)
+MAX_STEPS = "max-steps"
+"""Key of the largest number of local steps of a training."""
+COMMON_KEYS = ("server-round", "auc", ADAPTING, MAX_STEPS)
 """Keys of a message's configuration that the clients of every method read."""
 _CLIENT_HALVES: set[str] = set()
 """Client halves that belong to a server half, by name."""

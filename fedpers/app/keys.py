@@ -17,7 +17,7 @@ OPEN_KEYS = (
     "training.groups",
     "dataset.arguments",
     "model.arguments",
-    *(f"heterogeneity.{shift}" for shift in SHIFTS),
+    *(f"heterogeneity.{shift}" for shift in (*SHIFTS, "drift")),
 )
 """Keys below which any name may be typed."""
 _ELSEWHERE = {

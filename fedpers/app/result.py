@@ -68,8 +68,12 @@ def _over(summary: Mapping[str, Any], clients: int) -> str:
 def _unseen(last: Mapping[str, float | None], headline: str) -> str:
     if f"unseen/{headline}" not in last:
         return ""
-    adapted = last.get(f"adapted/{headline}")
-    return f", unseen clients {_percent(last[f'unseen/{headline}'])}, {_percent(adapted)} after adapting"
+    come = f", unseen clients {_percent(last[f'unseen/{headline}'])}"
+    ending = f"adapted/{headline}_after_"
+    by_steps = {int(key.removeprefix(ending)): last[key] for key in last if key.removeprefix(ending).isdigit()}
+    if by_steps:
+        return come + "".join(f", {_percent(by_steps[n])} after {n} step{'s' * (n > 1)}" for n in sorted(by_steps))
+    return f"{come}, {_percent(last.get(f'adapted/{headline}'))} after adapting"
 
 
 def _left_out(failures: int) -> str:

@@ -23,7 +23,7 @@ from fedpers.cohort.modules import copy_network
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, TrainingError, check
-from fedpers.identity import ADAPTING, READS, check_config, identity_of
+from fedpers.identity import ADAPTING, MAX_STEPS, READS, check_config, identity_of
 from fedpers.models import with_head
 from fedpers.records import ARRAYS, CONFIG, METRICS, flatten_state, to_record, trees, unflatten_state
 from fedpers.server.postprocessors.base import Postprocessor
@@ -211,6 +211,7 @@ class CohortApp(ClientApp):
             draws=self.traits.draws,
             shared=self.update.shared,
             personal=self.update.personal,
+            max_steps=config.get(MAX_STEPS),
         )
 
     def check_config(self, config: Mapping[str, Any]) -> None:

@@ -133,6 +133,7 @@ class Cohort:
         draws: bool = False,
         shared: Selection = "all",
         personal: Selection = "none",
+        max_steps: int | None = None,
     ) -> None:
         self.module = module
         self.shared = shared
@@ -143,6 +144,7 @@ class Cohort:
         self.template = template
         self.seed = seed
         self.round = round
+        self.max_steps = max_steps
         self.training = training
         self.size = len(self.clients)
         self.device = data.device
@@ -350,6 +352,7 @@ class Cohort:
             batch_size=batch_size,
             epochs=epochs,
             steps=steps,
+            most=None if self.max_steps is None else [max(0, self.max_steps - n) for n in self.steps_taken.tolist()],
             drop_last=training.drop_last if drop_last is None else drop_last,
             draw=draw if training.shuffle else None,
             device=self.device,
@@ -566,12 +569,12 @@ class Cohort:
         """
         self._mode(training=False)
         view = params if isinstance(params, View) else View(entries(params), frozenset(entries(params)))
-        lists = [self.data.part(part)[client] for client in self.clients]
+        lists = [self.data.positions(part, client, self.round) for client in self.clients]
         return predictions(self.module, self.data, view, lists, predict)
 
     def labels(self, part: Part) -> list[Tensor]:
         """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
-        index = torch.cat([self.data.part(part)[c] for c in self.clients]).to(self.device)
+        index = torch.cat([self.data.positions(part, c, self.round) for c in self.clients]).to(self.device)
         return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
 
 

@@ -18,6 +18,7 @@ from fedpers.data.sets.leaf import leaf
 from fedpers.data.sets.pfllib import pfllib
 from fedpers.data.sets.pictures import cifar, digits, idx_files
 from fedpers.data.sets.tables import table
+from fedpers.data.sets.text import text
 from fedpers.errors import ConfigError, DataError, check, reason
 from fedpers.settings.data import DatasetConfig
 
@@ -91,6 +92,7 @@ DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "npz": npz,
     "pfllib": pfllib,
     "leaf": leaf,
+    "text": text,
     "images": images,
     "csv": table,
     "parquet": table,

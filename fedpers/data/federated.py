@@ -30,14 +30,16 @@ class FederatedData:
     Parameters
     ----------
     x : Tensor ``[N, ...]``
-        Inputs, ready for the model: float32 (normalized) for pictures and features, int64 ids for ratings and tokens.
-    y : Tensor ``[N]`` or ``[N, D]``
-        What `task` learns: class ids, whole numbers with ``0 <= y < num_classes``; or targets, floats.
+        Inputs, ready for the model: float32 (normalized) for pictures and features, int64 for items of ratings
+        ``[N]`` and tokens ``[N, T]``.
+    y : Tensor ``[N]``, ``[N, D]`` or ``[N, T]``
+        What `task` learns: class ids, whole numbers with ``0 <= y < num_classes``; targets, floats; or the next token
+        at each position.
     train, validation, test : sequence of Tensor ``[n_k]``
         For each client the positions in `x` it owns. Each stands in one of its three parts, once; only candidates of a
         ranking may stand in more than one. A client without samples for testing is not evaluated.
     num_classes : int
-        Outputs of a network: classes, or targets D of a regression.
+        Outputs of a network: classes, targets D of a regression, or the vocabulary's size.
     name : str
         For tables and manifests.
     public : Tensor ``[p]`` or None
@@ -55,6 +57,13 @@ class FederatedData:
         What the data call each class; empty if they do not.
     elsewhere : tuple of int
         Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
+    num_tokens : int
+        Size of the vocabulary where inputs are tokens, whole numbers ``[N, T]`` below it; 0 for other inputs. Tokens
+        for which it is not given have the largest of them plus one.
+    drift_round : int
+        First round in which clients have drifted; 0: they never do.
+    drifted : Tensor ``[N]`` or None
+        Position in `x` of what a sample is from `drift_round` on, int64 (:meth:`positions`); None without a drift.
     task : Task
         What is learned and how it is measured; keyword-only.
 
@@ -85,6 +94,9 @@ class FederatedData:
     elsewhere: tuple[int, ...] = ()
     client_names: tuple[str, ...] = field(default=(), kw_only=True)
     class_names: tuple[str, ...] = field(default=(), kw_only=True)
+    num_tokens: int = field(default=0, kw_only=True)
+    drift_round: int = field(default=0, kw_only=True)
+    drifted: Tensor | None = field(default=None, kw_only=True)
     task: Task = field(default=CLASSIFICATION, kw_only=True)
 
     @classmethod
@@ -148,6 +160,8 @@ class FederatedData:
             object.__setattr__(self, "public", _as_positions(self.public, f"{self.name}: public"))
         self._check()
         object.__setattr__(self, "y", self.task.prepare_labels(self.y, self.num_classes, self.name))
+        if self.x.dim() == 2 and not self.x.is_floating_point() and self.x.numel() and not self.x.is_meta:
+            object.__setattr__(self, "num_tokens", self._count_tokens())
 
     def _check(self) -> None:
         if self.x.dim() == 0 or self.y.dim() == 0 or (len(self.x) == 0 and not self.elsewhere):
@@ -180,6 +194,17 @@ class FederatedData:
             raise DataError(f"{self.name}: all {self.num_clients} clients are unseen, none is left to train.")
         if self.groups and (len(self.groups) != self.num_clients or min(self.groups) < 0):
             raise DataError(f"{self.name}: groups must be one number >= 0 for each of {self.num_clients} clients.")
+
+    def _count_tokens(self) -> int:
+        low, high = int(self.x.min()), int(self.x.max())
+        if low < 0 and not self.num_tokens and not self.task.per_token:
+            return 0  # numbers of another kind
+        if low < 0 or 0 < self.num_tokens <= high:
+            expected = (
+                f"to {self.num_tokens - 1}, because num_tokens={self.num_tokens}" if self.num_tokens else "or more"
+            )
+            raise DataError(f"{self.name}: tokens in x run from {low} to {high}, expected 0 {expected}.")
+        return self.num_tokens or high + 1
 
     def _check_disjoint(self) -> None:
         """Refuse a position that stands twice with one client; clients may share some (``partition=label_sets``)."""
@@ -224,8 +249,20 @@ class FederatedData:
             The run's seed; what is drawn anew in each round belongs to (seed, client, round).
         round : int
         """
-        positions: NDArray[np.int64] = self.train[client].numpy()
+        positions: NDArray[np.int64] = self.positions("train", client, round).numpy()
         return positions
+
+    def positions(self, part: Part, client: int, round: int) -> Tensor:
+        """Positions in `x` of a client's samples in a round, int64 ``[n_k]``: those of :meth:`part`, or after a drift.
+
+        Parameters
+        ----------
+        part : {"train", "validation", "test"}
+        client : int
+        round : int
+        """
+        listed = self.part(part)[client]
+        return listed if self.drifted is None or round < self.drift_round else self.drifted[listed]
 
     @property
     def num_clients(self) -> int:
@@ -274,13 +311,15 @@ class FederatedData:
 
     def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
         """Fields of data with these index lists, without samples that are in none of them."""
-        used = torch.unique(torch.cat([positions for part in PARTS for positions in lists[part]]))
+        used = torch.cat([positions for part in PARTS for positions in lists[part]])
+        used = torch.unique(used if self.drifted is None else torch.cat([used, self.drifted[used]]))
         new_positions = torch.zeros(len(self.x), dtype=torch.int64)
         new_positions[used] = torch.arange(len(used))
         rows = used.to(self.device)
         return {
             "x": self.x[rows],
             "y": self.y[rows],
+            "drifted": None if self.drifted is None else new_positions[self.drifted[used]],
             **{part: [new_positions[positions] for positions in index_lists] for part, index_lists in lists.items()},
         }
 
@@ -302,6 +341,9 @@ class FederatedData:
             digest.update(f"unseen{self.unseen}".encode())
         if self.groups:
             digest.update(f"groups{self.groups}".encode())
+        if self.drifted is not None:
+            digest.update(f"drift{self.drift_round}".encode())
+            digest.update(np.ascontiguousarray(self.drifted.numpy()).data)
         digest.update(self._rules().encode())
         return digest.hexdigest()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from fedpers.data.federated import PARTS, FederatedData
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
 from fedpers.settings.base import Settings
-from fedpers.settings.heterogeneity import HeterogeneityConfig
+from fedpers.settings.heterogeneity import Drift, HeterogeneityConfig
 
 _BY_LABEL = ("label_noise", "label_groups")
 _OF_PICTURES = ("rotation", "blur", "colour", "missing_channels")
@@ -24,7 +24,8 @@ _OF_PICTURES = ("rotation", "blur", "colour", "missing_channels")
 def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: int) -> FederatedData:
     """Change each client's samples as `config` says; draws come from (`seed`, shift, client or group).
 
-    Labels of all parts of a client change alike, except for noise, which only training labels have. Clients that fall
+    Labels of all parts of a client change alike, except for noise, which only training labels have. With a drift, a
+    share of the clients is shifted once more from a round on: to the next group, by draws made anew. Clients that fall
     into groups for several reasons have the group of all of them together.
 
     Raises
@@ -36,10 +37,32 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
         clients than groups.
     """
     shifts = {n: s for n, s in config.shifts().items() if getattr(s, "strength", 1) > 0}
-    for name, shift in shifts.items():
+    for name in shifts:
         _check(data, name)
-        data = _APPLIED[name](data, shift, seed)
+    shifted = _apply(data, shifts, seed)
+    if config.drift is None:
+        return shifted
+    allowed = "none without another shift, which it moves, such as heterogeneity=label_groups"
+    check(bool(shifts), "heterogeneity.drift.round", config.drift.round, allowed)
+    return _drifting(shifted, _apply(data, shifts, seed, moved=True), config.drift, seed)
+
+
+def _apply(data: FederatedData, shifts: Mapping[str, Settings], seed: int, *, moved: bool = False) -> FederatedData:
+    """Change each client's samples; `moved`: as after a drift."""
+    for name, shift in shifts.items():
+        data = _APPLIED[name](data, shift, seed, moved)
     return data
+
+
+def _drifting(before: FederatedData, after: FederatedData, drift: Drift, seed: int) -> FederatedData:
+    """Data in which a share of the clients has other samples from a round on, which stand behind the first ones."""
+    count = max(1, round(drift.share * before.num_clients))
+    clients = np.sort(generator(seed, "drift").permutation(before.num_clients)[:count])
+    moving = torch.unique(torch.cat([_positions(before, int(client)) for client in clients]))
+    drifted = torch.arange(len(before.x) + len(moving))
+    drifted[moving] = len(before.x) + torch.arange(len(moving))
+    x, y = (torch.cat([first, then[moving]]) for first, then in ((before.x, after.x), (before.y, after.y)))
+    return replace(before, x=x, y=y, drift_round=drift.round or 0, drifted=drifted)
 
 
 def _check(data: FederatedData, name: str) -> None:
@@ -70,11 +93,12 @@ def _positions(data: FederatedData, client: int) -> Tensor:
 def _each_client(change: Callable[[Tensor, np.random.Generator, Any], Tensor], name: str) -> Any:
     """A shift that changes the samples ``[n, ...]`` of each client by draws of its own."""
 
-    def applied(data: FederatedData, shift: Settings, seed: int) -> FederatedData:
+    def applied(data: FederatedData, shift: Settings, seed: int, moved: bool) -> FederatedData:
         x = data.x.clone()
+        purpose = f"{name}, drift" if moved else name
         for client in range(data.num_clients):
             positions = _positions(data, client)
-            x[positions] = change(x[positions], generator(seed, name, client), shift)
+            x[positions] = change(x[positions], generator(seed, purpose, client), shift)
         return replace(data, x=x)
 
     return applied
@@ -83,13 +107,13 @@ def _each_client(change: Callable[[Tensor, np.random.Generator, Any], Tensor], n
 def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[Tensor, Tensor]], name: str) -> Any:
     """A shift that changes inputs and labels of clients by the group they fall into."""
 
-    def applied(data: FederatedData, shift: Any, seed: int) -> FederatedData:
+    def applied(data: FederatedData, shift: Any, seed: int, moved: bool) -> FederatedData:
         allowed = f"at most {data.num_clients}, the number of clients"
         check(shift.groups <= data.num_clients, "heterogeneity.groups", shift.groups, allowed)
         # a second reason is drawn by itself, so that neither follows from the other
         purpose = f"groups, {name}" if data.groups else "groups"
         order = generator(seed, purpose).permutation(data.num_clients)
-        group_of = [int(position) % shift.groups for position in order]
+        group_of = [(int(position) + moved) % shift.groups for position in order]
         x, y = data.x.clone(), data.y.clone()
         for client, group in enumerate(group_of):
             positions = _positions(data, client)
@@ -173,10 +197,10 @@ def _renamed(data: FederatedData, positions: Tensor, group: int, seed: int, shif
     return data.x[positions], names[data.y[positions]]
 
 
-def _mislabelled(data: FederatedData, shift: Any, seed: int) -> FederatedData:
+def _mislabelled(data: FederatedData, shift: Any, seed: int, moved: bool) -> FederatedData:
     y = data.y.clone()
     for client, positions in enumerate(data.train):
-        rng = generator(seed, "label_noise", client)
+        rng = generator(seed, "label_noise, drift" if moved else "label_noise", client)
         count = rng.permutation(len(positions))[: round(shift.strength * rng.random() * len(positions))]
         wrong = positions[torch.from_numpy(count)]
         other = rng.integers(1, data.num_classes, len(wrong)) if shift.kind == "symmetric" else np.ones(len(wrong), int)
@@ -184,7 +208,7 @@ def _mislabelled(data: FederatedData, shift: Any, seed: int) -> FederatedData:
     return replace(data, y=y)
 
 
-_APPLIED: dict[str, Callable[[FederatedData, Any, int], FederatedData]] = {
+_APPLIED: dict[str, Callable[[FederatedData, Any, int, bool], FederatedData]] = {
     "rotation": _each_group(_turned, "rotation"),
     "permuted_pixels": _each_group(_permuted, "permuted_pixels"),
     "blur": _each_client(_blurred, "blur"),

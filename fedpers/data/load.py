@@ -99,6 +99,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         groups=groups,
         client_names=names,
         class_names=data.class_names,
+        num_tokens=data.num_tokens,
         task=data.task,
     )
 

@@ -70,13 +70,20 @@ def draw_unseen(num_clients: int, config: SplitConfig, seed: int) -> tuple[int, 
     Raises
     ------
     ConfigError
-        If ``config.unseen`` leaves no client to train.
+        If ``config.unseen`` leaves no client to train, or names one that there is not.
     """
-    if config.unseen == 0:
+    if isinstance(config.unseen, tuple):
+        allowed = f"clients from 0 to {num_clients - 1}, each once, of which one at least is left to train"
+        listed = sorted(set(config.unseen) & set(range(num_clients)))
+        fits = len(listed) == len(config.unseen) < num_clients
+        check(fits, "split.unseen", list(config.unseen), allowed)
+        return tuple(listed)
+    count = config.unseen if isinstance(config.unseen, int) else max(1, round(config.unseen * num_clients))
+    if count == 0:
         return ()
     allowed = f"a number below {num_clients}, so that a client is left to train"
-    check(config.unseen < num_clients, "split.unseen", config.unseen, allowed)
-    return tuple(np.sort(generator(seed, "unseen").permutation(num_clients)[: config.unseen]).tolist())
+    check(count < num_clients, "split.unseen", config.unseen, allowed)
+    return tuple(np.sort(generator(seed, "unseen").permutation(num_clients)[:count]).tolist())
 
 
 def take_public(

@@ -233,8 +233,12 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     also = [(f"test/{name}", f"{name} %") for name in first.get("also", ())]
     if any(f"unseen/{headline}" in row.selected for row in rows):
         also.append((f"unseen/{headline}", "unseen"))
-    if any(f"adapted/{headline}" in row.at_end for row in rows):
+    keys = {key for row in rows for key in row.at_end if key.startswith(f"adapted/{headline}")}
+    if f"adapted/{headline}" in keys:
         also.append((f"adapted/{headline}", "adapted"))
+    ending = f"adapted/{headline}_after_"
+    numbers = sorted(int(key.removeprefix(ending)) for key in keys if key.removeprefix(ending).isdigit())
+    also.extend((f"{ending}{steps}", f"adapted {steps}") for steps in numbers)
     group = Group(title, rows, headline, tuple(also), bool(first.get("spread", True)))
     runs_used = [run for s in per_method for run in s.values()]
     group.notes.extend(_notes(group, runs_used, older, first.get("baselines", BASELINES)))
@@ -260,7 +264,7 @@ def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], 
     if any(label == "unseen" for _, label in group.also):
         notes.append(
             "unseen: clients that never train, as they come, at the selected round; "
-            "adapted: at the end of the run, after training locally for one round "
+            "adapted: at the end of the run, after training locally for one round, or for so many steps "
             "(strategy=pfedpg: for strategy.adapt_rounds)."
         )
     absent = [name for name in baselines if not any(row.strategy == name for row in rows)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fedpers.models.head import with_head
 from fedpers.models.initial import drawing
 from fedpers.models.networks import CNN, MLP, Network, ResNet18
 from fedpers.models.pretrain import Pretraining, pretrain
+from fedpers.models.sequences import CNN1D, LSTM, Transformer
 from fedpers.models.vit import ViT, ViTB16
 from fedpers.models.weights import load_weights
 from fedpers.randomness import generator
@@ -22,6 +24,9 @@ from fedpers.settings.model import ModelConfig
 MODELS: dict[str, Callable[..., Network]] = {
     "mlp": MLP,
     "cnn": CNN,
+    "cnn1d": CNN1D,
+    "lstm": LSTM,
+    "transformer": Transformer,
     "resnet18": ResNet18,
     "vit": ViT,
     "vit_b16": ViTB16,
@@ -29,8 +34,10 @@ MODELS: dict[str, Callable[..., Network]] = {
 }
 """Name -> what builds the network from ``(input_shape, num_classes, **options)``.
 
-``factorization`` is built from the number of items instead; ``weights`` is not given to what builds the network.
+Those of :data:`OF_SEQUENCES` are given ``num_tokens`` and ``per_token`` too; ``factorization`` is built from the number
+of items instead; ``weights`` is not given to what builds the network.
 """
+OF_SEQUENCES = ("lstm", "transformer")
 
 
 def build_model(
@@ -40,6 +47,8 @@ def build_model(
     seed: int,
     *,
     num_items: int | None = None,
+    num_tokens: int = 0,
+    per_token: bool = False,
     public: tuple[Tensor, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> Network:
@@ -59,6 +68,10 @@ def build_model(
         The run's seed.
     num_items : int, optional
         Number of items if samples are item ids, >= 1.
+    num_tokens : int
+        Size of the vocabulary if samples are tokens ``[T]``; else 0.
+    per_token : bool
+        Whether the network is to give outputs at each position of a sequence.
     public : tuple (x ``[N, ...]``, y ``[N]``), optional
         Public share of the data, for ``pretrained="public"``.
     device : torch.device, optional
@@ -73,7 +86,10 @@ def build_model(
         If weights can neither be found nor downloaded.
     """
     if ":" in config.name:
-        return _custom(config, input_shape, num_classes, seed, num_items)
+        known = {"input_shape": input_shape, "num_classes": num_classes, "num_items": num_items}
+        samples = _samples(input_shape, num_items, num_tokens, seed)
+        return _custom(config, known | {"num_tokens": num_tokens, "per_token": per_token}, samples, seed)
+    config = config.for_samples(input_shape, num_tokens)
     build, options = MODELS[config.name], config.options()
     weights = options.pop("weights", "random")
     if config.name == "factorization":
@@ -82,6 +98,10 @@ def build_model(
     else:
         allowed = f"factorization for item ids: {config.name} takes samples of numbers"
         check(num_items is None and tuple(input_shape) != (), "model.name", config.name, allowed)
+    if config.name in OF_SEQUENCES:
+        options |= {"num_tokens": num_tokens, "per_token": per_token}
+    else:
+        check(num_tokens == 0, "model.name", config.name, f"one of {', '.join(OF_SEQUENCES)} for tokens")
     if config.pretrained is not None:
         allowed = "null, or data with a public share (set split.public)"
         check(public is not None, "model.pretrained", config.pretrained, allowed)
@@ -95,22 +115,21 @@ def build_model(
         load_weights(model, weights)
     if config.pretrained is not None and public is not None:
         pretrain(model, *public, Pretraining.of(config), seed, device)
-    return model if config.head is None else with_head(model, config.head, _samples(input_shape, num_items, seed))
+    if config.head is None:
+        return model
+    return with_head(model, config.head, _samples(input_shape, num_items, num_tokens, seed))
 
 
-def _custom(
-    config: ModelConfig, input_shape: tuple[int, ...], num_classes: int, seed: int, num_items: int | None
-) -> Network:
-    """A network of the user's own, its initial values drawn from `seed`."""
+def _custom(config: ModelConfig, known: dict[str, Any], samples: Tensor, seed: int) -> Network:
+    """A network of the user's own, its initial values drawn from `seed`; `known` is what it may be made with."""
     kind = import_custom("model.name", config.name)
-    known = {"input_shape": input_shape, "num_classes": num_classes, "num_items": num_items}
     check(callable(kind), "model.name", config.name, "module:Name of a class or a function that makes a network")
     with drawing(seed, "model"):
         model = call_custom("model", config.name, kind, known, config.arguments or {})
     allowed = f"module:Name of what makes an nn.Module, not {type(model).__name__}"
     check(isinstance(model, nn.Module), "model.name", config.name, allowed)
     made: Network = model
-    return made if config.head is None else with_head(made, config.head, _samples(input_shape, num_items, seed))
+    return made if config.head is None else with_head(made, config.head, samples)
 
 
 def _projected(model: Network, features: int, num_classes: int) -> Network:
@@ -121,8 +140,10 @@ def _projected(model: Network, features: int, num_classes: int) -> Network:
     return Network(nn.Sequential(*body, nn.Linear(width, features), nn.ReLU()), nn.Linear(features, num_classes))
 
 
-def _samples(shape: tuple[int, ...], num_items: int | None, seed: int) -> Tensor:
-    """Two samples such as the data may hold: of normal numbers, or ids of items."""
+def _samples(shape: tuple[int, ...], num_items: int | None, num_tokens: int, seed: int) -> Tensor:
+    """Two samples such as the data may hold: of normal numbers, or ids of tokens or items."""
+    if num_tokens:
+        return torch.from_numpy(generator(seed, "model.head").integers(num_tokens, size=(2, *shape)))
     if num_items is not None:
         return torch.arange(min(2, num_items))
     return torch.from_numpy(generator(seed, "model.head").standard_normal((2, *shape))).float()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.errors import check
+from fedpers.models.attention import TransformerBlock
 from fedpers.models.networks import Network, check_picture
 
 MOST_TOKENS = 64
@@ -142,7 +143,9 @@ class VisionBody(nn.Module):
         self.positions = nn.Parameter(torch.empty(1 + self.tokens, dim))
         # A linear layer over flattened patches is the convolution with this stride, and fast when mapped over clients.
         self.patch = nn.Linear(channels * patch * patch, dim)
-        self.blocks = nn.Sequential(*(_Block(dim, heads, max(1, round(dim * mlp_ratio))) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(dim, heads, max(1, round(dim * mlp_ratio))) for _ in range(depth))
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.reset_parameters()
 
@@ -205,37 +208,6 @@ class VisionBody(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features ``[B, D]`` of pictures ``[B, C, H, W]``, without prompts."""
         return self.encode(self.embed(x))
-
-
-class _Block(nn.Module):
-    """Attention and perceptron, each behind a normalization and beside a shortcut."""
-
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
-        """Tokens ``[B, L, D]`` after the block; or the first `outputs` of them alone, which attend to all."""
-        dim = x.shape[-1]
-        normalized = self.norm1(x)
-        if outputs is None:
-            query, key, value = self.qkv(normalized).chunk(3, -1)
-        else:
-            query = F.linear(normalized[:, :outputs], self.qkv.weight[:dim], self.qkv.bias[:dim])
-            key, value = F.linear(normalized, self.qkv.weight[dim:], self.qkv.bias[dim:]).chunk(2, -1)
-            x = x[:, :outputs]
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        # Not F.scaled_dot_product_attention: on a CPU it cannot be mapped over clients, nor differentiated twice.
-        weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(-1)
-        x = x + self.out((weights @ value).transpose(1, 2).flatten(2))
-        perceptron: Tensor = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + perceptron
 
 
 def check_promptable(model: nn.Module) -> None:

@@ -81,7 +81,9 @@ def run(config: Config, folder: Path, resolved: Mapping[str, Any] | None = None)
     with locked(folder):
         if (folder / "rounds.jsonl").exists():
             raise FedpersError(f"{folder} holds a run already; choose another folder, or go on with 'fedpers resume'.")
+        config = replace(config, model=setup.model)
         plain = dict(resolved) if resolved else asdict(config)
+        plain["model"] = {**plain["model"], "name": setup.model.name}
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         return _Run(config, folder, plain, setup, began).go()
 

@@ -32,6 +32,7 @@ class Setup:
     strategy: PersonalizedStrategy
     app: CohortApp
     network: str
+    model: ModelConfig
     pretrained_accuracy: float | None = None
 
 
@@ -51,24 +52,25 @@ def prepare_run(config: Config) -> Setup:
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
     shift_seed = config.seed if config.partition.seed is None else config.partition.seed
     data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
-    strategy.unseen = data.unseen
+    allowed = "empty, because no client is unseen (split.unseen)"
+    check(bool(data.unseen) or not config.split.adapt_steps, "split.adapt_steps", config.split.adapt_steps, allowed)
+    strategy.unseen, strategy.adapt_steps = data.unseen, config.split.adapt_steps
     sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
     strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
-    kinds = config.model.of_kinds() or {config.model.name: config.model}
+    model = config.model.for_samples(data.x.shape[1:], data.num_tokens)
+    kinds = model.of_kinds() or {model.name: model}
     models = [_network(kind, config.seed, data, device) for kind in kinds.values()]
     apps = [
-        update.client_app(model, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
-        for model in models
+        update.client_app(network, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
+        for network in models
     ]
     app = apps[0]
-    if config.model.kinds is not None:
-        app = MixedApp(
-            apps, deal_kinds(list(kinds), config.model.kind_file, data.num_clients, config.seed), list(kinds)
-        )
+    if model.kinds is not None:
+        app = MixedApp(apps, deal_kinds(list(kinds), model.kind_file, data.num_clients, config.seed), list(kinds))
     strategy.attach(app)
     strategy.check_arrays(from_record(app.initial_arrays()), sampled)
-    network = nn.ModuleList(models) if len(models) > 1 else models[0]
-    return Setup(data, strategy, app, network_checksum(network), getattr(models[0], "pretrained_accuracy", None))
+    initial = nn.ModuleList(models) if len(models) > 1 else models[0]
+    return Setup(data, strategy, app, network_checksum(initial), model, getattr(models[0], "pretrained_accuracy", None))
 
 
 def _network(config: ModelConfig, seed: int, data: FederatedData, device: torch.device) -> Network:
@@ -76,7 +78,17 @@ def _network(config: ModelConfig, seed: int, data: FederatedData, device: torch.
     public = None if data.public is None else (data.x[data.public], data.y[data.public])
     shape, items = tuple(data.x.shape[1:]), data.num_items or None
     try:
-        return build_model(config, shape, data.num_classes, seed, num_items=items, public=public, device=device)
+        return build_model(
+            config,
+            shape,
+            data.num_classes,
+            seed,
+            num_items=items,
+            num_tokens=data.num_tokens,
+            per_token=data.task.per_token,
+            public=public,
+            device=device,
+        )
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise ConfigError("model", config.name, f"a network that can be built here ({reason})") from error

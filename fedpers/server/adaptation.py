@@ -9,7 +9,7 @@ import flwr.app as flower
 from flwr.serverapp import Grid
 
 from fedpers.cohort import Records, Tree, entries
-from fedpers.identity import ADAPTING
+from fedpers.identity import ADAPTING, MAX_STEPS
 from fedpers.records import ARRAYS, from_record
 from fedpers.server.collect import evaluation_metrics, validated_reply
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def adapt_clients(
-    strategy: PersonalizedStrategy, round: int, arrays: Tree, grid: Grid, clients: list[int]
+    strategy: PersonalizedStrategy,
+    round: int,
+    arrays: Tree,
+    grid: Grid,
+    clients: list[int],
 ) -> tuple[list[int], list[Records]]:
     """Let clients train once on what the server sends, and put their arrays in the place of the server's.
 
@@ -27,40 +31,111 @@ def adapt_clients(
     strategy.sent_arrays = arrays
     able = strategy.prepare(round, arrays, clients, grid, "evaluate")
     sent = strategy.send(round, arrays, able)
-    each = [sent] * len(able) if isinstance(sent, Mapping) else sent
+    each = [sent] * len(able) if isinstance(sent, Mapping) else list(sent)
+    adapted, records, _ = _train(strategy, round, each, able, grid)
+    return adapted, records
+
+
+def _train(
+    strategy: PersonalizedStrategy,
+    round: int,
+    sent: list[Records],
+    clients: list[int],
+    grid: Grid,
+    max_steps: int | None = None,
+) -> tuple[list[int], list[Records], list[int]]:
+    """Let clients train from what they are sent; who did, what they are evaluated with, and the steps they took."""
     config = flower.ConfigRecord({"server-round": round, ADAPTING: True})
-    results, _ = strategy.exchange.call(grid, flower.MessageType.TRAIN, sent, config, able)
-    declared, fold = strategy.reply_schema(able), strategy.fold()
-    schemas = [declared] * len(able) if isinstance(declared, dict) else declared
+    if max_steps is not None:
+        config[MAX_STEPS] = max_steps
+    results, _ = strategy.exchange.call(grid, flower.MessageType.TRAIN, sent, config, clients)
+    declared, fold = strategy.reply_schema(clients), strategy.fold()
+    schemas = [declared] * len(clients) if isinstance(declared, dict) else declared
     adapted: list[int] = []
     records: list[Records] = []
-    for client, before, schema in zip(able, each, schemas, strict=True):
+    steps: list[int] = []
+    for client, before, schema in zip(clients, sent, schemas, strict=True):
         try:
-            trained = fold.decode(validated_reply(results[client], schema)[0], client)
+            reply, metrics = validated_reply(results[client], schema)[:2]
+            trained = fold.decode(reply, client)
         except ValueError as problem:
             strategy.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             continue
         adapted.append(client)
         mine = {ARRAYS: trained[ARRAYS]} if ARRAYS in trained and entries(trained[ARRAYS]) else {}
         records.append({**before, **mine})
-    return adapted, records
+        steps.append(int(metrics.get("steps", 0)))
+    return adapted, records, steps
+
+
+def _adapt_by(
+    strategy: PersonalizedStrategy, round: int, sent: dict[int, Records], grid: Grid, steps: int
+) -> dict[int, Records]:
+    """Let clients train for `steps` local steps, in as many local rounds as that takes; what they then have."""
+    left = dict.fromkeys(sent, steps)
+    while any(left.values()):
+        by_limit: dict[int, list[int]] = {}
+        for client, n in left.items():
+            by_limit.setdefault(n, []).append(client)
+        by_limit.pop(0, None)
+        for limit, now in by_limit.items():
+            able, records, taken = _train(strategy, round, [sent[c] for c in now], now, grid, limit)
+            for client in set(now) - set(able):
+                del sent[client], left[client]
+            for client, trained, n in zip(able, records, taken, strict=True):
+                sent[client] = trained
+                left[client] = max(0, limit - n) if n else 0  # a method that trains nothing is through
+        round += 1
+    return sent
 
 
 def evaluate_adapted(
     strategy: PersonalizedStrategy, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
 ) -> None:
-    """Let the unseen clients adapt and measure them, into ``report.adapted``."""
+    """Let the unseen clients adapt and measure them, into ``report.adapted``.
+
+    With ``strategy.adapt_steps`` they are measured after so many local steps each; metrics then end in
+    ``-after-STEPS``. A method with a rule of its own for newcomers follows that instead.
+    """
     connected = strategy.nodes(grid)
     unseen = sorted(strategy.unseen)
     for client in unseen:
         if client not in connected:
             strategy.leave_out(client, "it is not connected", "evaluate")
     round = strategy.report.round + 1
-    clients, records = strategy.adapt(round, from_record(arrays), grid, [c for c in unseen if c in connected])
+    clients, server_arrays = [c for c in unseen if c in connected], from_record(arrays)
+    if not strategy.adapt_steps or not strategy.adapts_by_training():
+        clients, records = strategy.adapt(round, server_arrays, grid, clients)
+        _measure(strategy, round, dict(zip(clients, records, strict=True)), config, grid, "")
+        return
+    strategy.sent_arrays = server_arrays
+    able = strategy.prepare(round, server_arrays, clients, grid, "evaluate")
+    sent = strategy.send(round, server_arrays, able)
+    each = dict(zip(able, [sent] * len(able) if isinstance(sent, Mapping) else sent, strict=True))
+    done = 0
+    for steps in strategy.adapt_steps:
+        each = _adapt_by(strategy, round + done, each, grid, steps - done)
+        _measure(strategy, round, each, config, grid, f"-after-{steps}")
+        done = steps
+
+
+def _measure(
+    strategy: PersonalizedStrategy,
+    round: int,
+    sent: Mapping[int, Records],
+    config: flower.ConfigRecord,
+    grid: Grid,
+    ending: str,
+) -> None:
+    """Evaluate clients with what each of them has, into ``report.adapted``; names of metrics get an ending."""
     config["server-round"] = round
-    results, _ = strategy.exchange.call(grid, flower.MessageType.EVALUATE, records, config, clients)
-    for client in clients:
+    results, _ = strategy.exchange.call(grid, flower.MessageType.EVALUATE, list(sent.values()), config, list(sent))
+    for client in sent:
         try:
-            strategy.report.adapted[client] = evaluation_metrics(results[client])
+            measured = evaluation_metrics(results[client])
         except ValueError as problem:
             strategy.leave_out(client, f"adapted: {problem}", "evaluate")
+            continue
+        counts = {name: value for name, value in measured.items() if name.endswith("examples")}
+        named = {f"{name}{ending}": value for name, value in measured.items() if name not in counts}
+        strategy.report.adapted.setdefault(client, {}).update(named | counts)

@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 Schema = dict[tuple[str, str], Entry]
 """What a reply holds: entries by record and name."""
 log = logging.getLogger(__name__)
-UNBOUNDED = ("loss", "mse")
+UNBOUNDED = ("loss", "mse", "perplexity")
 """Endings of metrics that are infinite where a client's network has diverged; no other may be."""
 _WEIGHT_METRICS = {"samples": "num-examples", "inverse_variance": f"{EXTRA}precision"}
 _FINITE_METRICS = ("steps", "samples", "gradients", "train-loss")

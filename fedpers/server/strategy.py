@@ -49,7 +49,7 @@ Weighting = Annotated[
     Field(description="weight of a client in the average: its training samples, or 1 for every client"),
 ]
 """Weight of a reply in the average: training samples of the client, or 1."""
-_RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "postprocessors", "client_update")
+_RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "adapt_steps", "postprocessors", "client_update")
 """Fields that no method has as an option of its own."""
 
 
@@ -68,6 +68,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         Weight of a reply in the average: training samples of the client, or 1.
     unseen : tuple of int
         Clients that are never asked to train (``FederatedData.unseen``).
+    adapt_steps : tuple of int
+        After so many local steps each these are measured at the end of a run, ascending; empty: after one local round.
     postprocessors : sequence of Postprocessor
         What is done to replies and their mean, in this order: compression, privacy, robust aggregation
         (:mod:`fedpers.server.postprocessors`).
@@ -109,6 +111,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     common_options: ClassVar[tuple[str, ...]] = ()
     weighting: Weighting = "samples"
     unseen: tuple[int, ...] = ()
+    adapt_steps: tuple[int, ...] = ()
     postprocessors: Sequence[Postprocessor] = ()
     client_update: LocalUpdate | None = None
 
@@ -331,6 +334,11 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             What each of them is evaluated with: what it was sent, its own arrays in place of the server's.
         """
         return adapt_clients(self, round, arrays, grid, clients)
+
+    @classmethod
+    def adapts_by_training(cls) -> bool:
+        """Whether clients that never trained adapt by local training, not by a rule of the method's own."""
+        return cls.adapt is PersonalizedStrategy.adapt
 
     @classmethod
     def plain_mean(cls) -> bool:

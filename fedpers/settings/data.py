@@ -22,9 +22,10 @@ CLIENTS_OF_DATA = ("natural", "index", "user")
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
 _TABLES = ("csv", "parquet", "hf")
 _SCALED = ("images", "hf")
-OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf")
+OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")
 """Data of one's own in files."""
 _DRAWN = ("iid", "dirichlet", "pathological", "quantity")
+_SEQUENCE_LENGTH = {"text": 80, "leaf": 25}
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
 
 
@@ -47,6 +48,8 @@ class DatasetConfig(Settings, group="dataset"):
             hf="a set of Hugging Face's library datasets: path is its name, or the folder it was saved to",
             pfllib="the folder root as PFLlib writes it: train/0.npz, test/0.npz, ..., config.json",
             leaf="LEAF's .json files: root is a file, a folder of them, or one with train and test",
+            text="text of each client, whose next character or word is learned: root is a folder of .txt files, or a "
+            ".json file {client: text}",
             synthetic_ratings="made up: groups of users see items in their own way; nothing to download",
             movielens100k="100,000 ratings of 1,682 films by 943 users; root holds u.data or ratings.dat, from "
             "grouplens.org/datasets/movielens/100k",
@@ -80,12 +83,18 @@ class DatasetConfig(Settings, group="dataset"):
     download: Annotated[bool, Field(description="fetch what is not there"), OnlyFor(*PICTURES)] = True
     x: Annotated[
         str,
-        Field(description="array of inputs: uint8 pictures [N, H, W] or [N, H, W, C], or floats taken as they are"),
+        Field(
+            description="array of inputs: uint8 pictures [N, H, W] or [N, H, W, C]; floats taken as they are; or "
+            "tokens, whole numbers [N, T]"
+        ),
         OnlyFor("npz"),
     ] = "x"
     y: Annotated[
         str,
-        Field(description="array of class ids [N], or of floats [N] or [N, D], the targets of a regression"),
+        Field(
+            description="array of class ids [N]; of floats [N] or [N, D], the targets of a regression; or of the next "
+            "tokens [N, T]"
+        ),
         OnlyFor("npz"),
     ] = "y"
     client: Annotated[
@@ -93,11 +102,24 @@ class DatasetConfig(Settings, group="dataset"):
         Field(description="array or column of client ids, for partition=natural"),
         OnlyFor("npz", *_TABLES),
     ] = None
+    tokens: Annotated[
+        bool, Field(description="whether inputs are tokens; y then holds classes or the next tokens"), OnlyFor("npz")
+    ] = False
     n_train: Annotated[
         str | None,
         Field(description="array with one number: so many samples, the first, are the official training part"),
         OnlyFor("npz"),
     ] = None
+    level: Annotated[Literal["character", "word"], Field(description="what a text is cut into"), OnlyFor("text")] = (
+        "character"
+    )
+    sequence_length: Annotated[
+        int | None, Field(ge=1, description="tokens of a sequence; of LEAF's tweets the last words"),
+        OnlyFor(**_SEQUENCE_LENGTH),
+    ] = None  # fmt: skip
+    vocabulary_size: Annotated[
+        int, Field(ge=1, description="words that are told apart, the most frequent"), OnlyFor("text", "leaf")
+    ] = 10_000
     protocol: Annotated[
         Literal["clean", "symmetric", "official"],
         Field(
@@ -147,6 +169,7 @@ class DatasetConfig(Settings, group="dataset"):
         kinds = {
             "npz": "an .npz file", "ratings": "a .csv or .npz file", "csv": "a .csv file", "parquet": "a .parquet file",
             "images": "a folder of pictures", "pfllib": "a folder of PFLlib", "leaf": "a file or folder of LEAF",
+            "text": "a folder of .txt files or a .json file",
         }  # fmt: skip
         allowed = "no value, except for a function of your own, dataset=module:function"
         check(not self.arguments or ":" in self.name, "dataset.arguments", self.arguments, allowed)
@@ -155,6 +178,8 @@ class DatasetConfig(Settings, group="dataset"):
         check(needed, "dataset.root", self.root, f"the path of {kinds.get(self.name)}")
         if self.min_interactions is None:
             self.min_interactions = _MIN_INTERACTIONS.get(self.name, 10)
+        if self.sequence_length is None:
+            self.sequence_length = _SEQUENCE_LENGTH.get(self.name, 80)
 
     @property
     def holds_ratings(self) -> bool:
@@ -250,6 +275,9 @@ class PartitionConfig(Settings, group="partition"):
             check(self.num_clients is None, "partition.num_clients", self.num_clients, allowed)
 
 
+_Client = Annotated[int, Field(ge=0)]
+
+
 @dataclass
 class SplitConfig(Settings, group="split"):
     """How a client's samples are split (the group ``split``)."""
@@ -282,11 +310,25 @@ class SplitConfig(Settings, group="split"):
         OnlyFor("fractions", "official"),
     ] = 0.0
     unseen: Annotated[
-        int, Field(ge=0, description="so many clients, drawn at random, never train and are only evaluated")
+        Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | tuple[_Client, ...],
+        Field(
+            title="a number of clients >= 0, a share between 0 and 1, or a list of clients, e.g. [3,17]",
+            description="so many clients, drawn at random, or these never train and are only evaluated",
+        ),
     ] = 0
+    adapt_steps: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...],
+        Field(
+            title="whole numbers >= 1 in ascending order, e.g. [1,5,20]",
+            description="unseen clients are evaluated at the end after so many local steps each, too; empty: after one "
+            "local round",
+        ),
+    ] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ascending = list(self.adapt_steps) == sorted(set(self.adapt_steps))
+        check(ascending, "split.adapt_steps", list(self.adapt_steps), "numbers in ascending order, each once")
         if self.name == "fractions":
             allowed = f"less than 1 - split.validation = {1 - self.validation:g}"
             check(self.validation + self.test < 1, "split.test", self.test, allowed)

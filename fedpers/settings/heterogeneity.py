@@ -91,6 +91,21 @@ class LabelNoise(Settings, group="heterogeneity.label_noise"):
     ] = "symmetric"
 
 
+@dataclass
+class Drift(Settings, group="heterogeneity.drift"):
+    """From a round on, a share of the clients is shifted otherwise: to the next group, or by draws made anew.
+
+    It moves what the other shifts do, of which one at least must be chosen; labels of all parts move alike.
+    """
+
+    round: Annotated[int | None, Field(ge=1, description="the first one that is shifted otherwise")] = None
+    share: Annotated[float, Field(gt=0, le=1, description="of the clients, drawn at random")] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.round is not None, "heterogeneity.drift.round", self.round, "a round >= 1")
+
+
 SHIFTS: dict[str, type[Settings]] = {
     "rotation": Rotation,
     "permuted_pixels": PermutedPixels,
@@ -152,6 +167,7 @@ class HeterogeneityConfig(Settings, group="heterogeneity"):
     rotation: Rotation | None = None
     label_groups: LabelGroups | None = None
     label_noise: LabelNoise | None = None
+    drift: Drift | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

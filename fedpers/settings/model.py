@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -19,9 +20,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "vit": {},
 }
 """Networks that clients can be dealt: settings of each."""
-_WITH_FEATURES = ("mlp", "cnn", "resnet18", "vit")
+_WITH_FEATURES = ("auto", "mlp", "cnn", "cnn1d", "resnet18", "vit")
 _MIXING = ("name", "kinds", "kind_file", "features")
-_PRETRAINED = ("mlp", "cnn", "resnet18", "vit", "vit_b16")
+_PRETRAINED = ("auto", "mlp", "cnn", "cnn1d", "resnet18", "vit", "vit_b16")
 _Size = Annotated[int, Field(ge=1)]
 
 
@@ -32,14 +33,18 @@ class ModelConfig(Settings, group="model"):
     name: Annotated[
         str,
         OpenChoices(
+            auto="by the shape of a sample: lstm for tokens, cnn1d for series [channels, steps], else mlp",
             mlp="fully connected layers",
             cnn="two convolutions, as in the federated learning literature",
+            cnn1d="two convolutions over time, for series",
+            lstm="a recurrent network, for tokens and series",
+            transformer="a small transformer in which a token sees earlier ones, for tokens",
             resnet18="a residual network for small pictures",
             vit="a small vision transformer",
             vit_b16="ViT-B/16 with weights from torchvision or a file",
             factorization="a table of items and a vector of the user, for ratings",
         ),
-    ] = "mlp"
+    ] = "auto"
     hidden: Annotated[
         tuple[_Size, ...] | None,
         Field(
@@ -47,10 +52,10 @@ class ModelConfig(Settings, group="model"):
             title="one or more whole numbers >= 1, e.g. [64,32]",
             description="sizes of the fully connected layers before the head",
         ),
-        OnlyFor(mlp=(64,), cnn=(512,)),
+        OnlyFor(auto=None, mlp=(64,), cnn=(512,), cnn1d=(512,)),
     ] = None
     width: Annotated[
-        int | None, Field(ge=1, description="channels of the first convolution"), OnlyFor(cnn=32, resnet18=64)
+        int | None, Field(ge=1, description="channels of the first convolution"), OnlyFor(cnn=32, cnn1d=32, resnet18=64)
     ] = None
     norm: Annotated[
         Literal["none", "batch", "group"] | None,
@@ -65,12 +70,24 @@ class ModelConfig(Settings, group="model"):
         Field(ge=1, description="pixels a side; null: the smallest >= 2 that gives at most 64 patches"),
         OnlyFor("vit"),
     ] = None
-    dim: Annotated[int | None, Field(ge=1, description="features"), OnlyFor(vit=64, factorization=32)] = None
-    depth: Annotated[int | None, Field(ge=1, description="blocks"), OnlyFor(vit=4)] = None
-    heads: Annotated[int | None, Field(ge=1, description="of attention; must divide dim"), OnlyFor(vit=4)] = None
-    mlp_ratio: Annotated[
-        float | None, Field(gt=0, description="hidden width of a block in multiples of dim"), OnlyFor(vit=2.0)
+    dim: Annotated[
+        int | None, Field(ge=1, description="features"), OnlyFor(vit=64, transformer=64, factorization=32)
     ] = None
+    depth: Annotated[int | None, Field(ge=1, description="blocks"), OnlyFor(vit=4, transformer=2)] = None
+    heads: Annotated[
+        int | None, Field(ge=1, description="of attention; must divide dim"), OnlyFor(vit=4, transformer=4)
+    ] = None
+    mlp_ratio: Annotated[
+        float | None,
+        Field(gt=0, description="hidden width of a block in multiples of dim"),
+        OnlyFor(vit=2.0, transformer=2.0),
+    ] = None
+    tied: Annotated[
+        bool | None, Field(description="whether the head's weights are the embedding's"), OnlyFor(transformer=False)
+    ] = None
+    embedding: Annotated[int | None, Field(ge=1, description="width of a token's embedding"), OnlyFor(lstm=32)] = None
+    hidden_size: Annotated[int | None, Field(ge=1, description="of the recurrent layers"), OnlyFor(lstm=128)] = None
+    layers: Annotated[int | None, Field(ge=1, description="recurrent ones"), OnlyFor(lstm=1)] = None
     bias: Annotated[bool | None, Field(description="whether a user has a bias"), OnlyFor(factorization=True)] = None
     weights: Annotated[
         str | None,
@@ -86,8 +103,8 @@ class ModelConfig(Settings, group="model"):
     arguments: Annotated[
         dict[str, Any] | None,
         Field(
-            description="what a network of your own is made with; input_shape, num_classes and num_items are given "
-            "where it has such parameters"
+            description="what a network of your own is made with; input_shape, num_classes, num_items, num_tokens and "
+            "per_token are given where it has such parameters"
         ),
         OnlyFor(CUSTOM),
     ] = None
@@ -95,12 +112,12 @@ class ModelConfig(Settings, group="model"):
         tuple[str, ...] | None,
         Field(min_length=2, title=f"two or more of {', '.join(KINDS)}",
               description="networks that clients are dealt in equal numbers at random, each with its defaults"),
-        OnlyFor("mlp"),
+        OnlyFor("auto", "mlp"),
     ] = None  # fmt: skip
     kind_file: Annotated[
         str | None,
         Field(description="a .json file with the kind of each client, in place of the draw"),
-        OnlyFor("mlp"),
+        OnlyFor("auto", "mlp"),
     ] = None
     head: Annotated[
         str | None,
@@ -151,6 +168,26 @@ class ModelConfig(Settings, group="model"):
                 value = getattr(self, name)
                 allowed = "no value with model.kinds: each has its defaults"
                 check(value in (None, option.default), option.key, value, allowed)
+
+    def for_samples(self, shape: Sequence[int], num_tokens: int = 0) -> ModelConfig:
+        """Settings of the network that ``auto`` means for samples of this shape; others as they are.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Of one sample.
+        num_tokens : int
+            Size of the vocabulary of samples that are tokens; else 0.
+
+        Raises
+        ------
+        ConfigError
+            If that network lacks an option that is set.
+        """
+        if self.name != "auto" or self.kinds is not None:
+            return self
+        series = len(shape) == 2 and shape[1] >= 4
+        return replace(self, name="lstm" if num_tokens else "cnn1d" if series else "mlp")
 
     def of_kinds(self) -> dict[str, ModelConfig]:
         """Settings of each kind of network that clients are dealt, by its name."""

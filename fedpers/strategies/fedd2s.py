@@ -189,7 +189,11 @@ class FedD2SUpdate(LocalUpdate):
             cohort.fit(params, self.loss)
             return cohort.reply(params)
         # positions in the data, ascending, to find the server's scores for the samples of a batch
-        owned, order = torch.stack([cohort.data.train[client] for client in cohort.clients]).to(cohort.device).sort(1)
+        owned, order = (
+            torch.stack([cohort.data.positions("train", client, cohort.round) for client in cohort.clients])
+            .to(cohort.device)
+            .sort(1)
+        )
         scores = cohort.per_client(received[TARGETS])["scores"]
         scores = scores.gather(1, order[:, :, None].expand_as(scores))
         loss, names = self._distilling(layers_of(cohort.module), cut), cohort.trainable()

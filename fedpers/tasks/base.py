@@ -26,6 +26,8 @@ class Task(ABC):
         For tables and manifests.
     classes : bool
         Whether labels are class ids and a network gives a score for each class.
+    per_token : bool
+        Whether a network gives scores at each position of a sequence, ``[B, T, V]``, not for a sample as a whole.
     spread : bool
         Whether the distribution of the headline over clients (deviation, worst decile) says something.
     parts_overlap : bool
@@ -36,6 +38,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     classes: ClassVar[bool] = False
+    per_token: ClassVar[bool] = False
     spread: ClassVar[bool] = True
     parts_overlap: ClassVar[bool] = False
     baselines: ClassVar[tuple[str, ...]] = ("local", "fedavg")

@@ -489,7 +489,7 @@ def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (["=3"], "the settings cannot be read: "),
-        (["model=3"], "model=3: expected one of cnn, "),
+        (["model=3"], "model=3: expected one of auto, "),
         (["runtime=spark"], "runtime=spark: expected one of flower, local, ray"),
     ],
 )

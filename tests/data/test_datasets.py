@@ -165,7 +165,7 @@ X, Y = np.zeros((3, 2)), np.array([0, 1, 1])
         ({"x": X[:0], "y": Y[:0]}, r"there are no samples\."),
         ({"x": X * np.nan, "y": Y}, r"x is not finite \(nan or infinite\) in 3 of 3 samples\."),
         ({"x": X + 1e300, "y": Y}, r"x is not finite"),
-        ({"x": X.astype(np.int32), "y": Y}, r"x is int32, expected uint8 pictures or floats\."),
+        ({"x": X.astype(np.int32), "y": Y}, r"x is int32, expected uint8 pictures or floats"),
         ({"x": np.zeros((3, 3, 32, 32), np.uint8), "y": Y}, r"x is uint8 \[3, 3, 32, 32\], expected pictures"),
         ({"x": X.astype(object), "y": Y}, r"x holds Python objects, which are not read"),
         ({"x": X, "y": np.array([0, None, 1])}, r"y holds Python objects, which are not read"),

@@ -151,7 +151,7 @@ def test_files_of_leaf_name_users_and_parts(tmp_path: Path) -> None:
         ("[]", r"a\.json is not a file of LEAF"),
         ('{"users": ["a"], "user_data": {}}', r"user a has no x and y"),
         ('{"users": ["a"], "user_data": {"a": {"x": [[1]], "y": []}}}', r"user a has 1 inputs but 0 labels"),
-        ('{"users": ["a"], "user_data": {"a": {"x": ["so"], "y": [1]}}}', r"no lists of numbers .*text"),
+        ('{"users": ["a"], "user_data": {"a": {"x": ["so"], "y": [1]}}}', r"is not 2 characters of text with one"),
         ('{"users": ["a"], "user_data": {"a": {"x": [[1], [1, 2]], "y": [1, 0]}}}', r"no lists of numbers"),
     ],
 )

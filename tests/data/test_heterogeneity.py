@@ -12,7 +12,7 @@ from fedpers.data import FederatedData, HeterogeneityConfig, apply_heterogeneity
 from fedpers.data.federated import PARTS
 from fedpers.errors import ConfigError, DataError
 from fedpers.settings.base import choice_options, choices
-from fedpers.settings.heterogeneity import SHIFTS, LabelGroups, LabelNoise, Noise, Rotation
+from fedpers.settings.heterogeneity import SHIFTS, Drift, LabelGroups, LabelNoise, Noise, Rotation
 from fedpers.tasks import Regression
 from tests.problems import gaussian_data
 
@@ -197,3 +197,65 @@ def test_bad_values_and_shared_samples_are_refused() -> None:
     shared = type(data)(data.x, data.y, [data.train[0]] * 2, data.validation, data.test, data.num_classes)
     with pytest.raises(DataError, match="belong to one client each"):
         apply_heterogeneity(shared, HeterogeneityConfig("label_noise", 0.5), 0)
+
+
+def drifting(share: float = 1.0) -> tuple[FederatedData, FederatedData]:
+    """Data whose clients name classes by groups, without a drift and with one from round 5 on."""
+    data = gaussian_data([20] * 8)
+    config = HeterogeneityConfig("label_groups", groups=4, drift=Drift(5, share))
+    return grouped(data, "label_groups"), apply_heterogeneity(data, config, 0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_drift_moves_clients_to_the_next_group_at_its_round(share: float) -> None:
+    before, data = drifting(share)
+    moved = 0
+    for client in range(data.num_clients):
+        partner = (before.groups[client] + 1) % 4
+        example = before.groups.index(partner)
+        for part in PARTS:
+            early, late = (data.positions(part, client, round) for round in (4, 5))
+            assert torch.equal(early, before.part(part)[client])
+            assert torch.equal(data.y[early], before.y[early])
+            assert torch.equal(data.x[early], data.x[late])
+        labels = raw().y
+        names, others = (
+            dict(zip(labels[own].tolist(), before.y[own].tolist(), strict=True))
+            for own in (all_of(before, client), all_of(before, example))
+        )
+        late = torch.cat([data.positions(part, client, 5) for part in PARTS])
+        is_now = dict(zip(labels[all_of(before, client)].tolist(), data.y[late].tolist(), strict=True))
+        if is_now != names:
+            moved += 1
+            assert all(is_now[label] == others[label] for label in is_now.keys() & others.keys())
+    assert moved == round(share * 8)
+
+
+def raw() -> FederatedData:
+    return gaussian_data([20] * 8)
+
+
+def all_of(data: FederatedData, client: int) -> torch.Tensor:
+    return torch.cat([data.part(part)[client] for part in PARTS])
+
+
+def test_a_drift_stays_where_data_are_restricted_and_changes_the_checksum() -> None:
+    before, data = drifting()
+    part = data.restrict([2, 5])
+    for client in (2, 5):
+        for round in (1, 9):
+            there, here = (d.y[d.positions("train", client, round)] for d in (data, part))
+            assert torch.equal(there, here)
+            assert data.samples(client, 0, round).tolist() == data.positions("train", client, round).tolist()
+    assert len(part.x) == 2 * sum(len(all_of(data, client)) for client in (2, 5))
+    other = replace(data, drift_round=6)
+    assert len({before.checksum, data.checksum, other.checksum}) == 3
+
+
+def test_a_drift_needs_a_round_and_something_to_move() -> None:
+    with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.round=None: expected a round >= 1"):
+        Drift()
+    with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.round=3: expected none without another shift"):
+        apply_heterogeneity(gaussian_data(), HeterogeneityConfig(drift=Drift(3)), 0)
+    with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.share=1\.5"):
+        Drift(3, 1.5)

@@ -185,8 +185,8 @@ def test_leave_one_out_is_for_ratings() -> None:
         ({"test": "x"}, r"split\.test=x: "),
         ({"public": 1.0}, r"split\.public=1\.0: expected a number >= 0 and < 1\."),
         ({"public": -0.1}, r"split\.public=-0\.1: "),
-        ({"unseen": -1}, r"split\.unseen=-1: expected a whole number >= 0\."),
-        ({"unseen": 0.5}, r"split\.unseen=0\.5: "),
+        ({"unseen": -1}, r"split\.unseen=-1: expected a number of clients >= 0, a share"),
+        ({"unseen": 1.5}, r"split\.unseen=1\.5: "),
         ({"validation": 0.5, "test": 0.5}, r"split\.test=0\.5: expected less than 1 - split\.validation = 0\.5\."),
     ],
 )

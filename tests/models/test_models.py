@@ -123,7 +123,7 @@ def test_norm_decides_the_buffers():
         ({"hidden": ()}, r"model\.hidden=\(\)"),
         ({"hidden": (64, 0)}, r"model\.hidden=\(64, 0\): expected .* >= 1"),
         ({"hidden": 64}, r"model\.hidden=64"),
-        ({"width": 8}, r"model\.width=8: expected no value: mlp has the options hidden"),
+        ({"width": 8}, r"model\.width=8: expected no value: auto has the options hidden"),
         ({"name": "cnn", "width": 0}, r"model\.width=0: expected a whole number >= 1"),
         ({"name": "resnet18", "norm": "layer"}, r"model\.norm=layer: expected one of batch, group"),
         ({"name": "resnet18", "norm": "batch", "groups": 4}, r"model\.groups=4: expected no value"),

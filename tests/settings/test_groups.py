@@ -19,7 +19,7 @@ from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_nam
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
 NEEDED = {"ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"], "hf": ["dataset.path=a"]}
-NEEDED |= {name: ["dataset.root=a"] for name in ("npz", "csv", "parquet", "images", "pfllib", "leaf")}
+NEEDED |= {name: ["dataset.root=a"] for name in ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")}
 BROUGHT = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
 PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfig("resnet18", norm="batch"),
            "resnet18_gn": ModelConfig("resnet18")}  # fmt: skip
@@ -76,7 +76,7 @@ def test_a_method_is_its_file_and_has_all_its_options(name: str) -> None:
 
 def test_names_are_written_once_where_they_are_looked_up() -> None:
     assert {*DATASETS, *RATINGS} == set(choices(DatasetConfig))
-    assert set(MODELS) == set(choices(ModelConfig))
+    assert {"auto", *MODELS} == set(choices(ModelConfig))
     assert set(method_names()) == set(STRATEGIES)
 
 

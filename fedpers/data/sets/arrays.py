@@ -19,7 +19,7 @@ from torch import Tensor
 from fedpers.data.sets.base import Dataset, normalized
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
-from fedpers.tasks import CLASSIFICATION, Regression
+from fedpers.tasks import CLASSIFICATION, NextToken, Regression
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ def npz(config: DatasetConfig) -> Dataset:
     if client is not None and (client.ndim != 1 or client.dtype.kind not in "iuUS"):
         kind = f"{client.dtype} {list(client.shape)}"
         raise DataError(f"{path}: {config.client} must be whole numbers or text [N], not {kind}.")
-    return dataset_of(path, path.stem, {config.x: x}, {config.y: y}, client=client, train_size=train_size)
+    return dataset_of(
+        path, path.stem, {config.x: x}, {config.y: y}, client=client, tokens=config.tokens, train_size=train_size
+    )
 
 
 def dataset_of(
@@ -48,6 +50,8 @@ def dataset_of(
     named_y: Mapping[str, NDArray[Any]],
     *,
     client: NDArray[Any] | None = None,
+    tokens: bool = False,
+    num_tokens: int = 0,
     train_size: int | None = None,
 ) -> Dataset:
     """Make a data set of arrays that were read somewhere, or say what is wrong with them.
@@ -60,11 +64,16 @@ def dataset_of(
         Of the data set.
     named_x : mapping with one entry
         The inputs under the name an error calls them: uint8 pictures ``[N, H, W]`` or ``[N, H, W, C]``, which are
-        normalized; floats ``[N, ...]``, which are taken as they are.
+        normalized; floats ``[N, ...]``, which are taken as they are; or tokens, whole numbers >= 0 ``[N, T]``.
     named_y : mapping with one entry
-        Classes, whole numbers or text ``[N]``; or targets, floats ``[N]`` or ``[N, D]``.
+        Classes, whole numbers or text ``[N]``; or targets, floats ``[N]`` or ``[N, D]``; or with tokens the next one at
+        each position, whole numbers ``[N, T]``, -1 where nothing is to be predicted.
     client : array ``[N]``, optional
         Natural client of each sample, whole numbers or text.
+    tokens : bool
+        Whether the inputs are tokens.
+    num_tokens : int
+        Size of the vocabulary of tokens; 0 is the largest one that occurs plus one.
     train_size : int, optional
         So many samples, the first, are the official training part.
 
@@ -75,21 +84,34 @@ def dataset_of(
     ((x_name, x),) = named_x.items()
     ((y_name, y),) = named_y.items()
     is_classification = y.ndim == 1 and y.dtype.kind in "iubUS"
-    if not is_classification and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
+    if tokens and (x.ndim != 2 or x.dtype.kind not in "iu"):
+        raise DataError(f"{path}: {x_name} is {x.dtype} {list(x.shape)}, expected tokens, whole numbers [N, T].")
+    next_tokens = tokens and y.dtype.kind in "iu" and y.shape == x.shape
+    if not (is_classification or next_tokens) and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
         raise DataError(
             f"{path}: {y_name} must be whole numbers or text [N], classes, or floats [N] or [N, D], targets of a "
-            f"regression, not {y.dtype} {list(y.shape)}."
+            f"regression{f', or the next ones [N, T] of the tokens {x_name}' if tokens else ''}, not {y.dtype} "
+            f"{list(y.shape)}."
         )
     if x.ndim == 0 or len(x) != len(y):
         raise DataError(f"{path}: {x_name} has {x.shape[0] if x.ndim else 0} samples but {y_name} has {len(y)}.")
     if len(y) == 0:
         raise DataError(f"{path}: there are no samples.")
     classes: tuple[str, ...] = ()
-    if is_classification:
+    if tokens:
+        low, high = int(x.min()), int(max(x.max(), y.max() if next_tokens else 0))
+        if low < 0 or 0 < num_tokens <= high:
+            raise DataError(f"{path}: tokens in {x_name} run from {low} to {high}, expected 0 to {num_tokens - 1}.")
+        num_tokens = num_tokens or high + 1
+    if next_tokens:
+        labels = torch.from_numpy(y.astype(np.int64))
+    elif is_classification:
         labels, classes = _class_ids(path, y_name, y)
     else:
         labels = _targets(path, y_name, y)
-    if x.dtype == np.uint8:
+    if tokens:
+        inputs = torch.from_numpy(x.astype(np.int64))
+    elif x.dtype == np.uint8:
         if x.ndim == 3:
             x = x[..., None]
         if x.ndim != 4 or x.shape[-1] > MAX_CHANNELS:
@@ -101,18 +123,23 @@ def dataset_of(
     elif x.dtype.kind == "f":
         inputs = _finite(path, x_name, x)
     else:
-        raise DataError(f"{path}: {x_name} is {x.dtype}, expected uint8 pictures or floats.")
+        hint = (
+            "; whole numbers that are tokens need dataset.tokens=true" if x.dtype.kind in "iu" and x.ndim == 2 else ""
+        )
+        raise DataError(f"{path}: {x_name} is {x.dtype}, expected uint8 pictures or floats{hint}.")
     numbers, owner_names = (None, ()) if client is None else number_labels(client)
+    num_classes = num_tokens if next_tokens else int(labels.max()) + 1 if is_classification else labels[0].numel()
     return Dataset(
         inputs,
         labels,
-        int(labels.max()) + 1 if is_classification else labels[0].numel(),
+        num_classes,
         name,
         train_size=train_size,
         owner=None if numbers is None else torch.from_numpy(numbers),
         owner_names=owner_names,
         class_names=classes,
-        task=CLASSIFICATION if is_classification else Regression(),
+        num_tokens=num_tokens if tokens else 0,
+        task=NextToken() if next_tokens else CLASSIFICATION if is_classification else Regression(),
     )
 
 

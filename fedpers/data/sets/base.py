@@ -23,9 +23,9 @@ class Dataset:
     Parameters
     ----------
     x : Tensor ``[N, ...]``
-        Inputs, float32, normalized; pictures are ``[N, C, H, W]``.
-    y : Tensor ``[N]`` or ``[N, D]``
-        Class ids, int64, ``0 <= y < num_classes``; for a regression float32.
+        Inputs: float32, normalized; pictures are ``[N, C, H, W]``. Tokens are int64 ``[N, T]``.
+    y : Tensor ``[N]``, ``[N, D]`` or ``[N, T]``
+        Class ids, int64, ``0 <= y < num_classes``; for a regression float32; the next token at each position.
     num_classes : int
         Of a regression: its targets, D.
     name : str
@@ -42,6 +42,8 @@ class Dataset:
         Domain of each sample (the style of a picture, the source of a digit), int64 from 0; None if the data have none.
     domain_names : tuple of str
         What the data call domain 0, 1, ...; empty where the numbers are the names.
+    num_tokens : int
+        Size of the vocabulary where inputs are tokens, int64 ``[N, T]``; 0 for other inputs.
     task : Task
         What is learned.
 
@@ -61,6 +63,7 @@ class Dataset:
     class_names: tuple[str, ...] = ()
     domain: Tensor | None = None
     domain_names: tuple[str, ...] = ()
+    num_tokens: int = 0
     task: Task = CLASSIFICATION
 
     def __post_init__(self) -> None:

@@ -1,0 +1,118 @@
+"""Text of speakers, writers or accounts, as sequences of characters or words."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedpers.data.sets.base import Dataset
+from fedpers.errors import DataError, reason
+from fedpers.settings.data import DatasetConfig
+from fedpers.tasks import NextToken
+from fedpers.tasks.next_token import PADDING
+
+UNKNOWN = 0
+"""Token of what the vocabulary lacks, and of padding."""
+
+
+def text(config: DatasetConfig) -> Dataset:
+    """Read what each client says; the next character or word is to be predicted at each position.
+
+    ``dataset.root`` is a folder with a ``.txt`` file for each client, or a ``.json`` file ``{client: text}``, in UTF-8.
+    A client's text is cut into sequences of ``dataset.sequence_length`` tokens, without overlap; what is left at the
+    end of one is padded, unless it is a single token. A client with fewer than two tokens is left out.
+
+    Raises
+    ------
+    DataError
+        If there is no such file, one cannot be read, or nobody says two tokens.
+    """
+    root = Path(config.root or "").expanduser()
+    texts = {name: split_text(said, config.level) for name, said in _texts(root).items()}
+    tokens = vocabulary((token for said in texts.values() for token in said), config)
+    x: list[NDArray[np.int64]] = []
+    y: list[NDArray[np.int64]] = []
+    owner: list[int] = []
+    names: list[str] = []
+    for name, said in texts.items():
+        ids = np.array([tokens.get(token, UNKNOWN) for token in said], dtype=np.int64)
+        if len(ids) < 2:
+            continue
+        inputs, labels = windows(ids, config.sequence_length or len(ids))
+        x.append(inputs)
+        y.append(labels)
+        owner += [len(names)] * len(inputs)
+        names.append(name)
+    if not x:
+        raise DataError(f"{root}: no client has two {config.level}s of text.")
+    return Dataset(
+        torch.from_numpy(np.concatenate(x)),
+        torch.from_numpy(np.concatenate(y)),
+        len(tokens) + 1,
+        root.stem,
+        owner=torch.tensor(owner),
+        owner_names=tuple(names),
+        num_tokens=len(tokens) + 1,
+        task=NextToken(),
+    )
+
+
+def split_text(said: str, level: Literal["character", "word"]) -> Sequence[str]:
+    """Tokens of a text: its characters, or its words in small letters."""
+    return said if level == "character" else said.lower().split()
+
+
+def vocabulary(tokens: Iterable[str], config: DatasetConfig) -> dict[str, int]:
+    """Ids from 1 of tokens, in their order; of words only the ``dataset.vocabulary_size`` most frequent."""
+    counts = Counter(tokens)
+    known = sorted(counts)
+    if config.level == "word":
+        known = sorted(sorted(known, key=lambda token: -counts[token])[: config.vocabulary_size])
+    return {token: number for number, token in enumerate(known, 1)}
+
+
+def windows(ids: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut ids ``[n]``, n >= 2, into sequences ``[w, length]`` and the next token at each of their positions.
+
+    The last one is padded on the right, with :data:`UNKNOWN` and labels of :data:`~fedpers.tasks.next_token.PADDING`.
+    """
+    count = -(-(len(ids) - 1) // length)
+    x = np.full(count * length, UNKNOWN, dtype=np.int64)
+    y = np.full(count * length, PADDING, dtype=np.int64)
+    x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
+    return x.reshape(count, length), y.reshape(count, length)
+
+
+def pad_left(ids: Sequence[Sequence[int]], length: int) -> NDArray[np.int64]:
+    """Sequences ``[N, length]`` of which the last tokens stand last, so that a network's last position has seen all."""
+    rows = np.full((len(ids), length), UNKNOWN, dtype=np.int64)
+    for row, tokens in zip(rows, ids, strict=True):
+        kept = tokens[-length:]
+        row[length - len(kept) :] = kept
+    return rows
+
+
+def _texts(root: Path) -> dict[str, str]:
+    """Text of each client by name, in the order of names."""
+    try:
+        if root.is_dir():
+            files = sorted(root.glob("*.txt"))
+            if not files:
+                raise DataError(f"{root} has no .txt file.")
+            return {file.stem: file.read_text(encoding="utf-8") for file in files}
+        content: Any = json.loads(root.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{root} is missing, damaged, or no UTF-8 text, expected a folder of .txt files or a .json file "
+            f"({reason(error)})."
+        ) from error
+    if not isinstance(content, dict) or not content or not all(isinstance(said, str) for said in content.values()):
+        raise DataError(f"{root} must hold the text of each client: {{client: text}}.")
+    return dict(sorted(content.items()))

@@ -25,6 +25,7 @@ from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, TrainingError, check
 from fedpers.identity import ADAPTING, MAX_STEPS, READS, check_config, identity_of
 from fedpers.models import with_head
+from fedpers.models.fields import take_fields
 from fedpers.records import ARRAYS, CONFIG, METRICS, flatten_state, to_record, trees, unflatten_state
 from fedpers.server.postprocessors.base import Postprocessor
 
@@ -97,7 +98,7 @@ class CohortApp(ClientApp):
         self.device = torch.device(device)
         self.seed = seed
         # where clients compute, so that what a method computes once is computed there
-        model, data = copy.deepcopy(model).to(self.device), data.to(self.device)
+        model, data = take_fields(copy.deepcopy(model), data.fields).to(self.device), data.to(self.device)
         if head is not None:
             model = with_head(model, head, data.x[:2])
         adapted = update.adapt_model(model, data, seed)

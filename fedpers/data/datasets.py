@@ -10,6 +10,7 @@ import numpy as np
 
 from fedpers.custom import call_custom, import_custom
 from fedpers.data.federated import FederatedData
+from fedpers.data.sets.ag_news import ag_news
 from fedpers.data.sets.arrays import dataset_of, npz
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.hugging_face import hugging_face
@@ -93,6 +94,7 @@ DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "pfllib": pfllib,
     "leaf": leaf,
     "text": text,
+    "ag_news": ag_news,
     "images": images,
     "csv": table,
     "parquet": table,

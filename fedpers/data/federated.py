@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpers.data.fields import InputField
 from fedpers.errors import DataError, reason
 from fedpers.tasks import CLASSIFICATION, Task
 
@@ -60,6 +61,9 @@ class FederatedData:
     num_tokens : int
         Size of the vocabulary where inputs are tokens, whole numbers ``[N, T]`` below it; 0 for other inputs. Tokens
         for which it is not given have the largest of them plus one.
+    fields : tuple of InputField
+        What the columns of `x` ``[N, F]`` are where samples have several inputs: networks of a user's own are given a
+        dictionary of them. Empty for one input.
     drift_round : int
         First round in which clients have drifted; 0: they never do.
     drifted : Tensor ``[N]`` or None
@@ -95,6 +99,7 @@ class FederatedData:
     client_names: tuple[str, ...] = field(default=(), kw_only=True)
     class_names: tuple[str, ...] = field(default=(), kw_only=True)
     num_tokens: int = field(default=0, kw_only=True)
+    fields: tuple[InputField, ...] = field(default=(), kw_only=True)
     drift_round: int = field(default=0, kw_only=True)
     drifted: Tensor | None = field(default=None, kw_only=True)
     task: Task = field(default=CLASSIFICATION, kw_only=True)
@@ -183,6 +188,8 @@ class FederatedData:
         for named, count in (("client_names", self.num_clients), ("class_names", self.num_classes)):
             if len(getattr(self, named)) not in (0, count):
                 raise DataError(f"{self.name}: there are {len(getattr(self, named))} {named} for {count}.")
+        if self.fields and len(self.x) and sum(each.width for each in self.fields) != self.x[:1].numel():
+            raise DataError(f"{self.name}: fields do not add up to the {self.x[:1].numel()} columns of x.")
         if self.public is not None:
             self._check_public(self.public)
         if list(self.unseen) != sorted(set(self.unseen) & set(range(self.num_clients))):

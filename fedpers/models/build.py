@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedpers.custom import call_custom, import_custom
+from fedpers.data.fields import InputField
 from fedpers.errors import check
 from fedpers.models.factorization import Factorization
+from fedpers.models.fields import take_fields
 from fedpers.models.head import with_head
 from fedpers.models.initial import drawing
 from fedpers.models.networks import CNN, MLP, Network, ResNet18
@@ -49,6 +51,7 @@ def build_model(
     num_items: int | None = None,
     num_tokens: int = 0,
     per_token: bool = False,
+    fields: Sequence[InputField] = (),
     public: tuple[Tensor, Tensor] | None = None,
     device: torch.device | None = None,
 ) -> Network:
@@ -72,6 +75,8 @@ def build_model(
         Size of the vocabulary if samples are tokens ``[T]``; else 0.
     per_token : bool
         Whether the network is to give outputs at each position of a sequence.
+    fields : sequence of InputField
+        What the columns of samples of several inputs are; see :attr:`FederatedData.fields`.
     public : tuple (x ``[N, ...]``, y ``[N]``), optional
         Public share of the data, for ``pretrained="public"``.
     device : torch.device, optional
@@ -88,7 +93,8 @@ def build_model(
     if ":" in config.name:
         known = {"input_shape": input_shape, "num_classes": num_classes, "num_items": num_items}
         samples = _samples(input_shape, num_items, num_tokens, seed)
-        return _custom(config, known | {"num_tokens": num_tokens, "per_token": per_token}, samples, seed)
+        known |= {"num_tokens": num_tokens, "per_token": per_token}
+        return _custom(config, known, samples, seed, fields)
     config = config.for_samples(input_shape, num_tokens)
     build, options = MODELS[config.name], config.options()
     weights = options.pop("weights", "random")
@@ -120,7 +126,9 @@ def build_model(
     return with_head(model, config.head, _samples(input_shape, num_items, num_tokens, seed))
 
 
-def _custom(config: ModelConfig, known: dict[str, Any], samples: Tensor, seed: int) -> Network:
+def _custom(
+    config: ModelConfig, known: dict[str, Any], samples: Tensor, seed: int, fields: Sequence[InputField]
+) -> Network:
     """A network of the user's own, its initial values drawn from `seed`; `known` is what it may be made with."""
     kind = import_custom("model.name", config.name)
     check(callable(kind), "model.name", config.name, "module:Name of a class or a function that makes a network")
@@ -128,7 +136,7 @@ def _custom(config: ModelConfig, known: dict[str, Any], samples: Tensor, seed: i
         model = call_custom("model", config.name, kind, known, config.arguments or {})
     allowed = f"module:Name of what makes an nn.Module, not {type(model).__name__}"
     check(isinstance(model, nn.Module), "model.name", config.name, allowed)
-    made: Network = model
+    made = cast(Network, take_fields(model, fields))
     return made if config.head is None else with_head(made, config.head, samples)
 
 

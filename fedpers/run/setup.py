@@ -86,6 +86,7 @@ def _network(config: ModelConfig, seed: int, data: FederatedData, device: torch.
             num_items=items,
             num_tokens=data.num_tokens,
             per_token=data.task.per_token,
+            fields=data.fields,
             public=public,
             device=device,
         )

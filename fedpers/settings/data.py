@@ -25,7 +25,7 @@ _SCALED = ("images", "hf")
 OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")
 """Data of one's own in files."""
 _DRAWN = ("iid", "dirichlet", "pathological", "quantity")
-_SEQUENCE_LENGTH = {"text": 80, "leaf": 25}
+_SEQUENCE_LENGTH = {"text": 80, "leaf": 25, "ag_news": 64}
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
 
 
@@ -50,6 +50,7 @@ class DatasetConfig(Settings, group="dataset"):
             leaf="LEAF's .json files: root is a file, a folder of them, or one with train and test",
             text="text of each client, whose next character or word is learned: root is a folder of .txt files, or a "
             ".json file {client: text}",
+            ag_news="120,000 and 7,600 news articles of 4 kinds; root holds train.csv and test.csv",
             synthetic_ratings="made up: groups of users see items in their own way; nothing to download",
             movielens100k="100,000 ratings of 1,682 films by 943 users; root holds u.data or ratings.dat, from "
             "grouplens.org/datasets/movielens/100k",
@@ -66,7 +67,7 @@ class DatasetConfig(Settings, group="dataset"):
     root: Annotated[
         str | None,
         Field(description="folder of the files, or the file; null: $FEDPERS_CACHE/data or ~/.cache/fedpers/data"),
-        OnlyFor(*OWN_FILES, *PICTURES, *_FILES),
+        OnlyFor(*OWN_FILES, *PICTURES, *_FILES, "ag_news"),
     ] = None
     path: Annotated[
         str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
@@ -118,7 +119,7 @@ class DatasetConfig(Settings, group="dataset"):
         OnlyFor(**_SEQUENCE_LENGTH),
     ] = None  # fmt: skip
     vocabulary_size: Annotated[
-        int, Field(ge=1, description="words that are told apart, the most frequent"), OnlyFor("text", "leaf")
+        int, Field(ge=1, description="words that are told apart, the most frequent"), OnlyFor("text", "leaf", "ag_news")
     ] = 10_000
     protocol: Annotated[
         Literal["clean", "symmetric", "official"],

@@ -171,3 +171,26 @@ def test_tokens_in_an_npz_file(tmp_path: Path) -> None:
     np.savez(root, x=x.astype(float), y=np.array([1, 2]))
     with pytest.raises(DataError, match=r"x is float64 \[2, 3\], expected tokens, whole numbers"):
         load(root, "npz", tokens=True)
+
+
+def test_articles_are_their_last_words(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text('"3","Oil up","Oil, oil and gold"\n"1","Talks","so far"\n')
+    (tmp_path / "test.csv").write_text('"4","New chip","gold far"\n')
+    data = load(tmp_path, "ag_news", sequence_length=4)
+    # the comma, and, far, gold, oil, so, talks, up
+    assert data.x.tolist() == [[1, 5, 2, 4], [0, 7, 6, 3], [0, 0, 4, 3]]
+    assert (data.y.tolist(), data.class_names[3], data.train_size) == ([2, 0, 3], "Sci/Tech", 2)
+    assert data.num_tokens == 9
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('"5","a","b"', "line 1 is no article"), ('"1","a"', "line 1 is no article"), ("", "holds no articles")],
+)
+def test_what_is_no_article_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text(line)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, "ag_news")
+    (tmp_path / "train.csv").unlink()
+    with pytest.raises(DataError, match="AG News is not downloaded"):
+        load(tmp_path, "ag_news")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset
-from fedpers.data.sets.text import UNKNOWN, pad_left, vocabulary
+from fedpers.data.sets.text import UNKNOWN, pad_left, split_text, vocabulary
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 from fedpers.tasks.next_token import PADDING
@@ -99,8 +98,8 @@ def _tweets(root: Path, rows: Sequence[tuple[str, Any, Any]], config: DatasetCon
     for user, fields, _ in rows:
         if not isinstance(fields, list) or len(fields) <= TWEET or not isinstance(fields[TWEET], str):
             raise DataError(f"{root}: a sample of user {user} is no list with the text at position {TWEET}.")
-        texts.append(fields[TWEET].lower().split())
-    words = vocabulary((word for said in texts for word in said), replace(config, level="word"))
+        texts.append(split_text(fields[TWEET], "word"))
+    words = vocabulary((word for said in texts for word in said), config.vocabulary_size)
     ids = [[words.get(word, UNKNOWN) for word in said] for said in texts]
     return pad_left(ids, config.sequence_length or 1), len(words) + 1
 
@@ -122,10 +121,8 @@ def _next_words(
 ) -> Dataset:
     """Reddit's sequences ``[N, T]``, shorter ones padded on the right."""
     length = max((len(words) for _, words, _ in rows), default=1)
-    words = vocabulary(
-        (word for _, before, after in rows for word in (*before, *after) if word != PAD),
-        replace(config, level="word"),
-    )
+    said = (word for _, before, after in rows for word in (*before, *after) if word != PAD)
+    words = vocabulary(said, config.vocabulary_size)
     x = np.full((len(rows), length), UNKNOWN, dtype=np.int64)
     y = np.full((len(rows), length), PADDING, dtype=np.int64)
     for n, (_, before, after) in enumerate(rows):

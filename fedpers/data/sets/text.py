@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,7 +37,8 @@ def text(config: DatasetConfig) -> Dataset:
     """
     root = Path(config.root or "").expanduser()
     texts = {name: split_text(said, config.level) for name, said in _texts(root).items()}
-    tokens = vocabulary((token for said in texts.values() for token in said), config)
+    size = config.vocabulary_size if config.level == "word" else None
+    tokens = vocabulary((token for said in texts.values() for token in said), size)
     x: list[NDArray[np.int64]] = []
     y: list[NDArray[np.int64]] = []
     owner: list[int] = []
@@ -65,17 +67,15 @@ def text(config: DatasetConfig) -> Dataset:
 
 
 def split_text(said: str, level: Literal["character", "word"]) -> Sequence[str]:
-    """Tokens of a text: its characters, or its words in small letters."""
-    return said if level == "character" else said.lower().split()
+    """Tokens of a text: its characters, or its words in small letters and its marks of punctuation."""
+    return said if level == "character" else re.findall(r"\w+|[^\w\s]", said.lower())
 
 
-def vocabulary(tokens: Iterable[str], config: DatasetConfig) -> dict[str, int]:
-    """Ids from 1 of tokens, in their order; of words only the ``dataset.vocabulary_size`` most frequent."""
+def vocabulary(tokens: Iterable[str], size: int | None = None) -> dict[str, int]:
+    """Ids from 1 of tokens, in their order; of the `size` most frequent only, if that is given."""
     counts = Counter(tokens)
-    known = sorted(counts)
-    if config.level == "word":
-        known = sorted(sorted(known, key=lambda token: -counts[token])[: config.vocabulary_size])
-    return {token: number for number, token in enumerate(known, 1)}
+    known = sorted(sorted(counts), key=lambda token: -counts[token])[:size]
+    return {token: number for number, token in enumerate(sorted(known), 1)}
 
 
 def windows(ids: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 from fedpers.data.datasets import custom, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.data.index import OWNED, read_index
-from fedpers.data.label_sets import deal_label_sets
-from fedpers.data.partition import BY_LABEL, partition_samples
-from fedpers.data.pfllib_partition import PFLLIB, divide_as_pfllib
+from fedpers.data.partitions.drawn import BY_LABEL, partition_samples
+from fedpers.data.partitions.index import OWNED, read_index
+from fedpers.data.partitions.label_sets import deal_label_sets
+from fedpers.data.partitions.pfllib import PFLLIB, divide_as_pfllib
 from fedpers.data.ratings import leave_one_out
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings

@@ -301,7 +301,7 @@ def test_pfllibs_divisions_are_those_that_were_compared_with_its_files() -> None
     """Digests for made-up labels of the code whose lists for MNIST, CIFAR and Fashion-MNIST are PFLlib's own."""
     import hashlib
 
-    from fedpers.data.pfllib_partition import divide_as_pfllib
+    from fedpers.data.partitions.pfllib import divide_as_pfllib
 
     y = np.random.RandomState(0).randint(0, 10, 4000)
     found = {}

@@ -18,7 +18,7 @@ from fedpers.data import (
     load_federated,
     partition_samples,
 )
-from fedpers.data.label_sets import deal_label_sets
+from fedpers.data.partitions.label_sets import deal_label_sets
 from fedpers.errors import ConfigError, DataError
 
 

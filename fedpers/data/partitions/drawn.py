@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.data.cache import read_lists, write_lists
-from fedpers.data.index import read_index
-from fedpers.data.pfllib_partition import PFLLIB
+from fedpers.data.partitions.index import read_index
+from fedpers.data.partitions.pfllib import PFLLIB
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import derive, generator

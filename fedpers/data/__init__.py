@@ -4,7 +4,7 @@ from fedpers.data.datasets import load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.heterogeneity import apply_heterogeneity
 from fedpers.data.load import load_federated
-from fedpers.data.partitions.drawn import partition_samples
+from fedpers.data.partitions import partition_samples
 from fedpers.data.ratings import RankingData
 from fedpers.data.sets.base import Dataset
 from fedpers.data.split import split_clients

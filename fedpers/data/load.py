@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping
+
 import torch
-from numpy.typing import NDArray
 
 from fedpers.data.datasets import custom, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
-from fedpers.data.partitions.drawn import BY_LABEL, partition_samples
-from fedpers.data.partitions.index import OWNED, read_index
+from fedpers.data.partitions import BY_OWNER, WITH_PARTS, WITHOUT_CLASSES, divide
+from fedpers.data.partitions.base import Lists
 from fedpers.data.partitions.label_sets import deal_label_sets
-from fedpers.data.partitions.pfllib import PFLLIB, divide_as_pfllib
 from fedpers.data.ratings import leave_one_out
-from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings
 from fedpers.data.split import draw_unseen, hold_out, split_clients, take_public, tested_owners
-from fedpers.errors import DataError, check
+from fedpers.errors import DataError, check, one_of
 from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
-
-WITH_PARTS = ("index", *PFLLIB)
-"""Partitions that say which of a client's samples are for testing."""
 
 
 def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig, seed: int) -> FederatedData:
@@ -65,24 +60,29 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         data = made
     else:
         data = load_dataset(dataset)
-    by_owner = partition.name == "natural"
+    by_owner = partition.name in BY_OWNER
     if not data.task.classes:
         why = f"because {data.name} has no class labels"
-        check(partition.name not in BY_LABEL, "partition", partition.name, f"iid, quantity, natural or index, {why}")
+        fits = partition.name in WITHOUT_CLASSES
+        check(fits, "partition", partition.name, f"{one_of(WITHOUT_CLASSES, partition.name)}, {why}")
         check(split.name != "official" or by_owner, "split", split.name, f"fractions, {why}")
     groups: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
     if partition.name == "label_sets":
         lists, unseen, groups = deal_label_sets(data, partition, split, seed)
     else:
-        listed = _listed(data, partition, split, seed) if partition.name in WITH_PARTS else None
-        if listed is None:
+        division = divide(data, partition, seed) if partition.name in WITH_PARTS else None
+        if division is None or (split.name == "official" and not division.parts):
             divided = data
             if split.name == "official":
                 divided = tested_owners(data) if by_owner else data.training_part()
-            owned = partition_samples(divided, partition, seed)
-            listed = split_clients(data, owned, split, seed, by_owner=by_owner)
-        lists, unseen = listed, draw_unseen(len(listed["train"]), split, seed)
-    names = tuple(data.owner_name(int(positions[0])) for positions in lists["train"]) if by_owner else ()
+            division = divide(divided, partition, seed)
+        groups, names = division.groups, division.names
+        if division.parts:
+            lists = _given_parts(division.parts, partition, split, seed)
+        else:
+            lists = split_clients(data, division.owned, split, seed, by_owner=by_owner)
+        unseen = draw_unseen(len(lists["train"]), split, seed)
     lists["train"], public = take_public(lists["train"], unseen, split, seed)
     train, validation, test = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)
     return FederatedData(
@@ -115,22 +115,18 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
     why = f"because {dataset.name} holds no ratings"
     check(partition.name != "user", "partition", partition.name, f"a division of samples, e.g. dirichlet, {why}")
     check(split.name != "leave_one_out", "split", split.name, f"fractions or official, {why}")
+    if partition.name.startswith("pfllib_"):
+        check(split.name != "official", "split", split.name, f"fractions, because partition={partition.name} has parts")
     if partition.name == "label_sets":
         allowed = "0 with partition=label_sets, where partition.unseen_label_sets counts unseen clients"
         check(split.unseen == 0, "split.unseen", split.unseen, allowed)
 
 
-def _listed(
-    data: Dataset, config: PartitionConfig, split: SplitConfig, seed: int
-) -> dict[Part, list[NDArray[np.int64]]] | None:
-    """Parts that come with the partition; None if an index file leaves the split to us."""
-    if config.name == "index":
-        lists = read_index(str(config.file), len(data), config.num_clients, config.min_samples)
-        if OWNED in lists:
-            return None
-    else:
-        check(split.name != "official", "split", split.name, f"fractions, because partition={config.name} has parts")
-        lists = divide_as_pfllib(data.y.numpy(), data.num_classes, config, seed)
+def _given_parts(
+    parts: Mapping[str, Lists], config: PartitionConfig, split: SplitConfig, seed: int
+) -> dict[Part, Lists]:
+    """Parts that come with the partition, and those for validation if they do not."""
+    lists = dict(parts)
     if "validation" not in lists:
         held = [hold_out(positions, [split.validation], seed, k) for k, positions in enumerate(lists["train"])]
         lists["train"], lists["validation"] = map(list, zip(*held, strict=True))

@@ -172,7 +172,7 @@ def test_natural_errors() -> None:
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_too_many_clients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedpers.data.partitions.drawn._partitioner", None)  # nothing slow is started
+    monkeypatch.setattr("fedpers.data.partitions.drawn._given", None)  # nothing slow is started
     with pytest.raises(DataError, match=r"partition\.num_clients=601 is more than the 600 samples of made\."):
         partition_samples(BALANCED, PartitionConfig(name, 601), 0)
     with pytest.raises(DataError, match=r"61 clients with at least 10 samples each need 610 samples, but made has 600"):
@@ -253,7 +253,7 @@ def test_cache_hit_is_the_same_without_dividing(monkeypatch: pytest.MonkeyPatch,
     config = PartitionConfig("dirichlet", 5, alpha=1.0)
     first = partition_samples(BALANCED, config, 0)
     assert [path.suffix for path in (tmp_path / "partitions").iterdir()] == [".npz"]
-    monkeypatch.setattr("fedpers.data.partitions.drawn._partitioner", None)
+    monkeypatch.setattr("fedpers.data.partitions.drawn._given", None)
     second = partition_samples(BALANCED, config, 0)
     assert plain(second) == plain(first)
     assert second[0].dtype == np.int64

@@ -10,11 +10,12 @@ import pytest
 from fedpers.app import _main
 from fedpers.app.compose import composed
 from fedpers.data.datasets import DATASETS
+from fedpers.data.partitions import BY_OWNER, PARTITIONS, WITH_PARTS, WITHOUT_CLASSES
 from fedpers.errors import ConfigError
 from fedpers.models import MODELS
 from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConfig, WandbConfig
 from fedpers.settings.base import choices, options
-from fedpers.settings.data import RATINGS, DatasetConfig
+from fedpers.settings.data import RATINGS, DatasetConfig, PartitionConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
@@ -77,6 +78,8 @@ def test_a_method_is_its_file_and_has_all_its_options(name: str) -> None:
 def test_names_are_written_once_where_they_are_looked_up() -> None:
     assert {*DATASETS, *RATINGS} == set(choices(DatasetConfig))
     assert {"auto", *MODELS} == set(choices(ModelConfig))
+    assert {*PARTITIONS, "label_sets", "user"} == set(choices(PartitionConfig))
+    assert {*WITH_PARTS, *BY_OWNER, *WITHOUT_CLASSES} <= set(PARTITIONS)
     assert set(method_names()) == set(STRATEGIES)
 
 

@@ -12,16 +12,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.data.federated import PARTS
+from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.sets.arrays import read_npz
+from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError
+from fedpers.settings.data import PartitionConfig
 
 OWNED = "owned"  # the key of lists that are still to be split
 _NAME = re.compile(r"(?:(arr|train|validation|test)_)?(\d+)")
 
 
+def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
+    """Give each client what ``config.file`` lists, with its parts where the file names them.
+
+    Raises
+    ------
+    DataError
+        If the file cannot be used, see :func:`read_index`.
+    """
+    parts = read_index(str(config.file), len(dataset), config.num_clients, config.min_samples)
+    owned = [np.sort(np.concatenate(lists)) for lists in zip(*parts.values(), strict=True)]
+    return Division(owned, {} if OWNED in parts else parts)
+
+
 def read_index(
     path: str | Path, num_samples: int, num_clients: int | None = None, min_samples: int = 1
-) -> dict[str, list[NDArray[np.int64]]]:
+) -> dict[str, Lists]:
     """Read index lists.
 
     A .json file holds one list of positions per client, or ``{"train": [...], "validation": [...], "test": [...]}``

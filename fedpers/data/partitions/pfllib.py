@@ -7,15 +7,20 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpers.data.partitions.base import Division, Lists
+from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
 from fedpers.settings.data import DEFAULT_CLIENTS, PartitionConfig
 
-PFLLIB = ("pfllib_dirichlet", "pfllib_pathological")
 TRAIN_SHARE, BATCH = 0.75, 10
 """Constants of PFLlib: a client's training share, and the batch size from which its least number of samples follows."""
 ATTEMPTS = 1000
 
-Lists = list[NDArray[np.int64]]
+
+def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
+    """Divide as PFLlib, with its parts for training and testing; see :func:`divide_as_pfllib`."""
+    parts = divide_as_pfllib(dataset.y.numpy(), dataset.num_classes, config, seed)
+    return Division([np.sort(np.concatenate(pair)) for pair in zip(*parts.values(), strict=True)], parts)
 
 
 def divide_as_pfllib(y: NDArray[np.int64], num_classes: int, config: PartitionConfig, seed: int) -> dict[str, Lists]:

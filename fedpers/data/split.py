@@ -37,7 +37,8 @@ def split_clients(
         A client's split depends on `seed`, its number and its own samples, not on the other clients
         (``official`` test samples excepted).
     by_owner : bool
-        Whether `owned` are the natural clients of `dataset`, so that ``official`` test samples go to their owners.
+        Whether `owned` are the natural clients of `dataset`, or groups of them, so that ``official`` test samples go
+        to their owners.
 
     Returns
     -------
@@ -187,13 +188,18 @@ def tested_owners(dataset: Dataset) -> Dataset:
 
 
 def official_by_owner(dataset: Dataset, owned: Sequence[NDArray[np.int64]]) -> Lists:
-    """Official test samples of each client's owner, ascending; see :func:`tested_owners`."""
+    """Official test samples of the owners of each client's samples, ascending; see :func:`tested_owners`."""
     assert dataset.owner is not None
     start = len(dataset.training_part())
     owner = dataset.owner.numpy()
     order = start + np.argsort(owner[start:], kind="stable")
-    ends = {side: np.searchsorted(owner[order], [owner[p[0]] for p in owned], side) for side in ("left", "right")}
-    return [order[first:last] for first, last in zip(ends["left"], ends["right"], strict=True)]
+
+    def tested(positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        owners = np.unique(owner[positions])
+        ends = zip(*(np.searchsorted(owner[order], owners, side) for side in ("left", "right")), strict=True)
+        return np.sort(np.concatenate([order[first:last] for first, last in ends]))
+
+    return [tested(positions) for positions in owned]
 
 
 def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: int) -> Lists:

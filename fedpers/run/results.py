@@ -103,8 +103,13 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
     partition = config.partition
     detail = {
         "dirichlet": f"(alpha={partition.alpha:g})",
+        "inner_dirichlet": f"(alpha={partition.alpha:g}, {partition.sizes})",
         "pathological": f"(classes_per_client={partition.classes_per_client})",
+        "power_law": f"(classes_per_client={partition.classes_per_client}, sigma={partition.sigma:g})",
+        "shards": f"(shards_per_client={partition.shards_per_client})",
         "quantity": f"({partition.skew})",
+        "continuous": f"(strictness={partition.strictness:g})",
+        "grouped_natural": f"(owners_per_client={partition.owners_per_client})",
     }.get(partition.name, "")
 
     def measured(evaluation: Evaluation | None) -> dict[str, float | None]:

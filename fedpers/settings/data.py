@@ -17,15 +17,16 @@ PICTURES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 """Data sets that torchvision knows."""
 RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings", "synthetic_ratings")
 """Data sets of users and items."""
-CLIENTS_OF_DATA = ("natural", "index", "user")
+CLIENTS_OF_DATA = ("natural", "grouped_natural", "index", "user")
 """Partitions for which the number of clients comes with the data."""
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
 _TABLES = ("csv", "parquet", "hf")
 _SCALED = ("images", "hf")
 OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")
 """Data of one's own in files."""
-_DRAWN = ("iid", "dirichlet", "pathological", "quantity")
 _SEQUENCE_LENGTH = {"text": 80, "leaf": 25, "ag_news": 64}
+_DRAWN = ("iid", "dirichlet", "inner_dirichlet", "pathological", "shards", "power_law", "quantity", "continuous")
+_NUM_CLIENTS = dict.fromkeys((*_DRAWN, "label_sets", "pfllib_dirichlet", "pfllib_pathological"), DEFAULT_CLIENTS)
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
 
 
@@ -196,10 +197,18 @@ class PartitionConfig(Settings, group="partition"):
         str,
         Choices(
             iid="samples dealt at random, equally many to each client",
-            dirichlet="each class is divided by proportions drawn from Dirichlet(alpha)",
-            pathological="each client has a few classes only",
+            dirichlet="each class is divided by proportions drawn from Dirichlet(alpha); arXiv 1905.12022",
+            inner_dirichlet="sizes are given, and the mix of a client's classes drawn from Dirichlet(alpha); arXiv "
+            "2111.04263",
+            pathological="each client has a few classes only, shared with others; arXiv 2102.02079",
+            shards="samples sorted by class are cut into shards, a client is dealt a few; arXiv 1602.05629 (FedAvg); "
+            "with num_clients=100 split=official on CIFAR-10 the setting of FedSelect",
+            power_law="each client has a few neighbouring classes, sizes are log-normal; arXiv 1812.06127 (FedProx)",
             quantity="labels mixed as in the whole, sizes differ",
+            continuous="for a regression: samples sorted by the number to predict, with noise, are cut into equal "
+            "parts; from flwr-datasets",
             natural="client ids that come with the data (dataset.client)",
+            grouped_natural="several owners of the data, drawn at random, form a client; from flwr-datasets",
             pfllib_dirichlet="PFLlib's division by Dirichlet(alpha), with its train and test parts; its own seed is 1",
             pfllib_pathological="PFLlib's division into a few classes for each client, with its train and test parts",
             index="lists of samples in a file",
@@ -210,30 +219,22 @@ class PartitionConfig(Settings, group="partition"):
     num_clients: Annotated[
         int | None,
         Field(ge=1, description="clients; of natural so many owners drawn at random, of index the first; null: all"),
-        OnlyFor(
-            "natural",
-            "index",
-            iid=DEFAULT_CLIENTS,
-            dirichlet=DEFAULT_CLIENTS,
-            pathological=DEFAULT_CLIENTS,
-            quantity=DEFAULT_CLIENTS,
-            label_sets=DEFAULT_CLIENTS,
-            pfllib_dirichlet=DEFAULT_CLIENTS,
-            pfllib_pathological=DEFAULT_CLIENTS,
-        ),
+        OnlyFor("natural", "grouped_natural", "index", **_NUM_CLIENTS),
     ] = None
     seed: Annotated[int | None, Field(ge=0, description="of the division and the split; null: the seed of the run")] = (
         None
     )
     min_samples: Annotated[
-        int, Field(ge=1, description="samples every client has at least"), OnlyFor(*_DRAWN, "natural", "index")
+        int,
+        Field(ge=1, description="samples every client has at least"),
+        OnlyFor(*_DRAWN, "natural", "grouped_natural", "index"),
     ] = 10
     alpha: Annotated[
         float,
         Field(gt=0, description="concentration; small is heterogeneous, large is like iid"),
-        OnlyFor("dirichlet", "pfllib_dirichlet"),
+        OnlyFor("dirichlet", "inner_dirichlet", "pfllib_dirichlet"),
     ] = 0.1
-    classes_per_client: Annotated[int, Field(ge=1), OnlyFor("pathological", "pfllib_pathological")] = 2
+    classes_per_client: Annotated[int, Field(ge=1), OnlyFor("pathological", "power_law", "pfllib_pathological")] = 2
     skew: Annotated[
         Literal["linear", "square", "exponential"],
         Field(description="beyond min_samples, client k gets a share in proportion to k, k**2 or exp(k)"),
@@ -259,11 +260,35 @@ class PartitionConfig(Settings, group="partition"):
         Field(ge=0, description="further clients, which never train, with sets of labels no other client has"),
         OnlyFor("label_sets"),
     ] = 5
+    shards_per_client: Annotated[
+        int,
+        Field(ge=1, description="so many pieces of samples of one class, or of neighbouring ones"),
+        OnlyFor("shards"),
+    ] = 2
+    sizes: Annotated[
+        Literal["equal", "linear", "square", "exponential"],
+        Field(description="equal, or beyond min_samples a share in proportion to k, k**2 or exp(k) for client k"),
+        OnlyFor("inner_dirichlet"),
+    ] = "equal"
+    sigma: Annotated[
+        float, Field(ge=0, description="deviation of the logarithm of sizes; 0: equal ones"), OnlyFor("power_law")
+    ] = 2.0
+    strictness: Annotated[
+        float, Field(ge=0, le=1, description="weight of the number beside noise; 0: as iid, 1: by the number alone"),
+        OnlyFor("continuous"),
+    ] = 0.5  # fmt: skip
+    target: Annotated[
+        int, Field(ge=0, description="by which of several numbers to predict, from 0"), OnlyFor("continuous")
+    ] = 0
+    owners_per_client: Annotated[
+        int, Field(ge=1, description="some clients have more where the owners cannot be grouped evenly"),
+        OnlyFor("grouped_natural"),
+    ] = 2  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_clients is None and self.name not in CLIENTS_OF_DATA:
-            self.num_clients = DEFAULT_CLIENTS
+            self.num_clients = _NUM_CLIENTS[self.name]
         check(self.name != "index" or bool(self.file), "partition.file", self.file, "the path of a .json or .npz file")
         if self.name == "label_sets" and self.num_clients is not None:
             allowed = f"at most partition.num_clients={self.num_clients}"

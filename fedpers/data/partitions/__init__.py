@@ -6,13 +6,18 @@ import logging
 from collections.abc import Mapping
 
 from fedpers.data.partitions import (
+    continuous,
     dirichlet,
+    grouped_natural,
     iid,
     index,
+    inner_dirichlet,
     natural,
     pathological,
     pfllib,
+    power_law,
     quantity,
+    shards,
 )
 from fedpers.data.partitions.base import Divide, Division, Lists
 from fedpers.data.sets.base import Dataset
@@ -23,22 +28,27 @@ from fedpers.settings.data import PartitionConfig
 logger = logging.getLogger(__name__)
 
 PARTITIONS: Mapping[str, Divide] = {
+    "continuous": continuous.divide,
     "dirichlet": dirichlet.divide,
+    "grouped_natural": grouped_natural.divide,
     "iid": iid.divide,
     "index": index.divide,
+    "inner_dirichlet": inner_dirichlet.divide,
     "natural": natural.divide,
     "pathological": pathological.divide,
     "pfllib_dirichlet": pfllib.divide,
     "pfllib_pathological": pfllib.divide,
+    "power_law": power_law.divide,
     "quantity": quantity.divide,
+    "shards": shards.divide,
 }
 """Partitions that deal each sample to one client at most, as ``label_sets``, whose clients share samples, does not, and
 ``user``, which is for ratings."""
 WITH_PARTS = ("index", "pfllib_dirichlet", "pfllib_pathological")
 """Those that may say which of a client's samples are for testing; they divide the official test part too."""
-BY_OWNER = ("natural",)
+BY_OWNER = ("natural", "grouped_natural")
 """Those whose clients are owners of samples, official test samples included."""
-WITHOUT_CLASSES = ("iid", "index", "natural", "quantity")
+WITHOUT_CLASSES = ("continuous", "grouped_natural", "iid", "index", "natural", "quantity")
 """Those for a regression, which has no classes to divide."""
 
 

@@ -27,6 +27,7 @@ OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")
 _SEQUENCE_LENGTH = {"text": 80, "leaf": 25, "ag_news": 64}
 _DRAWN = ("iid", "dirichlet", "inner_dirichlet", "pathological", "shards", "power_law", "quantity", "continuous")
 _NUM_CLIENTS = dict.fromkeys((*_DRAWN, "label_sets", "pfllib_dirichlet", "pfllib_pathological"), DEFAULT_CLIENTS)
+_NUM_CLIENTS["disjoint_classes"] = 5  # as published for ten classes
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
 
 
@@ -201,6 +202,8 @@ class PartitionConfig(Settings, group="partition"):
             inner_dirichlet="sizes are given, and the mix of a client's classes drawn from Dirichlet(alpha); arXiv "
             "2111.04263",
             pathological="each client has a few classes only, shared with others; arXiv 2102.02079",
+            disjoint_classes="all samples of a class belong to one client, each has equally many classes; arXiv "
+            "2308.15367 (pFedPG: 5 clients on CIFAR-10, 10 on CIFAR-100)",
             shards="samples sorted by class are cut into shards, a client is dealt a few; arXiv 1602.05629 (FedAvg); "
             "with num_clients=100 split=official on CIFAR-10 the setting of FedSelect",
             power_law="each client has a few neighbouring classes, sizes are log-normal; arXiv 1812.06127 (FedProx)",
@@ -227,7 +230,7 @@ class PartitionConfig(Settings, group="partition"):
     min_samples: Annotated[
         int,
         Field(ge=1, description="samples every client has at least"),
-        OnlyFor(*_DRAWN, "natural", "grouped_natural", "index"),
+        OnlyFor(*_DRAWN, "disjoint_classes", "natural", "grouped_natural", "index"),
     ] = 10
     alpha: Annotated[
         float,

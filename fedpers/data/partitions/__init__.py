@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fedpers.data.partitions import (
     continuous,
     dirichlet,
+    disjoint_classes,
     grouped_natural,
     iid,
     index,
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 PARTITIONS: Mapping[str, Divide] = {
     "continuous": continuous.divide,
     "dirichlet": dirichlet.divide,
+    "disjoint_classes": disjoint_classes.divide,
     "grouped_natural": grouped_natural.divide,
     "iid": iid.divide,
     "index": index.divide,

@@ -116,3 +116,23 @@ def test_rules_of_flwr_datasets_for_groups_of_owners() -> None:
     partitioner.dataset = Table.from_dict({"rank": rank[owner], "position": np.arange(300)})
     theirs = [sorted(partitioner.load_partition(k)["position"][:]) for k in range(partitioner.num_partitions)]
     assert plain(lists) == theirs
+
+
+def test_disjoint_classes_belong_to_one_client_each() -> None:
+    table = counts(owned("disjoint_classes", 3))
+    assert sorted(np.unique(table)) == [0, 100]
+    assert ((table > 0).sum(0) == 1).all()
+    assert ((table > 0).sum(1) == 2).all()
+    assert sorted((counts(owned("disjoint_classes", 4)) > 0).sum(1)) == [1, 1, 2, 2]
+    assert PartitionConfig("disjoint_classes").num_clients == 5
+
+
+def test_disjoint_classes_errors() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.num_clients=7: expected at most 6, the classes of made\."):
+        owned("disjoint_classes", 7)
+    rare = made([0] * 98 + [1] * 4)
+    message = (
+        r"client \d has all 4 samples of class 1, fewer than partition\.min_samples=10; lower it or partition\.num_cl"
+    )
+    with pytest.raises(DataError, match=message):
+        partition_samples(rare, PartitionConfig("disjoint_classes", 2, min_samples=10), 0)

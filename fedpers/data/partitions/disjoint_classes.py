@@ -1,0 +1,42 @@
+"""Each class belongs to one client, and every client has equally many, give or take one.
+
+The disjoint label space of Yang et al. 2023 (pFedPG, arXiv 2308.15367): CIFAR-10 with 5 clients of two classes,
+CIFAR-100 with 10 clients of ten. Which classes go together is drawn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedpers.data.partitions.base import Division
+from fedpers.data.partitions.drawn import classes_of, clients_of
+from fedpers.data.sets.base import Dataset
+from fedpers.errors import DataError, check
+from fedpers.randomness import generator
+from fedpers.settings.data import PartitionConfig
+
+
+def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
+    """Deal whole classes to clients.
+
+    Raises
+    ------
+    ConfigError
+        If there are more clients than classes.
+    DataError
+        If the classes of a client have fewer than ``config.min_samples`` samples.
+    """
+    clients, labels = clients_of(config), classes_of(dataset)
+    classes = np.unique(labels)
+    allowed = f"at most {len(classes)}, the classes of {dataset.name}"
+    check(clients <= len(classes), "partition.num_clients", clients, allowed)
+    sets = np.array_split(generator(seed, "disjoint_classes").permutation(classes), clients)
+    owned = [np.flatnonzero(np.isin(labels, mine)) for mine in sets]
+    smallest = min(range(clients), key=lambda client: len(owned[client]))
+    if len(owned[smallest]) < config.min_samples:
+        own = ", ".join(map(str, np.sort(sets[smallest])))
+        raise DataError(
+            f"partition=disjoint_classes: client {smallest} has all {len(owned[smallest])} samples of class {own}, "
+            f"fewer than partition.min_samples={config.min_samples}; lower it or partition.num_clients."
+        )
+    return Division(owned)

@@ -81,7 +81,8 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         if division.parts:
             lists = _given_parts(division.parts, partition, split, seed)
         else:
-            lists = split_clients(data, division.owned, split, seed, by_owner=by_owner)
+            by_domain = partition.name == "domains"
+            lists = split_clients(data, division.owned, split, seed, by_owner=by_owner, by_domain=by_domain)
         unseen = draw_unseen(len(lists["train"]), split, seed)
     lists["train"], public = take_public(lists["train"], unseen, split, seed)
     train, validation, test = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)

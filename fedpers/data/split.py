@@ -22,7 +22,13 @@ Lists = list[NDArray[np.int64]]
 
 
 def split_clients(
-    dataset: Dataset, owned: Sequence[NDArray[np.int64]], config: SplitConfig, seed: int, *, by_owner: bool = False
+    dataset: Dataset,
+    owned: Sequence[NDArray[np.int64]],
+    config: SplitConfig,
+    seed: int,
+    *,
+    by_owner: bool = False,
+    by_domain: bool = False,
 ) -> dict[Part, Lists]:
     """Split the samples of every client.
 
@@ -39,6 +45,8 @@ def split_clients(
     by_owner : bool
         Whether `owned` are the natural clients of `dataset`, or groups of them, so that ``official`` test samples go
         to their owners.
+    by_domain : bool
+        Whether ``official`` test samples go to clients of their own domain only.
 
     Returns
     -------
@@ -57,7 +65,8 @@ def split_clients(
     if config.name == "official":
         held = [hold_out(positions, [config.validation], seed, k) for k, positions in enumerate(owned)]
         train, validation = map(list, zip(*held, strict=True))
-        test = official_by_owner(dataset, owned) if by_owner else deal_official(dataset, owned, seed)
+        mixed = _domains_as_classes(dataset) if by_domain else dataset
+        test = official_by_owner(dataset, owned) if by_owner else deal_official(mixed, owned, seed)
     else:
         fractions = [config.validation, config.test]
         held = [hold_out(positions, fractions, seed, k) for k, positions in enumerate(owned)]
@@ -200,6 +209,14 @@ def official_by_owner(dataset: Dataset, owned: Sequence[NDArray[np.int64]]) -> L
         return np.sort(np.concatenate([order[first:last] for first, last in ends]))
 
     return [tested(positions) for positions in owned]
+
+
+def _domains_as_classes(dataset: Dataset) -> Dataset:
+    """The same samples, each class of each domain being a class of its own."""
+    assert dataset.domain is not None
+    classes = dataset.num_classes
+    domains = int(dataset.domain.max()) + 1
+    return replace(dataset, y=dataset.domain * classes + dataset.y, num_classes=domains * classes, class_names=())
 
 
 def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: int) -> Lists:

@@ -109,6 +109,7 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
         "shards": f"(shards_per_client={partition.shards_per_client})",
         "quantity": f"({partition.skew})",
         "continuous": f"(strictness={partition.strictness:g})",
+        "domains": f"(alpha={partition.alpha:g})" if partition.within == "dirichlet" else "",
         "grouped_natural": f"(owners_per_client={partition.owners_per_client})",
     }.get(partition.name, "")
 

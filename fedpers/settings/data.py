@@ -17,7 +17,7 @@ PICTURES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 """Data sets that torchvision knows."""
 RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings", "synthetic_ratings")
 """Data sets of users and items."""
-CLIENTS_OF_DATA = ("natural", "grouped_natural", "index", "user")
+CLIENTS_OF_DATA = ("natural", "grouped_natural", "domains", "index", "user")
 """Partitions for which the number of clients comes with the data."""
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
 _TABLES = ("csv", "parquet", "hf")
@@ -211,6 +211,8 @@ class PartitionConfig(Settings, group="partition"):
             continuous="for a regression: samples sorted by the number to predict, with noise, are cut into equal "
             "parts; from flwr-datasets",
             natural="client ids that come with the data (dataset.client)",
+            domains="each client has samples of one domain that comes with the data (the style of a picture); arXiv "
+            "2102.07623 (FedBN), 2308.15367 (pFedPG)",
             grouped_natural="several owners of the data, drawn at random, form a client; from flwr-datasets",
             pfllib_dirichlet="PFLlib's division by Dirichlet(alpha), with its train and test parts; its own seed is 1",
             pfllib_pathological="PFLlib's division into a few classes for each client, with its train and test parts",
@@ -221,8 +223,12 @@ class PartitionConfig(Settings, group="partition"):
     ] = "iid"
     num_clients: Annotated[
         int | None,
-        Field(ge=1, description="clients; of natural so many owners drawn at random, of index the first; null: all"),
-        OnlyFor("natural", "grouped_natural", "index", **_NUM_CLIENTS),
+        Field(
+            ge=1,
+            description="clients; of natural so many owners drawn at random, of index the first, of domains dealt to "
+            "them in turn; null: all, or one for each domain",
+        ),
+        OnlyFor("natural", "grouped_natural", "domains", "index", **_NUM_CLIENTS),
     ] = None
     seed: Annotated[int | None, Field(ge=0, description="of the division and the split; null: the seed of the run")] = (
         None
@@ -230,12 +236,12 @@ class PartitionConfig(Settings, group="partition"):
     min_samples: Annotated[
         int,
         Field(ge=1, description="samples every client has at least"),
-        OnlyFor(*_DRAWN, "disjoint_classes", "natural", "grouped_natural", "index"),
+        OnlyFor(*_DRAWN, "disjoint_classes", "natural", "grouped_natural", "domains", "index"),
     ] = 10
     alpha: Annotated[
         float,
         Field(gt=0, description="concentration; small is heterogeneous, large is like iid"),
-        OnlyFor("dirichlet", "inner_dirichlet", "pfllib_dirichlet"),
+        OnlyFor("dirichlet", "inner_dirichlet", "domains", "pfllib_dirichlet"),
     ] = 0.1
     classes_per_client: Annotated[int, Field(ge=1), OnlyFor("pathological", "power_law", "pfllib_pathological")] = 2
     skew: Annotated[
@@ -283,6 +289,11 @@ class PartitionConfig(Settings, group="partition"):
     target: Annotated[
         int, Field(ge=0, description="by which of several numbers to predict, from 0"), OnlyFor("continuous")
     ] = 0
+    within: Annotated[
+        Literal["iid", "dirichlet"],
+        Field(description="how clients divide their domain: at random, or each class by Dirichlet(alpha)"),
+        OnlyFor("domains"),
+    ] = "iid"
     owners_per_client: Annotated[
         int, Field(ge=1, description="some clients have more where the owners cannot be grouped evenly"),
         OnlyFor("grouped_natural"),

@@ -9,6 +9,7 @@ from fedpers.data.partitions import (
     continuous,
     dirichlet,
     disjoint_classes,
+    domains,
     grouped_natural,
     iid,
     index,
@@ -32,6 +33,7 @@ PARTITIONS: Mapping[str, Divide] = {
     "continuous": continuous.divide,
     "dirichlet": dirichlet.divide,
     "disjoint_classes": disjoint_classes.divide,
+    "domains": domains.divide,
     "grouped_natural": grouped_natural.divide,
     "iid": iid.divide,
     "index": index.divide,
@@ -50,7 +52,7 @@ WITH_PARTS = ("index", "pfllib_dirichlet", "pfllib_pathological")
 """Those that may say which of a client's samples are for testing; they divide the official test part too."""
 BY_OWNER = ("natural", "grouped_natural")
 """Those whose clients are owners of samples, official test samples included."""
-WITHOUT_CLASSES = ("continuous", "grouped_natural", "iid", "index", "natural", "quantity")
+WITHOUT_CLASSES = ("continuous", "domains", "grouped_natural", "iid", "index", "natural", "quantity")
 """Those for a regression, which has no classes to divide."""
 
 

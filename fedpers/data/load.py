@@ -12,8 +12,9 @@ from fedpers.data.partitions import BY_OWNER, WITH_PARTS, WITHOUT_CLASSES, divid
 from fedpers.data.partitions.base import Lists
 from fedpers.data.partitions.label_sets import deal_label_sets
 from fedpers.data.ratings import leave_one_out
+from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings
-from fedpers.data.split import draw_unseen, hold_out, split_clients, take_public, tested_owners
+from fedpers.data.split import draw_unseen, hold_out, split_clients, strata, take_public, tested_owners
 from fedpers.errors import DataError, check, one_of
 from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
 
@@ -79,7 +80,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
             division = divide(divided, partition, seed)
         groups, names = division.groups, division.names
         if division.parts:
-            lists = _given_parts(division.parts, partition, split, seed)
+            lists = _given_parts(data, division.parts, partition, split, seed)
         else:
             by_domain = partition.name == "domains"
             lists = split_clients(data, division.owned, split, seed, by_owner=by_owner, by_domain=by_domain)
@@ -124,12 +125,13 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
 
 
 def _given_parts(
-    parts: Mapping[str, Lists], config: PartitionConfig, split: SplitConfig, seed: int
+    data: Dataset, parts: Mapping[str, Lists], config: PartitionConfig, split: SplitConfig, seed: int
 ) -> dict[Part, Lists]:
     """Parts that come with the partition, and those for validation if they do not."""
     lists = dict(parts)
     if "validation" not in lists:
-        held = [hold_out(positions, [split.validation], seed, k) for k, positions in enumerate(lists["train"])]
+        labels = strata(data, split)
+        held = [hold_out(positions, [split.validation], seed, k, labels) for k, positions in enumerate(lists["train"])]
         lists["train"], lists["validation"] = map(list, zip(*held, strict=True))
     for part in PARTS if split.validation else ("train", "test"):
         for client, positions in enumerate(lists[part]):

@@ -58,18 +58,19 @@ def split_clients(
     DataError
         If a client has too few samples for all its parts.
     ConfigError
-        If ``official`` is asked of a data set without official test part, or ``leave_one_out`` at all: that is for
-        ratings.
+        If ``official`` is asked of a data set without official test part, ``stratified`` of one without classes, or
+        ``leave_one_out`` at all: that is for ratings.
     """
     check(config.name != "leave_one_out", "split", config.name, "fractions or official, except for ratings")
+    labels = strata(dataset, config)
     if config.name == "official":
-        held = [hold_out(positions, [config.validation], seed, k) for k, positions in enumerate(owned)]
+        held = [hold_out(positions, [config.validation], seed, k, labels) for k, positions in enumerate(owned)]
         train, validation = map(list, zip(*held, strict=True))
         mixed = _domains_as_classes(dataset) if by_domain else dataset
         test = official_by_owner(dataset, owned) if by_owner else deal_official(mixed, owned, seed)
     else:
         fractions = [config.validation, config.test]
-        held = [hold_out(positions, fractions, seed, k) for k, positions in enumerate(owned)]
+        held = [hold_out(positions, fractions, seed, k, labels) for k, positions in enumerate(owned)]
         train, validation, test = map(list, zip(*held, strict=True))
     return {"train": train, "validation": validation, "test": test}
 
@@ -139,7 +140,28 @@ def take_public(
     return [positions[~np.isin(positions, public)] for positions in train], public
 
 
-def hold_out(positions: NDArray[np.int64], fractions: Sequence[float], seed: int, client: int) -> Lists:
+def strata(dataset: Dataset, config: SplitConfig) -> NDArray[np.int64] | None:
+    """Class of each sample ``[N]`` if parts are to have the classes in proportion, else None.
+
+    Raises
+    ------
+    ConfigError
+        If there are no classes.
+    """
+    if not config.stratified:
+        return None
+    allowed = f"false, because {dataset.name} has no class labels"
+    check(dataset.task.classes, "split.stratified", config.stratified, allowed)
+    return dataset.y.numpy()
+
+
+def hold_out(
+    positions: NDArray[np.int64],
+    fractions: Sequence[float],
+    seed: int,
+    client: int,
+    labels: NDArray[np.int64] | None = None,
+) -> Lists:
     """Divide one client's samples at random.
 
     Parameters
@@ -150,6 +172,9 @@ def hold_out(positions: NDArray[np.int64], fractions: Sequence[float], seed: int
         one for every other part.
     seed, client : int
         The draw belongs to them.
+    labels : int64 array ``[N]``, optional
+        Class of each sample of the data set. The parts are as large as without, and have of each class what is their
+        share of what is left of it, rounded up or down.
 
     Returns
     -------
@@ -166,13 +191,34 @@ def hold_out(positions: NDArray[np.int64], fractions: Sequence[float], seed: int
         names = f"train and {'validation' if len(fractions) == 1 else 'test'}"
         names = "train, validation and test" if parts == 3 else names
         raise DataError(f"Client {client} has {n} samples, but {names} need one each; raise partition.min_samples.")
-    shuffled = generator(seed, "split", client).permutation(positions)
-    ends = [0]
+    rest = generator(seed, "split", client).permutation(positions)
+    rng = generator(seed, "strata", client)
+    held: Lists = []
     for done, fraction in enumerate(fractions):
-        most = n - ends[-1] - 1 - sum(other > 0 for other in fractions[done + 1 :])
-        ends.append(ends[-1] + (min(max(1, int(fraction * n + 0.5)), most) if fraction > 0 else 0))
-    *held, rest = np.split(shuffled, ends[1:])
+        most = len(rest) - 1 - sum(other > 0 for other in fractions[done + 1 :])
+        size = min(max(1, int(fraction * n + 0.5)), most) if fraction > 0 else 0
+        chosen = np.arange(len(rest)) < size if labels is None else _in_proportion(labels[rest], size, rng)
+        held.append(rest[chosen])
+        rest = rest[~chosen]
     return [np.sort(part) for part in (rest, *held)]
+
+
+def _in_proportion(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which of some samples, the first of each class, make a part of `size` with classes in proportion."""
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    shares = _shares(counts, size, rng)
+    order = np.argsort(classes, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank < shares[classes]
+
+
+def _shares(counts: NDArray[np.int64], total: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Divide `total` in proportion to `counts`: whole shares first, the rest to the largest fractions, ties by lot."""
+    shares, remainders = np.divmod(counts * total, counts.sum())  # whole numbers, so ties are exact
+    first = np.lexsort((rng.permutation(len(counts)), -remainders))
+    shares[first[: total - shares.sum()]] += 1
+    return shares
 
 
 def tested_owners(dataset: Dataset) -> Dataset:
@@ -253,13 +299,10 @@ def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: in
     for label in range(dataset.num_classes):
         rng = generator(seed, "deal", label)
         samples = start + rng.permutation(np.flatnonzero(y[start:] == label))
-        total = label_counts[:, label].sum()
-        if total == 0:
+        if label_counts[:, label].sum() == 0:
             left_out += len(samples)
             continue
-        shares, remainders = np.divmod(label_counts[:, label] * len(samples), total)  # whole numbers, so ties are exact
-        first = np.lexsort((rng.permutation(len(owned)), -remainders))
-        shares[first[: len(samples) - shares.sum()]] += 1
+        shares = _shares(label_counts[:, label], len(samples), rng)
         for client, part in enumerate(np.split(samples, np.cumsum(shares)[:-1])):
             dealt[client].append(part)
     if left_out:

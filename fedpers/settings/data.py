@@ -364,6 +364,14 @@ class SplitConfig(Settings, group="split"):
             "local round",
         ),
     ] = ()
+    stratified: Annotated[
+        bool,
+        Field(
+            description="each part has the client's classes in proportion, as far as whole samples allow: a class with "
+            "few may miss a part; false: parts are drawn whatever the class"
+        ),
+        OnlyFor("fractions", "official"),
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedpers.data import Dataset, SplitConfig, split_clients
 from fedpers.data.split import deal_official
 from fedpers.errors import ConfigError, DataError
+from fedpers.tasks import Regression
 
 
 def made(labels: Any, train_size: int | None = None) -> Dataset:
@@ -71,6 +72,60 @@ def test_a_clients_split_is_its_own_affair() -> None:
     other = split_clients(data, [np.arange(20), np.arange(20, 40)], config, 6)
     assert one["test"][0].tolist() != other["test"][0].tolist()
     assert one["test"][0].tolist() != (one["test"][1] - 20).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(lambda counts: sum(counts) >= 3),
+    validation=st.sampled_from([0.0, 0.05, 0.15, 0.4]),
+    test=st.floats(0.05, 0.5),
+    seed=st.integers(0, 1000),
+)
+def test_stratified_parts_have_classes_in_proportion(
+    counts: list[int], validation: float, test: float, seed: int
+) -> None:
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    positions = np.arange(len(labels))
+    lists = {}
+    for stratified in (False, True):
+        config = SplitConfig("fractions", validation, test, stratified=stratified)
+        lists[stratified] = split_clients(made(labels), [positions], config, seed)
+    parts = {part: own for part, (own,) in lists[True].items()}
+    assert sizes(lists[True]) == sizes(lists[False])
+    assert np.sort(np.concatenate(list(parts.values()))).tolist() == positions.tolist()
+    assert all((np.diff(own) > 0).all() for own in parts.values())
+    found = {part: np.bincount(labels[own], minlength=len(counts)) for part, own in parts.items()}
+    share = {part: len(own) / len(labels) for part, own in parts.items()}
+    assert (np.abs(found["validation"] - share["validation"] * np.array(counts)) < 1).all()
+    for part in ("test", "train"):
+        assert (np.abs(found[part] - share[part] * np.array(counts)) < 2).all()
+    again = split_clients(made(labels), [positions], SplitConfig("fractions", validation, test, stratified=True), seed)
+    assert [own.tolist() for (own,) in again.values()] == [own.tolist() for own in parts.values()]
+
+
+def test_stratified_by_hand() -> None:
+    labels = [0] * 40 + [1] * 20 + [2] * 40
+    config = SplitConfig("fractions", 0.15, 0.25, stratified=True)
+    parts = split_clients(made(labels), [np.arange(100)], config, 0)
+    counts = {part: np.bincount(np.array(labels)[own], minlength=3).tolist() for part, (own,) in parts.items()}
+    assert counts == {"train": [24, 12, 24], "validation": [6, 3, 6], "test": [10, 5, 10]}
+    other = split_clients(made(labels), [np.arange(100)], config, 1)
+    assert other["test"][0].tolist() != parts["test"][0].tolist()
+
+
+def test_stratified_validation_beside_an_official_test() -> None:
+    data = made([0, 0, 0, 1] * 20 + [0, 1], train_size=80)
+    config = SplitConfig("official", validation=0.25, stratified=True)
+    parts = split_clients(data, [np.arange(80)], config, 0)
+    assert np.bincount(data.y[parts["validation"][0]]).tolist() == [15, 5]
+
+
+def test_numbers_have_no_strata() -> None:
+    data = Dataset(torch.zeros(9, 1), torch.arange(9.0).unsqueeze(1), 1, "made", task=Regression())
+    with pytest.raises(
+        ConfigError, match=r"split\.stratified=True: expected false, because made has no class labels\."
+    ):
+        split_clients(data, [np.arange(9)], SplitConfig(stratified=True), 0)
 
 
 def test_too_few_samples() -> None:

@@ -65,7 +65,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     if not data.task.classes:
         why = f"because {data.name} has no class labels"
         fits = partition.name in WITHOUT_CLASSES
-        check(fits, "partition", partition.name, f"{one_of(WITHOUT_CLASSES, partition.name)}, {why}")
+        check(fits, "partition", partition.name, f"{one_of(WITHOUT_CLASSES, '')}, {why}")
         check(split.name != "official" or by_owner, "split", split.name, f"fractions, {why}")
     groups: tuple[int, ...] = ()
     names: tuple[str, ...] = ()

@@ -339,7 +339,10 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
         (["strategy.mu=1"], "strategy.mu=1: expected a known key: one of name, weighting; mu is an option of "),
         (["strategy.mu=1"], "strategy=ditto, "),
-        (["partition=iid", "partition.alpha=1"], "alpha is an option of partition=dirichlet, pfllib_dirichlet only."),
+        (
+            ["partition=iid", "partition.alpha=1"],
+            "alpha is an option of partition=dirichlet, inner_dirichlet, domains, pfllib_dirichlet only.",
+        ),
         (["lr=0.1"], "lr=0.1: expected training.lr, the whole name of that key."),
         (["model.lr=0.1"], "model.lr=0.1: expected training.lr, the whole name of that key."),
         (["learning_rate=0.1"], "learning_rate=0.1: expected training.lr, the whole name of that key."),

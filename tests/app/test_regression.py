@@ -45,7 +45,7 @@ def test_a_regression_trains_and_is_selected_on_r2(strategy: str, targets: int |
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("partition=dirichlet", "partition=dirichlet: expected iid, quantity, natural or index, because file has no"),
+        ("partition=dirichlet", "partition=dirichlet: expected one of continuous, domains, grouped_natural, "),
         (
             "heterogeneity=label_noise heterogeneity.strength=0.5",
             "heterogeneity=label_noise: expected a shift of features",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedpers.data import Dataset
+from fedpers.data import Dataset, PartitionConfig
 from fedpers.tasks import Regression
 
 
@@ -26,6 +26,11 @@ def numbers(targets: Any, **fields: Any) -> Dataset:
     y = torch.as_tensor(np.asarray(targets, dtype=np.float32))
     y = y.unsqueeze(1) if y.dim() == 1 else y
     return Dataset(torch.zeros(len(y), 1), y, y.shape[1], "made", task=Regression(), **fields)
+
+
+def settings_of(name: str, num_clients: int | None = None, **values: Any) -> PartitionConfig:
+    """Settings of a partition with at least 10 samples for a client."""
+    return PartitionConfig(name, num_clients, **{"min_samples": 10, **values})
 
 
 def plain(lists: Any) -> list[list[int]]:

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpers.data import PartitionConfig, partition_samples
+from fedpers.data import partition_samples
 from fedpers.errors import ConfigError, DataError
-from tests.data.partitions.helpers import made, plain
+from tests.data.partitions.helpers import made, plain, settings_of
 
 BALANCED = made(np.arange(600) % 6)
 
 
 def owned(name: str, clients: int, seed: int = 0, **values: Any) -> list[np.ndarray[Any, Any]]:
-    return partition_samples(BALANCED, PartitionConfig(name, clients, **values), seed)
+    return partition_samples(BALANCED, settings_of(name, clients, **values), seed)
 
 
 def counts(lists: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -49,8 +49,8 @@ def test_too_many_shards() -> None:
     )
     with pytest.raises(DataError, match=message):
         owned("shards", 6, shards_per_client=101)
-    with pytest.raises(DataError, match=r"59 clients with 1 shards each get 10, fewer than 11; lower"):
-        partition_samples(made([0] * 649), PartitionConfig("shards", 59, min_samples=11, shards_per_client=1), 0)
+    with pytest.raises(DataError, match=r"59 clients with 2 shards each get 10, fewer than 11; lower"):
+        partition_samples(made([0] * 649), settings_of("shards", 59, min_samples=11, shards_per_client=2), 0)
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [("equal", [86, 86, 86, 86, 86, 85, 85]), ("linear", None)])
@@ -73,7 +73,7 @@ def test_inner_dirichlet_alpha_sets_the_mix() -> None:
 
 def test_inner_dirichlet_of_classes_with_gaps() -> None:
     data = made(np.array([1, 4, 9])[np.arange(90) % 3])
-    lists = partition_samples(data, PartitionConfig("inner_dirichlet", 3, alpha=1.0), 0)
+    lists = partition_samples(data, settings_of("inner_dirichlet", 3, alpha=1.0), 0)
     assert sorted(np.concatenate(lists).tolist()) == list(range(90))
 
 
@@ -98,7 +98,7 @@ def test_power_law_errors() -> None:
     with pytest.raises(
         DataError, match=r"a class of made has 4 samples, but 4 clients with at least 6 each need 24; low"
     ):
-        partition_samples(rare, PartitionConfig("power_law", 4, min_samples=10), 0)
+        partition_samples(rare, settings_of("power_law", 4, min_samples=10), 0)
 
 
 def test_rules_of_flwr_datasets_for_groups_of_owners() -> None:
@@ -109,7 +109,7 @@ def test_rules_of_flwr_datasets_for_groups_of_owners() -> None:
     from fedpers.randomness import generator
 
     owner = np.random.default_rng(0).integers(0, 17, 300)
-    lists = partition_samples(made([0] * 300, owner=owner), PartitionConfig("grouped_natural", owners_per_client=3), 4)
+    lists = partition_samples(made([0] * 300, owner=owner), settings_of("grouped_natural", owners_per_client=3), 4)
     order = generator(4, "owner_groups").permutation(17)
     rank = np.argsort(order)
     partitioner = GroupedNaturalIdPartitioner("rank", 3, "allow-bigger", sort_unique_ids=True)
@@ -124,7 +124,7 @@ def test_disjoint_classes_belong_to_one_client_each() -> None:
     assert ((table > 0).sum(0) == 1).all()
     assert ((table > 0).sum(1) == 2).all()
     assert sorted((counts(owned("disjoint_classes", 4)) > 0).sum(1)) == [1, 1, 2, 2]
-    assert PartitionConfig("disjoint_classes").num_clients == 5
+    assert settings_of("disjoint_classes").num_clients == 5
 
 
 def test_disjoint_classes_errors() -> None:
@@ -135,4 +135,4 @@ def test_disjoint_classes_errors() -> None:
         r"client \d has all 4 samples of class 1, fewer than partition\.min_samples=10; lower it or partition\.num_cl"
     )
     with pytest.raises(DataError, match=message):
-        partition_samples(rare, PartitionConfig("disjoint_classes", 2, min_samples=10), 0)
+        partition_samples(rare, settings_of("disjoint_classes", 2, min_samples=10), 0)

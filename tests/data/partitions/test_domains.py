@@ -10,24 +10,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpers.data import Dataset, DatasetConfig, PartitionConfig, SplitConfig, load_federated
+from fedpers.data import Dataset, DatasetConfig, SplitConfig, load_federated
 from fedpers.data.partitions import divide
 from fedpers.errors import ConfigError, DataError
-from tests.data.partitions.helpers import made, numbers, plain
+from tests.data.partitions.helpers import made, numbers, plain, settings_of
 
 STYLES = np.repeat([0, 1, 2], [120, 60, 90])
 PICTURES = made(np.arange(270) % 3, domain=STYLES, domain_names=("photo", "sketch", "clipart"))
 
 
 def test_a_client_for_each_domain() -> None:
-    division = divide(PICTURES, PartitionConfig("domains"), 0)
+    division = divide(PICTURES, settings_of("domains"), 0)
     assert plain(division.owned) == [list(range(120)), list(range(120, 180)), list(range(180, 270))]
     assert division.groups == (0, 1, 2)
     assert division.names == ("photo", "sketch", "clipart")
 
 
 def test_domains_are_dealt_in_turn() -> None:
-    division = divide(PICTURES, PartitionConfig("domains", 7), 0)
+    division = divide(PICTURES, settings_of("domains", 7), 0)
     assert division.groups == (0, 1, 2, 0, 1, 2, 0)
     assert [len(positions) for positions in division.owned] == [40, 30, 45, 40, 30, 45, 40]
     assert all(set(STYLES[mine]) == {group} for mine, group in zip(division.owned, division.groups, strict=True))
@@ -37,7 +37,7 @@ def test_domains_are_dealt_in_turn() -> None:
 
 def test_classes_of_a_domain_by_dirichlet() -> None:
     def largest_share(**values: Any) -> float:
-        division = divide(PICTURES, PartitionConfig("domains", 6, **values), 0)
+        division = divide(PICTURES, settings_of("domains", 6, **values), 0)
         assert sorted(np.concatenate(division.owned).tolist()) == list(range(270))
         assert all(set(STYLES[mine]) == {group} for mine, group in zip(division.owned, division.groups, strict=True))
         table = [np.bincount(PICTURES.y[mine], minlength=3) for mine in division.owned]
@@ -60,7 +60,7 @@ def test_nobody_has_two_domains(domains: int, further: int, samples: int, seed: 
     data = made(np.arange(samples) % 2, domain=domain)
     clients = len(present) + further
     try:
-        division = divide(data, PartitionConfig("domains", clients, min_samples=2), seed)
+        division = divide(data, settings_of("domains", clients, min_samples=2), seed)
     except DataError:
         dealt = {number: len(range(k, clients, len(present))) for k, number in enumerate(present)}
         assert any((domain == number).sum() < 2 * count for number, count in dealt.items())
@@ -78,28 +78,28 @@ def test_domains_that_cannot_be() -> None:
     with pytest.raises(
         ConfigError, match=r"partition=domains: expected another partition, because made has no domains\."
     ):
-        divide(made([0] * 90), PartitionConfig("domains"), 0)
+        divide(made([0] * 90), settings_of("domains"), 0)
     message = r"partition\.num_clients=2: expected at least 3, the domains of made, or null for a client each\."
     with pytest.raises(ConfigError, match=message):
-        divide(PICTURES, PartitionConfig("domains", 2), 0)
+        divide(PICTURES, settings_of("domains", 2), 0)
     message = (
         r"domain sketch of made has 60 samples, too few for 2 of 6 clients with at least 40 each; lower partition\.nu"
     )
     with pytest.raises(DataError, match=message):
-        divide(PICTURES, PartitionConfig("domains", 6, min_samples=40), 0)
+        divide(PICTURES, settings_of("domains", 6, min_samples=40), 0)
     with pytest.raises(
         ConfigError, match=r"partition=domains: expected another partition, because digits has no domains"
     ):
-        load_federated(DatasetConfig(), PartitionConfig("domains"), SplitConfig(), 0)
+        load_federated(DatasetConfig(), settings_of("domains"), SplitConfig(), 0)
 
 
 def test_domains_of_a_regression() -> None:
     data = numbers(np.arange(60), domain=torch.arange(60) % 2)
-    assert divide(data, PartitionConfig("domains"), 0).groups == (0, 1)
+    assert divide(data, settings_of("domains"), 0).groups == (0, 1)
     with pytest.raises(
         ConfigError, match=r"partition\.within=dirichlet: expected iid, because made has no class labels"
     ):
-        divide(data, PartitionConfig("domains", within="dirichlet"), 0)
+        divide(data, settings_of("domains", within="dirichlet"), 0)
 
 
 @pytest.mark.parametrize("split", ["fractions", "official"])
@@ -114,7 +114,7 @@ def test_clients_are_tested_on_their_own_domain(split: Any, monkeypatch: pytest.
         domain=torch.from_numpy(rng.integers(0, 3, 400)),
     )
     monkeypatch.setattr("fedpers.data.load.load_dataset", lambda config: data)
-    federated = load_federated(DatasetConfig(), PartitionConfig("domains", 6), SplitConfig(split), 0)
+    federated = load_federated(DatasetConfig(), settings_of("domains", 6), SplitConfig(split), 0)
     assert federated.groups == (0, 1, 2, 0, 1, 2)
     assert data.domain is not None
     for part in ("train", "validation", "test"):

@@ -280,7 +280,9 @@ class PartitionConfig(Settings, group="partition"):
         OnlyFor("inner_dirichlet"),
     ] = "equal"
     sigma: Annotated[
-        float, Field(ge=0, description="deviation of the logarithm of sizes; 0: equal ones"), OnlyFor("power_law")
+        float,
+        Field(ge=0, le=10, description="deviation of the logarithm of sizes; 0: equal ones"),
+        OnlyFor("power_law"),
     ] = 2.0
     strictness: Annotated[
         float, Field(ge=0, le=1, description="weight of the number beside noise; 0: as iid, 1: by the number alone"),

@@ -33,27 +33,27 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     allowed = f"iid, because {dataset.name} has no class labels"
     check(dataset.task.classes or config.within == "iid", "partition.within", config.within, allowed)
     domain, labels = dataset.domain.numpy(), classes_of(dataset)
-    present = np.unique(domain)
+    present: list[int] = np.unique(domain).tolist()
     clients = config.num_clients or len(present)
     allowed = f"at least {len(present)}, the domains of {dataset.name}, or null for a client each"
     check(clients >= len(present), "partition.num_clients", clients, allowed)
     owned: Lists = [np.zeros(0, np.int64)] * clients
-    for number in present:
-        mine = range(int(np.searchsorted(present, number)), clients, len(present))
+    for first, number in enumerate(present):
+        mine = range(first, clients, len(present))
         positions = np.flatnonzero(domain == number)
-        name = f"domain {_name(dataset, int(number))} of {dataset.name}"
+        name = f"domain {_name(dataset, number)} of {dataset.name}"
         if len(positions) < len(mine) * config.min_samples:
             raise DataError(
                 f"partition=domains: {name} has {len(positions)} samples, too few for {len(mine)} of {clients} clients "
                 f"with at least {config.min_samples} each; lower partition.num_clients or partition.min_samples."
             )
         if config.within == "dirichlet":
-            own = by_dirichlet(labels[positions], len(mine), config, derive(seed, "domain", int(number)), name)
+            own = by_dirichlet(labels[positions], len(mine), config, derive(seed, "domain", number), name)
         else:
-            own = np.array_split(generator(seed, "domain", int(number)).permutation(len(positions)), len(mine))
+            own = np.array_split(generator(seed, "domain", number).permutation(len(positions)), len(mine))
         for client, indices in zip(mine, own, strict=True):
             owned[client] = positions[np.sort(indices)]
-    groups = [int(present[client % len(present)]) for client in range(clients)]
+    groups = [present[client % len(present)] for client in range(clients)]
     names = [
         _name(dataset, group) + (f" {client // len(present)}" if clients > len(present) else "")
         for client, group in enumerate(groups)

@@ -11,14 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from fedpers.data.federated import Part
+from fedpers.data.partitions.base import Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
 from fedpers.settings.data import SplitConfig
 
 logger = logging.getLogger(__name__)
-
-Lists = list[NDArray[np.int64]]
 
 
 def split_clients(

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.data.federated import Part
+from fedpers.data.partitions.base import Lists
 from fedpers.data.sets.base import Dataset
-from fedpers.data.split import Lists
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import generator
 from fedpers.settings.data import PartitionConfig, SplitConfig

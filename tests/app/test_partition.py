@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from fedpers.app import _main
+from fedpers.data import PartitionConfig
 from fedpers.settings.groups import GROUPS, choices, method_names
 from tests.app.test_cli import error_of
 
@@ -31,6 +32,20 @@ def test_clients_are_shown_without_training(tmp_path: Path, capsys: pytest.Captu
     whole = classes.sum() / classes.sum().sum()
     assert rows.divergence.tolist() == pytest.approx((shares - whole).abs().sum(1) / 2)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["shards", "inner_dirichlet", "power_law", "disjoint_classes"])
+def test_the_built_in_digits_are_divided_by_classes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["partition", "dataset=digits", f"partition={name}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"digits, partition={name}: {PartitionConfig(name).num_clients} clients, " in shown
+
+
+def test_help_names_options_and_source_of_a_partition(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["--help", "partition=shards", "partition=domains", "partition"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("arXiv 1602.05629", "partition.shards_per_client=2", "partition.within=iid", "(FedBN)", "power_law"):
+        assert text in shown, text
 
 
 def test_settings_that_cannot_be_used_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,7 +206,10 @@ def test_pathological_errors() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "dirichlett"}, r"partition=dirichlett: expected one of dirichlet, .*did you mean 'dirichlet'"),
+        (
+            {"name": "dirichlett"},
+            r"partition=dirichlett: expected one of continuous, dirichlet, .*did you mean 'dirichlet'",
+        ),
         ({"alpha": 0}, r"partition\.alpha=0\.0: expected a number > 0\."),
         ({"alpha": float("inf")}, r"partition\.alpha=inf: expected a number\."),
         ({"alpha": float("nan")}, r"partition\.alpha=nan: "),

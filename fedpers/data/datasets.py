@@ -16,7 +16,7 @@ from fedpers.data.sets.hugging_face import hugging_face
 from fedpers.data.sets.images import images
 from fedpers.data.sets.leaf import leaf
 from fedpers.data.sets.pfllib import pfllib
-from fedpers.data.sets.pictures import cifar, digits, idx_files
+from fedpers.data.sets.pictures import cifar, digits, emnist, idx_files, svhn, usps
 from fedpers.data.sets.tables import table
 from fedpers.errors import ConfigError, DataError, check, reason
 from fedpers.settings.data import DatasetConfig
@@ -86,6 +86,10 @@ DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "digits": digits,
     "mnist": partial(idx_files, kind="MNIST"),
     "fashion_mnist": partial(idx_files, kind="FashionMNIST"),
+    "kmnist": partial(idx_files, kind="KMNIST"),
+    "emnist": emnist,
+    "usps": usps,
+    "svhn": svhn,
     "cifar10": partial(cifar, kind="CIFAR10", num_classes=10),
     "cifar100": partial(cifar, kind="CIFAR100", num_classes=100),
     "npz": npz,

@@ -13,7 +13,7 @@ from fedpers.settings.base import CUSTOM, Choices, OnlyFor, OpenChoices, Setting
 DEFAULT_CLIENTS = 20
 LEAVE_ONE_OUT = 3
 """Interactions a user needs: one each to train, validate and test on."""
-PICTURES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+PICTURES = ("mnist", "fashion_mnist", "kmnist", "emnist", "usps", "svhn", "cifar10", "cifar100")
 """Data sets that torchvision knows."""
 RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings", "synthetic_ratings")
 """Data sets of users and items."""
@@ -38,6 +38,13 @@ class DatasetConfig(Settings, group="dataset"):
             digits="1,797 pictures of 8x8 pixels, 10 classes; comes with scikit-learn, nothing to download",
             mnist="70,000 pictures of 28x28 pixels, 10 classes; root holds MNIST/raw or its four idx files",
             fashion_mnist="70,000 pictures of 28x28 pixels, 10 classes; root holds FashionMNIST/raw or its idx files",
+            kmnist="70,000 pictures of 28x28 pixels, 10 classes of Japanese letters; root holds KMNIST/raw or its idx "
+            "files",
+            emnist="handwritten letters and digits of 28x28 pixels, 10 to 62 classes (dataset.variant); root holds "
+            "EMNIST/raw or its idx files",
+            usps="9,298 pictures of 16x16 pixels, 10 classes; root holds usps.bz2 and usps.t.bz2",
+            svhn="99,289 colour pictures of 32x32 pixels, house numbers, 10 classes; root holds train_32x32.mat and "
+            "test_32x32.mat",
             cifar10="60,000 colour pictures of 32x32 pixels, 10 classes; root holds cifar-10-batches-py",
             cifar100="60,000 colour pictures of 32x32 pixels, 100 classes; root holds cifar-100-python",
             npz="arrays of your own in the .npz file root",
@@ -69,6 +76,14 @@ class DatasetConfig(Settings, group="dataset"):
         str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
         OnlyFor("hf"),
     ] = None  # fmt: skip
+    variant: Annotated[
+        Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"],
+        Field(
+            description="byclass: 62 classes; bymerge: 47, letters that look alike in both cases being one; balanced: "
+            "equally many of each of these 47; letters: 26; digits: 10; mnist: 10, as many as MNIST has"
+        ),
+        OnlyFor("emnist"),
+    ] = "balanced"
     size: Annotated[int, Field(ge=1, description="pixels a side to which pictures are scaled"), OnlyFor(*_SCALED)] = 32
     label: Annotated[str, Field(description="column of classes, or of numbers to predict"), OnlyFor(*_TABLES)] = "label"
     features: Annotated[

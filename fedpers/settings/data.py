@@ -21,8 +21,8 @@ CLIENTS_OF_DATA = ("natural", "index", "user")
 """Partitions for which the number of clients comes with the data."""
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
 _TABLES = ("csv", "parquet", "hf")
-_SCALED = ("images", "hf")
-OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf")
+_SCALED = ("images", "domains", "hf")
+OWN_FILES = ("npz", "domains", "csv", "parquet", "images", "pfllib", "leaf")
 """Data of one's own in files."""
 _DRAWN = ("iid", "dirichlet", "pathological", "quantity")
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
@@ -48,6 +48,7 @@ class DatasetConfig(Settings, group="dataset"):
             cifar10="60,000 colour pictures of 32x32 pixels, 10 classes; root holds cifar-10-batches-py",
             cifar100="60,000 colour pictures of 32x32 pixels, 100 classes; root holds cifar-100-python",
             npz="arrays of your own in the .npz file root",
+            domains="pictures in several styles: each .npz file of the folder root, with uint8 x and y, is a domain",
             csv="a table of your own: root is a .csv file whose columns are features, label and perhaps client",
             parquet="a table of your own: root is a .parquet file whose columns are features, label and perhaps client",
             images="pictures of your own: root holds a folder for each class, perhaps within folders of domains",
@@ -89,23 +90,28 @@ class DatasetConfig(Settings, group="dataset"):
     features: Annotated[
         tuple[str, ...] | None,
         Field(min_length=1, title="one or more names of columns, or null",
-              description="columns of inputs, which get mean 0 and deviation 1; null: all but label and client"),
+              description="columns of inputs, which get mean 0 and deviation 1; null: all others"),
         OnlyFor(*_TABLES),
     ] = None  # fmt: skip
     download: Annotated[bool, Field(description="fetch what is not there"), OnlyFor(*PICTURES)] = True
     x: Annotated[
         str,
         Field(description="array of inputs: uint8 pictures [N, H, W] or [N, H, W, C], or floats taken as they are"),
-        OnlyFor("npz"),
+        OnlyFor("npz", "domains"),
     ] = "x"
     y: Annotated[
         str,
         Field(description="array of class ids [N], or of floats [N] or [N, D], the targets of a regression"),
-        OnlyFor("npz"),
+        OnlyFor("npz", "domains"),
     ] = "y"
     client: Annotated[
         str | None,
         Field(description="array or column of client ids, for partition=natural"),
+        OnlyFor("npz", *_TABLES),
+    ] = None
+    domain: Annotated[
+        str | None,
+        Field(description="array or column that names the domain of each sample, numbers or text"),
         OnlyFor("npz", *_TABLES),
     ] = None
     n_train: Annotated[
@@ -162,6 +168,7 @@ class DatasetConfig(Settings, group="dataset"):
         kinds = {
             "npz": "an .npz file", "ratings": "a .csv or .npz file", "csv": "a .csv file", "parquet": "a .parquet file",
             "images": "a folder of pictures", "pfllib": "a folder of PFLlib", "leaf": "a file or folder of LEAF",
+            "domains": "a folder of .npz files",
         }  # fmt: skip
         allowed = "no value, except for a function of your own, dataset=module:function"
         check(not self.arguments or ":" in self.name, "dataset.arguments", self.arguments, allowed)

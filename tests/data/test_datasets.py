@@ -136,6 +136,20 @@ def test_npz_with_floats_is_a_regression(tmp_path: Path, y: Any, shape: tuple[in
     assert data.y.tolist() == y.tolist()
 
 
+@pytest.mark.parametrize(
+    ("given", "numbers", "names"),
+    [([7, 7, 3], [1, 1, 0], ("3", "7")), ([0, 1, 1], [0, 1, 1], ()), (["b", "a", "a"], [1, 0, 0], ("a", "b"))],
+)
+def test_npz_domains(tmp_path: Path, given: Any, numbers: list[int], names: tuple[str, ...]) -> None:
+    root = npz(tmp_path, x=X, y=Y, style=np.array(given))
+    data = load_dataset(DatasetConfig(name="npz", root=root, domain="style"))
+    assert data.domain is not None
+    assert data.domain.dtype == torch.int64
+    assert data.domain.tolist() == numbers
+    assert data.domain_names == names
+    assert data.owner is None
+
+
 @pytest.mark.parametrize("ids", [np.array([7, 7, 3]), np.array(["b", "b", "a"])])
 def test_npz_owners(tmp_path: Path, ids: Any) -> None:
     root = npz(tmp_path, x=np.zeros((3, 2)), y=np.zeros(3, int), who=ids)
@@ -172,6 +186,8 @@ X, Y = np.zeros((3, 2)), np.array([0, 1, 1])
         ({"x": X, "y": np.array([0, None, 1])}, r"y holds Python objects, which are not read"),
         ({"x": X, "y": Y, "client": Y[:2]}, r"2 client ids for 3 samples\."),
         ({"x": X, "y": Y, "client": X[:, 0]}, r"client must be whole numbers or text \[N\], not float64 \[3\]\."),
+        ({"x": X, "y": Y, "domain": Y[:2]}, r"made: there are 2 domains for 3 samples\."),
+        ({"x": X, "y": Y, "domain": X}, r"domain must be whole numbers or text \[N\], not float64 \[3, 2\]\."),
         ({"x": X, "y": Y, "n": np.array(4)}, r"n must be one whole number from 1 to 3\."),
         ({"x": X, "y": Y, "n": np.array([1, 2])}, r"n must be one whole number from 1 to 3\."),
     ],
@@ -181,6 +197,7 @@ def test_npz_refuses(tmp_path: Path, arrays: dict[str, Any], message: str) -> No
         name="npz",
         root=npz(tmp_path, **arrays),
         client="client" if "client" in arrays else None,
+        domain="domain" if "domain" in arrays else None,
         n_train="n" if "n" in arrays else None,
     )
     with pytest.raises(DataError, match=message) as error:

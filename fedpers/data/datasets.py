@@ -13,6 +13,7 @@ from fedpers.data.federated import FederatedData
 from fedpers.data.sets.arrays import dataset_of, npz
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.domains import domains
+from fedpers.data.sets.har import har
 from fedpers.data.sets.hugging_face import hugging_face
 from fedpers.data.sets.images import images
 from fedpers.data.sets.leaf import leaf
@@ -93,6 +94,7 @@ DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "svhn": svhn,
     "cifar10": partial(cifar, kind="CIFAR10", num_classes=10),
     "cifar100": partial(cifar, kind="CIFAR100", num_classes=100),
+    "har": har,
     "npz": npz,
     "domains": domains,
     "pfllib": pfllib,

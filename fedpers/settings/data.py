@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedpers.errors import check
 from fedpers.settings.base import CUSTOM, Choices, OnlyFor, OpenChoices, Settings
+from fedpers.settings.sources import SOURCES
 
 DEFAULT_CLIENTS = 20
 LEAVE_ONE_OUT = 3
@@ -47,6 +48,7 @@ class DatasetConfig(Settings, group="dataset"):
             "test_32x32.mat",
             cifar10="60,000 colour pictures of 32x32 pixels, 10 classes; root holds cifar-10-batches-py",
             cifar100="60,000 colour pictures of 32x32 pixels, 100 classes; root holds cifar-100-python",
+            har="10,299 windows of 9 signals of smartphones, 6 activities, by 30 people; root holds UCI HAR Dataset",
             npz="arrays of your own in the .npz file root",
             domains="pictures in several styles: each .npz file of the folder root, with uint8 x and y, is a domain",
             csv="a table of your own: root is a .csv file whose columns are features, label and perhaps client",
@@ -71,7 +73,7 @@ class DatasetConfig(Settings, group="dataset"):
     root: Annotated[
         str | None,
         Field(description="folder of the files, or the file; null: $FEDPERS_CACHE/data or ~/.cache/fedpers/data"),
-        OnlyFor(*OWN_FILES, *PICTURES, *_FILES),
+        OnlyFor(*OWN_FILES, *PICTURES, "har", *_FILES),
     ] = None
     path: Annotated[
         str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
@@ -169,6 +171,7 @@ class DatasetConfig(Settings, group="dataset"):
             "npz": "an .npz file", "ratings": "a .csv or .npz file", "csv": "a .csv file", "parquet": "a .parquet file",
             "images": "a folder of pictures", "pfllib": "a folder of PFLlib", "leaf": "a file or folder of LEAF",
             "domains": "a folder of .npz files",
+            "har": f"the folder UCI HAR Dataset, from {SOURCES['har'].url} ({SOURCES['har'].licence})",
         }  # fmt: skip
         allowed = "no value, except for a function of your own, dataset=module:function"
         check(not self.arguments or ":" in self.name, "dataset.arguments", self.arguments, allowed)

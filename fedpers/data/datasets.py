@@ -17,6 +17,7 @@ from fedpers.data.sets.har import har
 from fedpers.data.sets.hugging_face import hugging_face
 from fedpers.data.sets.images import images
 from fedpers.data.sets.leaf import leaf
+from fedpers.data.sets.npy import npy
 from fedpers.data.sets.pfllib import pfllib
 from fedpers.data.sets.pictures import cifar, digits, emnist, idx_files, svhn, usps
 from fedpers.data.sets.tables import table
@@ -96,6 +97,7 @@ DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "cifar100": partial(cifar, kind="CIFAR100", num_classes=100),
     "har": har,
     "npz": npz,
+    "npy": npy,
     "domains": domains,
     "pfllib": pfllib,
     "leaf": leaf,

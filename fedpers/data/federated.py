@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedpers.data.mapped import blocks
 from fedpers.errors import DataError, reason
 from fedpers.tasks import CLASSIFICATION, Task
 
@@ -25,7 +26,8 @@ EVALUATED_PARTS: tuple[Part, ...] = ("validation", "test")
 class FederatedData:
     """Samples of all clients and who owns them.
 
-    A batch is a gather from `x` and `y`; no client has a loader or a copy of its own.
+    A batch is a gather from `x` and `y`; no client has a loader or a copy of its own. `x` may be mapped from a file
+    (:func:`~fedpers.data.mapped.mapped`): then only the samples that are used are read.
 
     Parameters
     ----------
@@ -277,10 +279,10 @@ class FederatedData:
         used = torch.unique(torch.cat([positions for part in PARTS for positions in lists[part]]))
         new_positions = torch.zeros(len(self.x), dtype=torch.int64)
         new_positions[used] = torch.arange(len(used))
-        rows = used.to(self.device)
+        rows, all_used = used.to(self.device), len(used) == len(self.x)
         return {
-            "x": self.x[rows],
-            "y": self.y[rows],
+            "x": self.x if all_used else self.x[rows],
+            "y": self.y if all_used else self.y[rows],
             **{part: [new_positions[positions] for positions in index_lists] for part, index_lists in lists.items()},
         }
 
@@ -290,7 +292,8 @@ class FederatedData:
         digest = hashlib.blake2b(digest_size=8)
         for array in (self.x, self.y):
             digest.update(str((tuple(array.shape), array.dtype)).encode())
-            digest.update(np.ascontiguousarray(array.cpu().numpy()).data)
+            for block in blocks(array):
+                digest.update(np.ascontiguousarray(block).data)
         for part in PARTS:
             for indices in self.part(part):
                 digest.update(f"{part}{len(indices)}".encode())

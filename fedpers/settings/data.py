@@ -23,7 +23,7 @@ CLIENTS_OF_DATA = ("natural", "index", "user")
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
 _TABLES = ("csv", "parquet", "hf")
 _SCALED = ("images", "domains", "hf")
-OWN_FILES = ("npz", "domains", "csv", "parquet", "images", "pfllib", "leaf")
+OWN_FILES = ("npz", "npy", "domains", "csv", "parquet", "images", "pfllib", "leaf")
 """Data of one's own in files."""
 _DRAWN = ("iid", "dirichlet", "pathological", "quantity")
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
@@ -50,6 +50,7 @@ class DatasetConfig(Settings, group="dataset"):
             cifar100="60,000 colour pictures of 32x32 pixels, 100 classes; root holds cifar-100-python",
             har="10,299 windows of 9 signals of smartphones, 6 activities, by 30 people; root holds UCI HAR Dataset",
             npz="arrays of your own in the .npz file root",
+            npy="arrays larger than memory: root is a folder of x.npy, y.npy and perhaps client.npy and domain.npy",
             domains="pictures in several styles: each .npz file of the folder root, with uint8 x and y, is a domain",
             csv="a table of your own: root is a .csv file whose columns are features, label and perhaps client",
             parquet="a table of your own: root is a .parquet file whose columns are features, label and perhaps client",
@@ -170,7 +171,7 @@ class DatasetConfig(Settings, group="dataset"):
         kinds = {
             "npz": "an .npz file", "ratings": "a .csv or .npz file", "csv": "a .csv file", "parquet": "a .parquet file",
             "images": "a folder of pictures", "pfllib": "a folder of PFLlib", "leaf": "a file or folder of LEAF",
-            "domains": "a folder of .npz files",
+            "npy": "a folder of .npy files", "domains": "a folder of .npz files",
             "har": f"the folder UCI HAR Dataset, from {SOURCES['har'].url} ({SOURCES['har'].licence})",
         }  # fmt: skip
         allowed = "no value, except for a function of your own, dataset=module:function"

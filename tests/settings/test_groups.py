@@ -14,12 +14,12 @@ from fedpers.errors import ConfigError
 from fedpers.models import MODELS
 from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConfig, WandbConfig
 from fedpers.settings.base import choices, options
-from fedpers.settings.data import RATINGS, DatasetConfig
+from fedpers.settings.data import OWN_FILES, RATINGS, DatasetConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
 NEEDED = {"ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"], "hf": ["dataset.path=a"]}
-NEEDED |= {name: ["dataset.root=a"] for name in ("npz", "csv", "parquet", "images", "pfllib", "leaf")}
+NEEDED |= {name: ["dataset.root=a"] for name in (*OWN_FILES, "har")}
 BROUGHT = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
 PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfig("resnet18", norm="batch"),
            "resnet18_gn": ModelConfig("resnet18")}  # fmt: skip

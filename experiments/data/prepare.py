@@ -102,8 +102,10 @@ def cifar(folder: Path, name: str, classes: int) -> Arrays:
     expect(f"{name}: training part", training, 50_000)
     expect(f"{name}: classes, training", np.bincount(y[:training]), np.full(classes, 50_000 // classes))
     expect(f"{name}: classes, test", np.bincount(y[training:]), np.full(classes, 10_000 // classes))
-    made = {"x": x, "y": y, "n_train": np.array(training)}
-    return made | ({"classes": np.array(CIFAR10_NAMES)} if classes == 10 else {})
+    made: Arrays = {"x": x, "y": y, "n_train": np.array(training)}
+    if classes == len(CIFAR10_NAMES):
+        made["classes"] = np.array(CIFAR10_NAMES)
+    return made
 
 
 def har(folder: Path) -> Arrays:
@@ -187,7 +189,9 @@ def shakespeare(folder: Path) -> Arrays:
     number = {character: place for place, character in enumerate(characters, start=1)}
     kept = [(name, text) for name, text in zip(names, texts, strict=True) if len(text) >= FEWEST_CHARACTERS]
     expect("shakespeare: roles with at least 1,000 characters", len(kept), 128)
-    rows_x, rows_y, client = [], [], []
+    rows_x: list[NDArray[np.int64]] = []
+    rows_y: list[NDArray[np.int64]] = []
+    client: list[str] = []
     for name, text in kept:
         tokens = np.array([number[character] for character in text])
         windows = -(-(len(tokens) - 1) // WINDOW)
@@ -232,7 +236,8 @@ def write(path: Path, arrays: Arrays) -> None:
     """Write one file, whole or not at all, and say what is in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished.npz")
-    np.savez(unfinished, **arrays)
+    save: Any = np.savez  # whose further arguments have other types
+    save(unfinished, **arrays)
     unfinished.replace(path)
     shown = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items())
     print(f"{path}: {shown}", flush=True)

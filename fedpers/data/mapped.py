@@ -41,8 +41,9 @@ def mapped(path: Path) -> Tensor:
     if not path.is_file():
         raise DataError(f"{path} is missing or not a file.")
     try:
-        array = np.lib.format.open_memmap(path, mode="c")
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+        with np.errstate(over="ignore"):  # of a size that is refused
+            array = np.lib.format.open_memmap(path, mode="c")
+    except Exception as error:  # whatever damaged bytes lead to
         raise DataError(f"{path} is damaged or not an .npy file of numbers ({reason(error)}).") from error
     if array.dtype not in (np.dtype(np.float32), np.dtype(np.int64)) or array.ndim == 0:
         allowed = "expected float32 or int64 [N, ...], which need no copy; dataset=npz converts, in memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -140,6 +141,20 @@ def test_other_arrays_are_a_sentence(tmp_path: Path, arrays: dict[str, Any], mes
     with pytest.raises(DataError, match=message) as error:
         load_dataset(DatasetConfig("npy", root=str(write(tmp_path / "made", **arrays))))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["x", "y", "client"])
+def test_whatever_a_header_says_is_a_sentence(tmp_path: Path, name: str) -> None:
+    root = write(tmp_path / "made", client=CLIENT)
+    path, draws = root / f"{name}.npy", np.random.default_rng(0)
+    whole = path.read_bytes()
+    for printable in [True, False] * 200:
+        broken = bytearray(whole)
+        for place in draws.integers(0, 128, 3):
+            broken[place] = draws.integers(32, 127) if printable else draws.integers(256)
+        path.write_bytes(bytes(broken))
+        with contextlib.suppress(DataError):
+            load_dataset(DatasetConfig("npy", root=str(root)))
 
 
 @pytest.mark.parametrize("name", ["x", "y", "client"])

@@ -51,6 +51,9 @@ def _read(path: Path) -> NDArray[Any]:
         raise DataError(f"{path} is missing or not a file.")
     try:
         with path.open("rb") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError, MemoryError) as error:
+            array: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        if array.dtype.kind == "U":
+            array.tolist()  # of bytes that are no text this fails
+        return array
+    except Exception as error:  # whatever damaged bytes lead to
         raise DataError(f"{path} is damaged or not an .npy file of numbers ({reason(error)}).") from error

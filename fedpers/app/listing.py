@@ -14,6 +14,7 @@ from rich.table import Table
 from fedpers import tasks
 from fedpers.settings.base import choices
 from fedpers.settings.groups import GROUPS, method_file, method_names
+from fedpers.settings.sources import SOURCES
 from fedpers.tasks import Task
 
 KINDS = {
@@ -27,13 +28,15 @@ KINDS = {
 
 
 def command(arguments: list[str]) -> int:
-    """Print the names of one kind, each with a line on what it is."""
+    """Print the names of one kind, each with a line on what it is; of data sets also where they come from."""
     parser = argparse.ArgumentParser(prog="fedpers list", description="What there is to choose from.")
     parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     kind = parser.parse_args(arguments).kind
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
     for name, line in _lines(kind).items():
         table.add_row(name, line)
+        if kind == "datasets":
+            table.add_row("", _origin(name), style="dim")
     console = Console()
     console.print(table)
     group = KINDS[kind]
@@ -42,6 +45,11 @@ def command(arguments: list[str]) -> int:
     if group:
         console.print(f"Options of one: fedpers --help {group}=NAME", highlight=False)
     return 0
+
+
+def _origin(name: str) -> str:
+    """Source, licence and files of a data set."""
+    return str(SOURCES[name]) if name in SOURCES else "files of your own, with the licence they have"
 
 
 def _lines(kind: str) -> dict[str, str]:

@@ -13,11 +13,14 @@ from fedpers.data.federated import FederatedData
 from fedpers.data.sets.ag_news import ag_news
 from fedpers.data.sets.arrays import dataset_of, npz
 from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.domains import domains
+from fedpers.data.sets.har import har
 from fedpers.data.sets.hugging_face import hugging_face
 from fedpers.data.sets.images import images
 from fedpers.data.sets.leaf import leaf
+from fedpers.data.sets.npy import npy
 from fedpers.data.sets.pfllib import pfllib
-from fedpers.data.sets.pictures import cifar, digits, idx_files
+from fedpers.data.sets.pictures import cifar, digits, emnist, idx_files, svhn, usps
 from fedpers.data.sets.tables import table
 from fedpers.data.sets.text import text
 from fedpers.errors import ConfigError, DataError, check, reason
@@ -88,9 +91,16 @@ DATASETS: dict[str, Callable[[DatasetConfig], Dataset]] = {
     "digits": digits,
     "mnist": partial(idx_files, kind="MNIST"),
     "fashion_mnist": partial(idx_files, kind="FashionMNIST"),
+    "kmnist": partial(idx_files, kind="KMNIST"),
+    "emnist": emnist,
+    "usps": usps,
+    "svhn": svhn,
     "cifar10": partial(cifar, kind="CIFAR10", num_classes=10),
     "cifar100": partial(cifar, kind="CIFAR100", num_classes=100),
+    "har": har,
     "npz": npz,
+    "npy": npy,
+    "domains": domains,
     "pfllib": pfllib,
     "leaf": leaf,
     "text": text,

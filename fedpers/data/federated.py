@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.data.fields import InputField
+from fedpers.data.mapped import blocks
 from fedpers.errors import DataError, reason
 from fedpers.tasks import CLASSIFICATION, Task
 
@@ -26,7 +27,8 @@ EVALUATED_PARTS: tuple[Part, ...] = ("validation", "test")
 class FederatedData:
     """Samples of all clients and who owns them.
 
-    A batch is a gather from `x` and `y`; no client has a loader or a copy of its own.
+    A batch is a gather from `x` and `y`; no client has a loader or a copy of its own. `x` may be mapped from a file
+    (:func:`~fedpers.data.mapped.mapped`): then only the samples that are used are read.
 
     Parameters
     ----------
@@ -322,10 +324,10 @@ class FederatedData:
         used = torch.unique(used if self.drifted is None else torch.cat([used, self.drifted[used]]))
         new_positions = torch.zeros(len(self.x), dtype=torch.int64)
         new_positions[used] = torch.arange(len(used))
-        rows = used.to(self.device)
+        rows, all_used = used.to(self.device), len(used) == len(self.x)
         return {
-            "x": self.x[rows],
-            "y": self.y[rows],
+            "x": self.x if all_used else self.x[rows],
+            "y": self.y if all_used else self.y[rows],
             "drifted": None if self.drifted is None else new_positions[self.drifted[used]],
             **{part: [new_positions[positions] for positions in index_lists] for part, index_lists in lists.items()},
         }
@@ -336,7 +338,8 @@ class FederatedData:
         digest = hashlib.blake2b(digest_size=8)
         for array in (self.x, self.y):
             digest.update(str((tuple(array.shape), array.dtype)).encode())
-            digest.update(np.ascontiguousarray(array.cpu().numpy()).data)
+            for block in blocks(array):
+                digest.update(np.ascontiguousarray(block).data)
         for part in PARTS:
             for indices in self.part(part):
                 digest.update(f"{part}{len(indices)}".encode())

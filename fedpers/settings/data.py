@@ -9,11 +9,12 @@ from pydantic import Field
 
 from fedpers.errors import check
 from fedpers.settings.base import CUSTOM, Choices, OnlyFor, OpenChoices, Settings
+from fedpers.settings.sources import SOURCES
 
 DEFAULT_CLIENTS = 20
 LEAVE_ONE_OUT = 3
 """Interactions a user needs: one each to train, validate and test on."""
-PICTURES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+PICTURES = ("mnist", "fashion_mnist", "kmnist", "emnist", "usps", "svhn", "cifar10", "cifar100")
 """Data sets that torchvision knows."""
 RATINGS = ("amazon_video", "lastfm2k", "movielens100k", "movielens1m", "ratings", "synthetic_ratings")
 """Data sets of users and items."""
@@ -21,8 +22,8 @@ CLIENTS_OF_DATA = ("natural", "grouped_natural", "domains", "index", "user")
 """Partitions for which the number of clients comes with the data."""
 _FILES = tuple(name for name in RATINGS if name != "synthetic_ratings")
 _TABLES = ("csv", "parquet", "hf")
-_SCALED = ("images", "hf")
-OWN_FILES = ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")
+_SCALED = ("images", "domains", "hf")
+OWN_FILES = ("npz", "npy", "domains", "csv", "parquet", "images", "pfllib", "leaf", "text")
 """Data of one's own in files."""
 _SEQUENCE_LENGTH = {"text": 80, "leaf": 25, "ag_news": 64}
 _DRAWN = ("iid", "dirichlet", "inner_dirichlet", "pathological", "shards", "power_law", "quantity", "continuous")
@@ -41,9 +42,19 @@ class DatasetConfig(Settings, group="dataset"):
             digits="1,797 pictures of 8x8 pixels, 10 classes; comes with scikit-learn, nothing to download",
             mnist="70,000 pictures of 28x28 pixels, 10 classes; root holds MNIST/raw or its four idx files",
             fashion_mnist="70,000 pictures of 28x28 pixels, 10 classes; root holds FashionMNIST/raw or its idx files",
+            kmnist="70,000 pictures of 28x28 pixels, 10 classes of Japanese letters; root holds KMNIST/raw or its idx "
+            "files",
+            emnist="handwritten letters and digits of 28x28 pixels, 10 to 62 classes (dataset.variant); root holds "
+            "EMNIST/raw or its idx files",
+            usps="9,298 pictures of 16x16 pixels, 10 classes; root holds usps.bz2 and usps.t.bz2",
+            svhn="99,289 colour pictures of 32x32 pixels, house numbers, 10 classes; root holds train_32x32.mat and "
+            "test_32x32.mat",
             cifar10="60,000 colour pictures of 32x32 pixels, 10 classes; root holds cifar-10-batches-py",
             cifar100="60,000 colour pictures of 32x32 pixels, 100 classes; root holds cifar-100-python",
+            har="10,299 windows of 9 signals of smartphones, 6 activities, by 30 people; root holds UCI HAR Dataset",
             npz="arrays of your own in the .npz file root",
+            npy="arrays larger than memory: root is a folder of x.npy, y.npy and perhaps client.npy and domain.npy",
+            domains="pictures in several styles: each .npz file of the folder root, with uint8 x and y, is a domain",
             csv="a table of your own: root is a .csv file whose columns are features, label and perhaps client",
             parquet="a table of your own: root is a .parquet file whose columns are features, label and perhaps client",
             images="pictures of your own: root holds a folder for each class, perhaps within folders of domains",
@@ -69,18 +80,26 @@ class DatasetConfig(Settings, group="dataset"):
     root: Annotated[
         str | None,
         Field(description="folder of the files, or the file; null: $FEDPERS_CACHE/data or ~/.cache/fedpers/data"),
-        OnlyFor(*OWN_FILES, *PICTURES, *_FILES, "ag_news"),
+        OnlyFor(*OWN_FILES, *PICTURES, *_FILES, "har", "ag_news"),
     ] = None
     path: Annotated[
         str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
         OnlyFor("hf"),
     ] = None  # fmt: skip
+    variant: Annotated[
+        Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"],
+        Field(
+            description="byclass: 62 classes; bymerge: 47, letters that look alike in both cases being one; balanced: "
+            "equally many of each of these 47; letters: 26; digits: 10; mnist: 10, as many as MNIST has"
+        ),
+        OnlyFor("emnist"),
+    ] = "balanced"
     size: Annotated[int, Field(ge=1, description="pixels a side to which pictures are scaled"), OnlyFor(*_SCALED)] = 32
     label: Annotated[str, Field(description="column of classes, or of numbers to predict"), OnlyFor(*_TABLES)] = "label"
     features: Annotated[
         tuple[str, ...] | None,
         Field(min_length=1, title="one or more names of columns, or null",
-              description="columns of inputs, which get mean 0 and deviation 1; null: all but label and client"),
+              description="columns of inputs, which get mean 0 and deviation 1; null: all others"),
         OnlyFor(*_TABLES),
     ] = None  # fmt: skip
     download: Annotated[bool, Field(description="fetch what is not there"), OnlyFor(*PICTURES)] = True
@@ -90,7 +109,7 @@ class DatasetConfig(Settings, group="dataset"):
             description="array of inputs: uint8 pictures [N, H, W] or [N, H, W, C]; floats taken as they are; or "
             "tokens, whole numbers [N, T]"
         ),
-        OnlyFor("npz"),
+        OnlyFor("npz", "domains"),
     ] = "x"
     y: Annotated[
         str,
@@ -98,7 +117,7 @@ class DatasetConfig(Settings, group="dataset"):
             description="array of class ids [N]; of floats [N] or [N, D], the targets of a regression; or of the next "
             "tokens [N, T]"
         ),
-        OnlyFor("npz"),
+        OnlyFor("npz", "domains"),
     ] = "y"
     client: Annotated[
         str | None,
@@ -106,8 +125,15 @@ class DatasetConfig(Settings, group="dataset"):
         OnlyFor("npz", *_TABLES),
     ] = None
     tokens: Annotated[
-        bool, Field(description="whether inputs are tokens; y then holds classes or the next tokens"), OnlyFor("npz")
+        bool,
+        Field(description="whether inputs are tokens; y then holds classes or the next tokens"),
+        OnlyFor("npz", "npy"),
     ] = False
+    domain: Annotated[
+        str | None,
+        Field(description="array or column that names the domain of each sample, numbers or text"),
+        OnlyFor("npz", *_TABLES),
+    ] = None
     n_train: Annotated[
         str | None,
         Field(description="array with one number: so many samples, the first, are the official training part"),
@@ -173,6 +199,8 @@ class DatasetConfig(Settings, group="dataset"):
             "npz": "an .npz file", "ratings": "a .csv or .npz file", "csv": "a .csv file", "parquet": "a .parquet file",
             "images": "a folder of pictures", "pfllib": "a folder of PFLlib", "leaf": "a file or folder of LEAF",
             "text": "a folder of .txt files or a .json file",
+            "npy": "a folder of .npy files", "domains": "a folder of .npz files",
+            "har": f"the folder UCI HAR Dataset, from {SOURCES['har'].url} ({SOURCES['har'].licence})",
         }  # fmt: skip
         allowed = "no value, except for a function of your own, dataset=module:function"
         check(not self.arguments or ":" in self.name, "dataset.arguments", self.arguments, allowed)

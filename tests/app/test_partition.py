@@ -9,7 +9,9 @@ import pytest
 
 from fedpers.app import _main
 from fedpers.data import PartitionConfig
+from fedpers.settings.data import OWN_FILES
 from fedpers.settings.groups import GROUPS, choices, method_names
+from fedpers.settings.sources import SOURCES
 from tests.app.test_cli import error_of
 
 
@@ -67,6 +69,19 @@ def test_what_there_is_to_choose_from(kind: str, capsys: pytest.CaptureFixture[s
     names = method_names() if kind == "strategies" else list(choices(GROUPS[group])) if group in GROUPS else []
     for name in [*names, *(["classification", "ranking", "regression"] if kind == "tasks" else [])]:
         assert any(line.split() and line.split()[0] == name for line in shown.splitlines()), name
+
+
+def test_every_data_set_says_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    names = set(choices(GROUPS["dataset"]))
+    assert names - set(SOURCES) == {*OWN_FILES, "ratings"}
+    assert set(SOURCES) <= names
+    assert _main(["list", "datasets"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for source in SOURCES.values():
+        assert f"{source.publication}, {source.url}; licence: {source.licence}; files: {source.files}" in shown
 
 
 def test_a_mistyped_shift_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Loading whole data sets, and what a user reads when files are not what they should be."""
 
+import bz2
 import gzip
 import pickle
 import re
@@ -50,7 +51,7 @@ def test_digits_are_normalized_pictures() -> None:
 
 def test_unknown_name_lists_options_and_nearest() -> None:
     with pytest.raises(
-        ConfigError, match=r"dataset=cifr10: expected one of amazon_video, cifar10, .*did you mean 'cifar10'"
+        ConfigError, match=r"dataset=cifr10: expected one of ag_news, amazon_video, cifar10, .*did you mean 'cifar10'"
     ):
         DatasetConfig(name="cifr10")
     with pytest.raises(ConfigError, match=r"dataset\.root=None: expected the path of an \.npz file"):
@@ -135,6 +136,20 @@ def test_npz_with_floats_is_a_regression(tmp_path: Path, y: Any, shape: tuple[in
     assert data.y.tolist() == y.tolist()
 
 
+@pytest.mark.parametrize(
+    ("given", "numbers", "names"),
+    [([7, 7, 3], [1, 1, 0], ("3", "7")), ([0, 1, 1], [0, 1, 1], ()), (["b", "a", "a"], [1, 0, 0], ("a", "b"))],
+)
+def test_npz_domains(tmp_path: Path, given: Any, numbers: list[int], names: tuple[str, ...]) -> None:
+    root = npz(tmp_path, x=X, y=Y, style=np.array(given))
+    data = load_dataset(DatasetConfig(name="npz", root=root, domain="style"))
+    assert data.domain is not None
+    assert data.domain.dtype == torch.int64
+    assert data.domain.tolist() == numbers
+    assert data.domain_names == names
+    assert data.owner is None
+
+
 @pytest.mark.parametrize("ids", [np.array([7, 7, 3]), np.array(["b", "b", "a"])])
 def test_npz_owners(tmp_path: Path, ids: Any) -> None:
     root = npz(tmp_path, x=np.zeros((3, 2)), y=np.zeros(3, int), who=ids)
@@ -171,6 +186,8 @@ X, Y = np.zeros((3, 2)), np.array([0, 1, 1])
         ({"x": X, "y": np.array([0, None, 1])}, r"y holds Python objects, which are not read"),
         ({"x": X, "y": Y, "client": Y[:2]}, r"2 client ids for 3 samples\."),
         ({"x": X, "y": Y, "client": X[:, 0]}, r"client must be whole numbers or text \[N\], not float64 \[3\]\."),
+        ({"x": X, "y": Y, "domain": Y[:2]}, r"made: there are 2 domains for 3 samples\."),
+        ({"x": X, "y": Y, "domain": X}, r"domain must be whole numbers or text \[N\], not float64 \[3, 2\]\."),
         ({"x": X, "y": Y, "n": np.array(4)}, r"n must be one whole number from 1 to 3\."),
         ({"x": X, "y": Y, "n": np.array([1, 2])}, r"n must be one whole number from 1 to 3\."),
     ],
@@ -180,6 +197,7 @@ def test_npz_refuses(tmp_path: Path, arrays: dict[str, Any], message: str) -> No
         name="npz",
         root=npz(tmp_path, **arrays),
         client="client" if "client" in arrays else None,
+        domain="domain" if "domain" in arrays else None,
         n_train="n" if "n" in arrays else None,
     )
     with pytest.raises(DataError, match=message) as error:
@@ -252,7 +270,9 @@ def write_idx(folder: Path, packed: bool = False) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_idx_files(tmp_path: Path, name: str, kind: str, flat: bool, packed: bool) -> None:
@@ -313,6 +333,148 @@ def test_idx_that_disagree(tmp_path: Path) -> None:
     (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([10, 0])))
     with pytest.raises(DataError, match="labels run from 0 to 10, expected 0 to 9"):
         load_dataset(DatasetConfig(name="mnist", root=str(tmp_path)))
+
+
+def write_emnist(folder: Path, variant: str, labels: np.ndarray[Any, Any], packed: bool = True) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in (("train", slice(0, 5)), ("test", slice(5, 7))):
+        for what, values in (("images-idx3", PICTURES[rows].swapaxes(1, 2)), ("labels-idx1", labels[rows])):
+            path = folder / f"emnist-{variant}-{part}-{what}-ubyte{'.gz' * packed}"
+            path.write_bytes(gzip.compress(idx(values)) if packed else idx(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variant", "stored", "classes", "names"),
+    [
+        ("byclass", [61, 0, 10, 35, 36, 9, 60], [61, 0, 10, 35, 36, 9, 60], ("0", "9", "A", "Z", "a", "z")),
+        ("bymerge", [46, 0, 10, 35, 36, 9, 45], [46, 0, 10, 35, 36, 9, 45], ("0", "9", "A", "Z", "a", "t")),
+        ("balanced", [46, 0, 10, 35, 36, 9, 45], [46, 0, 10, 35, 36, 9, 45], ("0", "9", "A", "Z", "a", "t")),
+        ("letters", [1, 26, 2, 3, 4, 5, 6], [0, 25, 1, 2, 3, 4, 5], ("a", "z")),
+        ("digits", [0, 1, 2, 3, 9, 5, 6], [0, 1, 2, 3, 9, 5, 6], ()),
+    ],
+)
+@pytest.mark.parametrize("folder", [".", "EMNIST/raw", "gzip"])
+def test_emnist(
+    tmp_path: Path, variant: Any, stored: list[int], classes: list[int], names: tuple[str, ...], folder: str
+) -> None:
+    write_emnist(tmp_path / folder, variant, np.array(stored), packed=folder != "EMNIST/raw")
+    data = load_dataset(DatasetConfig(name="emnist", root=str(tmp_path), variant=variant, download=False))
+    assert data.y.tolist() == classes
+    assert data.train_size == 5
+    assert data.num_classes == {"byclass": 62, "letters": 26, "digits": 10}.get(variant, 47)
+    assert [*data.class_names][:1] + [*data.class_names][-1:] == [*names][:1] + [*names][-1:]
+    assert set(names) <= set(data.class_names)
+    assert len(data.class_names) in (0, data.num_classes)
+    mean, deviation = PICTURES[:5].mean(), PICTURES[:5].std()
+    np.testing.assert_allclose(data.x[:, 0].numpy(), (PICTURES - mean) / deviation, rtol=1e-5, atol=1e-5)
+
+
+def test_emnist_missing_or_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = np.array([1, 26, 2, 3, 4, 5, 6])
+    write_emnist(tmp_path, "letters", letters)
+    wanted = r"emnist: .*EMNIST/raw/emnist-balanced-train-images-idx3-ubyte is missing; set dataset\.root"
+    with pytest.raises(DataError, match=wanted) as error:
+        load_dataset(DatasetConfig(name="emnist", root=str(tmp_path), download=False))
+    sentence(error)
+
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    with pytest.raises(DataError, match=r"is missing, and the download failed \(Network is unreachable\)") as error:
+        load_dataset(DatasetConfig(name="emnist", root=str(tmp_path)))
+    sentence(error)
+    write_emnist(tmp_path, "letters", letters - 1)
+    with pytest.raises(DataError, match="labels run from -1 to 24, expected 0 to 25"):
+        load_dataset(DatasetConfig(name="emnist", root=str(tmp_path), variant="letters"))
+    file = tmp_path / "emnist-letters-test-labels-idx1-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match=rf"emnist: {file} is damaged") as error:
+        load_dataset(DatasetConfig(name="emnist", root=str(tmp_path), variant="letters"))
+    sentence(error)
+    with pytest.raises(ConfigError, match=r"dataset\.variant=byletter: expected one of balanced, "):
+        DatasetConfig(name="emnist", variant="byletter")  # type: ignore[arg-type]
+
+
+# --- torchvision: SVHN and USPS ---
+
+
+def write_svhn(path: Path, pictures: np.ndarray[Any, Any], labels: list[int]) -> None:
+    """Pictures uint8 ``[N, 32, 32, 3]`` as MATLAB's X ``[32, 32, 3, N]``."""
+    from scipy.io import savemat
+
+    savemat(path, {"X": pictures.transpose(1, 2, 3, 0), "y": np.array(labels, np.uint8)[:, None]})
+
+
+def write_usps(path: Path, pictures: np.ndarray[Any, Any], labels: list[int]) -> None:
+    """Pictures uint8 ``[N, 16, 16]`` as LIBSVM's lines, values from -1 to 1."""
+    rows = [
+        " ".join([str(label), *(f"{place}:{value:.6f}" for place, value in enumerate(values, start=1))])
+        for label, values in zip(labels, (pictures.reshape(len(pictures), -1) + 0.5) / 255 * 2 - 1, strict=True)
+    ]
+    path.write_bytes(bz2.compress("\n".join(rows).encode()))
+
+
+def write_parts(root: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> np.ndarray[Any, Any]:
+    """Made-up files of five and two pictures in the official format, with torchvision told their md5."""
+    import_torchvision()
+    from torchvision import datasets
+    from torchvision.datasets.utils import calculate_md5
+
+    cls: Any = getattr(datasets, kind)
+    shape = (7, 32, 32, 3) if kind == "SVHN" else (7, 16, 16)
+    pictures = np.random.default_rng(2).integers(0, 255, shape, dtype=np.uint8)
+    write = write_svhn if kind == "SVHN" else write_usps
+    parts = {}
+    for part, rows, labels in (("train", slice(0, 5), [1, 10, 3, 4, 5]), ("test", slice(5, 7), [9, 2])):
+        url, name, _ = cls.split_list[part]
+        write(root / name, pictures[rows], labels)
+        parts[part] = [url, name, calculate_md5(root / name)]
+    monkeypatch.setattr(cls, "split_list", parts)
+    return pictures
+
+
+@pytest.mark.parametrize(("name", "classes"), [("svhn", [1, 0, 3, 4, 5, 9, 2]), ("usps", [0, 9, 2, 3, 4, 8, 1])])
+def test_svhn_and_usps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, classes: list[int]) -> None:
+    pictures = write_parts(tmp_path, monkeypatch, name.upper())
+    before = sorted(tmp_path.iterdir())
+    data = load_dataset(DatasetConfig(name=name, root=str(tmp_path), download=False))
+    wanted = pictures.transpose(0, 3, 1, 2) if pictures.ndim == 4 else pictures[:, None]
+    assert data.x.shape == wanted.shape
+    assert data.y.tolist() == classes
+    assert (data.train_size, data.num_classes, data.name) == (5, 10, name)
+    mean, deviation = wanted[:5].mean((0, 2, 3), keepdims=True), wanted[:5].std((0, 2, 3), keepdims=True)
+    np.testing.assert_allclose(data.x.numpy(), (wanted - mean) / deviation, rtol=1e-4, atol=1e-4)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("name", "file"), [("svhn", "test_32x32.mat"), ("usps", "usps.t.bz2")])
+def test_svhn_and_usps_missing_or_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str
+) -> None:
+    write_parts(tmp_path, monkeypatch, name.upper())
+    whole = (tmp_path / file).read_bytes()
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    config = DatasetConfig(name=name, root=str(tmp_path), download=False)
+    with pytest.raises(DataError, match=rf"{name}: .*{file} is damaged \(wrong md5\); set dataset\.root") as error:
+        load_dataset(config)
+    sentence(error)
+
+    def no_network(*args: Any, **kwargs: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    (tmp_path / file).unlink()
+    wanted = rf"{file} is missing, and the download failed \(Network is unreachable\); set dataset\.root to a"
+    with pytest.raises(DataError, match=wanted) as error:
+        load_dataset(DatasetConfig(name=name, root=str(tmp_path)))
+    sentence(error)
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda *_: True)
+    (tmp_path / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"{name}: the files in {tmp_path} cannot be read") as error:
+        load_dataset(config)
+    sentence(error)
 
 
 # --- torchvision: CIFAR ---

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,12 @@ def test_columns_of_a_table_are_features_label_and_client(tmp_path: Path, kind: 
     assert data.x.shape == (12, 2)
     torch.testing.assert_close(data.x.mean(0), torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(data.x.std(0, correction=0), torch.ones(2))
+    domains = load_dataset(DatasetConfig(name, root=str(path), domain="site"))
+    assert domains.domain_names == ("Kiel", "Ulm")
+    assert domains.domain is not None
+    assert domains.domain.tolist() == [1, 0] * 6
+    assert domains.owner is None
+    assert torch.equal(domains.x, data.x)
     one = load_dataset(DatasetConfig(name, root=str(path), label="age", features=("income",)))
     assert one.task.name == "regression"
     assert one.x.shape == (12, 1)
@@ -202,6 +209,8 @@ def test_what_a_table_lacks_is_a_sentence(tmp_path: Path) -> None:
     root = str(path)
     with pytest.raises(ConfigError, match=r"dataset\.label=lable: expected a column of .*did you mean 'label'"):
         load_dataset(DatasetConfig("csv", root=root, label="lable"))
+    with pytest.raises(ConfigError, match=r"dataset\.domain=sites: expected a column of .*did you mean 'site'"):
+        load_dataset(DatasetConfig("csv", root=root, domain="sites"))
     with pytest.raises(ConfigError, match=r"dataset\.features=wage: expected a column"):
         load_dataset(DatasetConfig("csv", root=root, features=("wage",)))
     with pytest.raises(DataError, match=r"column 'site' is (object|str), but features are numbers"):
@@ -236,11 +245,18 @@ def test_folders_of_classes_and_domains(tmp_path: Path, caplog: pytest.LogCaptur
     data = load_dataset(DatasetConfig("images", root=str(tmp_path), size=8))
     assert data.x.shape == (12, 3, 8, 8)
     assert data.class_names == ("dog", "horse")
-    assert data.owner_names == ("photo", "sketch")
+    assert data.owner_names == data.domain_names == ("photo", "sketch")
+    assert data.owner is not None
+    assert data.domain is not None
+    assert torch.equal(data.owner, data.domain)
     assert "1 files are no pictures of a class and are left out: photo/dog/notes.txt" in caplog.text
     alone = load_dataset(DatasetConfig("images", root=str(tmp_path / "photo"), size=8))
     assert alone.owner is None
+    assert alone.domain is None
     assert len(alone) == 6
+    shutil.rmtree(tmp_path / "sketch" / "horse")  # a domain may lack a class
+    fewer = load_dataset(DatasetConfig("images", root=str(tmp_path), size=8))
+    assert (len(fewer), fewer.class_names, fewer.domain_names) == (9, ("dog", "horse"), ("photo", "sketch"))
 
 
 def test_grey_pictures_have_one_channel_and_damaged_ones_are_named(tmp_path: Path) -> None:
@@ -271,8 +287,8 @@ def test_a_saved_set_of_hugging_face(tmp_path: Path) -> None:
     assert data.train_size == 6
     numbers = datasets.Dataset.from_dict({"a": [0.0, 1.0, 2.0], "label": [0, 1, 0], "site": ["x", "y", "x"]})
     numbers.save_to_disk(str(tmp_path / "numbers"))
-    data = load_dataset(DatasetConfig("hf", path=str(tmp_path / "numbers"), client="site"))
-    assert data.owner_names == ("x", "y")
+    data = load_dataset(DatasetConfig("hf", path=str(tmp_path / "numbers"), client="site", domain="site"))
+    assert data.owner_names == data.domain_names == ("x", "y")
     assert data.train_size is None
     with pytest.raises(ConfigError, match=r"dataset\.client=sites: expected a column"):
         load_dataset(DatasetConfig("hf", path=str(tmp_path / "set"), client="sites"))

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from fedpers.data import DatasetConfig, PartitionConfig, load_dataset
-from fedpers.data.sets.rating_files import FILES, SOURCES, Ratings, read_ratings
+from fedpers.data.sets.rating_files import FILES, Ratings, read_ratings
 from fedpers.errors import ConfigError, DataError
 from fedpers.settings.data import RATINGS
 
@@ -248,7 +248,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_names() -> None:
-    assert set(FILES) == set(SOURCES) == set(RATINGS) - {"ratings", "synthetic_ratings"}
+    assert set(FILES) == set(RATINGS) - {"ratings", "synthetic_ratings"}
 
 
 def test_published_minimum() -> None:

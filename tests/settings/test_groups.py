@@ -15,12 +15,13 @@ from fedpers.errors import ConfigError
 from fedpers.models import MODELS
 from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConfig, WandbConfig
 from fedpers.settings.base import choices, options
-from fedpers.settings.data import RATINGS, DatasetConfig, PartitionConfig
+from fedpers.settings.data import OWN_FILES, RATINGS, DatasetConfig, PartitionConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
-NEEDED = {"ratings": ["dataset.root=a.csv"], "index": ["partition.file=a.json"], "hf": ["dataset.path=a"]}
-NEEDED |= {name: ["dataset.root=a"] for name in ("npz", "csv", "parquet", "images", "pfllib", "leaf", "text")}
+NEEDED = {"dataset=ratings": ["dataset.root=a.csv"], "partition=index": ["partition.file=a.json"],
+          "dataset=hf": ["dataset.path=a"]}  # fmt: skip
+NEEDED |= {f"dataset={name}": ["dataset.root=a"] for name in (*OWN_FILES, "har")}
 BROUGHT = {"partition": "user", "split": "leave_one_out", "model": "factorization"}
 PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfig("resnet18", norm="batch"),
            "resnet18_gn": ModelConfig("resnet18")}  # fmt: skip
@@ -29,8 +30,9 @@ CHOSEN = [(group, name) for group in GROUPS for name in group_names(group)]
 
 @pytest.mark.parametrize(("group", "name"), CHOSEN)
 def test_every_choice_composes_to_the_values_of_its_class(group: str, name: str) -> None:
-    config = composed([f"{group}={name}", *NEEDED.get(name, [])])
-    given = dict(argument.removeprefix(f"{group}.").split("=") for argument in NEEDED.get(name, []))
+    needed = NEEDED.get(f"{group}={name}", [])
+    config = composed([f"{group}={name}", *needed])
+    given = dict(argument.removeprefix(f"{group}.").split("=") for argument in needed)
     made: Any = getattr(config, group)
     if group == "model":
         expected = PRESETS.get(name) or ModelConfig(name)
@@ -45,7 +47,7 @@ def test_every_choice_composes_to_the_values_of_its_class(group: str, name: str)
 
 @pytest.mark.parametrize("name", RATINGS)
 def test_ratings_bring_along_what_fits_them(name: str) -> None:
-    config = composed([f"dataset={name}", *NEEDED.get(name, [])])
+    config = composed([f"dataset={name}", *NEEDED.get(f"dataset={name}", [])])
     assert {group: getattr(config, group).name for group in BROUGHT} == BROUGHT
     assert (config.training.epochs, config.training.batch_size) == (10, 2048)
     rates = {"lastfm2k": (0.01, 100), "movielens1m": (0.5, 1000)}.get(name, (0.5, 200))

@@ -30,26 +30,46 @@ MAX_CLASSES = 100_000  # labels beyond are ids or values, not classes
 def npz(config: DatasetConfig) -> Dataset:
     """Any arrays on disk; nothing is unpickled."""
     path = Path(config.root or "").expanduser()
-    array_names = [name for name in (config.x, config.y, config.client, config.n_train) if name is not None]
-    arrays = read_npz(path, array_names)
+    named = (config.x, config.y, config.client, config.domain, config.n_train)
+    arrays = read_npz(path, [name for name in named if name is not None])
     x, y = arrays[config.x], arrays[config.y]
     train_size = None if config.n_train is None else _train_size(path, config.n_train, arrays[config.n_train], len(y))
-    client = None if config.client is None else arrays[config.client]
-    if client is not None and (client.ndim != 1 or client.dtype.kind not in "iuUS"):
-        kind = f"{client.dtype} {list(client.shape)}"
-        raise DataError(f"{path}: {config.client} must be whole numbers or text [N], not {kind}.")
-    return dataset_of(
-        path, path.stem, {config.x: x}, {config.y: y}, client=client, tokens=config.tokens, train_size=train_size
+    client, domain = (
+        None if name is None else checked_ids(path, name, arrays[name]) for name in (config.client, config.domain)
     )
+    return dataset_of(
+        path,
+        path.stem,
+        {config.x: x},
+        {config.y: y},
+        client=client,
+        domain=domain,
+        tokens=config.tokens,
+        train_size=train_size,
+    )
+
+
+def checked_ids(path: Path, name: str, ids: NDArray[Any]) -> NDArray[Any]:
+    """Clients or domains of samples, if they are whole numbers or text ``[N]``.
+
+    Raises
+    ------
+    DataError
+        If they are anything else; it names `path` and `name`.
+    """
+    if ids.ndim != 1 or ids.dtype.kind not in "iuUS":
+        raise DataError(f"{path}: {name} must be whole numbers or text [N], not {ids.dtype} {list(ids.shape)}.")
+    return ids
 
 
 def dataset_of(
     path: Path,
     name: str,
-    named_x: Mapping[str, NDArray[Any]],
+    named_x: Mapping[str, NDArray[Any] | Tensor],
     named_y: Mapping[str, NDArray[Any]],
     *,
     client: NDArray[Any] | None = None,
+    domain: NDArray[Any] | None = None,
     tokens: bool = False,
     num_tokens: int = 0,
     train_size: int | None = None,
@@ -64,12 +84,15 @@ def dataset_of(
         Of the data set.
     named_x : mapping with one entry
         The inputs under the name an error calls them: uint8 pictures ``[N, H, W]`` or ``[N, H, W, C]``, which are
-        normalized; floats ``[N, ...]``, which are taken as they are; or tokens, whole numbers >= 0 ``[N, T]``.
+        normalized; floats ``[N, ...]``, which are taken as they are; tokens, whole numbers >= 0 ``[N, T]``; or a tensor
+        ``[N, ...]`` of inputs that are ready.
     named_y : mapping with one entry
         Classes, whole numbers or text ``[N]``; or targets, floats ``[N]`` or ``[N, D]``; or with tokens the next one at
         each position, whole numbers ``[N, T]``, -1 where nothing is to be predicted.
     client : array ``[N]``, optional
         Natural client of each sample, whole numbers or text.
+    domain : array ``[N]``, optional
+        Domain of each sample, whole numbers or text.
     tokens : bool
         Whether the inputs are tokens.
     num_tokens : int
@@ -80,13 +103,15 @@ def dataset_of(
     Raises
     ------
     DataError
+        If arrays differ in length, are empty, or hold something else than these.
     """
     ((x_name, x),) = named_x.items()
     ((y_name, y),) = named_y.items()
     is_classification = y.ndim == 1 and y.dtype.kind in "iubUS"
-    if tokens and (x.ndim != 2 or x.dtype.kind not in "iu"):
+    whole = not x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind in "iu"
+    if tokens and (x.ndim != 2 or not whole):
         raise DataError(f"{path}: {x_name} is {x.dtype} {list(x.shape)}, expected tokens, whole numbers [N, T].")
-    next_tokens = tokens and y.dtype.kind in "iu" and y.shape == x.shape
+    next_tokens = tokens and y.dtype.kind in "iu" and y.shape == tuple(x.shape)
     if not (is_classification or next_tokens) and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
         raise DataError(
             f"{path}: {y_name} must be whole numbers or text [N], classes, or floats [N] or [N, D], targets of a "
@@ -109,7 +134,9 @@ def dataset_of(
         labels, classes = _class_ids(path, y_name, y)
     else:
         labels = _targets(path, y_name, y)
-    if tokens:
+    if isinstance(x, Tensor):
+        inputs = x
+    elif tokens:
         inputs = torch.from_numpy(x.astype(np.int64))
     elif x.dtype == np.uint8:
         if x.ndim == 3:
@@ -121,13 +148,12 @@ def dataset_of(
             )
         inputs = normalized(x, train_size or len(x))
     elif x.dtype.kind == "f":
-        inputs = _finite(path, x_name, x)
+        inputs = finite_floats(path, x_name, x)
     else:
-        hint = (
-            "; whole numbers that are tokens need dataset.tokens=true" if x.dtype.kind in "iu" and x.ndim == 2 else ""
-        )
+        hint = "; whole numbers that are tokens need dataset.tokens=true" if whole and x.ndim == 2 else ""
         raise DataError(f"{path}: {x_name} is {x.dtype}, expected uint8 pictures or floats{hint}.")
-    numbers, owner_names = (None, ()) if client is None else number_labels(client)
+    owner, owner_names = _numbered(client)
+    domains, domain_names = _numbered(domain)
     num_classes = num_tokens if next_tokens else int(labels.max()) + 1 if is_classification else labels[0].numel()
     return Dataset(
         inputs,
@@ -135,12 +161,22 @@ def dataset_of(
         num_classes,
         name,
         train_size=train_size,
-        owner=None if numbers is None else torch.from_numpy(numbers),
+        owner=owner,
         owner_names=owner_names,
         class_names=classes,
+        domain=domains,
+        domain_names=domain_names,
         num_tokens=num_tokens if tokens else 0,
         task=NextToken() if next_tokens else CLASSIFICATION if is_classification else Regression(),
     )
+
+
+def _numbered(ids: NDArray[Any] | None) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Ids as int64 ``[N]`` from 0 and what they are called, as :func:`number_labels` does; None as it is."""
+    if ids is None:
+        return None, ()
+    numbers, names = number_labels(ids)
+    return torch.from_numpy(numbers), names
 
 
 def _class_ids(path: Path, name: str, y: NDArray[Any]) -> tuple[Tensor, tuple[str, ...]]:
@@ -177,7 +213,7 @@ def _short(names: tuple[str, ...]) -> str:
 
 def _targets(path: Path, name: str, y: NDArray[Any]) -> Tensor:
     """Float32 ``[N]`` or ``[N, D]``; floats ``[N]`` without a fraction may be meant as class ids."""
-    targets = _finite(path, name, y)
+    targets = finite_floats(path, name, y)
     if y.ndim == 1 and (y == np.floor(y)).all():
         raise DataError(
             f"{path}: {name} holds whole numbers as {y.dtype}; store class ids as whole numbers, or the targets of a "
@@ -186,7 +222,7 @@ def _targets(path: Path, name: str, y: NDArray[Any]) -> Tensor:
     return targets
 
 
-def _finite(path: Path, name: str, values: NDArray[Any]) -> Tensor:
+def finite_floats(path: Path, name: str, values: NDArray[Any]) -> Tensor:
     """Float32 copy, refused if it is not finite."""
     with np.errstate(over="ignore"):  # what overflows float32 is refused just below
         copy = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

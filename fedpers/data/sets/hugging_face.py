@@ -42,15 +42,18 @@ def hugging_face(config: DatasetConfig) -> Dataset:
     pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     if not pictures:
         return dataset_of_table(config, where, name, rows.to_pandas(), train_size)
-    for key, column in (("dataset.label", config.label), ("dataset.client", config.client)):
+    named = {"dataset.label": config.label, "dataset.client": config.client, "dataset.domain": config.domain}
+    for key, column in named.items():
         if column is not None and column not in rows.column_names:
             raise ConfigError(key, column, f"a column of {where}: {one_of(rows.column_names, column)}")
     x = np.stack([_scaled(picture, config.size) for picture in rows[pictures[0]]])
     grey = bool((x == x[..., :1]).all())
-    client = None if config.client is None else np.array(rows[config.client][:])
+    client, domain = (
+        None if column is None else np.array(rows[column][:]) for column in (config.client, config.domain)
+    )
     labels = np.array(rows[config.label][:])
     return dataset_of(where, name, {pictures[0]: x[..., :1] if grey else x}, {config.label: labels}, client=client,
-                      train_size=train_size)  # fmt: skip
+                      domain=domain, train_size=train_size)  # fmt: skip
 
 
 def _scaled(picture: Any, size: int) -> Any:

@@ -22,7 +22,7 @@ def images(config: DatasetConfig) -> Dataset:
     """Read ``ROOT/CLASS/*.png`` or ``ROOT/DOMAIN/CLASS/*.png`` (or another common format).
 
     Pictures are scaled to ``dataset.size`` pixels a side and normalized. Where there are domains, each is a natural
-    client. Files that are no pictures are left out and named on the screen.
+    client; a domain may lack a class. Files that are no pictures are left out and named on the screen.
 
     Raises
     ------
@@ -48,7 +48,8 @@ def images(config: DatasetConfig) -> Dataset:
     grey = bool((x == x[..., :1]).all())
     labels = np.array([path.parent.name for path in pictures])
     domains = np.array([path.parent.parent.name for path in pictures]) if depth == 3 else None
-    return dataset_of(root, root.name, {"pictures": x[..., :1] if grey else x}, {"class": labels}, client=domains)
+    return dataset_of(root, root.name, {"pictures": x[..., :1] if grey else x}, {"class": labels}, client=domains,
+                      domain=domains)  # fmt: skip
 
 
 def _hidden(path: Path) -> bool:

@@ -8,7 +8,9 @@ import importlib.util
 import socket
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +43,91 @@ def digits(config: DatasetConfig) -> Dataset:
 
 
 def idx_files(config: DatasetConfig, kind: str) -> Dataset:
-    """MNIST and its like: four idx files, in torchvision's folder below root or in root itself, packed or not."""
+    """MNIST and its like: four idx files, in torchvision's folder below root or in root itself, packed or not.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+    kind : str
+        torchvision's name of the set: ``MNIST``, ``FashionMNIST`` or ``KMNIST``.
+
+    Raises
+    ------
+    DataError
+        If a file is missing and cannot be downloaded, or is damaged.
+    """
     import_torchvision()
     from torchvision import datasets
-    from torchvision.datasets.mnist import read_image_file, read_label_file
 
     cls: Any = getattr(datasets, kind)
-    root = data_root(config)
     names = [Path(resource).stem for resource, _ in cls.resources]  # the four files, unpacked
+    x, y, training = _read_idx_files(config, kind, names, lambda root: cls(root, download=True))
+    return _official(config, x[..., None], y, training, 10)
+
+
+def emnist(config: DatasetConfig) -> Dataset:
+    """EMNIST (Cohen et al. 2017): letters and digits, which ``dataset.variant`` chooses.
+
+    Its files hold each picture mirrored at the diagonal; here they stand upright, as MNIST's do. Letters are classes 0
+    to 25.
+
+    Raises
+    ------
+    DataError
+        If a file is missing and cannot be downloaded, or is damaged.
+    """
+    import_torchvision()
+    from torchvision import datasets
+
+    variant = config.variant
+    names = [
+        f"emnist-{variant}-{part}-{what}"
+        for part in ("train", "test")
+        for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ]
+    x, y, training = _read_idx_files(
+        config, "EMNIST", names, lambda root: datasets.EMNIST(root, variant, download=True)
+    )
+    classes: list[str] = datasets.EMNIST.classes_split_dict[variant]
+    if variant == "letters":  # counted from 1
+        y, classes = y - 1, classes[1:]
+    data = _official(config, x.swapaxes(1, 2)[..., None], y, training, len(classes))
+    return data if variant in ("digits", "mnist") else replace(data, class_names=tuple(classes))
+
+
+def _read_idx_files(
+    config: DatasetConfig, kind: str, names: list[str], download: Callable[[Path], object]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:
+    """Read pictures and labels of the training and the test part.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+    kind : str
+        Folder below root in which torchvision keeps them, as ``kind/raw``.
+    names : list of str
+        Pictures and labels for training, pictures and labels for testing, each with or without ``.gz``.
+    download : callable
+        Has torchvision download the files below a folder.
+
+    Returns
+    -------
+    x : uint8 array ``[N, H, W]``
+    y : int64 array ``[N]``
+    training : int
+        So many, the first, are for training.
+    """
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    root = data_root(config)
     raw_folder = root / kind / "raw"
 
     def missing(folder: Path) -> list[Path]:
         return [folder / n for n in names if not ((folder / n).is_file() or (folder / f"{n}.gz").is_file())]
 
-    folder = next((f for f in (raw_folder, root) if not missing(f)), None)
+    folder = next((f for f in (raw_folder, root, root / "gzip") if not missing(f)), None)
     if folder is None:
-        _download(config, f"{missing(raw_folder)[0]} is missing", lambda: cls(root, download=True))
+        _download(config, f"{missing(raw_folder)[0]} is missing", lambda: download(root))
         folder = raw_folder
     arrays = []
     for name in names:
@@ -72,7 +143,7 @@ def idx_files(config: DatasetConfig, kind: str) -> Dataset:
     for part, images, labels in (("training", train_x, train_y), ("test", test_x, test_y)):
         if len(images) != len(labels):
             raise DataError(f"{config.name}: {folder} has {len(images)} {part} pictures but {len(labels)} labels.")
-    return _official(config, np.concatenate([train_x, test_x])[..., None], [*train_y, *test_y], len(train_y), 10)
+    return np.concatenate([train_x, test_x]), np.concatenate([train_y, test_y]), len(train_y)
 
 
 def _read_idx(path: Path, read: Callable[[str], Tensor]) -> Tensor:
@@ -88,25 +159,84 @@ def cifar(config: DatasetConfig, kind: str, num_classes: int) -> Dataset:
     """CIFAR: torchvision unpacks and reads the batches, after their md5 was found right."""
     import_torchvision()
     from torchvision import datasets
-    from torchvision.datasets.utils import check_integrity
 
     cls: Any = getattr(datasets, kind)
     root = data_root(config)
     if root.name == cls.base_folder:
         root = root.parent
     files = [*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])]
-    for name, md5 in files:
-        path = root / cls.base_folder / name
-        if not check_integrity(path, md5):
-            state = "is damaged (wrong md5)" if path.is_file() else "is missing"
-            _download(config, f"{path} {state}", lambda: cls(root, download=True))
-            break
+    _have(config, root / cls.base_folder, files, lambda: cls(root, download=True))
     try:
         train, test = cls(root, train=True), cls(root, train=False)
     except (OSError, RuntimeError) as e:
         raise DataError(f"{config.name}: the files in {root / cls.base_folder} cannot be read ({reason(e)}).") from e
     pictures = np.concatenate([train.data, test.data])
     return _official(config, pictures, [*train.targets, *test.targets], len(train.targets), num_classes)
+
+
+def svhn(config: DatasetConfig) -> Dataset:
+    """Street View House Numbers (Netzer et al. 2011), cropped to single digits, without the extra training part.
+
+    Raises
+    ------
+    DataError
+        If a .mat file is missing or damaged (its md5 is another) and cannot be downloaded.
+    """
+    import_torchvision()
+    from torchvision import datasets
+
+    root = _have_parts(config, datasets.SVHN)
+    train, test = (_opened(config, root, partial(datasets.SVHN, root, split=part)) for part in ("train", "test"))
+    pictures = np.concatenate([train.data, test.data]).transpose(0, 2, 3, 1)
+    return _official(config, pictures, np.concatenate([train.labels, test.labels]), len(train.labels), 10)
+
+
+def usps(config: DatasetConfig) -> Dataset:
+    """USPS (Hull 1994): digits of post codes, in the form of LIBSVM; torchvision makes them bytes.
+
+    Raises
+    ------
+    DataError
+        If a .bz2 file is missing or damaged (its md5 is another) and cannot be downloaded.
+    """
+    import_torchvision()
+    from torchvision import datasets
+
+    root = _have_parts(config, datasets.USPS)
+    train, test = (_opened(config, root, partial(datasets.USPS, root, train=part)) for part in (True, False))
+    pictures = np.concatenate([train.data, test.data])[..., None]
+    return _official(config, pictures, [*train.targets, *test.targets], len(train.targets), 10)
+
+
+def _have_parts(config: DatasetConfig, cls: Any) -> Path:
+    """Folder in which a set's training and test file lie, each in one piece."""
+    from torchvision.datasets.utils import download_url
+
+    root = data_root(config)
+    for part in ("train", "test"):
+        url, name, md5 = cls.split_list[part]
+        _have(config, root, [(name, md5)], partial(download_url, url, root, name, md5))
+    return root
+
+
+def _have(config: DatasetConfig, folder: Path, files: Iterable[Sequence[str]], download: Callable[[], object]) -> None:
+    """See to it that files are there, each a pair of name and md5; they are downloaded if one is missing or damaged."""
+    from torchvision.datasets.utils import check_integrity
+
+    for name, md5 in files:
+        path = folder / name
+        if not check_integrity(path, md5):
+            state = "is damaged (wrong md5)" if path.is_file() else "is missing"
+            _download(config, f"{path} {state}", download)
+            return
+
+
+def _opened(config: DatasetConfig, root: Path, read: Callable[[], Any]) -> Any:
+    """What torchvision reads of files whose md5 is right."""
+    try:
+        return read()
+    except (OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError) as e:
+        raise DataError(f"{config.name}: the files in {root} cannot be read ({reason(e)}).") from e
 
 
 def _official(config: DatasetConfig, pictures: NDArray[np.uint8], labels: Any, train: int, classes: int) -> Dataset:

@@ -23,6 +23,7 @@ from fedpers.data.sets.base import data_root
 from fedpers.errors import DataError, reason
 from fedpers.randomness import generator
 from fedpers.settings.data import DatasetConfig
+from fedpers.settings.sources import SOURCES
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -34,12 +35,6 @@ FILES: dict[str, tuple[str, ...]] = {
     "lastfm2k": ("user_artists.dat", "hetrec2011-lastfm-2k/user_artists.dat", "lastfm2k.npz"),
 }
 """Where in a folder a set is looked for, in this order."""
-SOURCES = {
-    "movielens100k": "https://grouplens.org/datasets/movielens/100k",
-    "movielens1m": "https://grouplens.org/datasets/movielens/1m",
-    "amazon_video": "https://jmcauley.ucsd.edu/data/amazon",
-    "lastfm2k": "https://grouplens.org/datasets/hetrec-2011",
-}
 COLUMNS = ("user", "item", "rating", "time")
 _SAME = {"userid": "user", "uid": "user", "itemid": "item", "movieid": "item", "mid": "item", "artistid": "item"}
 _SAME |= {"weight": "rating", "timestamp": "time"}
@@ -133,7 +128,7 @@ def _find(config: DatasetConfig) -> Path:
     if not names:
         raise DataError(f"{root} is missing or not a file.")
     raise DataError(
-        f"{config.name}: {root} has none of {', '.join(names)}; fetch them from {SOURCES[config.name]} and set "
+        f"{config.name}: {root} has none of {', '.join(names)}; fetch them from {SOURCES[config.name].url} and set "
         f"dataset.root to the folder or the file."
     )
 

@@ -44,10 +44,10 @@ def table(config: DatasetConfig) -> Dataset:
 
 
 def _read_csv(path: Path, config: DatasetConfig) -> DataFrame:
-    """Labels and clients as they stand there, unless all of a column are plain numbers."""
+    """Labels, clients and domains as they stand there, unless all of a column are plain numbers."""
     import pandas as pd
 
-    text = {config.label: str, **({config.client: str} if config.client else {})}
+    text = {column: str for column in (config.label, config.client, config.domain) if column}
     content = file_text(path)
     if not content.strip():
         raise DataError(f"{path} is empty.")
@@ -72,7 +72,7 @@ def dataset_of_table(
     Parameters
     ----------
     config : DatasetConfig
-        Of it `label`, `client` and `features`; without `features` all other columns are.
+        Of it `label`, `client`, `domain` and `features`; without `features` all other columns are.
     path : Path
         For errors.
     name : str
@@ -86,16 +86,18 @@ def dataset_of_table(
     """
     columns = [str(column) for column in rows.columns]
     rows = rows.set_axis(columns, axis=1)
-    used = {"dataset.label": [config.label], "dataset.client": [config.client] if config.client else []}
-    used["dataset.features"] = list(config.features or ())
+    used = {"dataset.label": [config.label], "dataset.features": list(config.features or ())}
+    for key, column in (("dataset.client", config.client), ("dataset.domain", config.domain)):
+        used[key] = [column] if column else []
     for key, named in used.items():
         for column in named:
             if column not in columns:
                 raise ConfigError(key, column, f"a column of {path}: {one_of(columns, column)}")
-    features = used["dataset.features"] or [c for c in columns if c not in (config.label, config.client)]
+    others = (config.label, config.client, config.domain)
+    features = used["dataset.features"] or [column for column in columns if column not in others]
     if not features or len(rows) == 0:
-        raise DataError(f"{path} has no {'rows' if features else 'columns beside label and client'}.")
-    for column in (*features, config.label, *used["dataset.client"]):
+        raise DataError(f"{path} has no {'rows' if features else 'columns beside label, client and domain'}.")
+    for column in (*features, config.label, *used["dataset.client"], *used["dataset.domain"]):
         absent = rows[column].isna()
         if bool(absent.any()):
             raise DataError(f"{path}: column '{column}' has no value in row {int(absent.argmax()) + 1}.")
@@ -109,9 +111,9 @@ def dataset_of_table(
     x = x - x[:train_size].mean(0)
     deviation = x[:train_size].std(0)
     x = x / np.where(deviation > 0, deviation, 1.0)
-    client = None if config.client is None else _ids(rows[config.client])
+    client, domain = (None if column is None else _ids(rows[column]) for column in (config.client, config.domain))
     return dataset_of(path, name, {"features": x}, {config.label: _labels(rows[config.label])}, client=client,
-                      train_size=train_size)  # fmt: skip
+                      domain=domain, train_size=train_size)  # fmt: skip
 
 
 def _labels(column: Any) -> Any:

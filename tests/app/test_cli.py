@@ -69,6 +69,9 @@ def test_ratings_are_ranked(strategy: str, tmp_path: Path) -> None:
     clients = pd.read_parquet(folder / "clients.parquet")
     assert set(clients["test_hr@10_last"]) <= {0.0, 1.0}
     assert clients.unseen.sum() == 3
+    assert set(clients.validation_size) == set(clients.test_size) == {1}  # not what a held-out item is ranked among
+    samples = json.loads((folder / "manifest.json").read_text())["data"]["samples"]
+    assert samples == {"train": clients.train_size.sum(), "validation": 40, "test": 40}
 
 
 @pytest.mark.slow

@@ -74,7 +74,14 @@ class DatasetConfig(Settings, group="dataset"):
     features: Annotated[
         tuple[str, ...] | None,
         Field(min_length=1, title="one or more names of columns, or null",
-              description="columns of inputs, which get mean 0 and deviation 1; null: all but label and client"),
+              description="columns of inputs, which get mean 0 and deviation 1; null: all but label and client that "
+                          "have a name"),
+        OnlyFor(*_TABLES),
+    ] = None  # fmt: skip
+    task: Annotated[
+        Literal["classification", "regression"] | None,
+        Field(description="what the label stands for; null: whole numbers and text are classes, other numbers are "
+                          "predicted as such"),
         OnlyFor(*_TABLES),
     ] = None  # fmt: skip
     download: Annotated[bool, Field(description="fetch what is not there"), OnlyFor(*PICTURES)] = True
@@ -154,6 +161,10 @@ class DatasetConfig(Settings, group="dataset"):
         needed = self.name not in kinds or bool(self.root)
         check(needed, "dataset.root", self.root, f"the path of {kinds.get(self.name)}")
         if self.min_interactions is None:
+        allowed = f"names of columns without the label '{self.label}', each once"
+        listed = list(self.features or ())
+        usable = self.label not in listed and len(set(listed)) == len(listed)
+        check(usable, "dataset.features", listed, allowed)
             self.min_interactions = _MIN_INTERACTIONS.get(self.name, 10)
 
     @property

@@ -49,6 +49,7 @@ def dataset_of(
     *,
     client: NDArray[Any] | None = None,
     train_size: int | None = None,
+    class_names: tuple[str, ...] = (),
 ) -> Dataset:
     """Make a data set of arrays that were read somewhere, or say what is wrong with them.
 
@@ -67,6 +68,8 @@ def dataset_of(
         Natural client of each sample, whole numbers or text.
     train_size : int, optional
         So many samples, the first, are the official training part.
+    class_names : tuple of str
+        What the data call classes 0, 1, ..., which then are the labels as they stand.
 
     Raises
     ------
@@ -85,7 +88,9 @@ def dataset_of(
     if len(y) == 0:
         raise DataError(f"{path}: there are no samples.")
     classes: tuple[str, ...] = ()
-    if is_classification:
+    if is_classification and class_names:
+        labels, classes = torch.from_numpy(y.astype(np.int64)), class_names
+    elif is_classification:
         labels, classes = _class_ids(path, y_name, y)
     else:
         labels = _targets(path, y_name, y)
@@ -106,7 +111,7 @@ def dataset_of(
     return Dataset(
         inputs,
         labels,
-        int(labels.max()) + 1 if is_classification else labels[0].numel(),
+        (len(classes) or int(labels.max()) + 1) if is_classification else labels[0].numel(),
         name,
         train_size=train_size,
         owner=None if numbers is None else torch.from_numpy(numbers),

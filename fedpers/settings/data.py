@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpers.errors import check
-from fedpers.settings.base import CUSTOM, Choices, OnlyFor, OpenChoices, Settings
+from fedpers.settings.base import CUSTOM, Choices, Needed, OnlyFor, OpenChoices, Settings
 
 DEFAULT_CLIENTS = 20
 LEAVE_ONE_OUT = 3
@@ -64,10 +64,11 @@ class DatasetConfig(Settings, group="dataset"):
         str | None,
         Field(description="folder of the files, or the file; null: $FEDPERS_CACHE/data or ~/.cache/fedpers/data"),
         OnlyFor(*OWN_FILES, *PICTURES, *_FILES),
+        Needed(*OWN_FILES, "ratings"),
     ] = None
     path: Annotated[
         str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
-        OnlyFor("hf"),
+        OnlyFor("hf"), Needed("hf"),
     ] = None  # fmt: skip
     size: Annotated[int, Field(ge=1, description="pixels a side to which pictures are scaled"), OnlyFor(*_SCALED)] = 32
     label: Annotated[str, Field(description="column of classes, or of numbers to predict"), OnlyFor(*_TABLES)] = "label"
@@ -160,11 +161,11 @@ class DatasetConfig(Settings, group="dataset"):
         check(self.name != "hf" or bool(self.path), "dataset.path", self.path, "the name or the folder of a set")
         needed = self.name not in kinds or bool(self.root)
         check(needed, "dataset.root", self.root, f"the path of {kinds.get(self.name)}")
-        if self.min_interactions is None:
         allowed = f"names of columns without the label '{self.label}', each once"
         listed = list(self.features or ())
         usable = self.label not in listed and len(set(listed)) == len(listed)
         check(usable, "dataset.features", listed, allowed)
+        if self.min_interactions is None:
             self.min_interactions = _MIN_INTERACTIONS.get(self.name, 10)
 
     @property
@@ -228,6 +229,7 @@ class PartitionConfig(Settings, group="partition"):
         str | None,
         Field(description="a .json or .npz file: one list per client, or such lists for train, validation and test"),
         OnlyFor("index"),
+        Needed("index"),
     ] = None
     anchors: Annotated[
         int, Field(ge=0, description="the first so many clients divide all labels among themselves"),

@@ -56,11 +56,9 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     if dataset.holds_ratings:
         return leave_one_out(read_ratings(dataset), dataset, split, seed)
     if ":" in dataset.name:
-        made = custom(dataset)
+        made = custom(dataset, split, seed)
         if isinstance(made, FederatedData):
-            why = f"because {dataset.name} divides its samples itself"
-            check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
-            check(split == SplitConfig(), "split", split.name, f"no settings, {why}")
+            _check_divided(partition, f"because {dataset.name} divides its samples itself")
             return made
         data = made
     else:
@@ -117,6 +115,14 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
     if partition.name == "label_sets":
         allowed = "0 with partition=label_sets, where partition.unseen_label_sets counts unseen clients"
         check(split.unseen == 0, "split.unseen", split.unseen, allowed)
+
+
+def _check_divided(partition: PartitionConfig, why: str) -> None:
+    """Refuse settings that have no effect on data which come divided."""
+    check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
+    check(partition.num_clients is None, "partition.num_clients", partition.num_clients, f"null, {why}")
+    least, usual = partition.min_samples, PartitionConfig("natural").min_samples
+    check(least == usual, "partition.min_samples", least, f"{usual}, its default, {why}")
 
 
 def _listed(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from fedpers.app import _main
+from fedpers.app.compose import composed
+from fedpers.app.partition import data_of
 from tests.app.test_cli import error_of, fedpers
 
 MODULE = """
@@ -54,6 +57,25 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine_parts.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+def parts():
+    x, y, site = arrays()
+    return [{"train": (x[:200], y[:200]), "test": (x[200:], y[200:])}, {"train": (x, y)}]
+
+def counts():
+    x, y, site = arrays()
+    return np.round(x * 5).astype(int), y.astype(object), site.astype(object)
+
+def ragged():
+    return [[1.0], [1.0, 2.0]], [0, 1]
+
+def several():
+    x, y, site = arrays()
+    return {"image": x, "age": x[:, :1]}, y
+
+def nobodys():
+    x, y, site = arrays()
+    return x, y, np.array(["Ulm", None] * 200, dtype=object)
+
     return tmp_path
 
 
@@ -95,6 +117,8 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
     [
         ("model=mine_parts:Nett", r"model.name=mine_parts:Nett: expected module:Name, but module mine_parts has no"),
         ("model=nowhere:Net", r"model.name=nowhere:Net: expected module:Name of a module that can be imported"),
+        ("parts partition=natural", 2),
+        ("counts partition=natural", 4),
         (
             "model=mine_parts:Net model.arguments.with=3",
             "model.arguments.with=3: expected a parameter of mine_",
@@ -134,6 +158,35 @@ def test_without_a_part_for_validation_the_last_round_is_reported(
     part = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=2",
                    output=tmp_path / "part")[0]  # fmt: skip
     assert _main(["resume", str(part), "rounds=3"]) == 0
+        ("dataset=mine_parts:ragged", "ragged: x differ in shape"),
+        ("dataset=mine_parts:several", "several: x are dict; several inputs of a sample are not taken: put them"),
+        ("dataset=mine_parts:nobodys", "nobodys: clients are object [400], expected whole numbers or text [N]"),
+        *(
+            (f"dataset=mine_parts:{made} partition=natural {setting}={value}", f"{setting}={value}: expected {allowed}")
+            for made, setting, value, allowed in (
+                ("clients", "partition.num_clients", "2", "null, because mine_parts:clients divides its samples"),
+                ("clients", "partition.min_samples", "3", "10, its default, because mine_parts:clients divides"),
+                ("clients", "split", "official", "fractions, because mine_parts:clients divides"),
+                ("clients", "split.unseen", "1", "0, its default, because mine_parts:clients divides"),
+                ("clients", "split.public", "0.1", "0.0, its default, because mine_parts:clients divides"),
+                ("divided", "split.test", "0.5", "0.25, its default, because mine_parts:divided divides"),
+                ("divided", "partition.num_clients", "1", "null, because mine_parts:divided divides"),
+                ("parts", "split.validation", "0.5", "0.15, its default, because mine_parts:parts divides"),
+            )
+        ),
     assert json.loads((part / "summary.json").read_text())["selected"] == summary["selected"]
     assert _main(["compare", str(folder)]) == 0
     assert "last round" in capsys.readouterr().out
+def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
+    def owned(*settings: str) -> Any:
+        return data_of(composed(["dataset=mine_parts:clients", "partition=natural", *settings]))
+
+    usual = owned()
+    assert [int(usual.sizes(part)[0]) for part in ("train", "validation", "test")] == [60, 15, 25]
+    other = owned("split.validation=0.2", "split.test=0.5")
+    assert [int(other.sizes(part)[0]) for part in ("train", "validation", "test")] == [30, 20, 50]
+    seeded = owned("seed=1").checksum
+    assert seeded != usual.checksum
+    assert seeded == owned("partition.seed=1").checksum == owned("partition.seed=1", "seed=2").checksum
+
+

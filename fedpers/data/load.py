@@ -137,6 +137,12 @@ def _listed(
         check(split.name != "official", "split", split.name, f"fractions, because partition={config.name} has parts")
         lists = divide_as_pfllib(data.y.numpy(), data.num_classes, config, seed)
     if "validation" not in lists:
+        for client, positions in enumerate(lists["train"]):
+            if split.validation and len(positions) < 2 and config.name in PFLLIB:
+                raise DataError(
+                    f"partition={config.name}: client {client} has {len(positions)} samples for training, of which one "
+                    f"is needed for validation; lower partition.num_clients, or set split.validation=0."
+                )
         held = [hold_out(positions, [split.validation], seed, k) for k, positions in enumerate(lists["train"])]
         lists["train"], lists["validation"] = map(list, zip(*held, strict=True))
     for part in PARTS if split.validation else ("train", "test"):

@@ -29,6 +29,19 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.body(x))
 
+class Frozen(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.requires_grad_(False)
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Flatten()
+
+    def forward(self, x):
+        return self.head(x)[:, :2]
+
 def arrays(n=400, sites=4):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(n, 6)).astype("float32")
@@ -119,6 +132,14 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
         ("model=nowhere:Net", r"model.name=nowhere:Net: expected module:Name of a module that can be imported"),
         ("parts partition=natural", 2),
         ("counts partition=natural", 4),
+        (
+            "model=mine_parts:Frozen dataset=mine_parts:arrays partition=natural",
+            "model=Frozen: expected a network that has parameters to train which are not frozen",
+        ),
+        (
+            "model=mine_parts:Fixed dataset=mine_parts:arrays partition=natural",
+            "model=Fixed: expected a network that has parameters",
+        ),
         (
             "model=mine_parts:Net model.arguments.with=3",
             "model.arguments.with=3: expected a parameter of mine_",

@@ -57,19 +57,6 @@ def clients():
 def divided():
     return FederatedData.from_clients(clients())
 
-def nothing():
-    return 5
-
-def needs(root):
-    return root
-"""
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "mine_parts.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
 def parts():
     x, y, site = arrays()
     return [{"train": (x[:200], y[:200]), "test": (x[200:], y[200:])}, {"train": (x, y)}]
@@ -89,6 +76,19 @@ def nobodys():
     x, y, site = arrays()
     return x, y, np.array(["Ulm", None] * 200, dtype=object)
 
+def nothing():
+    return 5
+
+def needs(root):
+    return root
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine_parts.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
@@ -100,6 +100,7 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
     )  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_clients"] == 2
+    assert folder.name.endswith("_fedper_mine_parts.arrays_seed0")  # no file system minds
     assert summary["model"] == "mine_parts:Net"
     assert summary["last"]["test/accuracy"] > 0.6
     clients = pd.read_parquet(folder / "clients.parquet")
@@ -116,6 +117,8 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
         ("plain partition=iid partition.num_clients=5", 5),
         ("clients partition=natural", 2),
         ("divided partition=natural", 2),
+        ("parts partition=natural", 2),
+        ("counts partition=natural", 4),
     ],
 )
 def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: str, clients: int) -> None:
@@ -129,9 +132,6 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
     ("typed", "message"),
     [
         ("model=mine_parts:Nett", r"model.name=mine_parts:Nett: expected module:Name, but module mine_parts has no"),
-        ("model=nowhere:Net", r"model.name=nowhere:Net: expected module:Name of a module that can be imported"),
-        ("parts partition=natural", 2),
-        ("counts partition=natural", 4),
         (
             "model=mine_parts:Frozen dataset=mine_parts:arrays partition=natural",
             "model=Frozen: expected a network that has parameters to train which are not frozen",
@@ -140,6 +140,7 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
             "model=mine_parts:Fixed dataset=mine_parts:arrays partition=natural",
             "model=Fixed: expected a network that has parameters",
         ),
+        ("model=nowhere:Net", r"model.name=nowhere:Net: expected module:Name of a module that can be imported"),
         (
             "model=mine_parts:Net model.arguments.with=3",
             "model.arguments.with=3: expected a parameter of mine_",
@@ -157,28 +158,6 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
             "dataset=mine_parts:divided",
             "partition=dirichlet: expected natural, because mine_parts:divided",
         ),
-        ("dataset=digits dataset.arguments.n=3", r"dataset.arguments"),
-        ("model=nett", r"or module:Name"),
-    ],
-)
-def test_what_is_wrong_with_them_is_a_sentence(
-    here: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
-) -> None:
-    assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={here / 'runs'}")
-
-
-def test_without_a_part_for_validation_the_last_round_is_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder,) = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=3", output=tmp_path)
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["selected_round"] == summary["last_round"] == 3
-    assert (summary["selected_on"], summary["protocol"]) == ("nothing", "last round")
-    assert summary["selected"] == summary["last"]
-    assert "no part for validation, so that no round is selected" in capsys.readouterr().out
-    part = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=2",
-                   output=tmp_path / "part")[0]  # fmt: skip
-    assert _main(["resume", str(part), "rounds=3"]) == 0
         ("dataset=mine_parts:ragged", "ragged: x differ in shape"),
         ("dataset=mine_parts:several", "several: x are dict; several inputs of a sample are not taken: put them"),
         ("dataset=mine_parts:nobodys", "nobodys: clients are object [400], expected whole numbers or text [N]"),
@@ -195,9 +174,16 @@ def test_without_a_part_for_validation_the_last_round_is_reported(
                 ("parts", "split.validation", "0.5", "0.15, its default, because mine_parts:parts divides"),
             )
         ),
-    assert json.loads((part / "summary.json").read_text())["selected"] == summary["selected"]
-    assert _main(["compare", str(folder)]) == 0
-    assert "last round" in capsys.readouterr().out
+        ("dataset=digits dataset.arguments.n=3", r"dataset.arguments"),
+        ("model=nett", r"or module:Name"),
+    ],
+)
+def test_what_is_wrong_with_them_is_a_sentence(
+    here: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
+) -> None:
+    assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={here / 'runs'}")
+
+
 def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
     def owned(*settings: str) -> Any:
         return data_of(composed(["dataset=mine_parts:clients", "partition=natural", *settings]))
@@ -211,3 +197,18 @@ def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
     assert seeded == owned("partition.seed=1").checksum == owned("partition.seed=1", "seed=2").checksum
 
 
+def test_without_a_part_for_validation_the_last_round_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder,) = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=3", output=tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["selected_round"] == summary["last_round"] == 3
+    assert (summary["selected_on"], summary["protocol"]) == ("nothing", "last round")
+    assert summary["selected"] == summary["last"]
+    assert "no part for validation, so that no round is selected" in capsys.readouterr().out
+    part = fedpers("split.validation=0", "partition.num_clients=5", "partition=iid", "rounds=2",
+                   output=tmp_path / "part")[0]  # fmt: skip
+    assert _main(["resume", str(part), "rounds=3"]) == 0
+    assert json.loads((part / "summary.json").read_text())["selected"] == summary["selected"]
+    assert _main(["compare", str(folder)]) == 0
+    assert "last round" in capsys.readouterr().out

@@ -195,7 +195,11 @@ class PartitionConfig(Settings, group="partition"):
     ] = "iid"
     num_clients: Annotated[
         int | None,
-        Field(ge=1, description="clients; of natural so many owners drawn at random, of index the first; null: all"),
+        Field(
+            ge=1,
+            description="clients; of natural so many owners drawn at random, of index the first; null: all of these "
+            f"two, {DEFAULT_CLIENTS} of others",
+        ),
         OnlyFor(
             "natural",
             "index",

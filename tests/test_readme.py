@@ -103,13 +103,22 @@ def test_every_link_to_a_file_leads_somewhere() -> None:
 
 
 @pytest.mark.slow
-def test_the_quick_start_notebook_runs(tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+@pytest.mark.parametrize(("name", "shown"), [("quickstart", "image/png"), ("own_data", "Kiel")])
+def test_a_notebook_runs(name: str, shown: str, tmp_path: Path) -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
     assert "fedavg (baseline)" in text
-    assert "image/png" in text
+    assert shown in text
     assert "Traceback" not in text
+
+
+def test_the_notebook_on_own_data_has_the_code_of_the_readme() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "own_data.ipynb", as_version=4)
+    code = [str(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    assert f"%%writefile hospitals.py\n{python_blocks('Your own data and network')[1].strip()}" in code
+    (settings,) = re.findall(r"^fedpers (dataset=hospitals:.*) strategy=\w+$", README, flags=re.MULTILINE)
+    assert any(settings in cell for cell in code)
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from fedpers.strategies.registry import default_options
 _CHOSEN = (*GROUPS, "strategy", "tracker")
 """Fields of a run's settings that are chosen by name."""
 _DEFAULT_METHOD = "fedavg"
+# ``conf/config.yaml`` names folders by it: not every file system takes the colon of ``module:Name``
+OmegaConf.register_new_resolver("file_name", lambda name: str(name).replace(":", "."), replace=True)
 
 
 def register_choices(overrides: Sequence[str] = ()) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any
 
@@ -36,7 +36,9 @@ Settings people change:
   partition   {partition}
               partition.alpha=0.1  partition.num_clients=20
   heterogeneity
-              {heterogeneity}      split   {split}
+              {heterogeneity}
+              heterogeneity=[rotation,label_noise] for several
+  split       {split}
   model       {model}
   training    training.lr=0.05 training.epochs=1 training.batch_size=10 training.optimizer=sgd|adam|adamw ...
   rounds=50   fraction=1.0 (of the clients, per round)   seed=0   evaluate_every=1   output=runs
@@ -103,14 +105,30 @@ def _options(group: str, choice: str) -> Mapping[str, Option]:
 
 
 def _lines(known: Mapping[str, Option]) -> list[str]:
-    shown = [
-        option for whole in known.values() for option in (options(whole.nested).values() if whole.nested else [whole])
-    ]
-    width = max((len(f"{option.key}={_typed(option.default)}") for option in shown), default=0)
-    return [
-        f"  {f'{option.key}={_typed(option.default)}':<{width}}  {option.help or '-'}  [{option.allowed}]"
-        for option in shown
-    ]
+    """A line on each option: those that count as they stand, then those of what is off unless it is typed."""
+    on: list[Option] = []
+    off: list[Option] = []
+    for whole in known.values():
+        shown = off if whole.nested and whole.default is None else on
+        shown += options(whole.nested).values() if whole.nested else [whole]
+    lines = _table(on)
+    if off:
+        title = "  By keys of their own, each off unless one of them is typed (the others then have these values):"
+        lines += ["", title, *_table(off)]
+    return lines
+
+
+def _table(shown: Sequence[Option]) -> list[str]:
+    keys = [f"{option.key}={'' if option.needed else _typed(option.default)}" for option in shown]
+    width = max(map(len, keys), default=0)
+    return [f"  {key:<{width}}  {_meaning(option)}" for key, option in zip(keys, shown, strict=True)]
+
+
+def _meaning(option: Option) -> str:
+    """What an option does and what it may be, without null where a value is needed."""
+    if option.needed:
+        return f"needed: {option.help.partition('; null: ')[0]}  [{option.allowed.removesuffix(', or null')}]"
+    return f"{option.help or '-'}  [{option.allowed}]"
 
 
 def _typed(value: Any) -> str:

@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 
-from fedpers.errors import ConfigError, one_of
+from fedpers.errors import ConfigError, check, one_of
 from fedpers.settings import Config
-from fedpers.settings.base import RENAMED, Option, Settings, options
+from fedpers.settings.base import RENAMED, Option, Settings, options, plain
 from fedpers.settings.groups import GROUPS, group_names, method_names
 from fedpers.settings.heterogeneity import SHIFTS
 from fedpers.strategies.registry import method_options
@@ -55,10 +55,43 @@ _OF_ONES_OWN = {
 
 
 def with_open_keys(arguments: Iterable[str]) -> list[str]:
-    """Arguments in which names below open keys are added (``++``): Hydra takes none that it does not know."""
+    """Arguments in which names below open keys are added (``++``): Hydra takes none that it does not know.
+
+    A list of shifts becomes the keys of each, with its defaults, ahead of what is typed for one of them: Hydra would
+    keep the name of the last alone.
+
+    Raises
+    ------
+    ConfigError
+        If a list names something else than shifts.
+    """
+    arguments = list(arguments)
+    arguments = [
+        *(text for given in arguments if _is_list_of_shifts(given) for text in _shifts(given)),
+        *(text for text in arguments if not _is_list_of_shifts(text)),
+    ]
     starts = tuple(f"{key}{end}" for key in OPEN_KEYS for end in (".", "="))
     texts = [re.sub(r"^(dataset|model)\.name=(?=.*:)", r"\1=", text) for text in arguments]
     return [f"++{text}" if text.startswith(starts) else text for text in texts]
+
+
+def _is_list_of_shifts(text: str) -> bool:
+    return text.lstrip("+").startswith("heterogeneity=") and "[" in text
+
+
+def _shifts(text: str) -> list[str]:
+    """Settings that turn on each of a list of shifts."""
+    key, _, value = text.lstrip("+").partition("=")
+    one = value.startswith("[") and value.find("]") == len(value) - 1
+    check(one, key, value, "a name, or one list of names, which cannot be varied in a sweep")
+    names = [name.strip() for name in value[1:-1].split(",") if name.strip()]
+    for name in names:
+        check(name in SHIFTS, key, name, one_of(SHIFTS, name))
+    check(len(set(names)) == len(names), key, value, "each shift once")
+    if len(names) < 2:
+        return [f"{key}={''.join(names) or 'none'}"]
+    usual = {name: ",".join(f"{k}:{v}" for k, v in plain(SHIFTS[name]()).items()) for name in names}
+    return [f"{key}=none", *(f"++{key}.{name}={{{values}}}" for name, values in usual.items())]
 
 
 def check_choices(arguments: Iterable[str]) -> None:

@@ -49,7 +49,8 @@ def command(arguments: list[str]) -> int:
     while shown > 1 and console.measure(_table(rows, shown), options=unlimited).maximum > console.width:
         shown -= 1
     console.print(_table(rows, shown))
-    console.print(_summary(rows, title, shown), soft_wrap=True, highlight=False)
+    summary = _summary(rows, title, shown, ratings=data.num_items > 0)
+    console.print(summary, soft_wrap=True, highlight=False)
     if options.csv is not None:
         try:
             rows.to_csv(options.csv, index=False)
@@ -82,9 +83,10 @@ def _table(rows: DataFrame, shown_classes: int) -> Table:
     return table
 
 
-def _summary(rows: DataFrame, title: str, shown_classes: int) -> str:
+def _summary(rows: DataFrame, title: str, shown_classes: int, *, ratings: bool) -> str:
     """What is not in the rows that are shown, and what a reader should know of all."""
     sizes = rows[["train", "validation", "test"]].sum(axis=1)
+    what = "rated items" if ratings else "samples"
     lines = []
     if len(rows) > SHOWN_CLIENTS:
         lines.append(f"... and {len(rows) - SHOWN_CLIENTS} more clients (--csv FILE writes all).")
@@ -92,13 +94,14 @@ def _summary(rows: DataFrame, title: str, shown_classes: int) -> str:
     if number > shown_classes:
         lines.append(f"Of {number} classes the first {shown_classes} are shown.")
     lines.append(
-        f"{title}: {len(rows)} clients, {sizes.sum()} samples; samples of a client {sizes.min()} to {sizes.max()}, "
+        f"{title}: {len(rows)} clients, {sizes.sum()} {what}; {what} of a client {sizes.min()} to {sizes.max()}, "
         f"median {sizes.median():g}."
     )
     if "divergence" in rows:
         mean = rows["divergence"].mean()
         lines.append(f"Label divergence (0: the mix of all, 1: no class in common) {mean:.2f} on average.")
-    if few := int((rows["test"] < FEW_TEST_SAMPLES).sum()):
+    few = int((rows["test"] < FEW_TEST_SAMPLES).sum())
+    if few and not ratings:  # of which one is held out, whatever a user has
         lines.append(
             f"{few} of the clients have fewer than {FEW_TEST_SAMPLES} test samples: their accuracy says little."
         )

@@ -98,6 +98,8 @@ class CohortApp(ClientApp):
         self.device = torch.device(device)
         self.seed = seed
         # where clients compute, so that what a method computes once is computed there
+        allowed = "a network that has parameters, which this one does not"
+        check(next(model.parameters(), None) is not None, "model", type(model).__name__, allowed)
         model, data = take_fields(copy.deepcopy(model), data.fields).to(self.device), data.to(self.device)
         if head is not None:
             model = with_head(model, head, data.x[:2])

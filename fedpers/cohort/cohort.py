@@ -23,7 +23,7 @@ from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, has_role, map_tensors, select, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
-from fedpers.errors import one_of
+from fedpers.errors import check, one_of
 from fedpers.randomness import derive, generator
 from fedpers.settings.training import Training
 
@@ -440,7 +440,14 @@ class Cohort:
         -------
         Tensor ``[a]``, dict of name to Tensor ``[a, ...]``
             A parameter the loss does not depend on is left out.
+
+        Raises
+        ------
+        ConfigError
+            If there is no parameter to differentiate by.
         """
+        allowed = "a network that has parameters to train which are not frozen"
+        check(bool(names), "model", type(self.module).__name__, allowed)
         self._mode(training=not frozen)
         rows = slice(0, step.active) if step.rows is None else step.rows
         self.gradients_taken[rows] += 1

@@ -113,6 +113,8 @@ class FederatedData:
         *,
         owner: Any = None,
         label: str = "label",
+        tokens: bool = False,
+        task: Literal["classification", "regression"] | None = None,
         validation: float = 0.15,
         test: float = 0.25,
         seed: int = 0,
@@ -122,6 +124,7 @@ class FederatedData:
 
             FederatedData.from_clients({"Kiel": (x1, y1), "Ulm": (x2, y2)})
             FederatedData.from_clients(TensorDataset(x, y), owner=hospital_of_each_sample)
+            FederatedData.from_clients({"Kiel": (token_ids, y1)}, tokens=True)
 
         Parameters
         ----------
@@ -133,6 +136,11 @@ class FederatedData:
             Client of each sample, numbers or text.
         label : str
             The column of a data frame that holds the labels; all others are inputs.
+        tokens : bool
+            Whether inputs are ids of tokens, which stay int64 and which a network embeds; otherwise whole numbers are
+            features like other numbers.
+        task : {"classification", "regression"}, optional
+            What numbers as labels stand for. Default: whole numbers are classes, floats are targets of a regression.
         validation, test : float
             Shares of the samples of a client that is not split yet.
         seed : int
@@ -142,20 +150,24 @@ class FederatedData:
         Returns
         -------
         FederatedData
-            Inputs are float32 (pictures of bytes ``[n, H, W]`` or ``[n, H, W, C]`` normalized to ``[n, C, H, W]``) or
-            int64. Labels of any hashable kind become class ids, and `class_names` keeps what they were, unless they
-            are 0, 1, ... already; floats are targets of a regression.
+            Inputs are float32, whole numbers too (pictures of bytes ``[n, H, W]`` or ``[n, H, W, C]`` normalized to
+            ``[n, C, H, W]``, everything else as it is), or int64 with `tokens`. Labels of any hashable kind become
+            class ids, and `class_names` keeps what they were, unless they are 0, 1, ... already; floats are targets of
+            a regression.
 
         Raises
         ------
         DataError
-            If something else is given; it names the client.
+            If something else is given; it names the client. A sample has one input: several are put together before.
+        ConfigError
+            If a share or `task` cannot be used.
         """
         from fedpers.data.clients import data_of_clients  # which needs this class
 
         return data_of_clients(
-            clients, owner=owner, label=label, validation=validation, test=test, seed=seed, name=name
-        )
+            clients, owner=owner, label=label, tokens=tokens, task=task, validation=validation, test=test, seed=seed,
+            name=name,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("x", "y"):

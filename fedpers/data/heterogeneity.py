@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedpers.data.federated import PARTS, FederatedData
-from fedpers.errors import DataError, check
+from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import generator
 from fedpers.settings.base import Settings
 from fedpers.settings.heterogeneity import Drift, HeterogeneityConfig
@@ -37,8 +37,12 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
         clients than groups.
     """
     shifts = {n: s for n, s in config.shifts().items() if getattr(s, "strength", 1) > 0}
-    for name in shifts:
+    for name, shift in shifts.items():
         _check(data, name)
+        if (groups := getattr(shift, "groups", 0)) > data.num_clients:
+            own = getattr(config, name) is not None
+            allowed = f"at most {data.num_clients}, the number of clients"
+            raise ConfigError((shift if own else config).key("groups"), groups, allowed)
     shifted = _apply(data, shifts, seed)
     if config.drift is None:
         return shifted
@@ -108,8 +112,6 @@ def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[T
     """A shift that changes inputs and labels of clients by the group they fall into."""
 
     def applied(data: FederatedData, shift: Any, seed: int, moved: bool) -> FederatedData:
-        allowed = f"at most {data.num_clients}, the number of clients"
-        check(shift.groups <= data.num_clients, "heterogeneity.groups", shift.groups, allowed)
         # a second reason is drawn by itself, so that neither follows from the other
         purpose = f"groups, {name}" if data.groups else "groups"
         order = generator(seed, purpose).permutation(data.num_clients)

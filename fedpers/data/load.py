@@ -52,11 +52,9 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     if dataset.holds_ratings:
         return leave_one_out(read_ratings(dataset), dataset, split, seed)
     if ":" in dataset.name:
-        made = custom(dataset)
+        made = custom(dataset, split, seed)
         if isinstance(made, FederatedData):
-            why = f"because {dataset.name} divides its samples itself"
-            check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
-            check(split == SplitConfig(), "split", split.name, f"no settings, {why}")
+            _check_divided(partition, f"because {dataset.name} divides its samples itself")
             return made
         data = made
     else:
@@ -124,12 +122,26 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
         check(split.unseen == 0, "split.unseen", split.unseen, allowed)
 
 
+def _check_divided(partition: PartitionConfig, why: str) -> None:
+    """Refuse settings that have no effect on data which come divided."""
+    check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
+    check(partition.num_clients is None, "partition.num_clients", partition.num_clients, f"null, {why}")
+    least, usual = partition.min_samples, PartitionConfig("natural").min_samples
+    check(least == usual, "partition.min_samples", least, f"{usual}, its default, {why}")
+
+
 def _given_parts(
     data: Dataset, parts: Mapping[str, Lists], config: PartitionConfig, split: SplitConfig, seed: int
 ) -> dict[Part, Lists]:
     """Parts that come with the partition, and those for validation if they do not."""
     lists = dict(parts)
     if "validation" not in lists:
+        for client, positions in enumerate(lists["train"]):
+            if split.validation and len(positions) < 2 and config.name.startswith("pfllib_"):
+                raise DataError(
+                    f"partition={config.name}: client {client} has {len(positions)} samples for training, of which one "
+                    f"is needed for validation; lower partition.num_clients, or set split.validation=0."
+                )
         labels = strata(data, split)
         held = [hold_out(positions, [split.validation], seed, k, labels) for k, positions in enumerate(lists["train"])]
         lists["train"], lists["validation"] = map(list, zip(*held, strict=True))

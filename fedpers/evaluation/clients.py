@@ -24,9 +24,9 @@ def describe_clients(data: FederatedData) -> DataFrame:
     -------
     DataFrame
         ``client``, ``name`` if the data name clients, ``group`` if they fall into groups, ``train``, ``validation``,
-        ``test`` (samples), ``unseen``; with class labels also ``divergence``, the total variation distance between the
-        labels of the client and of all (0: the same mix, 1: no class in common), and a column for each class with the
-        client's samples of it.
+        ``test`` (samples; of ratings the items that the user rated), ``unseen``; with class labels also ``divergence``,
+        the total variation distance between the labels of the client and of all (0: the same mix, 1: no class in
+        common), and a column for each class with the client's samples of it.
     """
     import pandas as pd
 
@@ -35,14 +35,15 @@ def describe_clients(data: FederatedData) -> DataFrame:
         columns["name"] = data.client_names
     if data.groups:
         columns["group"] = data.groups
-    columns |= {part: data.sizes(part).tolist() for part in PARTS}
+    counts = {part: data.label_counts(part) for part in PARTS}  # which leaves out what a held-out item is ranked among
+    columns |= {part: counted.sum(1).tolist() for part, counted in counts.items()}
     columns["unseen"] = [client in data.unseen for client in range(data.num_clients)]
     if data.task.classes:
-        counts = np.sum([data.label_counts(part).numpy() for part in PARTS], axis=0)
-        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-        columns["divergence"] = np.abs(shares - counts.sum(0) / counts.sum()).sum(1) / 2
+        owned = np.sum([counted.numpy() for counted in counts.values()], axis=0)
+        shares = owned / np.maximum(owned.sum(1, keepdims=True), 1)
+        columns["divergence"] = np.abs(shares - owned.sum(0) / owned.sum()).sum(1) / 2
         names = data.class_names or tuple(map(str, range(data.num_classes)))
-        columns |= {f"class {name}": counts[:, label] for label, name in enumerate(names)}
+        columns |= {f"class {name}": owned[:, label] for label, name in enumerate(names)}
     return pd.DataFrame(columns)
 
 

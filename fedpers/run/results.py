@@ -47,7 +47,7 @@ def make_manifest(setup: Setup) -> dict[str, Any]:
             "name": setup.data.name,
             "checksum": setup.data.checksum,
             "clients": setup.data.num_clients,
-            "samples": {part: int(setup.data.sizes(part).sum()) for part in PARTS},
+            "samples": {part: int(setup.data.label_counts(part).sum()) for part in PARTS},
             "public": 0 if setup.data.public is None else len(setup.data.public),
             "unseen": list(setup.data.unseen),
         },
@@ -171,7 +171,7 @@ def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
     if data.client_names:
         columns["name"] = list(data.client_names)
     for part in PARTS:
-        columns[f"{part}_size"] = data.sizes(part).tolist()
+        columns[f"{part}_size"] = data.label_counts(part).sum(1).tolist()  # of ratings, without what is ranked beside
     columns["unseen"] = [client in data.unseen for client in range(data.num_clients)]
     columns["rounds_trained"] = [progress.trained[client] for client in range(data.num_clients)]
     for when, evaluation in (("selected", progress.best), ("last", progress.last)):

@@ -121,6 +121,19 @@ class OnlyFor:
         return self.defaults.get(choice, otherwise)
 
 
+class Needed:
+    """Marks an option that some choices of a group cannot do without, though its default is null: ``Needed("csv")``.
+
+    Parameters
+    ----------
+    *names : str
+        These choices.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
 @dataclass(frozen=True)
 class Option:
     """One field of a settings class.
@@ -134,12 +147,15 @@ class Option:
         Its type, with range and help.
     default : Any
         :data:`dataclasses.MISSING` if there is none.
+    needed : bool
+        Whether the choice it belongs to cannot do without it, whatever the default.
     """
 
     name: str
     key: str
     hint: Any
     default: Any
+    needed: bool = False
 
     @property
     def help(self) -> str:
@@ -274,6 +290,8 @@ def choice_options(kind: type[Settings], choice: str) -> dict[str, Option]:
             chosen[name] = replace(option, default=choice)
         elif only is None or choice in only:
             chosen[name] = option if only is None else replace(option, default=only.default(choice, option.default))
+            if any(choice in mark.names for mark in _marks(option.hint, Needed)):
+                chosen[name] = replace(chosen[name], needed=True)
     return chosen
 
 

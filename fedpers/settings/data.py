@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fedpers.errors import check
-from fedpers.settings.base import CUSTOM, Choices, OnlyFor, OpenChoices, Settings
+from fedpers.settings.base import CUSTOM, Choices, Needed, OnlyFor, OpenChoices, Settings
 from fedpers.settings.sources import SOURCES
 
 DEFAULT_CLIENTS = 20
@@ -81,10 +81,11 @@ class DatasetConfig(Settings, group="dataset"):
         str | None,
         Field(description="folder of the files, or the file; null: $FEDPERS_CACHE/data or ~/.cache/fedpers/data"),
         OnlyFor(*OWN_FILES, *PICTURES, *_FILES, "har", "ag_news"),
+        Needed(*OWN_FILES, "ratings", "har"),
     ] = None
     path: Annotated[
         str | None, Field(description="name of the set, such as ylecun/mnist, or the folder it was saved to"),
-        OnlyFor("hf"),
+        OnlyFor("hf"), Needed("hf"),
     ] = None  # fmt: skip
     variant: Annotated[
         Literal["byclass", "bymerge", "balanced", "letters", "digits", "mnist"],
@@ -99,7 +100,13 @@ class DatasetConfig(Settings, group="dataset"):
     features: Annotated[
         tuple[str, ...] | None,
         Field(min_length=1, title="one or more names of columns, or null",
-              description="columns of inputs, which get mean 0 and deviation 1; null: all others"),
+              description="columns of inputs, which get mean 0 and deviation 1; null: all others that have a name"),
+        OnlyFor(*_TABLES),
+    ] = None  # fmt: skip
+    task: Annotated[
+        Literal["classification", "regression"] | None,
+        Field(description="what the label stands for; null: whole numbers and text are classes, other numbers are "
+                          "predicted as such"),
         OnlyFor(*_TABLES),
     ] = None  # fmt: skip
     download: Annotated[bool, Field(description="fetch what is not there"), OnlyFor(*PICTURES)] = True
@@ -207,6 +214,10 @@ class DatasetConfig(Settings, group="dataset"):
         check(self.name != "hf" or bool(self.path), "dataset.path", self.path, "the name or the folder of a set")
         needed = self.name not in kinds or bool(self.root)
         check(needed, "dataset.root", self.root, f"the path of {kinds.get(self.name)}")
+        allowed = f"names of columns without the label '{self.label}', each once"
+        listed = list(self.features or ())
+        usable = self.label not in listed and len(set(listed)) == len(listed)
+        check(usable, "dataset.features", listed, allowed)
         if self.min_interactions is None:
             self.min_interactions = _MIN_INTERACTIONS.get(self.name, 10)
         if self.sequence_length is None:
@@ -281,6 +292,7 @@ class PartitionConfig(Settings, group="partition"):
         str | None,
         Field(description="a .json or .npz file: one list per client, or such lists for train, validation and test"),
         OnlyFor("index"),
+        Needed("index"),
     ] = None
     anchors: Annotated[
         int, Field(ge=0, description="the first so many clients divide all labels among themselves"),

@@ -127,7 +127,8 @@ class HeterogeneityConfig(Settings, group="heterogeneity"):
     """Ways in which clients differ beyond the samples they own (the group ``heterogeneity``).
 
     One is chosen by name, with `strength` or `groups`; any may be added under a key of its own, as in
-    ``heterogeneity.rotation.angle=30 heterogeneity.label_noise.kind=pair``.
+    ``heterogeneity.rotation.angle=30 heterogeneity.label_noise.kind=pair``. The command takes a list of names for
+    several such keys.
     """
 
     name: Annotated[

@@ -69,6 +69,9 @@ def test_ratings_are_ranked(strategy: str, tmp_path: Path) -> None:
     clients = pd.read_parquet(folder / "clients.parquet")
     assert set(clients["test_hr@10_last"]) <= {0.0, 1.0}
     assert clients.unseen.sum() == 3
+    assert set(clients.validation_size) == set(clients.test_size) == {1}  # not what a held-out item is ranked among
+    samples = json.loads((folder / "manifest.json").read_text())["data"]["samples"]
+    assert samples == {"train": clients.train_size.sum(), "validation": 40, "test": 40}
 
 
 @pytest.mark.slow
@@ -352,7 +355,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["num_clients=5"], "num_clients=5: expected partition.num_clients, the whole name of that key."),
         (["num_rounds=5"], "num_rounds=5: expected rounds, the whole name of that key."),
         (["runtime.cohort=4"], "runtime.cohort=4: expected runtime.clients_at_once, as it is called now."),
-        (["dataset=/some/path"], "dataset=/some/path: expected one of amazon_video, "),
+        (["dataset=/some/path"], "dataset=/some/path: expected one of ag_news, "),
         (["dataset=~/some/x.npz"], "data of your own are dataset=npz, csv, parquet or images with dataset.root"),
         (["strategy=./mine.py"], "a method of your own is strategy=module:Class."),
         (["strategy=ditto", "strategy.mu=abc"], "strategy.mu=abc: expected a number."),

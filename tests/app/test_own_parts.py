@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from fedpers.app import _main
+from fedpers.app.compose import composed
+from fedpers.app.partition import data_of
 from tests.app.test_cli import error_of, fedpers
 
 MODULE = """
@@ -26,6 +29,19 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.body(x))
 
+class Frozen(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.requires_grad_(False)
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Flatten()
+
+    def forward(self, x):
+        return self.head(x)[:, :2]
+
 def arrays(n=400, sites=4):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(n, 6)).astype("float32")
@@ -40,6 +56,25 @@ def clients():
 
 def divided():
     return FederatedData.from_clients(clients())
+
+def parts():
+    x, y, site = arrays()
+    return [{"train": (x[:200], y[:200]), "test": (x[200:], y[200:])}, {"train": (x, y)}]
+
+def counts():
+    x, y, site = arrays()
+    return np.round(x * 5).astype(int), y.astype(object), site.astype(object)
+
+def ragged():
+    return [[1.0], [1.0, 2.0]], [0, 1]
+
+def several():
+    x, y, site = arrays()
+    return {"image": x, "age": x[:, :1]}, y
+
+def nobodys():
+    x, y, site = arrays()
+    return x, y, np.array(["Ulm", None] * 200, dtype=object)
 
 def nothing():
     return 5
@@ -65,6 +100,7 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
     )  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_clients"] == 2
+    assert folder.name.endswith("_fedper_mine_parts.arrays_seed0")  # no file system minds
     assert summary["model"] == "mine_parts:Net"
     assert summary["last"]["test/accuracy"] > 0.6
     clients = pd.read_parquet(folder / "clients.parquet")
@@ -81,6 +117,8 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
         ("plain partition=iid partition.num_clients=5", 5),
         ("clients partition=natural", 2),
         ("divided partition=natural", 2),
+        ("parts partition=natural", 2),
+        ("counts partition=natural", 4),
     ],
 )
 def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: str, clients: int) -> None:
@@ -94,6 +132,14 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
     ("typed", "message"),
     [
         ("model=mine_parts:Nett", r"model.name=mine_parts:Nett: expected module:Name, but module mine_parts has no"),
+        (
+            "model=mine_parts:Frozen dataset=mine_parts:arrays partition=natural",
+            "model=Frozen: expected a network that has parameters to train which are not frozen",
+        ),
+        (
+            "model=mine_parts:Fixed dataset=mine_parts:arrays partition=natural",
+            "model=Fixed: expected a network that has parameters",
+        ),
         ("model=nowhere:Net", r"model.name=nowhere:Net: expected module:Name of a module that can be imported"),
         (
             "model=mine_parts:Net model.arguments.with=3",
@@ -112,6 +158,22 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
             "dataset=mine_parts:divided",
             "partition=dirichlet: expected natural, because mine_parts:divided",
         ),
+        ("dataset=mine_parts:ragged", "ragged: x differ in shape"),
+        ("dataset=mine_parts:several", "several: x are dict; several inputs of a sample are not taken: put them"),
+        ("dataset=mine_parts:nobodys", "nobodys: clients are object [400], expected whole numbers or text [N]"),
+        *(
+            (f"dataset=mine_parts:{made} partition=natural {setting}={value}", f"{setting}={value}: expected {allowed}")
+            for made, setting, value, allowed in (
+                ("clients", "partition.num_clients", "2", "null, because mine_parts:clients divides its samples"),
+                ("clients", "partition.min_samples", "3", "10, its default, because mine_parts:clients divides"),
+                ("clients", "split", "official", "fractions, because mine_parts:clients divides"),
+                ("clients", "split.unseen", "1", "0, its default, because mine_parts:clients divides"),
+                ("clients", "split.public", "0.1", "0.0, its default, because mine_parts:clients divides"),
+                ("divided", "split.test", "0.5", "0.25, its default, because mine_parts:divided divides"),
+                ("divided", "partition.num_clients", "1", "null, because mine_parts:divided divides"),
+                ("parts", "split.validation", "0.5", "0.15, its default, because mine_parts:parts divides"),
+            )
+        ),
         ("dataset=digits dataset.arguments.n=3", r"dataset.arguments"),
         ("model=nett", r"or module:Name"),
     ],
@@ -120,6 +182,19 @@ def test_what_is_wrong_with_them_is_a_sentence(
     here: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
 ) -> None:
     assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={here / 'runs'}")
+
+
+def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
+    def owned(*settings: str) -> Any:
+        return data_of(composed(["dataset=mine_parts:clients", "partition=natural", *settings]))
+
+    usual = owned()
+    assert [int(usual.sizes(part)[0]) for part in ("train", "validation", "test")] == [60, 15, 25]
+    other = owned("split.validation=0.2", "split.test=0.5")
+    assert [int(other.sizes(part)[0]) for part in ("train", "validation", "test")] == [30, 20, 50]
+    seeded = owned("seed=1").checksum
+    assert seeded != usual.checksum
+    assert seeded == owned("partition.seed=1").checksum == owned("partition.seed=1", "seed=2").checksum
 
 
 def test_without_a_part_for_validation_the_last_round_is_reported(

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 
 from fedpers.app import _main
+from fedpers.app.compose import composed
+from fedpers.app.partition import data_of
 from fedpers.data import PartitionConfig
 from fedpers.settings.data import OWN_FILES
 from fedpers.settings.groups import GROUPS, choices, method_names
@@ -48,6 +50,18 @@ def test_help_names_options_and_source_of_a_partition(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     for text in ("arXiv 1602.05629", "partition.shards_per_client=2", "partition.within=iid", "(FedBN)", "power_law"):
         assert text in shown, text
+
+
+def test_of_ratings_what_a_user_rated_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["dataset=synthetic_ratings", "dataset.num_users=30", "dataset.num_items=300"]
+    assert _main(["partition", *settings, "--csv", str(tmp_path / "users.csv")]) == 0
+    rows = pd.read_csv(tmp_path / "users.csv")
+    data = data_of(composed(settings))
+    assert rows.train.tolist() == [len(items) for items in data.train]
+    assert set(rows.validation) == set(rows.test) == {1}  # not the items it is ranked among
+    shown = capsys.readouterr().out
+    assert f"30 clients, {rows[['train', 'validation', 'test']].sum().sum()} rated items; rated items of a" in shown
+    assert "test samples" not in shown
 
 
 def test_settings_that_cannot_be_used_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,7 +67,7 @@ def test_a_transformer_gives_the_same_for_any_number_of_clients_at_once(texts: l
         (["strategy=fedproto"], "strategy=fedproto: expected"),
         (["model=mlp"], "model.name=mlp: expected one of lstm, transformer for tokens"),
         (["model.hidden=[8]"], "model.hidden=(8,): expected no value: lstm has the options embedding"),
-        (["partition=dirichlet"], "partition=dirichlet: expected iid, quantity, natural"),
+        (["partition=dirichlet"], "partition=dirichlet: expected one of continuous, domains"),
         (["heterogeneity=noise"], "heterogeneity=noise: expected"),
         (["heterogeneity=label_groups"], "heterogeneity=label_groups: expected"),
         (["dataset.root=nowhere.json"], "nowhere.json is missing"),

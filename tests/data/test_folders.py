@@ -227,6 +227,59 @@ def test_what_a_table_lacks_is_a_sentence(tmp_path: Path) -> None:
         load_dataset(DatasetConfig("parquet", root=root))
 
 
+def test_the_numbers_of_rows_that_pandas_writes_are_no_features(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "p.csv"
+    table().to_csv(path)
+    data = load_dataset(DatasetConfig("csv", root=str(path), client="site"))
+    assert data.x.shape == (12, 2)
+    assert "p.csv: column 'Unnamed: 0' has no name of its own and is left out" in caplog.text
+    named = load_dataset(DatasetConfig("csv", root=str(path), client="site", features=("Unnamed: 0", "age")))
+    assert named.x.shape == (12, 2)
+    table().rename_axis("__index_level_0__").reset_index().to_parquet(tmp_path / "p.parquet")
+    data = load_dataset(DatasetConfig("parquet", root=str(tmp_path / "p.parquet"), client="site"))
+    assert data.x.shape == (12, 2)
+
+
+@pytest.mark.parametrize("features", [("age", "label"), ("age", "age")])
+def test_the_label_is_no_feature(features: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"dataset\.features=\['age', .*names of columns without the label 'label'"):
+        DatasetConfig("csv", root="p.csv", features=features)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_whole_numbers_of_a_table_may_be_predicted_as_numbers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    path = tmp_path / f"p.{kind}"
+    rows = pd.DataFrame({"a": np.arange(1500.0), "age": np.arange(1500) % 90, "id": np.arange(1500)})
+    rows = rows.assign(half=rows.age / 2, whole=rows.age * 1.0, word="old")
+    rows.to_csv(path, index=False) if kind == "csv" else rows.to_parquet(path)
+
+    def loaded(label: str, task: Any = None) -> Any:
+        return load_dataset(DatasetConfig(kind, root=str(path), label=label, features=("a",), task=task))
+
+    assert (loaded("age").task.name, loaded("age").num_classes) == ("classification", 90)
+    assert not caplog.records
+    data = loaded("age", "regression")
+    assert (data.task.name, data.num_classes, data.y.shape) == ("regression", 1, (1500, 1))
+    assert data.y.flatten().tolist() == rows.age.tolist()
+    assert loaded("id").num_classes == 1500
+    assert "p." in caplog.text
+    assert "the labels are 1500 classes; dataset.task=regression predicts them as numbers" in caplog.text
+    assert loaded("half").task.name == "regression"
+    assert loaded("whole", "classification").num_classes == 90
+    for label, task, message in (
+        ("half", "classification", r"dataset\.task=classification: expected regression, because column 'half' of"),
+        ("word", "regression", r"dataset\.task=regression: expected classification, because column 'word' of"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loaded(label, task)
+    with pytest.raises(ConfigError, match=r"dataset\.task=null: expected classification or regression, because column"):
+        loaded("whole")
+
+
 # -------------------------------------------------------------------- pictures
 
 
@@ -295,6 +348,27 @@ def test_a_saved_set_of_hugging_face(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"dataset\.path=.*empty cannot be loaded"):
         load_dataset(DatasetConfig("hf", path=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_names_that_a_set_of_hugging_face_has_are_kept(tmp_path: Path, pictures: bool) -> None:
+    import datasets
+
+    kinds, sites = datasets.ClassLabel(names=["no", "maybe", "yes"]), datasets.ClassLabel(names=["Ulm", "Kiel"])
+    inputs = [Image.new("L", (8, 8), 20 * k) for k in range(6)] if pictures else [float(k) for k in range(6)]
+    kind = datasets.Image() if pictures else datasets.Value("float64")
+    rows = datasets.Dataset.from_dict(
+        {"input": inputs, "label": [0, 2] * 3, "site": [0, 1, 1] * 2},
+        features=datasets.Features({"input": kind, "label": kinds, "site": sites}),
+    )
+    rows.save_to_disk(str(tmp_path / "set"))
+    data = load_dataset(DatasetConfig("hf", path=str(tmp_path / "set"), client="site", size=8))
+    assert data.class_names == ("no", "maybe", "yes")  # also the one that no sample has
+    assert (data.num_classes, data.y.tolist()) == (3, [0, 2] * 3)
+    assert [data.owner_name(sample) for sample in range(3)] == ["Ulm", "Kiel", "Kiel"]
+    numbers = load_dataset(DatasetConfig("hf", path=str(tmp_path / "set"), features=None if pictures else ("input",),
+                                         size=8, task="regression"))  # fmt: skip
+    assert (numbers.task.name, numbers.class_names, numbers.num_classes) == ("regression", (), 1)
 
 
 # ------------------------------------------------------------------ owners' tests

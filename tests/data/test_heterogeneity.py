@@ -12,7 +12,7 @@ from fedpers.data import FederatedData, HeterogeneityConfig, apply_heterogeneity
 from fedpers.data.federated import PARTS
 from fedpers.errors import ConfigError, DataError
 from fedpers.settings.base import choice_options, choices
-from fedpers.settings.heterogeneity import SHIFTS, Drift, LabelGroups, LabelNoise, Noise, Rotation
+from fedpers.settings.heterogeneity import SHIFTS, Drift, LabelGroups, LabelNoise, Noise, PermutedPixels, Rotation
 from fedpers.tasks import Regression
 from tests.problems import gaussian_data
 
@@ -179,6 +179,10 @@ def test_shifts_of_pictures_need_pictures(name: str) -> None:
 def test_more_groups_than_clients_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"heterogeneity\.groups=3: expected at most 2, the number of clients"):
         grouped(gaussian_data((5, 5)), "label_groups", 3)
+    for name, kind in (("label_groups", LabelGroups), ("rotation", Rotation), ("permuted_pixels", PermutedPixels)):
+        nested: dict[str, Any] = {name: kind(groups=9)}
+        with pytest.raises(ConfigError, match=rf"^heterogeneity\.{name}\.groups=9: expected at most 8, the number of"):
+            apply_heterogeneity(pictures(), HeterogeneityConfig(**nested), 0)
     with pytest.raises(ConfigError, match=r"heterogeneity\.groups=3: expected 2 or 4 with heterogeneity=rotation"):
         HeterogeneityConfig("rotation", groups=3)
     with pytest.raises(DataError, match="groups must be one number >= 0 for each of 2 clients"):

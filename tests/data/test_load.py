@@ -1,6 +1,7 @@
 """Settings to the data of all clients, and the settings files."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from fedpers.data import PARTS, DatasetConfig, FederatedData, PartitionConfig, SplitConfig, load_federated
 from fedpers.data.split import take_public
 from fedpers.errors import ConfigError, DataError
+from fedpers.settings.base import choice_options
 from fedpers.tasks import Regression
 
 
@@ -116,6 +118,14 @@ def test_official_needs_an_official_part() -> None:
 def test_more_clients_than_samples() -> None:
     with pytest.raises(DataError, match=r"partition\.num_clients=1798 is more than the 1797 samples of digits"):
         load_federated(DatasetConfig(), PartitionConfig("dirichlet", 1798), SplitConfig(), 0)
+
+
+@pytest.mark.parametrize("name", ["pfllib_dirichlet", "pfllib_pathological"])
+def test_pfllibs_divisions_name_options_that_they_have(name: str) -> None:
+    with pytest.raises(DataError, match=rf"^partition={name}: .* lower partition\.num_clients") as error:
+        load_federated(DatasetConfig(), PartitionConfig(name, 900), SplitConfig(), 0)
+    keys = {key.removeprefix("partition.") for key in re.findall(r"partition\.\w+", str(error.value))}
+    assert keys <= choice_options(PartitionConfig, name).keys()
 
 
 # --- public samples and unseen clients ---

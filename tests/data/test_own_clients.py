@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from fedpers.data import FederatedData
 from fedpers.data.federated import PARTS
-from fedpers.errors import DataError
+from fedpers.errors import ConfigError, DataError
+from fedpers.models import ModelConfig, build_model
+from fedpers.strategies import FedAvgUpdate
 
 X = np.arange(40, dtype=np.float64).reshape(20, 2)
 Y = np.arange(20) % 3
@@ -29,6 +33,14 @@ class Pairs(Dataset[tuple[Any, Any]]):
 
     def __getitem__(self, position: int) -> tuple[Any, Any]:
         return self.x[position], self.y[position]
+
+
+class Stream(IterableDataset[tuple[Any, Any]]):
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        return zip(X, Y, strict=True)
 
 
 FORMS: dict[str, Any] = {
@@ -133,8 +145,8 @@ def test_every_sample_stands_in_one_part_of_one_client(sizes: list[int], seed: i
         ({1: (X, Y), "1": (X, Y)}, {}, r"two clients have the same name"),
         ([(X, Y), (X[:5], Y)], {}, r"client 1 has 5 samples but 20 labels"),
         ([(X, Y), (X[:0], Y[:0])], {}, r"client 1 has no samples"),
-        ([(X, Y), (X[:2], Y[:2])], {}, r"Client 1 has 2 samples"),
-        ([(X, Y), (X[:, :1], Y)], {}, r"differ in the shape of a sample: \(1,\), \(2,\)"),
+        ([(X, Y), (X[:2], Y[:2])], {}, r"client 1 has 2 samples, but its parts .* need one each; leave it out, or set"),
+        ([(X, Y), (X[:, :1], Y)], {}, r"differ in the shape of a sample: \[2\] of client 0, \[1\] of client 1"),
         ([(X, Y), None], {}, r"client 1 must be a pair .* not NoneType"),
         ([{"train": (X, Y), "tset": (X, Y)}], {}, r"client 0: a dictionary of a client's parts has the keys train"),
         ([{"test": (X, Y)}], {}, r"client 0 has no part for training"),
@@ -159,5 +171,217 @@ def test_columns_are_not_put_together_by_position() -> None:
         FederatedData.from_clients([frame, frame[["b", "a", "label"]]])
     with pytest.raises(DataError, match="clients differ in the type or the shape of labels"):
         FederatedData.from_clients([(X, Y), (X, X[:, :1] / 7)])
-    with pytest.raises(DataError, match=r"a label is missing \(None\)"):
-        FederatedData.from_clients([(X, np.array(["a", None] * 10, dtype=object))])
+    with pytest.raises(DataError, match="client 1 has the columns b, a, label, the first a, b, label"):
+        FederatedData.from_clients([frame, {"train": frame, "test": frame[["b", "a", "label"]]}])
+    with pytest.raises(DataError, match=r"client 1: a label is missing \(None\)"):
+        FederatedData.from_clients([(X, ["a"] * 20), (X, np.array(["a", None] * 10, dtype=object))])
+
+
+# ------------------------------------------------------------------------- whole numbers
+
+
+WHOLE: dict[str, Any] = {
+    "counts": np.arange(40).reshape(20, 2),
+    "small counts": np.arange(40, dtype=np.uint8).reshape(20, 2),
+    "yes or no": np.arange(40).reshape(20, 2) % 2 == 0,
+    "tensor": torch.arange(40).view(20, 2),
+    "lists": np.arange(40).reshape(20, 2).tolist(),
+    "table": pd.DataFrame({"a": np.arange(20), "b": np.arange(20) % 2 == 0}),
+    "nullable": pd.DataFrame({"a": np.arange(20), "b": np.arange(20) % 2}).astype({"a": "Int64", "b": "boolean"}),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_whole_numbers_are_features_of_every_network_unless_they_are_tokens(form: str) -> None:
+    data = FederatedData.from_clients([(WHOLE[form], Y), (WHOLE[form], Y)])
+    assert data.x.dtype == torch.float32
+    assert data.x.tolist() == np.asarray(WHOLE[form]).astype(float).tolist() * 2
+    model = build_model(ModelConfig("mlp"), (2,), data.num_classes, 0)
+    FedAvgUpdate().client_app(model, data)  # which tries network and loss on samples
+
+
+def test_whole_numbers_of_a_table_with_its_labels() -> None:
+    frame = pd.DataFrame({"a": np.arange(20), "b": np.arange(20) % 2 == 0, "label": Y})
+    data = FederatedData.from_clients([frame, frame.astype({"a": "Int64", "label": "Int64"})])
+    assert data.x.dtype == torch.float32
+    assert data.y.tolist() == [*Y, *Y]
+    assert data.class_names == ()
+
+
+def test_tokens_stay_whole_numbers() -> None:
+    ids = np.arange(40, dtype=np.int32).reshape(20, 2)
+    for form in (ids, torch.from_numpy(ids), pd.DataFrame(ids), ids.astype(np.uint8).reshape(20, 1, 2)):
+        data = FederatedData.from_clients([(form, Y), (form, Y)], tokens=True)
+        assert data.x.dtype == torch.int64
+        assert data.x.flatten().tolist() == [*range(40), *range(40)]
+    with pytest.raises(DataError, match=r"client 1: inputs are float64, expected whole numbers >= 0 because of tokens"):
+        FederatedData.from_clients([(ids, Y), (X, Y)], tokens=True)
+    with pytest.raises(DataError, match=r"client 0: inputs are -1, expected whole numbers >= 0 because of tokens=True"):
+        FederatedData.from_clients([(ids - 1, Y)], tokens=True)
+
+
+# -------------------------------------------------------------------------------- labels
+
+
+def test_a_task_says_what_numbers_stand_for() -> None:
+    ages = np.arange(20) + 30
+    data = FederatedData.from_clients([(X, ages), (X, ages.astype(float))], task="regression")
+    assert data.task.name == "regression"
+    assert data.y.tolist() == [[float(age)] for age in ages] * 2
+    data = FederatedData.from_clients([(X, Y), (X, Y.astype(float))], task="classification")
+    assert data.task.name == "classification"
+    assert data.y.tolist() == [*Y, *Y]
+    one_hot = np.eye(3)[Y]
+    data = FederatedData.from_clients([(X, one_hot), (X, one_hot)], task="regression")
+    assert (data.num_classes, data.y.shape) == (3, (40, 3))
+    with pytest.raises(ConfigError, match=r"task=regression: expected classification, because the label of client 0"):
+        FederatedData.from_clients([(X, ["a", "b"] * 10)], task="regression")
+    with pytest.raises(ConfigError, match=r"task=classification: expected regression, because the label of client 1"):
+        FederatedData.from_clients([(X, Y), (X, Y / 7)], task="classification")
+    with pytest.raises(ConfigError, match=r"task=ranking: expected classification, regression or None"):
+        FederatedData.from_clients([(X, Y)], task="ranking")  # type: ignore[arg-type]
+
+
+def test_more_classes_than_usual_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    x = np.zeros((1500, 1))
+    FederatedData.from_clients([(x, np.arange(1500))])
+    assert "data: the labels are 1500 classes; task='regression' predicts them as numbers" in caplog.text
+    caplog.clear()
+    FederatedData.from_clients([(x, np.arange(1500))], task="classification")
+    assert not caplog.records
+
+
+def test_text_of_a_table_is_numbered_as_text_of_an_array() -> None:
+    frame = pd.DataFrame({"a": np.arange(20.0), "label": ["b", "a"] * 10})
+    data = FederatedData.from_clients([frame, frame.astype({"label": "category"})])
+    assert data.class_names == ("a", "b")
+    assert data.y[:2].tolist() == data.y[20:22].tolist() == [1, 0]
+
+
+# ---------------------------------------------------------------------------- containers
+
+
+def test_numbers_that_numpy_does_not_have_are_read() -> None:
+    halves = torch.from_numpy(X).bfloat16()
+    items = [(row, label) for row, label in zip(halves, Y / 7, strict=True)]
+    for form in ((halves, Y / 7), Pairs(*zip(*items, strict=True))):
+        data = FederatedData.from_clients([form])
+        assert data.x.tolist() == X.tolist()
+    data = FederatedData.from_clients([(np.ma.masked_array(X, False), Y)])
+    assert data.x.tolist() == X.tolist()
+
+
+def test_an_owner_goes_with_its_sample_whatever_the_order() -> None:
+    owner, order = np.array(["Ulm", "Kiel"])[Y % 2], np.random.default_rng(0).permutation(20)
+    one = FederatedData.from_clients((X, Y), owner=owner)
+    other = FederatedData.from_clients((X[order], Y[order]), owner=owner[order].tolist())
+    for client in range(2):
+        rows = [
+            sorted(data.x[position].tolist() for part in PARTS for position in data.part(part)[client])
+            for data in (one, other)
+        ]
+        assert rows[0] == rows[1]
+    frame = pd.DataFrame({"a": X[:, 0], "label": Y, "site": owner})
+    shuffled = frame.sample(frac=1, random_state=0)
+    with pytest.raises(DataError, match=r"data: samples and owner have the same index in another order"):
+        FederatedData.from_clients(shuffled[["a", "label"]], owner=frame["site"])
+    with pytest.raises(DataError, match=r"client 0: inputs and labels have the same index in another order"):
+        FederatedData.from_clients([(shuffled[["a"]], frame["label"])])
+    assert FederatedData.from_clients(shuffled[["a", "label"]], owner=shuffled["site"]).client_names == ("Kiel", "Ulm")
+
+
+FRAME = pd.DataFrame({"a": X[:, 0], "label": Y})
+SPARSE = torch.from_numpy(X).to_sparse()
+PICTURES = np.zeros((20, 3, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("client", "message"),
+    [
+        (set(), r"client Ulm must be a pair \(inputs, labels\), a data frame or a PyTorch Dataset .*, not set\."),
+        ((k for k in range(3)), r"client Ulm must be a pair .*, not generator\."),
+        ("samples", r"client Ulm must be a pair .*, not str\."),
+        (X, r"client Ulm must be a pair .*, not ndarray\."),
+        ((X, Y, Y), r"client Ulm must be a pair .*, not tuple of 3\."),
+        (pa.table({"a": X[:, 0], "label": Y}), r"client Ulm must be a pair .*, not Table; give its to_pandas\(\)"),
+        (Stream(), r"client Ulm must be a pair .*, not Stream\."),
+        ({}, r"client Ulm has no part for training"),
+        ({"train": (X[:0], Y[:0]), "test": (X, Y)}, r"client Ulm has no samples for training"),
+        ({"train": {"x": X}}, r"client Ulm, train must be a pair .*, not dict; several inputs of a sample are not"),
+        ({"image": X, "age": X, "label": Y}, r"client Ulm: .* not image, age, label; several inputs .* are not taken"),
+        (({"image": X, "age": X}, Y), r"client Ulm: inputs are dict; several inputs .* put them together as the col"),
+        (([X, X[:, :1]], Y), r"client Ulm: inputs differ in shape"),
+        (([X[0], X[0, :1]] * 10, Y), r"client Ulm: inputs differ in shape"),
+        (((x for x in X), Y), r"client Ulm: inputs are generator, expected an entry for each sample"),
+        ((set(), Y), r"client Ulm: inputs are set, expected an entry"),
+        ((X, None), r"client Ulm: labels are NoneType, expected an entry"),
+        ((X[:, :0], Y), r"inputs of client Ulm are \[20, 0\], without any numbers"),
+        ((X.astype(object), Y), r"client Ulm: inputs are object, expected numbers"),
+        ((X.astype(complex), Y), r"client Ulm: inputs are complex128, expected numbers"),
+        ((torch.from_numpy(X).to(torch.complex64), Y), r"client Ulm: inputs are complex64, expected numbers"),
+        ((X.astype("datetime64[s]"), Y), r"client Ulm: inputs are datetime64\[s\], expected numbers"),
+        ((X * 1e300, Y), r"client Ulm: inputs are not finite"),
+        ((PICTURES, Y), r"inputs of client Ulm are uint8 \[20, 3, 8, 8\], expected pictures \[n, H, W\]"),
+        ((np.ma.masked_less(X, 3), Y), r"client Ulm: inputs are masked; fill in what is missing"),
+        (([np.ma.masked_less(row, 3) for row in X], Y), r"client Ulm: inputs are masked"),
+        ((SPARSE, Y), r"client Ulm: inputs are a tensor of layout torch.sparse_coo; give its to_dense\(\)"),
+        ((SPARSE.to_sparse_csr(), Y), r"client Ulm: inputs are a tensor of layout torch.sparse_csr"),
+        ((torch.zeros(20, 2, device="meta"), Y), r"client Ulm: inputs cannot be read"),
+        (([torch.ones(2, requires_grad=True)] * 20, Y), r"client Ulm: inputs cannot be read"),
+        (Pairs([{"a": 1}] * 20, Y), r"client Ulm: inputs are dict; several inputs"),
+        (Pairs([[1], [1, 2]] * 10, Y), r"client Ulm: inputs differ in shape: \(1,\), \(2,\)"),
+        (Pairs([SPARSE[0]] * 20, Y), r"client Ulm: inputs are a tensor of layout"),
+        (TensorDataset(SPARSE.to_dense()), r"client Ulm: samples of the data set must be pairs .*, not 1 values"),
+        (pd.DataFrame(), r"client Ulm: there is no column 'label' in a data frame without columns"),
+        (FRAME[:0], r"client Ulm has no samples"),
+        (FRAME[["label"]], r"client Ulm: there is no column of inputs beside 'label'"),
+        (FRAME[["a", "a", "label"]], r"client Ulm: there are several columns 'a'"),
+        (FRAME.assign(a="text"), r"client Ulm: column 'a' is \w+, but inputs are numbers; turn it into numbers"),
+        (FRAME.assign(a=pd.Timestamp(0)), r"client Ulm: column 'a' is datetime64\[\w+\], but inputs are numbers"),
+        (FRAME.assign(a=1j), r"client Ulm: column 'a' is complex128, but inputs are numbers"),
+        (FRAME.assign(a=pd.array([1, None] * 10, "Int64")), r"client Ulm: inputs are not finite"),
+        (FRAME.assign(label=pd.array([1, None] * 10, "Int64")), r"client Ulm: a label is missing \(row 2\)"),
+        (FRAME.assign(label=pd.Timestamp(0)), r"labels of client Ulm are datetime64"),
+        ((FRAME[["a"]].assign(b="text"), Y), r"client Ulm: inputs: column 'b' is \w+, but inputs are numbers"),
+        ((X, pd.array([1, None] * 10, "Int64")), r"client Ulm: labels are masked; fill in what is missing"),
+        ((X, Y.astype(complex)), r"labels of client Ulm are complex128 \[20\], expected one class for each sample"),
+        ((X, Y[:, None]), r"labels of client Ulm are int64 \[20, 1\], expected one class for each sample \[n\], or fl"),
+        ((X, np.eye(3)[Y]), r"labels of client Ulm are one-hot \[n, 3\]; .* labels.argmax\(1\) .* task='regression'"),
+        ((X, np.eye(3, dtype=int)[Y]), r"labels of client Ulm are one-hot \[n, 3\]"),
+        ((X, [{"a": 1}] * 20), r"labels must be hashable"),
+    ],
+)
+def test_no_container_ends_in_a_traceback(client: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        FederatedData.from_clients({"Ulm": client})
+    assert str(error.value).startswith("data: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("clients", "owner", "message"),
+    [
+        ((X, Y), [None, "Ulm"] * 10, r"owner has no value for a sample"),
+        ((X, Y), np.array([np.nan, 1.0] * 10), r"owner has no value for a sample"),
+        ((X, Y), pd.array(["Ulm", None] * 10, "string"), r"owner has no value for a sample"),
+        ((X, Y), np.array(["2020", "NaT"] * 10, "datetime64[s]"), r"owner has no value for a sample"),
+        ((X, Y), [[1], [1, 2]] * 10, r"owner differ in shape"),
+        ((X, Y), "site", r"owner are str, expected an entry for each sample"),
+        ((X, Y), set(), r"owner are set, expected an entry for each sample"),
+        ({"x": X, "y": Y}, Y, r"data must be a pair .*, not dict; several inputs"),
+        (TensorDataset(torch.zeros(20, 2), torch.zeros(20)), None, r"list or a dictionary .* needs owner="),
+        ({"Ulm", "Kiel"}, None, r"clients must be a list or a dictionary by name, not set"),
+        (iter([(X, Y)]), None, r"clients must be a list or a dictionary by name, not list_iterator"),
+        ("Ulm", None, r"clients must be a list or a dictionary by name, not str"),
+        (pd.DataFrame(), None, r"clients must be a list or a dictionary by name, not DataFrame"),
+    ],
+)
+def test_owners_and_all_clients_together_are_a_sentence_too(clients: Any, owner: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        FederatedData.from_clients(clients, owner=owner)
+
+
+def test_pictures_of_bytes_and_other_numbers_do_not_go_together() -> None:
+    pictures = np.zeros((20, 8, 8), np.uint8)
+    with pytest.raises(DataError, match=r"differ in the type of inputs: uint8 of client 0, float64 of client 1"):
+        FederatedData.from_clients([(pictures, Y), (pictures / 255, Y)])

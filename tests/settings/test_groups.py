@@ -14,9 +14,10 @@ from fedpers.data.partitions import BY_OWNER, PARTITIONS, WITH_PARTS, WITHOUT_CL
 from fedpers.errors import ConfigError
 from fedpers.models import MODELS
 from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConfig, WandbConfig
-from fedpers.settings.base import choices, options
+from fedpers.settings.base import choice_options, choices, options
 from fedpers.settings.data import OWN_FILES, RATINGS, DatasetConfig, PartitionConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
+from fedpers.settings.heterogeneity import SHIFTS, Blur, HeterogeneityConfig, Rotation
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
 NEEDED = {"dataset=ratings": ["dataset.root=a.csv"], "partition=index": ["partition.file=a.json"],
@@ -116,9 +117,28 @@ def test_trackers_compose(overrides: list[str], expected: TrackerConfig) -> None
     assert composed(overrides).tracker == expected
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedrap"])
+def test_shifts_compose(strategy: str) -> None:
+    def shifts(*overrides: str) -> Any:
+        return composed([f"strategy={strategy}", *overrides]).heterogeneity.shifts()
+
+    each = {name: shifts(f"heterogeneity={name}") for name in SHIFTS}
+    assert shifts(f"heterogeneity=[{','.join(SHIFTS)}]") == {name: each[name][name] for name in SHIFTS}
+    both = shifts("heterogeneity.rotation.groups=3", "heterogeneity=[rotation, blur]", "heterogeneity.blur.strength=2")
+    assert both == {"rotation": Rotation(3, 90.0), "blur": Blur(2.0)}
+    assert shifts("heterogeneity=[rotation]", "heterogeneity.groups=2") == {"rotation": Rotation(2, 180.0)}
+    assert shifts("heterogeneity=[]") == {}
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (["heterogeneity=[rotation,blurr]"], "heterogeneity=blurr: expected one of blur, "),
+        (["heterogeneity=[rotation,none]"], "heterogeneity=none: expected one of blur, "),
+        (["heterogeneity=[blur,blur]"], "heterogeneity=[blur,blur]: expected each shift once."),
+        (["heterogeneity=[blur],[noise]"], "heterogeneity=[blur],[noise]: expected a name, or one list of"),
+        (["heterogeneity=none,[blur,noise]"], "heterogeneity=none,[blur,noise]: expected a name, or one list"),
+        (["heterogeneity=[blur,noise]", "heterogeneity.strength=1"], "heterogeneity.strength=1: expected a known key"),
         (["tracker=tensorbord"], "tracker=tensorbord: expected one of none, tensorboard, wandb (did you mean"),
         (["tracker=wandb", "tracker.wandb.projekt=x"], "tracker.wandb.projekt=x: expected a known key: "),
         (["tracker=wandb", "tracker.wandb.mode=on"], "tracker.wandb.mode=on: expected one of auto, offline, online"),
@@ -153,6 +173,29 @@ def test_help_lists_every_option_of_a_choice(capsys: pytest.CaptureFixture[str])
     assert "did you mean 'fedrep'?" in capsys.readouterr().err
     assert _main(["--help", "strategi"]) == 2
     assert "--help=strategi: expected one of aggregation, " in capsys.readouterr().err
+
+
+def test_help_says_what_is_on_and_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(choice: str) -> list[str]:
+        assert _main(["--help", choice]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    for name in choices(HeterogeneityConfig):
+        lines = shown(f"heterogeneity={name}")
+        (start,) = (k for k, line in enumerate(lines) if line.startswith("  By keys of their own, each off unless one"))
+        on = [line.split("=")[0].strip() for line in lines[1:start] if line.strip()]
+        own = [key for key in choice_options(HeterogeneityConfig, name) if key in ("strength", "groups")]
+        assert on == [f"heterogeneity.{key}" for key in own]
+        off = {line.split(".")[1] for line in lines[start + 1 :] if line.strip()}
+        assert off == {*SHIFTS, "drift"}
+    for dataset in ("csv", "parquet", "npz", "images", "pfllib", "leaf", "ratings"):
+        (line,) = (line for line in shown(f"dataset={dataset}") if line.startswith("  dataset.root="))
+        assert " ".join(line.split()) == "dataset.root= needed: folder of the files, or the file [text]"
+    (line,) = (line for line in shown("dataset=mnist") if line.startswith("  dataset.root="))
+    assert "dataset.root=null" in line
+    assert "null: $FEDPERS_CACHE/data" in line
+    assert any(line.startswith("  dataset.path=  ") and "[text]" in line for line in shown("dataset=hf"))
+    assert any(line.startswith("  partition.file=  ") and "[text]" in line for line in shown("partition=index"))
 
 
 OWN_CONFIGURATION = """

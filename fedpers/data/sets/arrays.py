@@ -73,6 +73,7 @@ def dataset_of(
     tokens: bool = False,
     num_tokens: int = 0,
     train_size: int | None = None,
+    class_names: tuple[str, ...] = (),
 ) -> Dataset:
     """Make a data set of arrays that were read somewhere, or say what is wrong with them.
 
@@ -99,6 +100,8 @@ def dataset_of(
         Size of the vocabulary of tokens; 0 is the largest one that occurs plus one.
     train_size : int, optional
         So many samples, the first, are the official training part.
+    class_names : tuple of str
+        What the data call classes 0, 1, ..., which then are the labels as they stand.
 
     Raises
     ------
@@ -129,11 +132,16 @@ def dataset_of(
             raise DataError(f"{path}: tokens in {x_name} run from {low} to {high}, expected 0 to {num_tokens - 1}.")
         num_tokens = num_tokens or high + 1
     if next_tokens:
-        labels = torch.from_numpy(y.astype(np.int64))
+        labels, num_classes = torch.from_numpy(y.astype(np.int64)), num_tokens
+    elif is_classification and class_names:
+        labels, classes = torch.from_numpy(y.astype(np.int64)), class_names
+        num_classes = len(classes)
     elif is_classification:
         labels, classes = _class_ids(path, y_name, y)
+        num_classes = int(labels.max()) + 1
     else:
         labels = _targets(path, y_name, y)
+        num_classes = labels[0].numel()
     if isinstance(x, Tensor):
         inputs = x
     elif tokens:
@@ -154,7 +162,6 @@ def dataset_of(
         raise DataError(f"{path}: {x_name} is {x.dtype}, expected uint8 pictures or floats{hint}.")
     owner, owner_names = _numbered(client)
     domains, domain_names = _numbered(domain)
-    num_classes = num_tokens if next_tokens else int(labels.max()) + 1 if is_classification else labels[0].numel()
     return Dataset(
         inputs,
         labels,

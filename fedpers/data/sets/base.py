@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.data.cache import cache_root
-from fedpers.errors import ConfigError, DataError
+from fedpers.errors import ConfigError, DataError, check
 from fedpers.settings.data import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, Task
+
+logger = logging.getLogger(__name__)
+
+MANY_CLASSES = 1000
+"""More classes than this, of whole numbers, may have been meant as numbers to predict."""
 
 
 @dataclass(frozen=True)
@@ -130,3 +137,38 @@ def normalized(pictures: NDArray[np.uint8], train_size: int) -> Tensor:
         deviation = float(np.sqrt(np.average((values - mean) ** 2, weights=counts)))
         x[:, channel].sub_(mean).div_(deviation or 1.0)  # a constant channel becomes 0
     return x
+
+
+def labels_for(task: str | None, labels: NDArray[Any], key: str, what: str) -> NDArray[Any]:
+    """Labels of the type that stands for a task: floats ``[n, D]`` for a regression, whole numbers or text for classes.
+
+    Parameters
+    ----------
+    task : str or None
+        ``classification``, ``regression``, or None to leave the labels as they are.
+    labels : array ``[n, ...]``
+    key, what : str
+        The setting as it is typed, and whose labels these are, for errors.
+
+    Raises
+    ------
+    ConfigError
+        If they are no numbers, or for classes no whole ones.
+    """
+    kind = labels.dtype.kind
+    if task == "regression":
+        check(kind in "iufb", key, task, f"classification, because {what} is {labels.dtype}, no number")
+        floats: NDArray[Any] = labels.astype(np.float64)
+        return floats[:, None] if labels.ndim == 1 else floats
+    if task == "classification" and kind == "f" and labels.ndim == 1:
+        whole = bool((np.isfinite(labels) & (labels == np.floor(labels))).all())
+        check(whole, key, task, f"regression, because {what} is not always a whole number")
+        return labels.astype(np.int64)
+    return labels
+
+
+def warn_of_many_classes(name: str, labels: NDArray[Any], remedy: str) -> None:
+    """Say how many classes whole numbers ``[n]`` make, if these are more than a classification usually has."""
+    classes = len(np.unique(labels)) if labels.dtype.kind in "iu" else 0
+    if classes > MANY_CLASSES:
+        logger.warning("%s: the labels are %d classes; %s predicts them as numbers.", name, classes, remedy)

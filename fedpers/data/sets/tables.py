@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedpers.data.sets.arrays import dataset_of
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, labels_for, warn_of_many_classes
 from fedpers.data.sets.rating_files import file_text
-from fedpers.errors import ConfigError, DataError, one_of, reason
+from fedpers.errors import ConfigError, DataError, check, one_of, reason
 from fedpers.settings.data import DatasetConfig
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+logger = logging.getLogger(__name__)
+
+_NAMELESS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+"""Columns that nobody named: numbers of the rows, as pandas writes them."""
 
 
 def table(config: DatasetConfig) -> Dataset:
@@ -56,28 +63,33 @@ def _read_csv(path: Path, config: DatasetConfig) -> DataFrame:
         na_values=["", "NaN", "nan"],
     )  # fmt: skip
     for column in text:
-        if column in rows and not rows[column].str.fullmatch(r"0\d+").any():
+        counted = column == config.label and config.task == "regression"
+        if column in rows and (counted or not rows[column].str.fullmatch(r"0\d+").any()):
             numbers = pd.to_numeric(rows[column], errors="coerce")
             rows[column] = numbers if bool(numbers.notna().all()) else rows[column]
     return rows
 
 
 def dataset_of_table(
-    config: DatasetConfig, path: Path, name: str, rows: DataFrame, train_size: int | None = None
-) -> Dataset:
+    config: DatasetConfig, path: Path, name: str, rows: DataFrame, train_size: int | None = None, *,
+    class_names: tuple[str, ...] = (),
+) -> Dataset:  # fmt: skip
     """Make a data set of the columns that `config` names.
 
+    Columns without a name, in which pandas writes the numbers of the rows, are left out unless `features` has them.
     Features get mean 0 and deviation 1, those of the official training part if there is one.
 
     Parameters
     ----------
     config : DatasetConfig
-        Of it `label`, `client`, `domain` and `features`; without `features` all other columns are.
+        Of it `label`, `client`, `domain`, `features` and `task`; without `features` all other columns are.
     path : Path
         For errors.
     name : str
     rows : DataFrame
     train_size : int, optional
+    class_names : tuple of str
+        See :func:`dataset_of`.
 
     Raises
     ------
@@ -93,8 +105,12 @@ def dataset_of_table(
         for column in named:
             if column not in columns:
                 raise ConfigError(key, column, f"a column of {path}: {one_of(columns, column)}")
-    others = (config.label, config.client, config.domain)
-    features = used["dataset.features"] or [column for column in columns if column not in others]
+    features = used["dataset.features"]
+    if not features:
+        others = [column for column in columns if column not in (config.label, config.client, config.domain)]
+        features = [column for column in others if not _NAMELESS.fullmatch(column)]
+        for column in sorted(set(others) - set(features)):
+            logger.warning("%s: column '%s' has no name of its own and is left out.", path, column)
     if not features or len(rows) == 0:
         raise DataError(f"{path} has no {'rows' if features else 'columns beside label, client and domain'}.")
     for column in (*features, config.label, *used["dataset.client"], *used["dataset.domain"]):
@@ -112,8 +128,14 @@ def dataset_of_table(
     deviation = x[:train_size].std(0)
     x = x / np.where(deviation > 0, deviation, 1.0)
     client, domain = (None if column is None else _ids(rows[column]) for column in (config.client, config.domain))
-    return dataset_of(path, name, {"features": x}, {config.label: _labels(rows[config.label])}, client=client,
-                      domain=domain, train_size=train_size)  # fmt: skip
+    labels = labels_for(config.task, _labels(rows[config.label]), "dataset.task", f"column '{config.label}' of {path}")
+    if config.task is None and not class_names:
+        whole = labels.dtype.kind == "f" and bool((labels == np.floor(labels)).all())
+        allowed = f"classification or regression, because column '{config.label}' of {path} has whole numbers as floats"
+        check(not whole, "dataset.task", "null", allowed)
+        warn_of_many_classes(str(path), labels, "dataset.task=regression")
+    return dataset_of(path, name, {"features": x}, {config.label: labels}, client=client, domain=domain,
+                      train_size=train_size, class_names=class_names)  # fmt: skip
 
 
 def _labels(column: Any) -> Any:

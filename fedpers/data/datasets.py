@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from fedpers.custom import call_custom, import_custom
-from fedpers.data.clients import array_of, inputs_of, is_pictures
 from fedpers.data.federated import FederatedData
 from fedpers.data.sets.ag_news import ag_news
 from fedpers.data.sets.arrays import dataset_of, npz
@@ -25,6 +24,7 @@ from fedpers.data.sets.pfllib import pfllib
 from fedpers.data.sets.pictures import cifar, digits, emnist, idx_files, svhn, usps
 from fedpers.data.sets.tables import table
 from fedpers.data.sets.text import text
+from fedpers.data.values import array_of, inputs_of, is_pictures
 from fedpers.errors import ConfigError, DataError, check, reason
 from fedpers.settings.base import options
 from fedpers.settings.data import DatasetConfig, SplitConfig
@@ -107,6 +107,8 @@ def custom(config: DatasetConfig, split: SplitConfig, seed: int) -> Dataset | Fe
 
 def _whole_set(name: str, x: Any, y: Any, owner: Any = None) -> Dataset:
     """A set of arrays that a function returned."""
+    if isinstance(x, dict):
+        raise DataError(f"{name}: x has several inputs; return the clients, a list or dictionary of (x, y), instead.")
     x, y = inputs_of(x, f"{name}: x"), array_of(y, f"{name}: y")
     if x.dtype.kind in "iub" and not is_pictures(x):
         x = x.astype(np.float32)

@@ -131,14 +131,17 @@ class FederatedData:
         clients : sequence, or mapping by the client's name
             Samples of each client: a pair of inputs ``[n, ...]`` and labels ``[n]`` or ``[n, D]`` (tensors, arrays or
             lists), a data frame, a PyTorch ``Dataset`` of such pairs; or a mapping from ``train``, ``validation`` and
-            ``test`` to these. With `owner`, one such set.
+            ``test`` to these. Inputs may be several, a mapping by name, which a network of your own is then given.
+            With `owner`, one such set.
         owner : sequence ``[N]``, optional
             Client of each sample, numbers or text.
         label : str
             The column of a data frame that holds the labels; all others are inputs.
         tokens : bool
-            Whether inputs are ids of tokens, which stay int64 and which a network embeds; otherwise whole numbers are
-            features like other numbers.
+            Whether inputs are ids of tokens ``[n, T]``, which stay int64 and which a network embeds; otherwise whole
+            numbers are features like other numbers. Sequences may differ in length: shorter ones are padded with 0 in
+            front. Labels that are sequences too are the next tokens, -1 where none is to be predicted; then padding
+            stands behind.
         task : {"classification", "regression"}, optional
             What numbers as labels stand for. Default: whole numbers are classes, floats are targets of a regression.
         validation, test : float
@@ -151,22 +154,22 @@ class FederatedData:
         -------
         FederatedData
             Inputs are float32, whole numbers too (pictures of bytes ``[n, H, W]`` or ``[n, H, W, C]`` normalized to
-            ``[n, C, H, W]``, everything else as it is), or int64 with `tokens`. Labels of any hashable kind become
+            ``[n, C, H, W]``, everything else as it is), or int64 with `tokens`; several are columns of one tensor (`fields`). Labels of any hashable kind become
             class ids, and `class_names` keeps what they were, unless they are 0, 1, ... already; floats are targets of
             a regression.
 
         Raises
         ------
         DataError
-            If something else is given; it names the client. A sample has one input: several are put together before.
+            If something else is given; it names the client.
         ConfigError
             If a share or `task` cannot be used.
         """
         from fedpers.data.clients import data_of_clients  # which needs this class
 
         return data_of_clients(
-            clients, owner=owner, label=label, tokens=tokens, task=task, validation=validation, test=test, seed=seed,
-            name=name,
+            clients, owner=owner, label=label, tokens=tokens, task_name=task, validation=validation, test=test,
+            seed=seed, name=name,
         )  # fmt: skip
 
     def __post_init__(self) -> None:

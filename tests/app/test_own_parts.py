@@ -159,7 +159,10 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
             "partition=dirichlet: expected natural, because mine_parts:divided",
         ),
         ("dataset=mine_parts:ragged", "ragged: x differ in shape"),
-        ("dataset=mine_parts:several", "several: x are dict; several inputs of a sample are not taken: put them"),
+        (
+            "dataset=mine_parts:several",
+            "several: x has several inputs; return the clients, a list or dictionary of (x, y)",
+        ),
         ("dataset=mine_parts:nobodys", "nobodys: clients are object [400], expected whole numbers or text [N]"),
         *(
             (f"dataset=mine_parts:{made} partition=natural {setting}={value}", f"{setting}={value}: expected {allowed}")

@@ -10,15 +10,20 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
+from fedpers import simulate
+from fedpers.cohort import Training
 from fedpers.data import FederatedData
 from fedpers.data.federated import PARTS
 from fedpers.errors import ConfigError, DataError
 from fedpers.models import ModelConfig, build_model
-from fedpers.strategies import FedAvgUpdate
+from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate
 
 X = np.arange(40, dtype=np.float64).reshape(20, 2)
 Y = np.arange(20) % 3
@@ -150,7 +155,20 @@ def test_every_sample_stands_in_one_part_of_one_client(sizes: list[int], seed: i
         ([(X, Y), None], {}, r"client 1 must be a pair .* not NoneType"),
         ([{"train": (X, Y), "tset": (X, Y)}], {}, r"client 0: a dictionary of a client's parts has the keys train"),
         ([{"test": (X, Y)}], {}, r"client 0 has no part for training"),
-        ([({"a": X, "b": X}, Y)], {}, r"inputs are dict"),
+        ([({"a": X, "b": X[:5]}, Y)], {}, r"client 0: inputs differ in their number of samples: a 20, b 5"),
+        ([({"a": X}, Y), ({"b": X}, Y)], {}, r"client 1: inputs are b \[2\], of the first client a \[2\]"),
+        ([({"a": X}, Y), (X, Y)], {}, r"client 1 has one input for a sample, .* client 0 several"),
+        ([({"a": np.full(20, 2**24)}, Y)], {}, r"client 0: input 'a' has whole numbers beyond 16777215"),
+        ([({"a": X * np.nan}, Y)], {}, r"client 0: input 'a' is not finite"),
+        ([({}, Y)], {}, r"client 0: inputs differ in their number of samples: there are none"),
+        ([({"a": X}, Y)], {"tokens": True}, r"inputs are dict, expected sequences because of tokens=True"),
+        (
+            [([[1], [1, 2]] * 10, [[1], [1]] * 10)],
+            {"tokens": True},
+            r"client 0: sample 1 has 2 tokens but 1 next tokens",
+        ),
+        ([([[1], []] * 10, Y)], {"tokens": True}, r"client 0: inputs have an empty sequence \(sample 1\)"),
+        ([([[1]] * 20, [[1]] * 20), ([[1]] * 20, Y)], {"tokens": True}, r"client 1: labels are classes, but of other"),
         ([(X * np.nan, Y)], {}, r"inputs are not finite"),
         ([(X, Y.astype(float))], {}, r"labels are whole numbers as float64"),
         ([(X, Y / 7 * np.nan)], {}, r"labels are not finite"),
@@ -210,7 +228,7 @@ def test_whole_numbers_of_a_table_with_its_labels() -> None:
 
 def test_tokens_stay_whole_numbers() -> None:
     ids = np.arange(40, dtype=np.int32).reshape(20, 2)
-    for form in (ids, torch.from_numpy(ids), pd.DataFrame(ids), ids.astype(np.uint8).reshape(20, 1, 2)):
+    for form in (ids, torch.from_numpy(ids), pd.DataFrame(ids), list(ids), ids.tolist()):
         data = FederatedData.from_clients([(form, Y), (form, Y)], tokens=True)
         assert data.x.dtype == torch.int64
         assert data.x.flatten().tolist() == [*range(40), *range(40)]
@@ -218,6 +236,60 @@ def test_tokens_stay_whole_numbers() -> None:
         FederatedData.from_clients([(ids, Y), (X, Y)], tokens=True)
     with pytest.raises(DataError, match=r"client 0: inputs are -1, expected whole numbers >= 0 because of tokens=True"):
         FederatedData.from_clients([(ids - 1, Y)], tokens=True)
+
+
+def test_sequences_of_any_length_are_padded() -> None:
+    said = [[1, 2], [3, 1, 2], [2]] * 7
+    data = FederatedData.from_clients(
+        [(said, [0, 1, 0] * 7), Pairs([torch.tensor(row) for row in said], [1] * 21)], tokens=True
+    )
+    assert data.x[:3].tolist() == data.x[21:24].tolist() == [[0, 1, 2], [3, 1, 2], [0, 0, 2]]
+    assert (data.num_tokens, data.num_classes, data.task.name) == (4, 2, "classification")
+    following = [[2, 1], [1, 2, 5], [-1]] * 7
+    data = FederatedData.from_clients({"Ann": (said, following)}, tokens=True)
+    assert data.x[:3].tolist() == [[1, 2, 0], [3, 1, 2], [2, 0, 0]]
+    assert data.y[:3].tolist() == [[2, 1, -1], [1, 2, 5], [-1, -1, -1]]
+    assert (data.num_tokens, data.num_classes, data.task.name) == (6, 6, "next_token")
+    owned = FederatedData.from_clients((said, following), owner=["Ann"] * 21, tokens=True)
+    assert torch.equal(owned.x, data.x)
+
+
+class Wide(nn.Module):
+    """Takes a picture and an age by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.years, self.head = nn.Linear(4, 3), nn.Embedding(100, 3), nn.Linear(3, 2)
+
+    def forward(self, x: dict[str, torch.Tensor]) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.tanh(self.look(x["scan"].flatten(1))) + self.years(x["age"]))
+        return out
+
+
+def test_several_inputs_reach_the_network_by_name() -> None:
+    rng = np.random.default_rng(0)
+    scans, ages = rng.normal(size=(40, 2, 2)), rng.integers(100, size=40)
+    label = (ages > 50).astype(int)
+    items = [{"scan": scan, "age": age} for scan, age in zip(scans, ages, strict=True)]
+    data = FederatedData.from_clients([({"scan": scans, "age": ages}, label), Pairs(items, label)])
+    assert data.x.shape == (80, 5)
+    fields = [(field.name, field.shape, field.whole) for field in data.fields]
+    assert fields == [("age", (), True), ("scan", (2, 2), False)]
+    torch.manual_seed(0)
+    network = Wide()
+    accuracies = []
+    for clients_at_once in (1, 2):
+        app = FedAvgUpdate(training=Training(lr=0.5, epochs=20, batch_size=8)).client_app(network, data, seed=0)
+        server = ServerApp()
+
+        @server.main()
+        def main(grid: Grid, context: Context, app: CohortApp = app) -> None:
+            result = FedAvg().start(grid, app.initial_arrays(), num_rounds=5)
+            accuracies.append(result.evaluate_metrics_clientapp[5]["test-accuracy"])
+
+        simulate(server, app, num_supernodes=2, clients_at_once=clients_at_once)
+    assert accuracies[0] == accuracies[1] > 0.7  # ages of the test part that nobody trained on are guessed
+    assert not network._forward_pre_hooks  # the user's own is left alone
 
 
 # -------------------------------------------------------------------------------- labels
@@ -307,9 +379,9 @@ PICTURES = np.zeros((20, 3, 8, 8), np.uint8)
         (Stream(), r"client Ulm must be a pair .*, not Stream\."),
         ({}, r"client Ulm has no part for training"),
         ({"train": (X[:0], Y[:0]), "test": (X, Y)}, r"client Ulm has no samples for training"),
-        ({"train": {"x": X}}, r"client Ulm, train must be a pair .*, not dict; several inputs of a sample are not"),
-        ({"image": X, "age": X, "label": Y}, r"client Ulm: .* not image, age, label; several inputs .* are not taken"),
-        (({"image": X, "age": X}, Y), r"client Ulm: inputs are dict; several inputs .* put them together as the col"),
+        ({"train": {"x": X}}, r"client Ulm, train must be a pair .*, not dict"),
+        ({"image": X, "age": X, "label": Y}, r"client Ulm: .* not image, age, label; several inputs are a pair"),
+        (({"image": X, "age": {1, 2}}, Y), r"client Ulm: inputs: 'age' are set, expected an entry for each sample"),
         (([X, X[:, :1]], Y), r"client Ulm: inputs differ in shape"),
         (([X[0], X[0, :1]] * 10, Y), r"client Ulm: inputs differ in shape"),
         (((x for x in X), Y), r"client Ulm: inputs are generator, expected an entry for each sample"),
@@ -328,7 +400,7 @@ PICTURES = np.zeros((20, 3, 8, 8), np.uint8)
         ((SPARSE.to_sparse_csr(), Y), r"client Ulm: inputs are a tensor of layout torch.sparse_csr"),
         ((torch.zeros(20, 2, device="meta"), Y), r"client Ulm: inputs cannot be read"),
         (([torch.ones(2, requires_grad=True)] * 20, Y), r"client Ulm: inputs cannot be read"),
-        (Pairs([{"a": 1}] * 20, Y), r"client Ulm: inputs are dict; several inputs"),
+        (Pairs([{"a": 1}] * 19 + [{"b": 1}], Y), r"client Ulm: samples differ in the names of their inputs"),
         (Pairs([[1], [1, 2]] * 10, Y), r"client Ulm: inputs differ in shape: \(1,\), \(2,\)"),
         (Pairs([SPARSE[0]] * 20, Y), r"client Ulm: inputs are a tensor of layout"),
         (TensorDataset(SPARSE.to_dense()), r"client Ulm: samples of the data set must be pairs .*, not 1 values"),
@@ -368,7 +440,7 @@ def test_no_container_ends_in_a_traceback(client: Any, message: str) -> None:
         ((X, Y), [[1], [1, 2]] * 10, r"owner differ in shape"),
         ((X, Y), "site", r"owner are str, expected an entry for each sample"),
         ((X, Y), set(), r"owner are set, expected an entry for each sample"),
-        ({"x": X, "y": Y}, Y, r"data must be a pair .*, not dict; several inputs"),
+        ({"x": X, "y": Y}, Y, r"data must be a pair .*, not dict"),
         (TensorDataset(torch.zeros(20, 2), torch.zeros(20)), None, r"list or a dictionary .* needs owner="),
         ({"Ulm", "Kiel"}, None, r"clients must be a list or a dictionary by name, not set"),
         (iter([(X, Y)]), None, r"clients must be a list or a dictionary by name, not list_iterator"),

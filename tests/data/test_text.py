@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from fedpers.data import DatasetConfig
 from fedpers.data.datasets import load_dataset
+from fedpers.data.sequences import pad
 from fedpers.data.sets.base import Dataset
-from fedpers.data.sets.text import pad_left, windows
+from fedpers.data.sets.text import windows
 from fedpers.errors import DataError
 
 TEXTS = {"Ann": "abcabcab", "Bob": "ba", "Cid": "c"}
@@ -68,7 +69,8 @@ def test_each_token_but_the_first_is_predicted_once(ids: list[int], length: int)
 
 
 def test_short_texts_are_padded_in_front() -> None:
-    assert pad_left([[1, 2], [1, 2, 3, 4], []], 3).tolist() == [[0, 1, 2], [2, 3, 4], [0, 0, 0]]
+    assert pad([[1, 2], [1, 2, 3, 4], []], 3, left=True).tolist() == [[0, 1, 2], [2, 3, 4], [0, 0, 0]]
+    assert pad([[1, 2], [1, 2, 3, 4], []], 3, -1).tolist() == [[1, 2, -1], [2, 3, 4], [-1, -1, -1]]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedpers.data.sequences import UNKNOWN, pad
 from fedpers.data.sets.base import Dataset, data_root
-from fedpers.data.sets.text import UNKNOWN, pad_left, split_text, vocabulary
+from fedpers.data.sets.text import split_text, vocabulary
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 
@@ -32,7 +33,7 @@ def ag_news(config: DatasetConfig) -> Dataset:
     words = vocabulary((word for _, said in parts[0] for word in said), config.vocabulary_size)
     ids = [[words.get(word, UNKNOWN) for word in said] for part in parts for _, said in part]
     return Dataset(
-        torch.from_numpy(pad_left(ids, config.sequence_length or max(map(len, ids)))),
+        torch.from_numpy(pad(ids, config.sequence_length or max(map(len, ids)), left=True)),
         torch.from_numpy(np.array([label for part in parts for label, _ in part], dtype=np.int64)),
         len(CLASSES),
         "ag_news",

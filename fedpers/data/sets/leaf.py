@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpers.data.sequences import UNKNOWN, pad
 from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset
-from fedpers.data.sets.text import UNKNOWN, pad_left, split_text, vocabulary
+from fedpers.data.sets.text import split_text, vocabulary
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 from fedpers.tasks.next_token import PADDING
@@ -101,7 +102,7 @@ def _tweets(root: Path, rows: Sequence[tuple[str, Any, Any]], config: DatasetCon
         texts.append(split_text(fields[TWEET], "word"))
     words = vocabulary((word for said in texts for word in said), config.vocabulary_size)
     ids = [[words.get(word, UNKNOWN) for word in said] for said in texts]
-    return pad_left(ids, config.sequence_length or 1), len(words) + 1
+    return pad(ids, config.sequence_length or 1, left=True), len(words) + 1
 
 
 def _sequences(root: Path, user: str, inputs: Any, label: Any) -> list[tuple[str, Any, Any]]:

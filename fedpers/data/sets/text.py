@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedpers.data.sequences import UNKNOWN
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 from fedpers.tasks import NextToken
 from fedpers.tasks.next_token import PADDING
-
-UNKNOWN = 0
-"""Token of what the vocabulary lacks, and of padding."""
 
 
 def text(config: DatasetConfig) -> Dataset:
@@ -88,15 +86,6 @@ def windows(ids: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDA
     y = np.full(count * length, PADDING, dtype=np.int64)
     x[: len(ids) - 1], y[: len(ids) - 1] = ids[:-1], ids[1:]
     return x.reshape(count, length), y.reshape(count, length)
-
-
-def pad_left(ids: Sequence[Sequence[int]], length: int) -> NDArray[np.int64]:
-    """Sequences ``[N, length]`` of which the last tokens stand last, so that a network's last position has seen all."""
-    rows = np.full((len(ids), length), UNKNOWN, dtype=np.int64)
-    for row, tokens in zip(rows, ids, strict=True):
-        kept = tokens[-length:]
-        row[length - len(kept) :] = kept
-    return rows
 
 
 def _texts(root: Path) -> dict[str, str]:

@@ -158,8 +158,11 @@ class GroupPerFL(PersonalizedStrategy):
         super().attach(app)
         groups, clients = self.groups or app.data.groups, app.data.num_clients
         given = list(groups) or None
-        allowed = "the group of each client: strategy.groups, strategy.group_file, or data with groups "
-        check(bool(groups), "strategy.groups", given, f"{allowed}(heterogeneity=label_groups or rotation)")
+        allowed = (
+            "the group of each client: strategy.groups, strategy.group_file, or data with groups "
+            "(heterogeneity=label_groups or rotation, partition=domains)"
+        )
+        check(bool(groups), "strategy.groups", given, allowed)
         allowed = f"{clients} numbers >= 0, one for each client, not {len(groups)}"
         check(len(groups) == clients and min(groups) >= 0, "strategy.groups", given, allowed)
         self._group_of = self._dealt(groups)

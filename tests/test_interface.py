@@ -30,7 +30,7 @@ def main(grid, context):
     print(result.evaluate_metrics_clientapp[10]["test-accuracy"])
 
 
-simulate(server_app, client_app, num_supernodes=20)  # takes what Flower's run_simulation takes
+simulate(server_app, client_app, num_supernodes=10)  # takes what Flower's run_simulation takes
 """
 
 MINE = '''

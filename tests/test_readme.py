@@ -47,7 +47,7 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
             result = strategy.start(grid, clients.initial_arrays(), num_rounds=1)
             print(result.evaluate_metrics_clientapp[1]["test-accuracy"])
 
-        fedpers.simulate(app, names[clients], num_supernodes=20)
+        fedpers.simulate(app, names[clients], num_supernodes=10)
     printed = [float(line) for line in capsys.readouterr().out.split()]
     assert len(printed) == 4
     assert all(0 < accuracy <= 1 for accuracy in printed)

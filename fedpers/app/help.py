@@ -34,7 +34,7 @@ Settings people change:
               strategy.KEY=VALUE for a method's own settings
   dataset     {dataset}      dataset.root=PATH
   partition   {partition}
-              partition.alpha=0.1  partition.num_clients=20
+              partition.alpha=0.1  partition.num_clients=10  partition.min_samples=40
   heterogeneity
               {heterogeneity}
               heterogeneity=[rotation,label_noise] for several

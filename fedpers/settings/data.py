@@ -11,7 +11,7 @@ from fedpers.errors import check
 from fedpers.settings.base import CUSTOM, Choices, Needed, OnlyFor, OpenChoices, Settings
 from fedpers.settings.sources import SOURCES
 
-DEFAULT_CLIENTS = 20
+DEFAULT_CLIENTS = 10
 LEAVE_ONE_OUT = 3
 """Interactions a user needs: one each to train, validate and test on."""
 PICTURES = ("mnist", "fashion_mnist", "kmnist", "emnist", "usps", "svhn", "cifar10", "cifar100")
@@ -27,8 +27,12 @@ OWN_FILES = ("npz", "npy", "domains", "csv", "parquet", "images", "pfllib", "lea
 """Data of one's own in files."""
 _SEQUENCE_LENGTH = {"text": 80, "leaf": 25, "ag_news": 64}
 _DRAWN = ("iid", "dirichlet", "inner_dirichlet", "pathological", "shards", "power_law", "quantity", "continuous")
-_NUM_CLIENTS = dict.fromkeys((*_DRAWN, "label_sets", "pfllib_dirichlet", "pfllib_pathological"), DEFAULT_CLIENTS)
-_NUM_CLIENTS["disjoint_classes"] = 5  # as published for ten classes
+_NUM_CLIENTS = dict.fromkeys(_DRAWN, DEFAULT_CLIENTS) | {
+    "disjoint_classes": 5,  # as published for ten classes
+    "label_sets": 20,
+    "pfllib_dirichlet": 20,  # as PFLlib has it
+    "pfllib_pathological": 20,
+}
 _MIN_INTERACTIONS = {name: 5 if name == "amazon_video" else 10 for name in RATINGS}  # as published
 
 
@@ -274,9 +278,9 @@ class PartitionConfig(Settings, group="partition"):
     )
     min_samples: Annotated[
         int,
-        Field(ge=1, description="samples every client has at least"),
+        Field(ge=1, description="samples every client has at least: a quarter of 40, for testing, are 10"),
         OnlyFor(*_DRAWN, "disjoint_classes", "natural", "grouped_natural", "domains", "index"),
-    ] = 10
+    ] = 40
     alpha: Annotated[
         float,
         Field(gt=0, description="concentration; small is heterogeneous, large is like iid"),

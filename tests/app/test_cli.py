@@ -386,7 +386,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["trainig.lr=0.1"], "trainig.lr=0.1: expected training.lr, the whole name of that key."),
         (["output="], "output=: expected a folder."),
         (["training.epochs=0"], "training.epochs=0: expected a whole number >= 1"),
-        (["min_replies=50"], "min_replies=50: expected at most 20, the clients sampled in a round."),
+        (["min_replies=50"], "min_replies=50: expected at most 10, the clients sampled in a round."),
         (["strategy=scaffold", "strategy.weighting=samples"], "strategy.weighting=samples: expected uniform"),
         (["model=resnet18_bn", "model.width=4", "training.batch_size=9"], "no batch of one sample"),
         (["strategy=pfedpg", "strategy.prompts=0"], "strategy.prompts=0: expected a whole number >= 1."),

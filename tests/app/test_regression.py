@@ -60,7 +60,14 @@ def test_what_needs_classes_is_refused(
     root = tmp_path / "file.npz"
     rng = np.random.default_rng(0)
     np.savez(root, x=rng.normal(size=(100, 3)), y=rng.normal(size=100), ids=np.arange(100.0))
-    arguments = ["dataset=npz", f"dataset.root={root}", "partition=iid", "partition.num_clients=4", *setting.split()]
+    arguments = [
+        "dataset=npz",
+        f"dataset.root={root}",
+        "partition=iid",
+        "partition.num_clients=4",
+        "partition.min_samples=10",
+        *setting.split(),
+    ]
     assert _main([*arguments, f"output={tmp_path / 'runs'}"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedpers: ")]
     assert message in line

@@ -36,12 +36,12 @@ def arrays(tmp_path: Path) -> str:
 def test_digits_by_default(name: str) -> None:
     config = PartitionConfig(name)
     data = load_federated(DatasetConfig(), config, SplitConfig(), 0)
-    assert data.num_clients == 20
+    assert data.num_clients == 10
     assert data.num_classes == 10
     assert data.name == "digits"
     assert disjoint(data)
     assert all(data.sizes(part).min() >= 1 for part in PARTS)
-    assert sum(data.sizes(part) for part in PARTS).min() >= 10  # type: ignore[union-attr]
+    assert sum(data.sizes(part) for part in PARTS).min() >= 40  # type: ignore[union-attr]
     again = load_federated(DatasetConfig(), config, SplitConfig(), 0)
     assert again.checksum == data.checksum
     assert load_federated(DatasetConfig(), config, SplitConfig(), 1).checksum != data.checksum
@@ -69,7 +69,7 @@ def test_official(arrays: str, name: str) -> None:
 
 def test_natural_one_class_clients(arrays: str) -> None:
     dataset = DatasetConfig("npz", arrays, client="who")  # owner k has class k % 4 only
-    data = load_federated(dataset, PartitionConfig("natural"), SplitConfig(), 0)
+    data = load_federated(dataset, PartitionConfig("natural", min_samples=10), SplitConfig(), 0)
     assert data.num_clients == 8
     assert ((data.label_counts("train") > 0).sum(1) == 1).all()
 
@@ -94,7 +94,8 @@ def test_index_file_with_parts_bypasses_the_split(tmp_path: Path) -> None:
 def test_index_file_without_validation(tmp_path: Path) -> None:
     file = tmp_path / "lists.json"
     file.write_text(json.dumps({"train": [list(range(20))], "test": [[30, 31]]}))
-    data = load_federated(DatasetConfig(), PartitionConfig("index", file=str(file)), SplitConfig(validation=0.1), 0)
+    config = PartitionConfig("index", file=str(file), min_samples=10)
+    data = load_federated(DatasetConfig(), config, SplitConfig(validation=0.1), 0)
     assert data.test[0].tolist() == [30, 31]
     assert len(data.validation[0]) == 2
     assert sorted([*data.train[0].tolist(), *data.validation[0].tolist()]) == list(range(20))
@@ -221,7 +222,7 @@ def numbers(tmp_path: Path) -> str:
 def test_numbers_are_divided_without_classes(numbers: str, name: str, tmp_path: Path) -> None:
     file = tmp_path / "lists.json"
     file.write_text(json.dumps([list(range(k, 120, 6)) for k in range(6)]))
-    partition = PartitionConfig(name, None if name in ("natural", "index") else 6, file=str(file))
+    partition = PartitionConfig(name, None if name in ("natural", "index") else 6, min_samples=10, file=str(file))
     data = load_federated(DatasetConfig("npz", numbers, client="who"), partition, SplitConfig(public=0.1), 0)
     assert (data.num_clients, data.num_classes, data.task) == (6, 2, Regression())
     assert tuple(data.y.shape) == (120, 2)

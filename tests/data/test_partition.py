@@ -143,7 +143,7 @@ def test_natural_groups_and_leaves_out_small_owners(caplog: pytest.LogCaptureFix
         lists = partition_samples(data, PartitionConfig("natural", min_samples=2), 0)
     assert plain(lists) == [[1, 3, 6], [0, 2, 5]]
     assert "1 of 2" not in caplog.text
-    assert "1 of 3 owners have fewer than 2 samples and are left out" in caplog.text
+    assert "1 of 3 owners have fewer than partition.min_samples=2 samples and are left out" in caplog.text
     assert "1 of 7 samples belong to no client" in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_natural_draws_so_many_owners() -> None:
     assert len({str(plain(lists)) for lists in drawn.values()}) > 1
     assert all(len({int(p) // 5 for p in positions}) == 1 for lists in drawn.values() for positions in lists)
     assert PartitionConfig("natural").num_clients is None
-    assert PartitionConfig("iid").num_clients == 20
+    assert PartitionConfig("iid").num_clients == 10
 
 
 def test_natural_errors() -> None:
@@ -174,9 +174,9 @@ def test_natural_errors() -> None:
 def test_too_many_clients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedpers.data.partitions.drawn._given", None)  # nothing slow is started
     with pytest.raises(DataError, match=r"partition\.num_clients=601 is more than the 600 samples of made\."):
-        partition_samples(BALANCED, PartitionConfig(name, 601), 0)
+        partition_samples(BALANCED, PartitionConfig(name, 601, min_samples=10), 0)
     with pytest.raises(DataError, match=r"61 clients with at least 10 samples each need 610 samples, but made has 600"):
-        partition_samples(BALANCED, PartitionConfig(name, 61), 0)
+        partition_samples(BALANCED, PartitionConfig(name, 61, min_samples=10), 0)
 
 
 def test_dirichlet_says_how_close_it_came(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def large_enough(lists: Lists, dataset: Dataset, config: PartitionConfig, seed: 
         )
     if len(large) < len(lists):
         logger.warning(
-            "partition=%s: %d of %d %s have fewer than %d samples and are left out.",
+            "partition=%s: %d of %d %s have fewer than partition.min_samples=%d samples and are left out.",
             config.name,
             len(lists) - len(large),
             len(lists),

@@ -10,6 +10,7 @@ import pkgutil
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedpers import tasks
 from fedpers.settings.base import choices
@@ -34,7 +35,7 @@ def command(arguments: list[str]) -> int:
     kind = parser.parse_args(arguments).kind
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
     for name, line in _lines(kind).items():
-        table.add_row(name, line)
+        table.add_row(name, Text(line))
         if kind == "datasets":
             table.add_row("", _origin(name), style="dim")
     console = Console()

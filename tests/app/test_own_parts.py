@@ -168,7 +168,7 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
             (f"dataset=mine_parts:{made} partition=natural {setting}={value}", f"{setting}={value}: expected {allowed}")
             for made, setting, value, allowed in (
                 ("clients", "partition.num_clients", "2", "null, because mine_parts:clients divides its samples"),
-                ("clients", "partition.min_samples", "3", "10, its default, because mine_parts:clients divides"),
+                ("clients", "partition.min_samples", "3", "40, its default, because mine_parts:clients divides"),
                 ("clients", "split", "official", "fractions, because mine_parts:clients divides"),
                 ("clients", "split.unseen", "1", "0, its default, because mine_parts:clients divides"),
                 ("clients", "split.public", "0.1", "0.0, its default, because mine_parts:clients divides"),

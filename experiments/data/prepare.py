@@ -1,4 +1,4 @@
-"""Make plain .npz files, which ``dataset=npz`` and ``dataset=domains`` read, of a folder of packed data sets.
+"""Make plain files, which ``dataset=npz``, ``domains`` and ``text`` read, of a folder of packed data sets.
 
     python experiments/data/prepare.py PACKED OUT [NAME ...]
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ PACS_NAMES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person"
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EVERY = 6
 """Of MNIST every sixth training picture is among the digit domains, so that it does not outweigh the others."""
-WINDOW = 80
 FEWEST_CHARACTERS = 1_000
 
 
@@ -170,47 +170,22 @@ def optdigits(folder: Path) -> Arrays:
     return {"x": np.rint(x * (255 / OPTDIGITS_HIGHEST)).astype(np.uint8), "y": y}
 
 
-def shakespeare(folder: Path) -> Arrays:
-    """Roles of 8 plays with at least 1,000 characters, cut into windows of 80 characters without overlap.
-
-    x int64 ``[N, 80]`` are characters by their number in ``vocabulary``, y int64 ``[N, 80]`` the characters that
-    follow. Of a shorter window at the end of a role the rest is 0 in x, which stands for no character, and -1 in y.
-    ``client`` is the role, as in "PLAY / SPEAKER".
-    """
+def shakespeare(folder: Path) -> dict[str, str]:
+    """All that each role of 8 plays with at least 1,000 characters says, by the role's name, "PLAY / SPEAKER"."""
     packed = read(folder, "shakespeare")
     spoken = packed["text"].tobytes().decode("latin1")
     names = packed["names"].tobytes().decode("utf8").split("\n")
     ends = packed["offsets"].tolist()
     texts = [spoken[start:end] for start, end in itertools.pairwise(ends)]
-    characters = sorted(set(spoken))
     expect("shakespeare: roles", (len(texts), len(set(names))), (297, 297))
     expect("shakespeare: characters", (ends[-1], len(spoken)), (931_410, 931_410))
-    expect("shakespeare: distinct characters", len(characters), 62)
-    number = {character: place for place, character in enumerate(characters, start=1)}
-    kept = [(name, text) for name, text in zip(names, texts, strict=True) if len(text) >= FEWEST_CHARACTERS]
+    expect("shakespeare: distinct characters", len(set(spoken)), 62)
+    kept = {name: text for name, text in zip(names, texts, strict=True) if len(text) >= FEWEST_CHARACTERS}
     expect("shakespeare: roles with at least 1,000 characters", len(kept), 128)
-    rows_x: list[NDArray[np.int64]] = []
-    rows_y: list[NDArray[np.int64]] = []
-    client: list[str] = []
-    for name, text in kept:
-        tokens = np.array([number[character] for character in text])
-        windows = -(-(len(tokens) - 1) // WINDOW)
-        for values, filler, rows in ((tokens[:-1], 0, rows_x), (tokens[1:], -1, rows_y)):
-            padded = np.full(windows * WINDOW, filler)
-            padded[: len(values)] = values
-            rows.append(padded.reshape(windows, WINDOW))
-        client += [name] * windows
-    x, y = np.concatenate(rows_x), np.concatenate(rows_y)
-    predicted = sum(len(text) - 1 for _, text in kept)
-    expect("shakespeare: characters to predict", ((x > 0).sum(), (y >= 0).sum()), (predicted, predicted))
-    inside = y[:, :-1] >= 0
-    following = np.where(y[:, 1:] >= 0, x[:, 1:], y[:, :-1])
-    expect("shakespeare: targets that are the next input", (y[:, :-1] == following)[inside].all(), True)
-    return {"x": x, "y": y, "client": np.array(client), "vocabulary": np.array(["", *characters])}
+    return kept
 
 
 SETS: dict[str, Callable[[Path], Arrays]] = {
-    "shakespeare": shakespeare,
     "mnist": mnist,
     "har": har,
     "pacs": pacs,
@@ -220,6 +195,8 @@ SETS: dict[str, Callable[[Path], Arrays]] = {
     "cifar10": lambda folder: cifar(folder, "cifar10", 10),
     "cifar100": lambda folder: cifar(folder, "cifar100", 100),
 }
+SHAKESPEARE = "shakespeare"
+"""Text, which is no array."""
 DIGITS = "digits"
 """The folder of four digit domains for ``dataset=domains``; MNIST's test part, of which MNIST-M is made, stays out."""
 
@@ -248,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packed", type=Path, help="folder of the packed files")
     parser.add_argument("out", type=Path, help="folder for the plain files")
-    names = [*SETS, DIGITS]
+    names = [*SETS, SHAKESPEARE, DIGITS]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
     for name in options.names or names:
@@ -258,6 +235,11 @@ def main() -> None:
         if name == DIGITS:
             for domain, arrays in domains_of_digits(options.packed).items():
                 write(options.out / DIGITS / f"{domain}.npz", arrays)
+        elif name == SHAKESPEARE:
+            options.out.mkdir(parents=True, exist_ok=True)
+            path = options.out / f"{SHAKESPEARE}.json"
+            path.write_text(json.dumps(shakespeare(options.packed)), encoding="utf-8")
+            print(f"{path}: text of each role", flush=True)
         else:
             write(options.out / f"{name}.npz", SETS[name](options.packed))
 

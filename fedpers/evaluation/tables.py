@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -28,9 +29,7 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
         console.print("No finished runs found.")
     for group in leaderboard(runs):
         console.print(Text(group.title, style="bold"))
-        # a terminal too narrow for the numbers wraps whole lines rather than losing names and digits
-        width = 80 if console.width < 80 else None
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, width=width)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("method", overflow="fold", min_width=16)
         table.add_column("")
         further = [label for _, label in group.also]
@@ -52,6 +51,10 @@ def print_leaderboard(runs: Sequence[RunRecord], console: Console | None = None)
                 str(len(row.seeds)),
                 style="bold" if row.best else "dim" if row.baseline else "",
             )
+        # a terminal too narrow for the numbers wraps whole lines rather than losing names and digits
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+        if needed > console.width:
+            table.width = needed
         console.print(table, crop=False)
         for note in group.notes:
             console.print(Text(note, style="dim"))

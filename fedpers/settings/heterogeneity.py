@@ -98,8 +98,13 @@ class Drift(Settings, group="heterogeneity.drift"):
     It moves what the other shifts do, of which one at least must be chosen; labels of all parts move alike.
     """
 
-    round: Annotated[int | None, Field(ge=1, description="the first one that is shifted otherwise")] = None
-    share: Annotated[float, Field(gt=0, le=1, description="of the clients, drawn at random")] = 1.0
+    round: Annotated[
+        int | None,
+        Field(
+            ge=1, description="from this one on clients are in the next group of each shift, or its draws are made anew"
+        ),
+    ] = None
+    share: Annotated[float, Field(gt=0, le=1, description="of the clients that drift, drawn at random")] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

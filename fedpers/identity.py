@@ -27,7 +27,10 @@ ANY = "*"
 ADAPTING = "adapting"
 """Key that marks a training of which nothing reaches the server."""
 MAX_STEPS = "max-steps"
-"""Key of the largest number of local steps of a training."""
+"""Key of the largest number of steps in each phase of a local training (Ditto's common and personal network, FedRep's
+head and body)."""
+PHASE_STEPS = "phase-steps"
+"""Metric of such a training: the steps of the longest phase."""
 COMMON_KEYS = ("server-round", "auc", ADAPTING, MAX_STEPS)
 """Keys of a message's configuration that the clients of every method read."""
 _CLIENT_HALVES: set[str] = set()

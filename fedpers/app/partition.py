@@ -78,7 +78,12 @@ def _table(rows: DataFrame, shown_classes: int) -> Table:
         justify: Literal["left", "right"] = "left" if column == "name" else "right"
         table.add_column(escape(column.removeprefix("class ")), justify=justify, no_wrap=True)
     for row in rows[columns].head(SHOWN_CLIENTS).itertuples(index=False):
-        cells = (f"{value:.2f}" if isinstance(value, float) else escape(str(value or "·")) for value in row[1:])
+        cells = (
+            f"{value:.2f}"
+            if isinstance(value, float)
+            else escape("·" if isinstance(value, int) and not value and column.startswith("class ") else str(value))
+            for column, value in zip(columns[1:], row[1:], strict=True)
+        )
         table.add_row(str(row[0]), *cells)
     return table
 

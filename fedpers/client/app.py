@@ -23,7 +23,7 @@ from fedpers.cohort.modules import copy_network
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, TrainingError, check
-from fedpers.identity import ADAPTING, MAX_STEPS, READS, check_config, identity_of
+from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS, READS, check_config, identity_of
 from fedpers.models import with_head
 from fedpers.models.fields import take_fields
 from fedpers.records import ARRAYS, CONFIG, METRICS, flatten_state, to_record, trees, unflatten_state
@@ -357,6 +357,8 @@ class CohortApp(ClientApp):
         """Counts, losses and the method's own metrics of each client."""
         columns = {f"{EXTRA}{name}": column.tolist() for name, column in output.metrics.items()}
         counts = [values.tolist() for values in (cohort.steps_taken, cohort.gradients_taken, cohort.samples_seen)]
+        if cohort.max_steps is not None:
+            columns[PHASE_STEPS] = cohort.longest_phase.tolist()
         return [
             {
                 "num-examples": self.sizes[client],

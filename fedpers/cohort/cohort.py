@@ -150,6 +150,7 @@ class Cohort:
         self.device = data.device
         self.steps_taken = torch.zeros(self.size, dtype=torch.int64)
         self.samples_seen = torch.zeros(self.size, dtype=torch.int64)
+        self.longest_phase = torch.zeros(self.size, dtype=torch.int64)
         self.gradients_taken = torch.zeros(self.size, dtype=torch.int64)
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
@@ -352,7 +353,7 @@ class Cohort:
             batch_size=batch_size,
             epochs=epochs,
             steps=steps,
-            most=None if self.max_steps is None else [max(0, self.max_steps - n) for n in self.steps_taken.tolist()],
+            most=self.max_steps,
             drop_last=training.drop_last if drop_last is None else drop_last,
             draw=draw if training.shuffle else None,
             device=self.device,
@@ -513,7 +514,9 @@ class Cohort:
         """Book the first `num_steps` steps of a plan and their samples."""
         count = plan.count[:num_steps]
         rows = slice(None) if plan.order is None else plan.order
-        self.steps_taken[rows] += (count > 0).sum(0)
+        steps = (count > 0).sum(0)
+        self.steps_taken[rows] += steps
+        self.longest_phase[rows] = torch.maximum(self.longest_phase[rows], steps)
         self.samples_seen[rows] += count.sum(0)
 
     def fit(

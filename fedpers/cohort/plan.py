@@ -78,7 +78,7 @@ def plan_batches(
     batch_size: int,
     epochs: int | None = None,
     steps: int | Sequence[int] | None = None,
-    most: Sequence[int] | None = None,
+    most: int | None = None,
     drop_last: bool = False,
     draw: Callable[[int, int], np.random.Generator] | None = None,
     device: torch.device | str = "cpu",
@@ -95,8 +95,8 @@ def plan_batches(
         Passes over the data; exactly one of `epochs` and `steps` is given.
     steps : int or sequence of int ``[K]``, optional
         Steps of every client or of each; passes follow one another until they are reached.
-    most : sequence of int ``[K]``, optional
-        Steps of each client at most, >= 0.
+    most : int, optional
+        Steps of a client at most, >= 0.
     drop_last : bool
         Leave out the incomplete last batch of a pass. A client smaller than one batch keeps its single batch.
     draw : callable (client's position, pass) -> Generator, optional
@@ -122,7 +122,7 @@ def plan_batches(
         raise ConfigError("epochs, steps", (epochs, steps), "numbers >= 0")
 
     if most is not None:
-        num_steps = [min(n, limit) for n, limit in zip(num_steps, most, strict=True)]
+        num_steps = [min(n, most) for n in num_steps]
     total = max(num_steps)
     width = max(min(batch_size, len(s)) if batch_size else len(s) for s in samples)
     index = np.zeros((total, clients, width), dtype=np.int64)

@@ -88,6 +88,8 @@ def data_of_clients(
     columns, fields, following = _together(inputs, [y for _, y in labels], tokens, name, places)
     classes: tuple[str, ...] = ()
     task: Task = NextToken()
+    allowed = "None, because labels are the next tokens"
+    check(following is None or task_name is None, "task", task_name, allowed)
     if following is None:
         targets, classes = labels_of(labels, task_name, name)
         task = Regression() if targets.is_floating_point() else CLASSIFICATION

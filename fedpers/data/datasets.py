@@ -12,7 +12,7 @@ import numpy as np
 from fedpers.custom import call_custom, import_custom
 from fedpers.data.federated import FederatedData
 from fedpers.data.sets.ag_news import ag_news
-from fedpers.data.sets.arrays import dataset_of, npz
+from fedpers.data.sets.arrays import checked_ids, dataset_of, npz
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.domains import domains
 from fedpers.data.sets.har import har
@@ -112,9 +112,7 @@ def _whole_set(name: str, x: Any, y: Any, owner: Any = None) -> Dataset:
     x, y = inputs_of(x, f"{name}: x"), array_of(y, f"{name}: y")
     if x.dtype.kind in "iub" and not is_pictures(x):
         x = x.astype(np.float32)
-    client = None if owner is None else array_of(owner, f"{name}: clients")
-    if client is not None and (client.ndim != 1 or client.dtype.kind not in "iuUS"):
-        raise DataError(f"{name}: clients are {client.dtype} {list(client.shape)}, expected whole numbers or text [N].")
+    client = None if owner is None else checked_ids(Path(name), "clients", array_of(owner, f"{name}: clients"))
     return dataset_of(Path(name), name, {"x": x}, {"y": y}, client=client)
 
 

@@ -155,8 +155,9 @@ class FederatedData:
         FederatedData
             Inputs are float32, whole numbers too (pictures of bytes ``[n, H, W]`` or ``[n, H, W, C]`` normalized to
             ``[n, C, H, W]``, everything else as it is), or int64 with `tokens`; several are columns of one tensor
-            (`fields`). Labels of any hashable kind become class ids, and `class_names` keeps what they were, unless
-            they are 0, 1, ... already; floats are targets of a regression.
+            (`fields`), of which a network is given float32 and, of whole numbers, int64. Labels of any hashable kind
+            become class ids, and `class_names` keeps what they were, unless they are 0, 1, ... already; floats are
+            targets of a regression.
 
         Raises
         ------

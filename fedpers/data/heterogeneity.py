@@ -72,12 +72,15 @@ def _drifting(before: FederatedData, after: FederatedData, drift: Drift, seed: i
 def _check(data: FederatedData, name: str) -> None:
     """Refuse data that a shift cannot change."""
     check(data.num_items == 0, "heterogeneity", name, f"none, because {data.name} holds ratings")
+    allowed = f"none, because {data.name} holds tokens to predict"
+    check(not data.task.per_token, "heterogeneity", name, allowed)
     allowed = f"a shift of features, because {data.name} has no class labels"
     check(name not in _BY_LABEL or data.task.classes, "heterogeneity", name, allowed)
     if name in _BY_LABEL and data.num_classes < 2:
         raise DataError(f"heterogeneity={name} needs at least two classes.")
     shape = f"another, because samples of {data.name} have shape {list(data.x.shape[1:])}"
-    pictures = data.x.dim() == 4 or (data.x.dim() == 3 and name in ("rotation", "blur"))
+    square = data.x.dim() == 3 and data.x.shape[1] == data.x.shape[2]  # pictures without channels, unlike series [C, T]
+    pictures = data.x.dim() == 4 or (square and name in ("rotation", "blur"))
     check(name not in _OF_PICTURES or pictures, "heterogeneity", name, f"{shape}, and are no pictures")
     check(name != "permuted_pixels" or data.x.dim() >= 2, "heterogeneity", name, shape)
     kind = str(data.x.dtype).removeprefix("torch.")

@@ -120,6 +120,7 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
     if partition.name == "label_sets":
         allowed = "0 with partition=label_sets, where partition.unseen_label_sets counts unseen clients"
         check(split.unseen == 0, "split.unseen", split.unseen, allowed)
+        check(not split.stratified, "split.stratified", True, "false with partition=label_sets, which deals by class")
 
 
 def _check_divided(partition: PartitionConfig, why: str) -> None:

@@ -346,8 +346,9 @@ class _Run:
 
 
 def _progress(setup: Setup) -> Progress:
-    task = setup.data.task
-    if not any(len(positions) for positions in setup.data.part(task.selected_on)):
-        return Progress(None, task.latest_wins, setup.data.unseen)
+    task, data = setup.data.task, setup.data
+    first = max(1, data.drift_round)  # before it clients had other samples
+    if not any(len(positions) for positions in data.part(task.selected_on)):
+        return Progress(None, task.latest_wins, data.unseen, first)
     part = "validation" if task.selected_on == "validation" else setup.strategy.published_selection
-    return Progress(f"{part}/{task.headline}", task.latest_wins, setup.data.unseen)
+    return Progress(f"{part}/{task.headline}", task.latest_wins, data.unseen, first)

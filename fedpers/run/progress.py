@@ -26,6 +26,8 @@ class Progress:
 
     Attributes
     ----------
+    first_round : int
+        The first that may be selected: before a drift clients have other samples than in the end.
     rounds_done : int
         Rounds trained, aggregated and, where due, evaluated.
     ended : bool
@@ -41,6 +43,7 @@ class Progress:
     selected_by: str | None = "validation/accuracy"
     latest_wins: bool = False
     unseen: tuple[int, ...] = ()
+    first_round: int = 1
     rounds_done: int = 0
     ended: bool = False
     best: Evaluation | None = None
@@ -59,7 +62,7 @@ class Progress:
         self.totals["failures"] = self.totals.get("failures", 0) + failures
         if report.clients and report.round:
             self.last = (report.round, metrics, report)
-            if not self.left_out(report) and self._better(metrics):
+            if report.round >= self.first_round and not self.left_out(report) and self._better(metrics):
                 self.best = self.last
 
     def left_out(self, report: RoundReport) -> list[int]:

@@ -52,6 +52,8 @@ def prepare_run(config: Config) -> Setup:
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
     shift_seed = config.seed if config.partition.seed is None else config.partition.seed
     data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
+    allowed = f"at most rounds={config.rounds}, so that there is a round after the drift"
+    check(data.drift_round <= config.rounds, "heterogeneity.drift.round", data.drift_round, allowed)
     allowed = "empty, because no client is unseen (split.unseen)"
     check(bool(data.unseen) or not config.split.adapt_steps, "split.adapt_steps", config.split.adapt_steps, allowed)
     strategy.unseen, strategy.adapt_steps = data.unseen, config.split.adapt_steps

@@ -159,7 +159,7 @@ def _one_at_a_time(app: CohortApp, num_clients: int, clients_at_once: int | str)
     """
     if app.traits.draws:
         return "the network draws from PyTorch's global generator"
-    if app.update.cohort_size is not None or len(_clients(app)) < 2 or num_clients < 2:
+    if app.update.cohort_size is not None or len(_clients(app)) < 2 or (num_clients < 2 and clients_at_once == "auto"):
         return ""
     sweep = _read_sweep(_key(app, num_clients)) if clients_at_once == "auto" else None
     if sweep is not None and any(int(size) > 1 for size in sweep.microseconds):  # it was tried before
@@ -217,11 +217,11 @@ def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
     """Time ascending cohort sizes until they get clearly slower or do not fit into `memory`."""
     times: dict[str, float] = {}
     try:
-        one = bytes_per_client(app)
-        several = _TWO * one <= memory
+        one, sizes = bytes_per_client(app), _sizes(app, num_clients)
+        several = len(sizes) > 1 and _TWO * one <= memory  # layers of a single client need not be mapped
         if several:
             one = bytes_per_client(app, 2)
-        for size in _sizes(app, num_clients):
+        for size in sizes:
             if times and not (several and size * one <= memory):
                 log.info("cohorts of %d clients are not tried: a client takes %.3g MB", size, one / 1e6)
                 return _Sweep(one, times, size if several else max(size, _TWO))

@@ -9,7 +9,7 @@ import flwr.app as flower
 from flwr.serverapp import Grid
 
 from fedpers.cohort import Records, Tree, entries
-from fedpers.identity import ADAPTING, MAX_STEPS
+from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS
 from fedpers.records import ARRAYS, from_record
 from fedpers.server.collect import evaluation_metrics, validated_reply
 
@@ -44,7 +44,7 @@ def _train(
     grid: Grid,
     max_steps: int | None = None,
 ) -> tuple[list[int], list[Records], list[int]]:
-    """Let clients train from what they are sent; who did, what they are evaluated with, and the steps they took."""
+    """Let clients train from what they are sent: who did, with what they are evaluated, steps of the longest phase."""
     config = flower.ConfigRecord({"server-round": round, ADAPTING: True})
     if max_steps is not None:
         config[MAX_STEPS] = max_steps
@@ -64,7 +64,7 @@ def _train(
         adapted.append(client)
         mine = {ARRAYS: trained[ARRAYS]} if ARRAYS in trained and entries(trained[ARRAYS]) else {}
         records.append({**before, **mine})
-        steps.append(int(metrics.get("steps", 0)))
+        steps.append(int(metrics.get(PHASE_STEPS, 0)))
     return adapted, records, steps
 
 
@@ -94,8 +94,8 @@ def evaluate_adapted(
 ) -> None:
     """Let the unseen clients adapt and measure them, into ``report.adapted``.
 
-    With ``strategy.adapt_steps`` they are measured after so many local steps each; metrics then end in
-    ``-after-STEPS``. A method with a rule of its own for newcomers follows that instead.
+    With ``strategy.adapt_steps`` they are measured after so many local steps each, in every phase of the method's local
+    training; metrics then end in ``-after-STEPS``. A method with a rule of its own for newcomers follows that instead.
     """
     connected = strategy.nodes(grid)
     unseen = sorted(strategy.unseen)

@@ -25,6 +25,7 @@ _TABLES = ("csv", "parquet", "hf")
 _SCALED = ("images", "domains", "hf")
 OWN_FILES = ("npz", "npy", "domains", "csv", "parquet", "images", "pfllib", "leaf", "text")
 """Data of one's own in files."""
+_VOCABULARY = 10_000
 _SEQUENCE_LENGTH = {"text": 80, "leaf": 25, "ag_news": 64}
 _DRAWN = ("iid", "dirichlet", "inner_dirichlet", "pathological", "shards", "power_law", "quantity", "continuous")
 _NUM_CLIENTS = dict.fromkeys(_DRAWN, DEFAULT_CLIENTS) | {
@@ -159,7 +160,7 @@ class DatasetConfig(Settings, group="dataset"):
     ] = None  # fmt: skip
     vocabulary_size: Annotated[
         int, Field(ge=1, description="words that are told apart, the most frequent"), OnlyFor("text", "leaf", "ag_news")
-    ] = 10_000
+    ] = _VOCABULARY
     protocol: Annotated[
         Literal["clean", "symmetric", "official"],
         Field(
@@ -224,6 +225,9 @@ class DatasetConfig(Settings, group="dataset"):
         check(usable, "dataset.features", listed, allowed)
         if self.min_interactions is None:
             self.min_interactions = _MIN_INTERACTIONS.get(self.name, 10)
+        words = self.level == "word" or self.name != "text" or self.vocabulary_size == _VOCABULARY
+        allowed = f"{_VOCABULARY}, its default, because characters are all told apart (dataset.level=word)"
+        check(words, "dataset.vocabulary_size", self.vocabulary_size, allowed)
         if self.sequence_length is None:
             self.sequence_length = _SEQUENCE_LENGTH.get(self.name, 80)
 
@@ -406,8 +410,8 @@ class SplitConfig(Settings, group="split"):
         tuple[Annotated[int, Field(ge=1)], ...],
         Field(
             title="whole numbers >= 1 in ascending order, e.g. [1,5,20]",
-            description="unseen clients are evaluated at the end after so many local steps each, too; empty: after one "
-            "local round",
+            description="unseen clients are evaluated at the end after so many local steps each, one after the other, "
+            "in every phase of the method's local training; empty: after one local round",
         ),
     ] = ()
     stratified: Annotated[

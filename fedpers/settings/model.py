@@ -187,7 +187,10 @@ class ModelConfig(Settings, group="model"):
         if self.name != "auto" or self.kinds is not None:
             return self
         series = len(shape) == 2 and shape[1] >= 4
-        return replace(self, name="lstm" if num_tokens else "cnn1d" if series else "mlp")
+        name = "lstm" if num_tokens else "cnn1d" if series else "mlp"
+        allowed = f"null, because {name}, the network for such samples, is not pretrained"
+        check(self.pretrained is None or name in _PRETRAINED, "model.pretrained", self.pretrained, allowed)
+        return replace(self, name=name)
 
     def of_kinds(self) -> dict[str, ModelConfig]:
         """Settings of each kind of network that clients are dealt, by its name."""

@@ -27,10 +27,16 @@ class NextToken(Task):
 
     Labels are ids of tokens ``[N, T]``, :data:`PADDING` where nothing is to be predicted; ``num_classes`` of the data
     is the vocabulary's size V.
+
+    Parameters
+    ----------
+    unknown : int or None
+        Token that stands for all that the vocabulary lacks: to predict it is never right, as in LEAF.
     """
 
     name: ClassVar[str] = "next_token"
     per_token: ClassVar[bool] = True
+    unknown: int | None = None
 
     @property
     def headline(self) -> str:
@@ -110,8 +116,11 @@ class NextToken(Task):
             scores, y = scores[real], y[real]
             finite = scores.isfinite().all(1)
             losses = F.cross_entropy(scores.double(), y, reduction="none").masked_fill(~finite, math.inf)
+            right = (scores.argmax(1) == y) & finite
+            if self.unknown is not None:
+                right &= y != self.unknown
             rows[k] = torch.stack([finite.new_tensor(len(y), dtype=torch.float64),
-                                   ((scores.argmax(1) == y) & finite).double().sum(), losses.sum()]).cpu()  # fmt: skip
+                                   right.double().sum(), losses.sum()]).cpu()  # fmt: skip
         tokens, right, loss = rows.unbind(1)
         return {
             "examples": tokens,

@@ -69,3 +69,29 @@ def test_what_cannot_be_measured_is_refused(
     if not any(a.startswith("split.unseen") for a in arguments):
         kept.append("split.unseen=2") if "split.unseen=3" not in kept else None
     assert message in error_of(capsys, *kept, *arguments, f"output={tmp_path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedavg", "ditto", "fedrep"])
+def test_stages_go_on_from_one_another(strategy: str, tmp_path: Path) -> None:
+    """All methods without a state of their optimizer: nine steps at once are a local round, as are four and five."""
+    plain = [f"strategy={strategy}", "training.shuffle=false"]
+    at_once, in_stages = (
+        at_end(tmp_path / name, *plain, f"split.adapt_steps={steps}") for name, steps in (("a", "[9]"), ("b", "[4,9]"))
+    )
+    for last in (at_once, in_stages):
+        assert last["adapted/accuracy_after_9"] > last["unseen/accuracy"] - 0.1
+    if strategy == "ditto":  # its personal network moves from the first steps on
+        assert in_stages["adapted/loss_after_4"] != in_stages["unseen/loss"]
+
+
+def test_no_round_before_a_drift_is_selected(tmp_path: Path) -> None:
+    drift = ["heterogeneity=label_groups", "heterogeneity.drift.round=3", "strategy=fedavg", "rounds=4"]
+    assert _main(["partition=iid", "partition.num_clients=8", *drift, f"output={tmp_path}"]) == 0
+    (path,) = tmp_path.rglob("summary.json")
+    assert json.loads(path.read_text())["selected_round"] in (3, 4)
+
+
+def test_a_drift_after_the_last_round_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drift = ["heterogeneity=label_groups", "heterogeneity.drift.round=5", "rounds=4", f"output={tmp_path}"]
+    assert "heterogeneity.drift.round=5: expected at most rounds=4" in error_of(capsys, "partition=iid", *drift)

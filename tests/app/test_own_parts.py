@@ -163,7 +163,7 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
             "dataset=mine_parts:several",
             "several: x has several inputs; return the clients, a list or dictionary of (x, y)",
         ),
-        ("dataset=mine_parts:nobodys", "nobodys: clients are object [400], expected whole numbers or text [N]"),
+        ("dataset=mine_parts:nobodys", "nobodys: clients must be whole numbers or text [N], not object [400]"),
         *(
             (f"dataset=mine_parts:{made} partition=natural {setting}={value}", f"{setting}={value}: expected {allowed}")
             for made, setting, value, allowed in (

@@ -79,3 +79,12 @@ def test_what_needs_other_data_is_refused(
     typed = {argument.split("=")[0] for argument in arguments}
     kept = [argument for argument in texts if argument.split("=")[0] not in typed]
     assert message in error_of(capsys, *kept, *arguments, "rounds=1", f"output={tmp_path / 'runs'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [["fraction=0.125"], ["split.unseen=7"], ["split.unseen=7", "runtime.clients_at_once=4"]]
+)
+def test_a_recurrent_network_runs_with_one_client_in_a_round(more: list[str], texts: list[str], tmp_path: Path) -> None:
+    folder = run(tmp_path / "runs", *texts, *more, "rounds=1", "model=lstm", "model.hidden_size=8")
+    assert json.loads((folder / "summary.json").read_text())["failures"] == 0

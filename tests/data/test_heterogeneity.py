@@ -263,3 +263,11 @@ def test_a_drift_needs_a_round_and_something_to_move() -> None:
         apply_heterogeneity(gaussian_data(), HeterogeneityConfig(drift=Drift(3)), 0)
     with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.share=1\.5"):
         Drift(3, 1.5)
+
+
+@pytest.mark.parametrize("name", ["blur", "rotation"])
+def test_series_are_no_pictures(name: str) -> None:
+    data = gaussian_data([20] * 4)
+    series = replace(data, x=torch.randn(len(data.x), 3, 32))
+    with pytest.raises(ConfigError, match=f"heterogeneity={name}: expected another, because samples"):
+        apply_heterogeneity(series, HeterogeneityConfig(name, strength=1.0 if name == "blur" else 0.0), 0)

@@ -149,6 +149,7 @@ def test_comments_of_leaf(tmp_path: Path) -> None:
         (([[["a"]]], [{"author": "u"}]), "is no list of lists of words with 'target_tokens'"),
         (([[["a"]]], [{"target_tokens": [["a", "b"]]}]), "inputs and target_tokens of user u differ in length"),
         (([[1.0], [1.0, 2.0]], [0, 1]), "inputs are no lists of numbers of one length"),
+        (([[1.0], [2.0]], [[0], [1, 2]]), "labels are no numbers or text, one for each sample"),
     ],
 )
 def test_text_of_leaf_that_is_of_another_form(tmp_path: Path, samples: Any, message: str) -> None:

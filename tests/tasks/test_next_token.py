@@ -92,3 +92,9 @@ def test_networks_that_do_not_score_each_position_are_refused(shape: tuple[int, 
     TASK.check_outputs(torch.zeros(2, 2, 3), text)
     with pytest.raises(ConfigError, match=r"model=network: expected a network with outputs \[2, 3\] for each sequence"):
         TASK.check_outputs(torch.zeros(shape), text)
+
+
+def test_what_is_unknown_is_never_predicted_rightly() -> None:
+    scores = torch.nn.functional.one_hot(Y.clamp(min=0), 3).float()  # each token is predicted
+    assert TASK.measure([scores], [Y], 3)["accuracy"].tolist() == [1]
+    assert NextToken(unknown=0).measure([scores], [Y], 3)["accuracy"].tolist() == [4 / 5]

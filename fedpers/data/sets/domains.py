@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
-from fedpers.data.sets.arrays import dataset_of, read_npz
+from fedpers.data.sets.arrays import checked_ids, dataset_of, read_npz
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError
 from fedpers.settings.data import DatasetConfig
@@ -63,8 +63,7 @@ def _read(path: Path, config: DatasetConfig) -> tuple[NDArray[np.uint8], NDArray
             f"{path}: {config.x} is {x.dtype} {list(arrays[config.x].shape)}, expected uint8 pictures [N, H, W] or "
             f"[N, H, W, C] with C 1 or 3."
         )
-    if y.ndim != 1 or y.dtype.kind not in "iuUS":
-        raise DataError(f"{path}: {config.y} must be whole numbers or text [N], not {y.dtype} {list(y.shape)}.")
+    checked_ids(path, config.y, y)
     if len(x) != len(y) or len(y) == 0:
         raise DataError(f"{path}: {config.x} has {len(x)} samples and {config.y} has {len(y)}, expected as many.")
     return _scaled(x, config.size), y

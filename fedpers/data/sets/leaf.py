@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.text import split_text, vocabulary
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
-from fedpers.tasks.next_token import PADDING
+from fedpers.tasks.next_token import PADDING, NextToken
 
 TWEET = 4
 """Position of the text in a sample of Sent140."""
@@ -54,7 +55,7 @@ def leaf(config: DatasetConfig) -> Dataset:
         train_size = len(read[0]) if len(read) == 2 else None
         return _next_words(root, [row for part in read for row in part], train_size, config)
     owners = np.array([user for user, _, _ in rows])
-    labels = np.array([label for _, _, label in rows])
+    labels = _labels(root, rows)
     num_tokens = 0
     if first is not None and isinstance(first[1], str):
         x, num_tokens = _characters(root, rows)
@@ -78,6 +79,13 @@ def leaf(config: DatasetConfig) -> Dataset:
         num_tokens=num_tokens,
         train_size=train_size,
     )
+
+
+def _labels(root: Path, rows: Sequence[tuple[str, Any, Any]]) -> NDArray[Any]:
+    try:
+        return np.array([label for _, _, label in rows])
+    except ValueError as error:
+        raise DataError(f"{root}: labels are no numbers or text, one for each sample ({reason(error)}).") from error
 
 
 def _characters(root: Path, rows: Sequence[tuple[str, Any, Any]]) -> tuple[NDArray[np.int64], int]:
@@ -124,13 +132,11 @@ def _next_words(
     length = max((len(words) for _, words, _ in rows), default=1)
     said = (word for _, before, after in rows for word in (*before, *after) if word != PAD)
     words = vocabulary(said, config.vocabulary_size)
-    x = np.full((len(rows), length), UNKNOWN, dtype=np.int64)
-    y = np.full((len(rows), length), PADDING, dtype=np.int64)
-    for n, (_, before, after) in enumerate(rows):
-        x[n, : len(before)] = [words.get(word, UNKNOWN) for word in before]
-        y[n, : len(after)] = [PADDING if word == PAD else words.get(word, UNKNOWN) for word in after]
+    x = pad([[words.get(word, UNKNOWN) for word in before] for _, before, _ in rows], length)
+    following = [[PADDING if word == PAD else words.get(word, UNKNOWN) for word in after] for _, _, after in rows]
+    y = pad(following, length, PADDING)
     owners = np.array([user for user, _, _ in rows])
-    return dataset_of(
+    made = dataset_of(
         root,
         root.stem,
         {"x": x},
@@ -140,6 +146,7 @@ def _next_words(
         num_tokens=len(words) + 1,
         train_size=train_size,
     )
+    return replace(made, task=NextToken(UNKNOWN))
 
 
 def _whole(labels: NDArray[Any]) -> NDArray[Any]:

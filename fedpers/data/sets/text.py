@@ -60,7 +60,7 @@ def text(config: DatasetConfig) -> Dataset:
         owner=torch.tensor(owner),
         owner_names=tuple(names),
         num_tokens=len(tokens) + 1,
-        task=NextToken(),
+        task=NextToken(UNKNOWN),
     )
 
 

@@ -46,7 +46,7 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
     shifted = _apply(data, shifts, seed)
     if config.drift is None:
         return shifted
-    allowed = "none without another shift, which it moves, such as heterogeneity=label_groups"
+    allowed = "null unless a shift is chosen that it can move, such as heterogeneity=label_groups"
     check(bool(shifts), "heterogeneity.drift.round", config.drift.round, allowed)
     return _drifting(shifted, _apply(data, shifts, seed, moved=True), config.drift, seed)
 

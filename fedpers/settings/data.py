@@ -159,7 +159,12 @@ class DatasetConfig(Settings, group="dataset"):
         OnlyFor(**_SEQUENCE_LENGTH),
     ] = None  # fmt: skip
     vocabulary_size: Annotated[
-        int, Field(ge=1, description="words that are told apart, the most frequent"), OnlyFor("text", "leaf", "ag_news")
+        int,
+        Field(
+            ge=1,
+            description="words that are told apart, the most frequent; to predict that another comes is never right",
+        ),
+        OnlyFor("text", "leaf", "ag_news"),
     ] = _VOCABULARY
     protocol: Annotated[
         Literal["clean", "symmetric", "official"],

@@ -259,7 +259,7 @@ def test_a_drift_stays_where_data_are_restricted_and_changes_the_checksum() -> N
 def test_a_drift_needs_a_round_and_something_to_move() -> None:
     with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.round=None: expected a round >= 1"):
         Drift()
-    with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.round=3: expected none without another shift"):
+    with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.round=3: expected null unless a shift is chosen"):
         apply_heterogeneity(gaussian_data(), HeterogeneityConfig(drift=Drift(3)), 0)
     with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.share=1\.5"):
         Drift(3, 1.5)

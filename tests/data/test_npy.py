@@ -67,7 +67,14 @@ def test_a_run_ends_with_the_same_numbers(both: tuple[DatasetConfig, DatasetConf
     for config in both:
         output = tmp_path / "runs" / config.name
         named = [] if config.name == "npy" else ["dataset.client=client"]
-        settings = [f"dataset={config.name}", f"dataset.root={config.root}", *named, "partition=natural", "rounds=2"]
+        settings = [
+            f"dataset={config.name}",
+            f"dataset.root={config.root}",
+            *named,
+            "partition=natural",
+            "partition.min_samples=10",
+            "rounds=2",
+        ]
         assert _main([*settings, "model=mlp", f"output={output}"]) == 0
         rows.append(pd.read_parquet(next(output.rglob("clients.parquet"))))
     seconds = [column for column in rows[0] if "second" in column]

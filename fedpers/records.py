@@ -204,6 +204,6 @@ def unflatten_state(record: flower.ArrayRecord, like: Tree) -> Tree:
     """Inverse of :func:`flatten_state`; `like` (batch size []) tells roles and devices, and values that are missing."""
     out = tree({}, 1)
     for name, value in leaves(like).items():
-        found = to_tensor(record[name]).to(value.device) if name in record else value
-        set_leaf(out, name, found.unsqueeze(0))
+        leaf = to_tensor(record[name]).to(value.device) if name in record else value
+        set_leaf(out, name, leaf.unsqueeze(0))
     return out

@@ -53,8 +53,10 @@ class MixedApp(CohortApp):
         shared = [{n: tuple(v.shape) for n, v in entries(from_record(app.initial_arrays())).items()} for app in apps]
         for name, shapes in zip(names, shared, strict=True):
             if shapes != shared[0]:
-                found = f"{names[0]}: {shared[0]}, {name}: {shapes}"
-                allowed = f"networks that share arrays of the same shapes ({found}); set model.features=N for one width"
+                difference = f"{names[0]}: {shared[0]}, {name}: {shapes}"
+                allowed = (
+                    f"networks that share arrays of the same shapes ({difference}); set model.features=N for one width"
+                )
                 raise ConfigError("model.kinds", list(names), allowed)
         self.update, self.mods, self.encoders = first.update, first.mods, first.encoders
         self.identity, self.seed = first.identity, first.seed

@@ -40,9 +40,9 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
     for name, shift in shifts.items():
         _check(data, name)
         if (groups := getattr(shift, "groups", 0)) > data.num_clients:
-            own = getattr(config, name) is not None
+            has_settings = getattr(config, name) is not None
             allowed = f"at most {data.num_clients}, the number of clients"
-            raise ConfigError((shift if own else config).key("groups"), groups, allowed)
+            raise ConfigError((shift if has_settings else config).key("groups"), groups, allowed)
     shifted = _apply(data, shifts, seed)
     if config.drift is None:
         return shifted

@@ -41,7 +41,7 @@ def sequences_of(values: Any, what: str, least: int = 0) -> NDArray[Any] | None:
     rows = list(values) if isinstance(values, np.ndarray | list | tuple) else []
     if not rows or not all(isinstance(row, Tensor | np.ndarray | list | tuple) and np.ndim(row) == 1 for row in rows):
         return None
-    found = np.empty(len(rows), dtype=object)
+    sequences = np.empty(len(rows), dtype=object)
     for position, row in enumerate(rows):
         array = np.asarray(row.detach().cpu() if isinstance(row, Tensor) else row)
         if array.size == 0:
@@ -49,8 +49,8 @@ def sequences_of(values: Any, what: str, least: int = 0) -> NDArray[Any] | None:
         if array.dtype.kind not in "iu" or int(array.min()) < least:
             given = array.min() if array.dtype.kind in "iu" else array.dtype
             raise DataError(f"{what} are {given}, expected whole numbers >= {least} because of tokens=True.")
-        found[position] = array.astype(np.int64)
-    return found
+        sequences[position] = array.astype(np.int64)
+    return sequences
 
 
 def pad(

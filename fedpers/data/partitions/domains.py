@@ -48,10 +48,10 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
                 f"with at least {config.min_samples} each; lower partition.num_clients or partition.min_samples."
             )
         if config.within == "dirichlet":
-            own = by_dirichlet(labels[positions], len(mine), config, derive(seed, "domain", number), name)
+            dealt = by_dirichlet(labels[positions], len(mine), config, derive(seed, "domain", number), name)
         else:
-            own = np.array_split(generator(seed, "domain", number).permutation(len(positions)), len(mine))
-        for client, indices in zip(mine, own, strict=True):
+            dealt = np.array_split(generator(seed, "domain", number).permutation(len(positions)), len(mine))
+        for client, indices in zip(mine, dealt, strict=True):
             owned[client] = positions[np.sort(indices)]
     groups = [present[client % len(present)] for client in range(clients)]
     names = [

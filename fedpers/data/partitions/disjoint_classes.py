@@ -34,9 +34,9 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     owned = [np.flatnonzero(np.isin(labels, mine)) for mine in sets]
     smallest = min(range(clients), key=lambda client: len(owned[client]))
     if len(owned[smallest]) < config.min_samples:
-        labels_held = ", ".join(map(str, np.sort(sets[smallest])))
+        held = ", ".join(map(str, np.sort(sets[smallest])))
         raise DataError(
-            f"partition=disjoint_classes: client {smallest} has all {len(owned[smallest])} samples of class {labels_held}, "
+            f"partition=disjoint_classes: client {smallest} has all {len(owned[smallest])} samples of class {held}, "
             f"fewer than partition.min_samples={config.min_samples}; lower it or partition.num_clients."
         )
     return Division(owned)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import absl.logging
 import pytest
@@ -10,18 +10,27 @@ import pytest
 # before PyTorch is imported, here and in every process that is started: threads that wait for one another while several
 # processes share the cores cost more than they bring
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's processes give way to all others unless it is told otherwise: beside the other tests they would hardly run
+os.environ.setdefault("RAY_worker_niceness", "0")
+# and it starts a process for each core before anybody asks for one
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 # absl, which dp-accounting and TensorBoard bring along, closes the stream of its handler when logging is set up anew,
 # unless it is one of the process: while tests are captured it would close what all of them are captured in
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Point ``FEDPERS_CACHE`` at an empty folder."""
-    root = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("FEDPERS_CACHE", str(root))
-    return root
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Point ``FEDPERS_CACHE`` at a folder of these tests, not the user's.
+
+    It is one for all of them: programs that tests start need not import, for a second or two each, what divides the
+    data. Tests of what is kept take one of their own.
+    """
+    root = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDPERS_CACHE", str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"))
+        yield
 
 
 @pytest.fixture(autouse=True)

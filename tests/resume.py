@@ -93,9 +93,9 @@ def killed_runs(method: str, rounds: int, sequences: tuple[int, ...], home: Path
     command = [f"strategy={method}", f"rounds={rounds}", *SETTINGS]
     cache = home / "cache"
     whole = home / "undisturbed"
-    for attempt in (home / "first", whole):  # the first measures cohort sizes, which are kept
+    for attempt, more in ((home / "first", ["rounds=1"]), (whole, [])):  # the first measures sizes, which are kept
         began = time.monotonic()
-        if told := finish(start([*command, f"hydra.run.dir={attempt}"], cache)):
+        if told := finish(start([*command, *more, f"hydra.run.dir={attempt}"], cache)):
             raise RuntimeError(told)
         duration = time.monotonic() - began
     expected = results(whole)

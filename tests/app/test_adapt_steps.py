@@ -85,6 +85,7 @@ def test_stages_go_on_from_one_another(strategy: str, tmp_path: Path) -> None:
         assert in_stages["adapted/loss_after_4"] != in_stages["unseen/loss"]
 
 
+@pytest.mark.slow
 def test_no_round_before_a_drift_is_selected(tmp_path: Path) -> None:
     drift = ["heterogeneity=label_groups", "heterogeneity.drift.round=3", "strategy=fedavg", "rounds=4"]
     assert _main(["partition=iid", "partition.num_clients=8", *drift, f"output={tmp_path}"]) == 0

@@ -92,6 +92,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", ["dataset=mine_parts:arrays", "dataset.name=mine_parts:arrays"])
 def test_own_data_and_network(here: Path, typed: str) -> None:
     (folder,) = fedpers(
@@ -111,6 +112,7 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
     assert json.loads((folder / "summary.json").read_text())["rounds_done"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "clients"),
     [
@@ -187,6 +189,7 @@ def test_what_is_wrong_with_them_is_a_sentence(
     assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={here / 'runs'}")
 
 
+@pytest.mark.slow
 def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
     def owned(*settings: str) -> Any:
         return data_of(composed(["dataset=mine_parts:clients", "partition=natural", *settings]))
@@ -200,6 +203,7 @@ def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
     assert seeded == owned("partition.seed=1").checksum == owned("partition.seed=1", "seed=2").checksum
 
 
+@pytest.mark.slow
 def test_without_a_part_for_validation_the_last_round_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

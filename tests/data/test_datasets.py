@@ -67,6 +67,7 @@ def test_other_file_errors_become_a_sentence(monkeypatch: pytest.MonkeyPatch) ->
         load_dataset(DatasetConfig())
 
 
+@pytest.mark.slow
 def test_importing_is_cheap() -> None:
     code = (
         "import sys, fedpers.data; print([m for m in ('datasets','flwr_datasets','sklearn','torchvision') "

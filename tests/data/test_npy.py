@@ -105,6 +105,7 @@ def test_inputs_are_mapped_and_files_never_change(tmp_path: Path, monkeypatch: p
     assert (root / "x.npy").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in other units elsewhere")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     size = 1 << 28

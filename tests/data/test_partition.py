@@ -37,6 +37,7 @@ def plain(lists: Any) -> list[list[int]]:
 # --- properties ---
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(DRAWN),
@@ -126,6 +127,7 @@ def test_quantity_sizes(skew: str, sizes: list[int]) -> None:
     assert [len(positions) for positions in lists] == sizes
 
 
+@pytest.mark.slow
 def test_quantity_with_many_clients_is_finite() -> None:
     lists = partition_samples(
         made(np.zeros(4000, int)), PartitionConfig("quantity", 1000, min_samples=3, skew="exponential"), 0
@@ -179,6 +181,7 @@ def test_too_many_clients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         partition_samples(BALANCED, PartitionConfig(name, 61, min_samples=10), 0)
 
 
+@pytest.mark.slow
 def test_dirichlet_says_how_close_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
     config = PartitionConfig("dirichlet", 12, min_samples=40, alpha=0.2)
     with pytest.raises(DataError, match=r"partition=dirichlet: in 66 attempts .* 12 clients") as error:

@@ -57,6 +57,7 @@ def test_a_metric_below_zero_stays_in_the_picture(tmp_path: Path) -> None:
     assert axes.get_ylim() == pytest.approx((-0.51, 1.02))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, ["body.0.weight", "head.weight"], [f"body.{i}.weight" for i in range(12)]],
                          ids=["no masks", "lines", "map"])  # fmt: skip
 def test_pictures_have_axes_names_and_the_run(layers: list[str] | None, tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ def digits():
     return (x - x.mean()) / x.std(), torch.from_numpy(bunch.target).long()[:350]
 
 
-@pytest.fixture
-def cache():
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path / "cache"))
     return cache_root() / "pretrained"
 
 
@@ -131,6 +132,7 @@ def test_a_damaged_file_is_trained_again_with_a_warning(damage, digits, training
 
 
 def test_a_cache_that_cannot_be_written_does_no_harm(digits, cache):
+    cache.parent.mkdir()
     cache.write_text("a file where a folder should be")
     assert build(config(), digits).pretrained_accuracy is not None
 

@@ -90,6 +90,7 @@ def three_rounds(method: str, engine: str) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_cohorts_and_single_clients_agree(method: str) -> None:
     cohorts = three_rounds(method, "cohorts")

@@ -289,6 +289,7 @@ def test_two_living_nodes_with_one_client_end_the_run() -> None:
             strategy.nodes(grid)
 
 
+@pytest.mark.slow
 def test_server_state_finds_its_client_under_a_new_node_id() -> None:
     found = []
     for moves in (False, True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
 from tests.problems import gaussian_data
 from tests.runtime.wire import WireGrid
+from tests.runtimes import on_one_machine
 
 DATA = gaussian_data((20, 9, 13, 7, 16), dtype=torch.float64)
 KIND_OF = (0, 1, 2, 1, 0)
@@ -82,6 +83,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, second[name], rtol=1e-10, atol=1e-12, msg=name, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "options"), METHODS)
 def test_cohorts_workers_and_messages_change_nothing(method: str, options: dict[str, Any]) -> None:
     alone = outcome(method, options, of_size(1))
@@ -174,8 +176,16 @@ def test_a_run_of_the_command_resumes_to_the_same_numbers(strategy: str, tmp_pat
     pd.testing.assert_frame_equal(clients_of(whole), clients_of(part))
 
 
+@pytest.fixture(scope="module")
+def machine() -> Iterator[None]:
+    """Ray, which runs here connect to."""
+    with on_one_machine():
+        yield
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["local", "fedproto", "fedd2s strategy.cuts=[-1]"])
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("strategy", ["fedproto", "fedd2s strategy.cuts=[-1]"])
 def test_a_run_on_ray_gives_the_same_numbers(strategy: str, tmp_path: Path) -> None:
     words = [f"strategy={strategy.split()[0]}", *strategy.split()[1:], *MIXED, *RUN]
     here = fedpers(*words, output=tmp_path / "local")

@@ -56,6 +56,7 @@ def nothing(message: flower.Message, context: flower.Context, call_next: Any) ->
     return reply
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mods", [[nothing], [arrays_size_mod, message_size_mod, nothing]], ids=len)
 @pytest.mark.parametrize("grid", [LocalGrid, WireGrid])
 def test_a_mod_that_changes_nothing_changes_nothing(grid: type[LocalGrid], mods: list[Any]) -> None:

@@ -49,6 +49,7 @@ def test_all_clients_in_every_round(noise: float, rounds: int, delta: float) -> 
     assert spent == pytest.approx(renyi(deviation, rounds, delta), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_sampling_spends_less_and_never_more() -> None:
     values = [epsilon(2.0, sampled, 100, 50, 1e-5) for sampled in (1, 5, 20, 50, 99, 100)]
     assert all(value is not None for value in values)
@@ -72,6 +73,7 @@ def test_never_less_than_two_sums_can_be_told_apart(noise: float, share: float, 
     assert 0 < least <= spent
 
 
+@pytest.mark.slow
 def test_more_rounds_spend_more_and_no_noise_everything() -> None:
     values = [epsilon(5.0, 5, 20, rounds, 1e-5) for rounds in (0, 1, 10, 100)]
     assert values[0] == 0.0

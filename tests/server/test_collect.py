@@ -90,6 +90,7 @@ def test_parts_that_travelled_give_what_one_collector_gives(method: str) -> None
     assert strategy.report.extra == pytest.approx(other.report.extra, rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_what_goes_to_another_machine_to_fold_is_the_arrays_and_little_else(method: str) -> None:
     strategy, _ = round_of(method, torch.float32)

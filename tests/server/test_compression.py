@@ -301,6 +301,7 @@ def test_every_method_runs_or_is_refused(method: str) -> None:
     runs_or_is_refused(method, TopK(share=0.2), without="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedavg", "fedrep", "ditto", "gpfl"])
 def test_a_compression_that_leaves_nothing_out_is_none(method: str) -> None:
     topk = TopK(share=1.0, bits=32)
@@ -368,6 +369,7 @@ def played(
     return entries(from_record(kept[-1])), grid, app
 
 
+@pytest.mark.slow
 def test_the_same_over_the_wire_and_in_cohorts() -> None:
     expected, grid, app = played(in_cohorts(1))
     states = grid.engine.store.gather(range(7))
@@ -427,6 +429,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
     assert results(folder) == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_compressed_run(tmp_path: Path) -> None:
     def summary(**values: Any) -> dict[str, Any]:
         return run(settings(**values), tmp_path / str(len(list(tmp_path.iterdir()))))

@@ -55,8 +55,9 @@ def test_methods_by_what_their_clients_answer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fixed", "adaptive"])
-@pytest.mark.parametrize("method", STRATEGIES)
+@pytest.mark.parametrize(
+    ("method", "name"), [*((method, "fixed") for method in STRATEGIES), ("fedavg", "adaptive"), ("gpfl", "adaptive")]
+)
 def test_every_method_runs_or_is_refused(method: str, name: str) -> None:
     runs_or_is_refused(method, Privacy(name=name, noise=0.1, norm=0.3), without="none")
 
@@ -374,6 +375,7 @@ def test_what_privacy_does_not_go_with() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [

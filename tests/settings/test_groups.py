@@ -29,6 +29,7 @@ PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfi
 CHOSEN = [(group, name) for group in GROUPS for name in group_names(group)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), CHOSEN)
 def test_every_choice_composes_to_the_values_of_its_class(group: str, name: str) -> None:
     needed = NEEDED.get(f"{group}={name}", [])
@@ -72,6 +73,7 @@ def test_the_defaults_are_those_of_the_classes() -> None:
         assert getattr(config, name) == getattr(plain, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_method_is_its_file_and_has_all_its_options(name: str) -> None:
     assert strategy_class(name).__module__ == f"fedpers.strategies.{name}"
@@ -97,6 +99,7 @@ def test_files_are_there_only_for_choices_that_bring_something_along() -> None:
 BOTH = TrackerConfig(wandb=WandbConfig(), tensorboard=TensorBoardConfig())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -117,6 +120,7 @@ def test_trackers_compose(overrides: list[str], expected: TrackerConfig) -> None
     assert composed(overrides).tracker == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedrap"])
 def test_shifts_compose(strategy: str) -> None:
     def shifts(*overrides: str) -> Any:

@@ -517,6 +517,7 @@ def test_an_unusable_choice_leaves_the_client_out() -> None:
     assert sorted(strategy.report.clients) == [0, 1, 2, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_wire_changes_nothing_and_unseen_clients_adapt_without_a_trace() -> None:
     outcomes = []
     for grid_of in (LocalGrid, WireGrid):

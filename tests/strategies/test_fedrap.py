@@ -122,6 +122,7 @@ def plain(
     return common, users
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -179,6 +179,7 @@ def plain_update(client: Client, rate: float, limit: float) -> None:
             client.mask[n] = (old | (change >= left[place])).view_as(client.mask[n])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [1, 2])
 @pytest.mark.parametrize("batchnorm", ["official", "fixed"])
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])
@@ -439,6 +440,7 @@ def test_unseen_clients_adapt() -> None:
         assert int(state["model", "body.1.num_batches_tracked"][0]) > 0
 
 
+@pytest.mark.slow
 def test_metrics_land_in_the_run_folder(tmp_path: Path) -> None:
     assert _main(["strategy=fedselect", "rounds=4", "partition.num_clients=5", f"output={tmp_path}"]) == 0
     (file,) = tmp_path.rglob("rounds.jsonl")

@@ -150,6 +150,7 @@ def predictors(finished: Finished) -> Iterator[tuple[int, Values, Values]]:
         yield client, {n: v[k] if n in view.stacked else v for n, v in view.tensors.items()}, inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["official", "paper"])
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_both_variants_follow_a_plain_loop(variant: str, fraction: float) -> None:
@@ -432,6 +433,7 @@ def test_a_changed_trace_is_noticed(case: str, array: str, tmp_path: Path, capsy
     assert "OVER" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_trace_tells_the_variants_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     read = traces.gpfl.read
     monkeypatch.setattr(traces.gpfl, "read", lambda path: replace(read(path), options={"variant": "paper"}))

@@ -307,6 +307,7 @@ def test_perfedavg_with_batch_norm_refuses_halves_of_one_sample(size: int) -> No
         PerFedAvgUpdate(training=Training(lr=0.1, batch_size=8)).client_app(SmallNetwork().double(), data)
 
 
+@pytest.mark.slow
 def test_rates_fall_over_the_rounds_for_every_part_of_a_method() -> None:
     """With a factor near 0 the second round moves nothing."""
     for method in ("fedavg", "fedrep", "ditto", "apfl", "perfedavg", "scaffold"):

@@ -108,6 +108,7 @@ def test_the_width_of_keys_cools_the_scores() -> None:
 # ------------------------------------------------------------ acceptance of a step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [None, 1])
 @pytest.mark.parametrize(("method", "rate"), [("sgd", 0.05), ("adam", 0.001)])
 def test_a_server_step_brings_generated_prompts_closer_to_the_adapted(
@@ -290,6 +291,7 @@ def loss_on_test(client: int, values: Values, data: FederatedData = PICTURES) ->
     return float(nn.functional.cross_entropy(scores, data.y[data.test[client]]))
 
 
+@pytest.mark.slow
 def test_without_generator_everybody_gets_the_base() -> None:
     found = pfedpg(2, generator="none")
     base, heads = start(), {c: head() for c in range(4)}
@@ -321,6 +323,7 @@ def test_many_clients_are_differentiated_a_few_at_a_time() -> None:
 # -------------------------------------------------------------------- unseen clients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sgd", "adam"])
 def test_an_unseen_client_fits_a_descriptor_and_leaves_the_server_alone(method: str) -> None:
     data = replace(PICTURES, unseen=(1, 2))
@@ -449,6 +452,7 @@ def test_adam_on_the_server_does_not_depend_on_cohorts(monkeypatch: pytest.Monke
 # ---------------------------------------------------------------- the rows beside it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_fedvpt_averages_prompts_and_keeps_heads(weighting: str) -> None:
     found = run("fedvpt", {"prompts": COUNT, "weighting": weighting}, fraction=0.5, network=MODEL, data=PICTURES)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.sets.base import labels_for, normalized, warn_of_many_classes
+from fedpers.data.sets.base import finite_floats, labels_for, normalized, number_labels, warn_of_many_classes
 from fedpers.errors import DataError, reason
 
 logger = logging.getLogger(__name__)
@@ -123,11 +123,7 @@ def floats_of(values: NDArray[Any], what: str) -> NDArray[np.float32]:
     """Float32, refused if it is not finite or no numbers."""
     if values.dtype.kind not in KINDS:
         raise DataError(f"{what} are {values.dtype}, expected numbers.")
-    with np.errstate(over="ignore"):  # what overflows float32 is refused just below
-        floats = np.ascontiguousarray(values, dtype=np.float32)
-    if not np.isfinite(floats).all():
-        raise DataError(f"{what} are not finite (nan or infinite).")
-    return floats
+    return finite_floats(values, f"{what} are")
 
 
 def labels_of(parts: Sequence[Named], task: str | None, name: str) -> tuple[Tensor, tuple[str, ...]]:
@@ -174,13 +170,11 @@ def labels_of(parts: Sequence[Named], task: str | None, name: str) -> tuple[Tens
         except TypeError as error:
             raise DataError(f"{name}: labels must be hashable ({reason(error)}).") from error
         return torch.tensor(ids), tuple(map(str, number_of))
-    values, numbers = np.unique(y, return_inverse=True)
-    if values.dtype.kind in "iu" and (values == np.arange(len(values))).all():
-        return torch.from_numpy(y.astype(np.int64)), ()
-    names = tuple(value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values)
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    logger.info("%s: %d classes: %s", name, len(names), shown)
-    return torch.from_numpy(numbers.astype(np.int64)), names
+    numbers, names = number_labels(y)
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        logger.info("%s: %d classes: %s", name, len(names), shown)
+    return torch.from_numpy(numbers), names
 
 
 def _kind(labels: NDArray[Any]) -> str:

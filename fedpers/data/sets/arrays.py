@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.sets.base import Dataset, normalized
+from fedpers.data.sets.base import Dataset, finite_floats, normalized, number_labels
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
-from fedpers.tasks import CLASSIFICATION, NextToken, Regression
+from fedpers.tasks import CLASSIFICATION, NextToken, Regression, Task
 
 logger = logging.getLogger(__name__)
 
@@ -110,60 +110,30 @@ def dataset_of(
     """
     ((x_name, x),) = named_x.items()
     ((y_name, y),) = named_y.items()
-    is_classification = y.ndim == 1 and y.dtype.kind in "iubUS"
-    whole = not x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind in "iu"
-    if tokens and (x.ndim != 2 or not whole):
-        raise DataError(f"{path}: {x_name} is {x.dtype} {list(x.shape)}, expected tokens, whole numbers [N, T].")
-    next_tokens = tokens and y.dtype.kind in "iu" and y.shape == tuple(x.shape)
-    if not (is_classification or next_tokens) and (y.dtype.kind != "f" or y.ndim not in (1, 2) or 0 in y.shape[1:]):
-        raise DataError(
-            f"{path}: {y_name} must be whole numbers or text [N], classes, or floats [N] or [N, D], targets of a "
-            f"regression{f', or the next ones [N, T] of the tokens {x_name}' if tokens else ''}, not {y.dtype} "
-            f"{list(y.shape)}."
-        )
+    task = _task_of(path, x_name, x, y_name, y, tokens)
     if x.ndim == 0 or len(x) != len(y):
         raise DataError(f"{path}: {x_name} has {x.shape[0] if x.ndim else 0} samples but {y_name} has {len(y)}.")
     if len(y) == 0:
         raise DataError(f"{path}: there are no samples.")
-    classes: tuple[str, ...] = ()
     if tokens:
-        low, high = int(x.min()), int(max(x.max(), y.max() if next_tokens else 0))
-        if low < 0 or 0 < num_tokens <= high:
-            raise DataError(f"{path}: tokens in {x_name} run from {low} to {high}, expected 0 to {num_tokens - 1}.")
-        num_tokens = num_tokens or high + 1
-    if next_tokens:
+        largest = max(x.max(), y.max()) if isinstance(task, NextToken) else x.max()
+        num_tokens = _vocabulary(path, x_name, int(x.min()), int(largest), num_tokens)
+    classes: tuple[str, ...] = ()
+    if isinstance(task, NextToken):
         labels, num_classes = torch.from_numpy(y.astype(np.int64)), num_tokens
-    elif is_classification and class_names:
-        labels, classes = torch.from_numpy(y.astype(np.int64)), class_names
-        num_classes = len(classes)
-    elif is_classification:
-        labels, classes = _class_ids(path, y_name, y)
-        num_classes = int(labels.max()) + 1
-    else:
+    elif isinstance(task, Regression):
         labels = _targets(path, y_name, y)
         num_classes = labels[0].numel()
-    if isinstance(x, Tensor):
-        inputs = x
-    elif tokens:
-        inputs = torch.from_numpy(x.astype(np.int64))
-    elif x.dtype == np.uint8:
-        if x.ndim == 3:
-            x = x[..., None]
-        if x.ndim != 4 or x.shape[-1] > MAX_CHANNELS:
-            raise DataError(
-                f"{path}: {x_name} is uint8 {list(x.shape)}, expected pictures [N, H, W] or "
-                f"[N, H, W, C] with C <= {MAX_CHANNELS}, or floats."
-            )
-        inputs = normalized(x, train_size or len(x))
-    elif x.dtype.kind == "f":
-        inputs = finite_floats(path, x_name, x)
+    elif class_names:
+        labels, classes = torch.from_numpy(y.astype(np.int64)), class_names
+        num_classes = len(classes)
     else:
-        hint = "; whole numbers that are tokens need dataset.tokens=true" if whole and x.ndim == 2 else ""
-        raise DataError(f"{path}: {x_name} is {x.dtype}, expected uint8 pictures or floats{hint}.")
+        labels, classes = _class_ids(path, y_name, y)
+        num_classes = int(labels.max()) + 1
     owner, owner_names = _numbered(client)
     domains, domain_names = _numbered(domain)
     return Dataset(
-        inputs,
+        _inputs(path, x_name, x, tokens, train_size),
         labels,
         num_classes,
         name,
@@ -174,8 +144,58 @@ def dataset_of(
         domain=domains,
         domain_names=domain_names,
         num_tokens=num_tokens if tokens else 0,
-        task=NextToken() if next_tokens else CLASSIFICATION if is_classification else Regression(),
+        task=task,
     )
+
+
+def _is_whole(x: NDArray[Any] | Tensor) -> bool:
+    """Whether it holds whole numbers."""
+    return not x.is_floating_point() if isinstance(x, Tensor) else x.dtype.kind in "iu"
+
+
+def _task_of(path: Path, x_name: str, x: NDArray[Any] | Tensor, y_name: str, y: NDArray[Any], tokens: bool) -> Task:
+    """What can be learned of labels like these."""
+    if tokens and (x.ndim != 2 or not _is_whole(x)):
+        raise DataError(f"{path}: {x_name} is {x.dtype} {list(x.shape)}, expected tokens, whole numbers [N, T].")
+    if tokens and y.dtype.kind in "iu" and y.shape == tuple(x.shape):
+        return NextToken()
+    if y.ndim == 1 and y.dtype.kind in "iubUS":
+        return CLASSIFICATION
+    if y.dtype.kind == "f" and y.ndim in (1, 2) and 0 not in y.shape[1:]:
+        return Regression()
+    raise DataError(
+        f"{path}: {y_name} must be whole numbers or text [N], classes, or floats [N] or [N, D], targets of a "
+        f"regression{f', or the next ones [N, T] of the tokens {x_name}' if tokens else ''}, not {y.dtype} "
+        f"{list(y.shape)}."
+    )
+
+
+def _vocabulary(path: Path, x_name: str, low: int, high: int, num_tokens: int) -> int:
+    """Size of the vocabulary of tokens from `low` to `high`: `num_tokens`, or if that is 0 as many as they need."""
+    if low < 0 or 0 < num_tokens <= high:
+        raise DataError(f"{path}: tokens in {x_name} run from {low} to {high}, expected 0 to {num_tokens - 1}.")
+    return num_tokens or high + 1
+
+
+def _inputs(path: Path, name: str, x: NDArray[Any] | Tensor, tokens: bool, train_size: int | None) -> Tensor:
+    """Inputs ``[N, ...]`` as networks take them."""
+    if isinstance(x, Tensor):
+        return x
+    if tokens:
+        return torch.from_numpy(x.astype(np.int64))
+    if x.dtype == np.uint8:
+        if x.ndim == 3:
+            x = x[..., None]
+        if x.ndim != 4 or x.shape[-1] > MAX_CHANNELS:
+            raise DataError(
+                f"{path}: {name} is uint8 {list(x.shape)}, expected pictures [N, H, W] or "
+                f"[N, H, W, C] with C <= {MAX_CHANNELS}, or floats."
+            )
+        return normalized(x, train_size or len(x))
+    if x.dtype.kind == "f":
+        return torch.from_numpy(finite_floats(x, f"{path}: {name} is"))
+    hint = "; whole numbers that are tokens need dataset.tokens=true" if _is_whole(x) and x.ndim == 2 else ""
+    raise DataError(f"{path}: {name} is {x.dtype}, expected uint8 pictures or floats{hint}.")
 
 
 def _numbered(ids: NDArray[Any] | None) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -197,22 +217,6 @@ def _class_ids(path: Path, name: str, y: NDArray[Any]) -> tuple[Tensor, tuple[st
     return torch.from_numpy(ids), names
 
 
-def number_labels(labels: NDArray[Any]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Number labels ``[N]`` from 0 in their order.
-
-    Returns
-    -------
-    ids : int64 array ``[N]``
-    names : tuple of str
-        Label of class 0, 1, ...; empty if the labels are these numbers.
-    """
-    values, ids = np.unique(labels, return_inverse=True)
-    if values.dtype.kind in "iu" and (values == np.arange(len(values))).all():
-        return ids.astype(np.int64), ()
-    names = (value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values.tolist())
-    return ids.astype(np.int64), tuple(names)
-
-
 def _short(names: tuple[str, ...]) -> str:
     """Names for a sentence, of many the first and the last."""
     return ", ".join(names) if len(names) <= 5 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
@@ -220,24 +224,13 @@ def _short(names: tuple[str, ...]) -> str:
 
 def _targets(path: Path, name: str, y: NDArray[Any]) -> Tensor:
     """Float32 ``[N]`` or ``[N, D]``; floats ``[N]`` without a fraction may be meant as class ids."""
-    targets = finite_floats(path, name, y)
+    targets = torch.from_numpy(finite_floats(y, f"{path}: {name} is"))
     if y.ndim == 1 and (y == np.floor(y)).all():
         raise DataError(
             f"{path}: {name} holds whole numbers as {y.dtype}; store class ids as whole numbers, or the targets of a "
             f"regression as floats [N, 1]."
         )
     return targets
-
-
-def finite_floats(path: Path, name: str, values: NDArray[Any]) -> Tensor:
-    """Float32 copy, refused if it is not finite."""
-    with np.errstate(over="ignore"):  # what overflows float32 is refused just below
-        copy = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    finite = copy.isfinite().reshape(len(copy), -1).all(1)
-    if not bool(finite.all()):
-        count = int((~finite).sum())
-        raise DataError(f"{path}: {name} is not finite (nan or infinite) in {count} of {len(copy)} samples.")
-    return copy
 
 
 def _train_size(path: Path, name: str, value: NDArray[Any], num_samples: int) -> int:

@@ -172,3 +172,36 @@ def warn_of_many_classes(name: str, labels: NDArray[Any], remedy: str) -> None:
     classes = len(np.unique(labels)) if labels.dtype.kind in "iu" else 0
     if classes > MANY_CLASSES:
         logger.warning("%s: the labels are %d classes; %s predicts them as numbers.", name, classes, remedy)
+
+
+def number_labels(labels: NDArray[Any]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Number labels ``[N]`` from 0 in their order.
+
+    Returns
+    -------
+    ids : int64 array ``[N]``
+    names : tuple of str
+        Label of class 0, 1, ...; empty if the labels are these numbers.
+    """
+    values, ids = np.unique(labels, return_inverse=True)
+    if values.dtype.kind in "iu" and (values == np.arange(len(values))).all():
+        return ids.astype(np.int64), ()
+    names = (value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in values.tolist())
+    return ids.astype(np.int64), tuple(names)
+
+
+def finite_floats(values: NDArray[Any], what_is: str) -> NDArray[np.float32]:
+    """Float32 copy of an entry for each sample ``[N, ...]``.
+
+    Raises
+    ------
+    DataError
+        If a value is not finite, or is not in float32; the sentence begins with `what_is`, such as "x is".
+    """
+    with np.errstate(over="ignore"):  # what overflows float32 is refused just below
+        copy = np.ascontiguousarray(values, dtype=np.float32)
+    finite = np.isfinite(copy).reshape(len(copy), -1).all(1)
+    if not finite.all():
+        count = int((~finite).sum())
+        raise DataError(f"{what_is} not finite (nan or infinite) in {count} of {len(copy)} samples.")
+    return copy

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpers.data.sets.arrays import finite_floats, number_labels
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, finite_floats, number_labels
 from fedpers.errors import DataError, reason
 from fedpers.settings.data import DatasetConfig
 from fedpers.settings.sources import SOURCES
@@ -57,7 +56,7 @@ def har(config: DatasetConfig) -> Dataset:
     y = np.searchsorted(list(activities), labels)
     owner, owner_names = number_labels(subject)
     return Dataset(
-        finite_floats(root, "Inertial Signals", x),
+        torch.from_numpy(finite_floats(x, f"{root}: Inertial Signals is")),
         torch.from_numpy(y),
         len(activities),
         config.name,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpers.data.sets.arrays import number_labels, read_npz
-from fedpers.data.sets.base import data_root
+from fedpers.data.sets.arrays import read_npz
+from fedpers.data.sets.base import data_root, number_labels
 from fedpers.errors import DataError, reason
 from fedpers.randomness import generator
 from fedpers.settings.data import DatasetConfig

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from fedpers.data.federated import PARTS, FederatedData
+from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.fields import InputField, SeveralInputs, packed
 from fedpers.data.sequences import columns_of, sequences_of
 from fedpers.data.split import hold_out
 from fedpers.data.values import (
     KINDS,
-    Named,
     array_of,
     inputs_of,
     is_frame,
@@ -53,49 +52,27 @@ def data_of_clients(
     check(task_name in (None, "classification", "regression"), "task", task_name, "classification, regression or None")
     samples = _by_owner(clients, owner, label, name, tokens) if owner is not None else _named(clients, name)
     _check_columns(samples, name)
-    inputs: list[tuple[str, NDArray[Any] | SeveralInputs]] = []
-    labels: list[Named] = []
-    lists: dict[str, list[NDArray[np.int64]]] = {part: [] for part in PARTS}
-    needed = 1 + (validation > 0) + (test > 0)
-    start = 0
-    for number, (client, given) in enumerate(samples.items()):
-        where = f"{name}: client {client}"
-        for part, (x, y) in _parts(given, label, where, tokens).items():
-            if len(x) != len(y):
-                raise DataError(f"{where} has {len(x)} samples but {len(y)} labels.")
-            if len(y) == 0 and part in ("all", "train"):
-                raise DataError(f"{where} has no samples{' for training' * (part == 'train')}.")
-            positions = np.arange(start, start + len(y))
-            start += len(y)
-            if len(y):
-                inputs.append((f"client {client}", x))
-                labels.append((f"client {client}", y))
-            if part == "all":
-                if len(y) < needed:
-                    raise DataError(
-                        f"{where} has {len(y)} samples, but its parts for training, validation and testing need one "
-                        f"each; leave it out, or set a share to 0."
-                    )
-                for each, held in zip(("train", "validation", "test"), hold_out(positions, [validation, test], seed,
-                                                                               number), strict=True):  # fmt: skip
-                    lists[each].append(held)
-            else:
-                lists[part].append(positions)
-        for part in PARTS:  # a part that is not given is empty
-            if len(lists[part]) == number:
-                lists[part].append(np.zeros(0, np.int64))
-    places = [f"{name}: {client}" for client, _ in inputs]
-    columns, fields, following = _together(inputs, [y for _, y in labels], tokens, name, places)
-    classes: tuple[str, ...] = ()
-    task: Task = NextToken()
+    given = [
+        (client, _parts(of_client, label, f"{name}: client {client}", tokens)) for client, of_client in samples.items()
+    ]
+    lists = _lists(given, [validation, test], seed, name)
+    filled = [(f"client {client}", x, y) for client, parts in given for x, y in parts.values() if len(y)]
+    labels = [(client, y) for client, _, y in filled]
+    columns, fields, following = _together(
+        [(client, x) for client, x, _ in filled], [y for _, _, y in filled], tokens, name
+    )
     allowed = "None, because labels are the next tokens"
     check(following is None or task_name is None, "task", task_name, allowed)
-    if following is None:
-        targets, classes = labels_of(labels, task_name, name)
-        task = Regression() if targets.is_floating_point() else CLASSIFICATION
-        num_classes = targets[0].numel() if targets.is_floating_point() else int(targets.max()) + 1
+    classes: tuple[str, ...] = ()
+    task: Task
+    if following is not None:
+        task, targets, num_classes = NextToken(), following, int(max(columns.max(), following.max())) + 1
     else:
-        targets, num_classes = following, int(max(columns.max(), following.max())) + 1
+        targets, classes = labels_of(labels, task_name, name)
+        if targets.is_floating_point():
+            task, num_classes = Regression(), targets[0].numel()
+        else:
+            task, num_classes = CLASSIFICATION, int(targets.max()) + 1
     train, validated, tested = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)
     return FederatedData(
         columns,
@@ -113,12 +90,44 @@ def data_of_clients(
     )
 
 
+def _lists(
+    given: Sequence[tuple[str, dict[str, _Pair]]], shares: Sequence[float], seed: int, name: str
+) -> dict[Part, list[NDArray[np.int64]]]:
+    """Positions of each client's parts, if samples of one client and part after another are put together.
+
+    What is not given in parts is divided, of which the `shares` are held out for validation and for testing; a part
+    that is not given is empty.
+    """
+    lists: dict[Part, list[NDArray[np.int64]]] = {part: [] for part in PARTS}
+    needed = 1 + sum(share > 0 for share in shares)
+    start = 0
+    for number, (client, parts) in enumerate(given):
+        where = f"{name}: client {client}"
+        positions: dict[str, NDArray[np.int64]] = {}
+        for part, (x, y) in parts.items():
+            if len(x) != len(y):
+                raise DataError(f"{where} has {len(x)} samples but {len(y)} labels.")
+            if len(y) == 0 and part in ("all", "train"):
+                raise DataError(f"{where} has no samples{' for training' * (part == 'train')}.")
+            positions[part] = np.arange(start, start + len(y))
+            start += len(y)
+        if "all" in positions:
+            if len(positions["all"]) < needed:
+                raise DataError(
+                    f"{where} has {len(positions['all'])} samples, but its parts for training, validation and testing "
+                    f"need one each; leave it out, or set a share to 0."
+                )
+            positions = dict(zip(PARTS, hold_out(positions["all"], shares, seed, number), strict=True))
+        for part in PARTS:
+            lists[part].append(positions.get(part, np.zeros(0, np.int64)))
+    return lists
+
+
 def _together(
     inputs: Sequence[tuple[str, NDArray[Any] | SeveralInputs]],
     labels: Sequence[NDArray[Any]],
     tokens: bool,
     name: str,
-    where: Sequence[str],
 ) -> tuple[Tensor, tuple[InputField, ...], Tensor | None]:
     """Inputs of all clients, what their columns are where they are several, and the next tokens if such are learned."""
     several = [x for _, x in inputs if isinstance(x, SeveralInputs)]
@@ -130,7 +139,7 @@ def _together(
         return torch.from_numpy(columns), fields, None
     if not tokens:
         return join_inputs(arrays, name), (), None
-    x, following = columns_of([x for _, x in arrays], labels, where)
+    x, following = columns_of([x for _, x in arrays], labels, [f"{name}: {client}" for client, _ in arrays])
     return torch.from_numpy(x), (), None if following is None else torch.from_numpy(following)
 
 

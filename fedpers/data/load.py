@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from fedpers.data.datasets import custom, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.data.partitions import BY_OWNER, WITH_PARTS, WITHOUT_CLASSES, divide
-from fedpers.data.partitions.base import Lists
+from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.partitions.label_sets import deal_label_sets
 from fedpers.data.ratings import leave_one_out
 from fedpers.data.sets.base import Dataset
@@ -59,29 +57,19 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         data = made
     else:
         data = load_dataset(dataset)
-    by_owner = partition.name in BY_OWNER
     if not data.task.classes:
         why = f"because {data.name} has no class labels"
         fits = partition.name in WITHOUT_CLASSES
         check(fits, "partition", partition.name, f"{one_of(WITHOUT_CLASSES, '')}, {why}")
-        check(split.name != "official" or by_owner, "split", split.name, f"fractions, {why}")
-    groups: tuple[int, ...] = ()
+        check(split.name != "official" or partition.name in BY_OWNER, "split", split.name, f"fractions, {why}")
+    groups: tuple[int, ...]
     names: tuple[str, ...] = ()
     if partition.name == "label_sets":
         lists, unseen, groups = deal_label_sets(data, partition, split, seed)
     else:
-        division = divide(data, partition, seed) if partition.name in WITH_PARTS else None
-        if division is None or (split.name == "official" and not division.parts):
-            divided = data
-            if split.name == "official":
-                divided = tested_owners(data) if by_owner else data.training_part()
-            division = divide(divided, partition, seed)
+        division = _division(data, partition, split, seed)
         groups, names = division.groups, division.names
-        if division.parts:
-            lists = _given_parts(data, division.parts, partition, split, seed)
-        else:
-            by_domain = partition.name == "domains"
-            lists = split_clients(data, division.owned, split, seed, by_owner=by_owner, by_domain=by_domain)
+        lists = _parts(data, division, partition, split, seed)
         unseen = draw_unseen(len(lists["train"]), split, seed)
     lists["train"], public = take_public(lists["train"], unseen, split, seed)
     train, validation, test = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)
@@ -131,11 +119,25 @@ def _check_divided(partition: PartitionConfig, why: str) -> None:
     check(least == usual, "partition.min_samples", least, f"{usual}, its default, {why}")
 
 
-def _given_parts(
-    data: Dataset, parts: Mapping[str, Lists], config: PartitionConfig, split: SplitConfig, seed: int
+def _division(data: Dataset, partition: PartitionConfig, split: SplitConfig, seed: int) -> Division:
+    """Divide the samples, with an official split those of its training part: its test part is dealt out later."""
+    if partition.name in WITH_PARTS:
+        division = divide(data, partition, seed)
+        if division.parts or split.name != "official":
+            return division
+    if split.name == "official":
+        data = tested_owners(data) if partition.name in BY_OWNER else data.training_part()
+    return divide(data, partition, seed)
+
+
+def _parts(
+    data: Dataset, division: Division, config: PartitionConfig, split: SplitConfig, seed: int
 ) -> dict[Part, Lists]:
-    """Parts that come with the partition, and those for validation if they do not."""
-    lists = dict(parts)
+    """Parts of each client: those that come with the division, of which validation is held out if it does not."""
+    if not division.parts:
+        by_owner, by_domain = config.name in BY_OWNER, config.name == "domains"
+        return split_clients(data, division.owned, split, seed, by_owner=by_owner, by_domain=by_domain)
+    lists = dict(division.parts)
     if "validation" not in lists:
         for client, positions in enumerate(lists["train"]):
             if split.validation and len(positions) < 2 and config.name.startswith("pfllib_"):

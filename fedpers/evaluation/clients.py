@@ -70,18 +70,23 @@ def draw_clients(rows: DataFrame, title: str, path: Path) -> None:
         raise FedpersError(f"{path}: there are no classes to draw.")
     counts = rows[classes].to_numpy()[:MAX_CLIENTS]
     clients, labels = counts.shape
-    figure = Figure(figsize=(min(12.0, 2.5 + 0.3 * clients), min(12.0, 1.8 + 0.3 * labels)), layout="constrained")
+    figure = Figure(figsize=(min(13.0, 3.5 + 0.3 * clients), min(12.0, 1.8 + 0.3 * labels)), layout="constrained")
     axes = figure.subplots()
     x, y = np.meshgrid(np.arange(clients), np.arange(labels), indexing="ij")
     present = counts > 0
     # the largest bubble touches its neighbours: 72 points are an inch, and a client has about 0.3 of one
     points = 72 * min(0.3, 9.0 / clients, 10.0 / labels)
     area = (points**2) * counts / counts.max()
-    axes.scatter(x[present], y[present], s=area[present], color="#2a6fbb", alpha=0.8, linewidth=0)
+    bubbles: dict[str, Any] = {"color": "#2a6fbb", "alpha": 0.8, "linewidth": 0}
+    axes.scatter(x[present], y[present], s=area[present], **bubbles)
+    most = int(counts.max())
+    for number in sorted({most, -(-most // 4), -(-most // 16)}, reverse=True):
+        axes.scatter([], [], s=points**2 * number / most, label=f"{number:,}", **bubbles)
+    figure.legend(loc="outside right upper", title="samples", frameon=False, labelspacing=points / 12, borderpad=1.0)
     axes.set_xlim(-0.7, clients - 0.3)
     axes.set_ylim(-0.7, labels - 0.3)
     names = [str(name) for name in (rows["name"] if "name" in rows else rows["client"])][:clients]
-    step = max(1, clients // 40)
+    step = -(-clients // 40)
     turned = 90 if max(map(len, names)) > 3 else 0
     axes.set_xticks(range(0, clients, step), names[::step], rotation=turned)
     axes.set_yticks(range(labels), [name.removeprefix("class ") for name in classes])

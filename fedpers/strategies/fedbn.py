@@ -36,7 +36,7 @@ class FedBNUpdate(LocalUpdate):
             raise ConfigError(
                 "model",
                 type(module).__name__,
-                "a network with normalization layers for strategy=fedbn, e.g. model=cnn_bn",
+                "a network with normalization layers for strategy=fedbn, e.g. model=cnn_bn, or transformer for tokens",
             )
         return super().initial_state(template, module)
 

@@ -23,8 +23,7 @@ from fedpers.data.partitions import (
 )
 from fedpers.data.partitions.base import Divide, Division, Lists
 from fedpers.data.sets.base import Dataset
-from fedpers.errors import DataError, check, one_of
-from fedpers.settings.base import choice_options
+from fedpers.errors import check, one_of
 from fedpers.settings.data import PartitionConfig
 
 logger = logging.getLogger(__name__)
@@ -84,8 +83,6 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     seed = seed if config.seed is None else config.seed
     allowed = f"a partition that deals each sample to one client, {one_of(PARTITIONS, config.name)}"
     check(config.name in PARTITIONS, "partition", config.name, allowed)
-    if config.num_clients is not None and "min_samples" in choice_options(PartitionConfig, config.name):
-        _check_enough(dataset, config, config.num_clients)
     division = PARTITIONS[config.name](dataset, config, seed)
     unused = len(dataset) - sum(len(positions) for positions in division.owned)
     if unused:
@@ -102,14 +99,3 @@ def partition_samples(dataset: Dataset, config: PartitionConfig, seed: int) -> L
         Positions of each client's samples, ascending.
     """
     return divide(dataset, config, seed).owned
-
-
-def _check_enough(dataset: Dataset, config: PartitionConfig, clients: int) -> None:
-    if clients > len(dataset):
-        raise DataError(f"partition.num_clients={clients} is more than the {len(dataset)} samples of {dataset.name}.")
-    if clients * config.min_samples > len(dataset):
-        raise DataError(
-            f"{clients} clients with at least {config.min_samples} samples each need "
-            f"{clients * config.min_samples} samples, but {dataset.name} has {len(dataset)}; lower "
-            f"partition.num_clients or partition.min_samples."
-        )

@@ -42,7 +42,7 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
             f"partition=continuous: target {config.target} of {dataset.name} is {values[0]:g} for all samples; use "
             f"another partition.target, or partition=iid."
         )
-    clients = clients_of(config)
+    clients = clients_of(config, dataset)
 
     def partitioner(minimum: int, seed: int) -> Any:
         from flwr_datasets.partitioner import ContinuousPartitioner

@@ -22,7 +22,7 @@ TRIES = 11
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     """Divide each class by proportions from Dirichlet(``config.alpha``), so that every client has enough samples."""
-    return Division(by_dirichlet(classes_of(dataset), clients_of(config), config, seed, dataset.name))
+    return Division(by_dirichlet(classes_of(dataset), clients_of(config, dataset), config, seed, dataset.name))
 
 
 def by_dirichlet(labels: NDArray[np.int64], clients: int, config: PartitionConfig, seed: int, name: str) -> Lists:

@@ -26,7 +26,7 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     DataError
         If the classes of a client have fewer than ``config.min_samples`` samples.
     """
-    clients, labels = clients_of(config), classes_of(dataset)
+    clients, labels = clients_of(config, dataset), classes_of(dataset)
     classes = np.unique(labels)
     allowed = f"at most {len(classes)}, the classes of {dataset.name}"
     check(clients <= len(classes), "partition.num_clients", clients, allowed)

@@ -32,9 +32,24 @@ def classes_of(dataset: Dataset) -> NDArray[np.int64]:
     return dataset.y.numpy() if dataset.task.classes else np.zeros(len(dataset), np.int64)
 
 
-def clients_of(config: PartitionConfig) -> int:
-    """How many clients a drawn division has."""
-    return config.num_clients or DEFAULT_CLIENTS
+def clients_of(config: PartitionConfig, dataset: Dataset) -> int:
+    """How many clients a drawn division has.
+
+    Raises
+    ------
+    DataError
+        If there are too few samples for so many.
+    """
+    clients, least = config.num_clients or DEFAULT_CLIENTS, config.min_samples
+    if clients > len(dataset):
+        raise DataError(f"partition.num_clients={clients} is more than the {len(dataset)} samples of {dataset.name}.")
+    if clients * least > len(dataset):
+        raise DataError(
+            f"{clients} clients with at least {least} samples each need {clients * least} samples, but {dataset.name} "
+            f"has {len(dataset)}; lower partition.num_clients ({len(dataset) // least} at most) or "
+            f"partition.min_samples ({len(dataset) // clients} at most)."
+        )
+    return clients
 
 
 def check_classes(dataset: Dataset, per_client: int) -> None:

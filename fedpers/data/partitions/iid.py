@@ -12,7 +12,7 @@ from fedpers.settings.data import PartitionConfig
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     """Deal samples at random; sizes differ by at most 1."""
-    clients = clients_of(config)
+    clients = clients_of(config, dataset)
 
     def partitioner(minimum: int, seed: int) -> Any:
         from flwr_datasets.partitioner import IidPartitioner

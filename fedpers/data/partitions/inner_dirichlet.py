@@ -19,7 +19,7 @@ from fedpers.settings.data import PartitionConfig
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     """Draw for each sample of a client the class by the client's mix, as long as the class lasts."""
-    clients = clients_of(config)
+    clients = clients_of(config, dataset)
     if config.sizes == "equal":
         sizes = [len(part) for part in np.array_split(np.arange(len(dataset)), clients)]
     else:

@@ -24,7 +24,7 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
         If there are fewer classes.
     """
     check_classes(dataset, config.classes_per_client)
-    clients = clients_of(config)
+    clients = clients_of(config, dataset)
 
     def partitioner(minimum: int, seed: int) -> Any:
         from flwr_datasets.partitioner import PathologicalPartitioner

@@ -33,7 +33,7 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
         If a class is too small.
     """
     check_classes(dataset, config.classes_per_client)
-    clients, labels = clients_of(config), classes_of(dataset)
+    clients, labels = clients_of(config, dataset), classes_of(dataset)
     counts = np.unique(labels, return_counts=True)[1]
     allowed = f"a multiple of {len(counts)}, the classes of {dataset.name}"
     check(clients % len(counts) == 0, "partition.num_clients", clients, allowed)

@@ -14,7 +14,7 @@ from fedpers.settings.data import PartitionConfig
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     """Deal samples at random, so many to each client as ``config.skew`` says."""
-    clients = clients_of(config)
+    clients = clients_of(config, dataset)
     sizes = skewed_sizes(len(dataset), clients, config.min_samples, config.skew)
 
     def partitioner(minimum: int, seed: int) -> Any:

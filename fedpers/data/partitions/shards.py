@@ -27,7 +27,7 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     DataError
         If so many shards are too small.
     """
-    clients, dealt = clients_of(config), config.shards_per_client
+    clients, dealt = clients_of(config, dataset), config.shards_per_client
     size = len(dataset) // (clients * dealt)
     if dealt * size < config.min_samples or size == 0:
         raise DataError(

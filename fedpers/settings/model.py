@@ -15,12 +15,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "mlp": {},
     "cnn": {},
     "cnn_bn": {"name": "cnn", "norm": "batch"},
+    "cnn1d": {},
+    "lstm": {},
+    "transformer": {},
     "resnet18_gn": {"name": "resnet18", "norm": "group"},
     "resnet18_bn": {"name": "resnet18", "norm": "batch"},
     "vit": {},
 }
 """Networks that clients can be dealt: settings of each."""
-_WITH_FEATURES = ("auto", "mlp", "cnn", "cnn1d", "resnet18", "vit")
+_WITH_FEATURES = ("auto", "mlp", "cnn", "cnn1d", "lstm", "transformer", "resnet18", "vit")
 _MIXING = ("name", "kinds", "kind_file", "features")
 _PRETRAINED = ("auto", "mlp", "cnn", "cnn1d", "resnet18", "vit", "vit_b16")
 _Size = Annotated[int, Field(ge=1)]
@@ -149,6 +152,8 @@ class ModelConfig(Settings, group="model"):
         if self.norm is not None:
             kinds = ("none", "batch") if self.name == "cnn" else ("batch", "group")
             check(self.norm in kinds, "model.norm", self.norm, one_of(kinds, self.norm))
+        allowed = f"false with model.features={self.features}, after which the head is not as wide as the embedding"
+        check(self.features is None or not self.tied, "model.tied", self.tied, allowed)
         allowed = "no value with model.norm=batch (model=resnet18_bn sets none)"
         check(self.groups is None or self.norm != "batch", "model.groups", self.groups, allowed)
         for name, option in options(type(self)).items():

@@ -55,6 +55,19 @@ def test_tied_weights_are_one_parameter() -> None:
         build_model(ModelConfig("transformer", tied=True), (6,), 4, 0, num_tokens=9)
 
 
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_features_may_have_a_width_that_other_kinds_have_too(name: str, per_token: bool) -> None:
+    model = build_model(ModelConfig(name, features=5), (6,), 4, 0, num_tokens=9, per_token=per_token)
+    assert model.head.weight.shape == (4, 5)
+    assert model(torch.zeros(2, 6, dtype=torch.int64)).shape == ((2, 6, 4) if per_token else (2, 4))
+
+
+def test_no_projection_between_tied_weights() -> None:
+    with pytest.raises(ConfigError, match=r"model\.tied=True: expected false with model\.features=5, after which"):
+        ModelConfig("transformer", tied=True, features=5)
+
+
 @pytest.mark.parametrize(
     ("shape", "num_tokens", "kind"),
     [((7,), 9, "LSTM"), ((9, 128), 0, "CNN1D"), ((4, 3), 0, "MLP"), ((1, 8, 8), 0, "MLP"), ((5,), 0, "MLP")],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import flwr.app as flower
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -174,6 +175,20 @@ def test_a_run_of_the_command_resumes_to_the_same_numbers(strategy: str, tmp_pat
     part = fedpers(*words, "rounds=2", output=tmp_path / "part")
     _main(["resume", str(part), "rounds=4"])
     pd.testing.assert_frame_equal(clients_of(whole), clients_of(part))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kinds", "tokens"), [("mlp,cnn1d", False), ("lstm,transformer", True)])
+def test_kinds_for_series_and_for_tokens(kinds: str, tokens: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(9, size=(120, 6)) if tokens else rng.normal(size=(120, 2, 8)).astype(np.float32)
+    np.savez(tmp_path / "made.npz", x=x, y=np.arange(120) % 3)
+    settings = [f"dataset.root={tmp_path / 'made.npz'}", f"dataset.tokens={tokens}", "partition.min_samples=10"]
+    words = ["strategy=fedproto", "dataset=npz", "partition=iid", f"model.kinds=[{kinds}]", "model.features=8"]
+    folder = fedpers(*words, *settings, "partition.num_clients=4", "rounds=1", output=tmp_path / "runs")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["model"] == kinds.replace(",", "+")
+    assert summary["failures"] == 0
 
 
 @pytest.fixture(scope="module")

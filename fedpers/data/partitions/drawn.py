@@ -126,7 +126,8 @@ def draw(
     raise DataError(
         f"partition={config.name}: in {ATTEMPTS * tries} attempts at dividing {name} among {clients} clients, the "
         f"smallest client had {best} samples at best, fewer than partition.min_samples={config.min_samples}; "
-        f"{f'{remedy}, or ' if remedy else ''}lower partition.num_clients or partition.min_samples."
+        f"{f'{remedy}, or ' if remedy else ''}lower partition.num_clients or "
+        f"partition.min_samples{f' ({best} at most)' if best else ''}."
     )
 
 

@@ -8,8 +8,10 @@ from fedpers.data.partitions import partition_samples
 from fedpers.data.ratings import RankingData
 from fedpers.data.sets.base import Dataset
 from fedpers.data.split import split_clients
-from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.heterogeneity import HeterogeneityConfig
+from fedpers.settings.partition import PartitionConfig
+from fedpers.settings.split import SplitConfig
 
 __all__ = [
     "PARTS",

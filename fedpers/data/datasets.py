@@ -27,7 +27,8 @@ from fedpers.data.sets.text import text
 from fedpers.data.values import array_of, inputs_of, is_pictures
 from fedpers.errors import ConfigError, DataError, check, reason
 from fedpers.settings.base import options
-from fedpers.settings.data import DatasetConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
+from fedpers.settings.split import SplitConfig
 
 
 def load_dataset(config: DatasetConfig) -> Dataset:

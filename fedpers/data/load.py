@@ -14,7 +14,9 @@ from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings
 from fedpers.data.split import draw_unseen, hold_out, split_clients, strata, take_public, tested_owners
 from fedpers.errors import DataError, check, one_of
-from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
+from fedpers.settings.partition import PartitionConfig
+from fedpers.settings.split import SplitConfig
 
 
 def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig, seed: int) -> FederatedData:

@@ -17,7 +17,8 @@ from fedpers.data.sets.rating_files import Ratings
 from fedpers.data.split import draw_unseen
 from fedpers.errors import ConfigError, DataError
 from fedpers.randomness import generator
-from fedpers.settings.data import DatasetConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
+from fedpers.settings.split import SplitConfig
 from fedpers.tasks import Ranking
 
 logger = logging.getLogger(__name__)

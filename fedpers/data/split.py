@@ -15,7 +15,7 @@ from fedpers.data.partitions.base import Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
-from fedpers.settings.data import SplitConfig
+from fedpers.settings.split import SplitConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpers.settings.base import choices
-from fedpers.settings.data import OWN_FILES
+from fedpers.settings.dataset import OWN_FILES
 from fedpers.settings.groups import GROUPS, choice_values
 from fedpers.settings.training import Training
 

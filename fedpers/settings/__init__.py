@@ -1,9 +1,10 @@
 """What can be set: one dataclass for each group, each option written once. Imports neither torch nor Flower."""
 
 from fedpers.settings.base import Option, Settings, build, options
-from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
+from fedpers.settings.partition import PartitionConfig
 from fedpers.settings.run import (
     CheckpointConfig,
     Config,
@@ -14,6 +15,7 @@ from fedpers.settings.run import (
     WandbConfig,
 )
 from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, TopKConfig
+from fedpers.settings.split import SplitConfig
 from fedpers.settings.training import Training
 
 __all__ = [

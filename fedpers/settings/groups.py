@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from fedpers.settings.base import Settings, choice_options, choices, options, plain
-from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
+from fedpers.settings.partition import PartitionConfig
 from fedpers.settings.run import RuntimeConfig, TensorBoardConfig, WandbConfig
 from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig
+from fedpers.settings.split import SplitConfig
 
 GROUPS: dict[str, type[Settings]] = {
     "dataset": DatasetConfig,

@@ -10,10 +10,12 @@ from pydantic import Field
 
 from fedpers.errors import check
 from fedpers.settings.base import Choices, OnlyFor, Settings
-from fedpers.settings.data import DatasetConfig, PartitionConfig, SplitConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
+from fedpers.settings.partition import PartitionConfig
 from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig
+from fedpers.settings.split import SplitConfig
 from fedpers.settings.training import Training
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fedpers.app import _main
 from fedpers.app.compose import composed
 from fedpers.app.partition import data_of
 from fedpers.data import PartitionConfig
-from fedpers.settings.data import OWN_FILES
+from fedpers.settings.dataset import OWN_FILES
 from fedpers.settings.groups import GROUPS, choices, method_names
 from fedpers.settings.sources import SOURCES
 from tests.app.test_cli import error_of

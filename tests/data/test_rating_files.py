@@ -10,7 +10,7 @@ import pytest
 from fedpers.data import DatasetConfig, PartitionConfig, load_dataset
 from fedpers.data.sets.rating_files import FILES, Ratings, read_ratings
 from fedpers.errors import ConfigError, DataError
-from fedpers.settings.data import RATINGS
+from fedpers.settings.dataset import RATINGS
 
 ROWS = [(3, 7, 5, 100), (3, 9, 1, 101), (4, 7, 2, 99)]
 

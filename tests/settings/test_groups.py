@@ -15,9 +15,10 @@ from fedpers.errors import ConfigError
 from fedpers.models import MODELS
 from fedpers.settings import Config, ModelConfig, TensorBoardConfig, TrackerConfig, WandbConfig
 from fedpers.settings.base import choice_options, choices, options
-from fedpers.settings.data import OWN_FILES, RATINGS, DatasetConfig, PartitionConfig
+from fedpers.settings.dataset import OWN_FILES, RATINGS, DatasetConfig
 from fedpers.settings.groups import GROUPS, conf_folder, group_names, method_names
 from fedpers.settings.heterogeneity import SHIFTS, Blur, HeterogeneityConfig, Rotation
+from fedpers.settings.partition import PartitionConfig
 from fedpers.strategies import STRATEGIES, default_options, strategy_class
 
 NEEDED = {"dataset=ratings": ["dataset.root=a.csv"], "partition=index": ["partition.file=a.json"],

@@ -24,7 +24,7 @@ from fedpers.data.partitions import (
 from fedpers.data.partitions.base import Divide, Division, Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import check, one_of
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from fedpers.data.partitions.base import Division
 from fedpers.data.partitions.drawn import COLUMN, clients_of, draw
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError, check
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 LEAST_DEVIATION = 1e-6
 """Of a target by which flwr-datasets divides."""

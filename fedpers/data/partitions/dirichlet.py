@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.partitions.drawn import COLUMN, classes_of, clients_of, draw
 from fedpers.data.sets.base import Dataset
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 TRIES = 11
 """Divisions that flwr-datasets tries with one seed."""

@@ -13,7 +13,7 @@ from fedpers.data.partitions.drawn import classes_of, clients_of
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:

@@ -14,7 +14,7 @@ from fedpers.data.partitions.drawn import classes_of
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import derive, generator
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:

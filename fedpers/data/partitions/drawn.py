@@ -19,7 +19,7 @@ from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError
 from fedpers.randomness import derive, generator
 from fedpers.settings.base import choice_options
-from fedpers.settings.data import DEFAULT_CLIENTS, PartitionConfig
+from fedpers.settings.partition import DEFAULT_CLIENTS, PartitionConfig
 
 ATTEMPTS = 6  # seeds tried until every client has min_samples
 COLUMN = "label"

@@ -13,7 +13,7 @@ from fedpers.data.partitions.natural import large_enough, samples_of_owners
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import check
 from fedpers.randomness import generator
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 NAMED = 3
 """Owners that the name of a client lists."""

@@ -16,7 +16,7 @@ from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.sets.arrays import read_npz
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 OWNED = "owned"  # the key of lists that are still to be split
 _NAME = re.compile(r"(?:(arr|train|validation|test)_)?(\d+)")

@@ -14,7 +14,7 @@ from fedpers.data.partitions.base import Division
 from fedpers.data.partitions.drawn import COLUMN, classes_of, clients_of, draw
 from fedpers.data.partitions.quantity import skewed_sizes
 from fedpers.data.sets.base import Dataset
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:

@@ -17,7 +17,8 @@ from fedpers.data.partitions.base import Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError, check
 from fedpers.randomness import generator
-from fedpers.settings.data import PartitionConfig, SplitConfig
+from fedpers.settings.partition import PartitionConfig
+from fedpers.settings.split import SplitConfig
 
 
 def deal_label_sets(

@@ -10,7 +10,7 @@ from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError
 from fedpers.randomness import generator
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 logger = logging.getLogger(__name__)
 

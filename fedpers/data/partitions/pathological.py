@@ -12,7 +12,7 @@ from typing import Any
 from fedpers.data.partitions.base import Division
 from fedpers.data.partitions.drawn import COLUMN, check_classes, classes_of, clients_of, draw
 from fedpers.data.sets.base import Dataset
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
-from fedpers.settings.data import DEFAULT_CLIENTS, PartitionConfig
+from fedpers.settings.partition import DEFAULT_CLIENTS, PartitionConfig
 
 TRAIN_SHARE, BATCH = 0.75, 10
 """Constants of PFLlib: a client's training share, and the batch size from which its least number of samples follows."""

@@ -16,7 +16,7 @@ from fedpers.data.partitions.drawn import COLUMN, check_classes, classes_of, cli
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
 from fedpers.randomness import generator
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:

@@ -9,7 +9,7 @@ import numpy as np
 from fedpers.data.partitions.base import Division
 from fedpers.data.partitions.drawn import classes_of, clients_of, draw
 from fedpers.data.sets.base import Dataset
-from fedpers.settings.data import PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:

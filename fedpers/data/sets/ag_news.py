@@ -12,7 +12,7 @@ from fedpers.data.sequences import UNKNOWN, pad
 from fedpers.data.sets.base import Dataset, data_root
 from fedpers.data.sets.text import split_text, vocabulary
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 CLASSES = ("World", "Sports", "Business", "Sci/Tech")
 

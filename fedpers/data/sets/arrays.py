@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedpers.data.sets.base import Dataset, finite_floats, normalized, number_labels
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, NextToken, Regression, Task
 
 logger = logging.getLogger(__name__)

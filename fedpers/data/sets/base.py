@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedpers.data.cache import cache_root
 from fedpers.errors import ConfigError, DataError, check
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, Task
 
 logger = logging.getLogger(__name__)

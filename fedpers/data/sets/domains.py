@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from fedpers.data.sets.arrays import checked_ids, dataset_of, read_npz
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 _AT_ONCE = 1024  # pictures that are scaled together
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedpers.data.sets.base import Dataset, finite_floats, number_labels
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.sources import SOURCES
 
 FOLDER = "UCI HAR Dataset"

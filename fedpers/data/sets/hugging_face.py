@@ -12,7 +12,7 @@ from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset, labels_for
 from fedpers.data.sets.tables import dataset_of_table
 from fedpers.errors import ConfigError, DataError, one_of, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 
 def hugging_face(config: DatasetConfig) -> Dataset:

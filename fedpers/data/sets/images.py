@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 logger = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -17,7 +17,7 @@ from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.text import split_text, vocabulary
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks.next_token import PADDING, NextToken
 
 TWEET = 4

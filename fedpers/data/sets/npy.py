@@ -12,7 +12,7 @@ from fedpers.data.mapped import blocks, mapped
 from fedpers.data.sets.arrays import checked_ids, dataset_of
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 
 def npy(config: DatasetConfig) -> Dataset:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 _PLAIN = re.compile(r"[biufSU]\d+")
 """Types of arrays that hold nothing but their own bytes."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpers.data.sets.base import Dataset, data_root, normalized
 from fedpers.data.torchvision_shim import import_torchvision
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer; torchvision itself would wait for minutes
 

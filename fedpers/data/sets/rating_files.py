@@ -22,7 +22,7 @@ from fedpers.data.sets.arrays import read_npz
 from fedpers.data.sets.base import data_root, number_labels
 from fedpers.errors import DataError, reason
 from fedpers.randomness import generator
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.sources import SOURCES
 
 if TYPE_CHECKING:

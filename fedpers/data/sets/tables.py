@@ -15,7 +15,7 @@ from fedpers.data.sets.arrays import dataset_of
 from fedpers.data.sets.base import Dataset, labels_for, warn_of_many_classes
 from fedpers.data.sets.rating_files import file_text
 from fedpers.errors import ConfigError, DataError, check, one_of, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 
 if TYPE_CHECKING:
     from pandas import DataFrame

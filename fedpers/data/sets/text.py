@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedpers.data.sequences import UNKNOWN
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, reason
-from fedpers.settings.data import DatasetConfig
+from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks import NextToken
 from fedpers.tasks.next_token import PADDING
 

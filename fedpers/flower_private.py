@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from uuid import uuid4
@@ -38,6 +38,13 @@ def give_id(message: flower.Message) -> str:
     message_id = uuid4().hex
     message.metadata.__dict__["_message_id"] = message_id
     return message_id
+
+
+def metric_record(values: Mapping[str, float]) -> flower.MetricRecord:
+    """Record of values that are numbers for certain; Flower checks each, which is felt with 10^5 clients."""
+    record = flower.MetricRecord()
+    record.__dict__["_data"].update(values)
+    return record
 
 
 def empty_run(run_id: int) -> Run:

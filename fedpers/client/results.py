@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import flwr.app as flower
 
 from fedpers.cohort import Tree
+from fedpers.flower_private import metric_record
 from fedpers.records import METRICS, num_bytes, row, to_record
 
 Encode = Callable[[dict[str, Tree]], dict[str, Tree]]
@@ -61,6 +62,6 @@ class CohortResult:
             content = flower.RecordDict()
             for name, values in (records if self.encode is None else self.encode(records)).items():
                 content[name] = to_record(values)
-            content[METRICS] = flower.MetricRecord(dict(self.metrics[k]))
+            content[METRICS] = metric_record(self.metrics[k])
             results.append(ClientResult(content))
         return results

@@ -27,6 +27,7 @@ from fedpers.flower_private import (
     empty_run,
     ended,
     give_id,
+    metric_record,
     server_identity,
     unavailable,
 )
@@ -97,6 +98,18 @@ def test_a_message_takes_the_id_it_is_given() -> None:
         assert first != second
         assert message.metadata.message_id == second, "flwr keeps the message id elsewhere than in _message_id"
         assert flower.Message(flower.RecordDict(), reply_to=message).metadata.reply_to_message_id == second
+
+
+def test_a_record_of_metrics_is_flowers_own() -> None:
+    values = {"test-accuracy": 0.5, "num-examples": 3}
+    record, flowers = metric_record(values), flower.MetricRecord(dict(values))
+    assert record == flowers
+    assert record.__dict__.keys() == flowers.__dict__.keys()
+    assert record.deflate() == flowers.deflate()
+    record["test-accuracy"] = 1.0
+    assert values["test-accuracy"] == 0.5
+    with pytest.raises(TypeError):
+        record["name"] = "text"  # type: ignore[assignment]
 
 
 def test_a_delivered_message_has_metadata_of_its_own() -> None:

@@ -12,7 +12,7 @@ from fedpers.flower_private import metric_record
 from fedpers.records import METRICS, num_bytes, row, to_record
 
 Encode = Callable[[dict[str, Tree]], dict[str, Tree]]
-"""Makes what travels of one client's records; see ``LocalUpdate.encode``."""
+"""Turns one client's records (trees of batch size []) into those that are sent; see ``LocalUpdate.encode``."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ClientResult:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its arrays."""
+        """Bytes of its arrays as they are sent, without metrics and names."""
         return 0 if self.content is None else num_bytes(self.content)
 
 
@@ -35,12 +35,13 @@ class CohortResult:
     Attributes
     ----------
     clients : list of int ``[K]``
+        Their numbers; metrics and records are in this order.
     metrics : list of dict ``[K]``
         Of each client; without meaning for those in `errors`.
     records : dict of name to Tree ``[K]``
         Rows of clients in `errors` have no meaning.
     errors : dict of int to str
-        Clients without an answer, and why.
+        Numbers of clients without an answer, and why.
     encode : callable, optional
         What one client's records go through before they travel; None leaves them as they are.
     """

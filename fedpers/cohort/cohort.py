@@ -73,7 +73,8 @@ class PlanOptions(TypedDict, total=False):
     samples : sequence of int64 arrays ``[n_k]``
         Positions in the data for each client; default all of the round (:meth:`Cohort.samples`).
     frozen : bool
-        Whether layers work as in an evaluation, so that a batch of one sample is enough for all of them.
+        Whether layers will work as in an evaluation (see :meth:`Cohort.gradients`), so that a batch of one sample is
+        enough for all of them.
     purpose : str
         Name of the draw of the batch order.
     """
@@ -239,8 +240,8 @@ class Cohort:
     def assemble(self, received: Tree, personal: Tree | None = None) -> Tree:
         """Full networks ``[K]``: personal entries from the clients' state, the others as received.
 
-        A client that has never trained has nothing of its own yet: entries the server sends come from it, all others
-        from the initial network. Weights of linear layers are views: they lie in memory input by input, as their
+        Where both have an entry, the personal one counts for clients that have trained, for others the server's: they
+        have learned nothing yet. Weights of linear layers are views: they lie in memory input by input, as their
         gradients do.
 
         Parameters
@@ -249,7 +250,7 @@ class Cohort:
             From the server, one for all (batch size []) or one per client ([K]). What it lacks comes from the
             initial network.
         personal : Tree ``[K]``, optional
-            Takes precedence for clients that have trained; default ``state["model"]`` if there is one.
+            Default ``state["model"]`` if there is one.
         """
         view = self.view(received, personal)
         return tree(
@@ -332,7 +333,7 @@ class Cohort:
         TypeError
             If an option is unknown.
         """
-        for name in options.keys() - PlanOptions.__annotations__.keys():
+        for name in sorted(options.keys() - PlanOptions.__annotations__.keys()):
             raise TypeError(f"unknown option '{name}': expected {one_of(PlanOptions.__annotations__, name)}")
         training = options.get("training") or self.training
         epochs, steps, samples = options.get("epochs"), options.get("steps"), options.get("samples")
@@ -368,7 +369,7 @@ class Cohort:
         """Batches of a plan, step by step."""
         counts = plan.count.to(self.device, torch.float32)
         positions = torch.arange(plan.index.shape[2], device=self.device)
-        rows = None if plan.order is None else plan.order
+        rows = plan.order
         keys = self._keys(plan)
         dtype = self.data.x.dtype if self.data.x.is_floating_point() else torch.float32
         for t in range(plan.steps):

@@ -61,13 +61,13 @@ class FederatedData:
     elsewhere : tuple of int
         Clients whose samples are on another machine (:meth:`restrict`); their lists here are empty.
     num_tokens : int
-        Size of the vocabulary where inputs are tokens, whole numbers ``[N, T]`` below it; 0 for other inputs. Tokens
-        for which it is not given have the largest of them plus one.
+        Size of the vocabulary where inputs are tokens: whole numbers >= 0 ``[N, T]`` count as such, and if it is not
+        given it is the largest of them plus one. 0 for other inputs.
     fields : tuple of InputField
         What the columns of `x` ``[N, F]`` are where samples have several inputs: networks of a user's own are given a
         dictionary of them. Empty for one input.
     drift_round : int
-        First round in which clients have drifted; 0: they never do.
+        First round in which clients have drifted, >= 1; 0 without a drift.
     drifted : Tensor ``[N]`` or None
         Position in `x` of what a sample is from `drift_round` on, int64 (:meth:`positions`); None without a drift.
     task : Task
@@ -82,8 +82,10 @@ class FederatedData:
     ------
     DataError
         If labels are none of `task`'s, a client has no training samples, a position is out of range or stands twice
-        with a client, the lists disagree in length, a public sample belongs to a client, `unseen` does not name clients
-        or names all of them, or `groups` does not name a group >= 0 for each client.
+        with a client, the lists disagree in length, a public sample belongs to a client, `unseen`, `anchors` or
+        `elsewhere` do not name clients or `unseen` names all of them, there is not a name or a group >= 0 for each
+        client, `fields` are not the columns of `x`, tokens are out of range, or `drifted` is no position for each
+        sample.
     """
 
     x: Tensor
@@ -181,6 +183,8 @@ class FederatedData:
             object.__setattr__(self, part, lists)
         if self.public is not None:
             object.__setattr__(self, "public", _as_positions(self.public, f"{self.name}: public"))
+        if self.drifted is not None:
+            object.__setattr__(self, "drifted", _as_positions(self.drifted, f"{self.name}: drifted"))
         self._check()
         object.__setattr__(self, "y", self.task.prepare_labels(self.y, self.num_classes, self.name))
         if self.x.dim() == 2 and not self.x.is_floating_point() and self.x.numel() and not self.x.is_meta:
@@ -210,13 +214,21 @@ class FederatedData:
             raise DataError(f"{self.name}: fields do not add up to the {self.x[:1].numel()} columns of x.")
         if self.public is not None:
             self._check_public(self.public)
-        if list(self.unseen) != sorted(set(self.unseen) & set(range(self.num_clients))):
-            raise DataError(
-                f"{self.name}: unseen={list(self.unseen)} must name clients 0..{self.num_clients - 1}, in ascending "
-                f"order and each once."
-            )
+        for named in ("unseen", "anchors", "elsewhere"):
+            clients = list(getattr(self, named))
+            if clients != sorted(set(clients) & set(range(self.num_clients))):
+                raise DataError(
+                    f"{self.name}: {named}={clients} must name clients 0..{self.num_clients - 1}, in ascending order "
+                    f"and each once."
+                )
         if len(self.unseen) == self.num_clients:
             raise DataError(f"{self.name}: all {self.num_clients} clients are unseen, none is left to train.")
+        if (self.drift_round > 0) != (self.drifted is not None):
+            raise DataError(f"{self.name}: drift_round={self.drift_round}: expected >= 1 with drifted, 0 without.")
+        if self.drifted is not None:
+            within = len(self.drifted) == 0 or 0 <= int(self.drifted.min()) <= int(self.drifted.max()) < len(self.x)
+            if len(self.drifted) != len(self.x) or not within:
+                raise DataError(f"{self.name}: drifted must be a position in x for each of {len(self.x)} samples.")
         if self.groups and (len(self.groups) != self.num_clients or min(self.groups) < 0):
             raise DataError(f"{self.name}: groups must be one number >= 0 for each of {self.num_clients} clients.")
 
@@ -394,9 +406,9 @@ def _as_tensor(values: Any, what: str) -> Tensor:
 
 def _as_positions(values: Any, what: str) -> Tensor:
     """Int64 ``[n]`` on the CPU."""
-    if isinstance(values, Tensor) and values.dtype == torch.int64 and values.dim() == 1:
-        return values
-    tensor = _as_tensor(values if len(values) else np.zeros(0, np.int64), what)
+    tensor = _as_tensor(values, what).cpu()
+    if tensor.dim() == 1 and len(tensor) == 0:  # an empty list has no type
+        return tensor.long()
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise DataError(f"{what} lists {kind} {list(tensor.shape)}, expected positions, whole numbers [n].")

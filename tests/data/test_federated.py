@@ -98,6 +98,14 @@ def test_refused(values: dict[str, Any], message: str) -> None:
         ({"test": [[5]]}, r"must list the same clients"),
         ({"client_names": ("Ulm",)}, r"there are 1 client_names for 2\."),
         ({"class_names": ("a", "b")}, r"there are 2 class_names for 1\."),
+        ({"test": [[5], 3]}, r"test lists int64 \[\], expected positions"),
+        ({"anchors": (2,)}, r"anchors=\[2\] must name clients 0\.\.1, in ascending order and each once\."),
+        ({"elsewhere": (1, 0)}, r"elsewhere=\[1, 0\] must name clients"),
+        ({"drift_round": 2}, r"drift_round=2: expected >= 1 with drifted, 0 without\."),
+        ({"drifted": list(range(10))}, r"drift_round=0: expected >= 1 with drifted"),
+        ({"drifted": [0] * 9, "drift_round": 2}, r"drifted must be a position in x for each of 10 samples\."),
+        ({"drifted": [10] * 10, "drift_round": 2}, r"drifted must be a position in x"),
+        ({"drifted": [0.5] * 10, "drift_round": 2}, r"drifted lists float32 \[10\], expected positions"),
     ],
 )
 def test_what_is_documented_is_checked(values: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from fedpers.errors import ConfigError, DataError, check
 from fedpers.settings.partition import PartitionConfig
 
 LEAST_DEVIATION = 1e-6
-"""Of a target by which flwr-datasets divides."""
+"""flwr-datasets refuses to divide by a target whose standard deviation is smaller."""
 
 
 def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
@@ -28,7 +28,7 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     ConfigError
         If the data have class labels, or no such target.
     DataError
-        If all targets are the same.
+        If targets are the same, or as good as.
     """
     if dataset.task.classes:
         allowed = f"a partition for classes, e.g. dirichlet, because {dataset.name} has class labels, no numbers"
@@ -39,8 +39,8 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
     values = np.ascontiguousarray(targets[:, config.target], dtype=np.float32)
     if values.std() < LEAST_DEVIATION:
         raise DataError(
-            f"partition=continuous: target {config.target} of {dataset.name} is {values[0]:g} for all samples; use "
-            f"another partition.target, or partition=iid."
+            f"partition=continuous: target {config.target} of {dataset.name} is {values[0]:g} for all samples, within "
+            f"{LEAST_DEVIATION:g}; use another partition.target, other units, or partition=iid."
         )
     clients = clients_of(config, dataset)
 

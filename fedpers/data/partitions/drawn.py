@@ -19,7 +19,7 @@ from fedpers.data.sets.base import Dataset
 from fedpers.errors import ConfigError, DataError
 from fedpers.randomness import derive, generator
 from fedpers.settings.base import choice_options
-from fedpers.settings.partition import DEFAULT_CLIENTS, PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 ATTEMPTS = 6  # seeds tried until every client has min_samples
 COLUMN = "label"
@@ -40,7 +40,8 @@ def clients_of(config: PartitionConfig, dataset: Dataset) -> int:
     DataError
         If there are too few samples for so many.
     """
-    clients, least = config.num_clients or DEFAULT_CLIENTS, config.min_samples
+    clients, least = config.num_clients, config.min_samples
+    assert clients is not None  # which drawn divisions have by default
     if clients > len(dataset):
         raise DataError(f"partition.num_clients={clients} is more than the {len(dataset)} samples of {dataset.name}.")
     if clients * least > len(dataset):

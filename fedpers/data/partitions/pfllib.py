@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedpers.data.partitions.base import Division, Lists
 from fedpers.data.sets.base import Dataset
 from fedpers.errors import DataError, check
-from fedpers.settings.partition import DEFAULT_CLIENTS, PartitionConfig
+from fedpers.settings.partition import PartitionConfig
 
 TRAIN_SHARE, BATCH = 0.75, 10
 """Constants of PFLlib: a client's training share, and the batch size from which its least number of samples follows."""
@@ -27,14 +27,15 @@ def divide_as_pfllib(y: NDArray[np.int64], num_classes: int, config: PartitionCo
     """Divide all samples and split each client's into parts for training and testing.
 
     With the labels of a data set in its official order, the training part first, and ``partition.seed=1``, the seed of
-    PFLlib's scripts, the lists are those that PFLlib writes.
+    PFLlib's scripts, each client has the samples that PFLlib gives it; lists are sorted here.
 
     Parameters
     ----------
     y : int64 array ``[N]``
+        Classes, from 0 to ``num_classes - 1``.
     num_classes : int
     config : PartitionConfig
-        Its ``alpha`` or ``classes_per_client``, and ``num_clients``.
+        Its ``alpha`` or ``classes_per_client``, and ``num_clients``; ``min_samples`` has no part in it.
     seed : int
         Used if `config` has no seed of its own.
 
@@ -47,37 +48,43 @@ def divide_as_pfllib(y: NDArray[np.int64], num_classes: int, config: PartitionCo
     ------
     DataError
         If no division with enough samples for each client is found.
+    ConfigError
+        If a client is to have more classes than there are.
     """
-    clients = config.num_clients or DEFAULT_CLIENTS
+    clients = config.num_clients
+    assert clients is not None  # which these partitions have by default
     # PFLlib draws from NumPy's global generator, which is of this kind
-    draws = np.random.RandomState(config.seed if config.seed is not None else seed)
+    rng = np.random.RandomState(config.seed if config.seed is not None else seed)
     least = int(min(BATCH / (1 - TRAIN_SHARE), len(y) / clients / 2))
     if config.name == "pfllib_dirichlet":
-        owned = _dirichlet(y, num_classes, clients, config.alpha, least, draws)
+        owned = _dirichlet(y, num_classes, clients, config.alpha, least, rng)
     else:
-        owned = _pathological(y, num_classes, clients, config.classes_per_client, least, draws)
+        owned = _pathological(y, num_classes, clients, config.classes_per_client, least, rng)
     parts: dict[str, Lists] = {"train": [], "test": []}
     for positions in owned:
-        trained = math.floor(TRAIN_SHARE * len(positions))
-        order = draws.permutation(len(positions))  # as scikit-learn's train_test_split draws
-        tested = len(positions) - trained
-        parts["test"].append(np.sort(positions[order[:tested]]))
-        parts["train"].append(np.sort(positions[order[tested:]]))
+        num_train = math.floor(TRAIN_SHARE * len(positions))
+        order = rng.permutation(len(positions))  # as scikit-learn's train_test_split draws
+        num_test = len(positions) - num_train
+        parts["test"].append(np.sort(positions[order[:num_test]]))
+        parts["train"].append(np.sort(positions[order[num_test:]]))
     return parts
 
 
 def _dirichlet(
-    y: NDArray[np.int64], num_classes: int, clients: int, alpha: float, least: int, draws: np.random.RandomState
+    y: NDArray[np.int64], num_classes: int, clients: int, alpha: float, least: int, rng: np.random.RandomState
 ) -> Lists:
+    """Deal each class by proportions drawn anew; a client with an N/K-th of all samples takes no more."""
     for _ in range(ATTEMPTS):
         owned: Lists = [np.zeros(0, np.int64) for _ in range(clients)]
         for label in range(num_classes):
             positions = np.flatnonzero(y == label)
-            draws.shuffle(positions)
-            proportions = draws.dirichlet(np.repeat(alpha, clients))
+            rng.shuffle(positions)
+            # with a tiny alpha all clients, or all that still take samples, may have drawn nothing
+            proportions = np.nan_to_num(rng.dirichlet(np.repeat(alpha, clients)))
             proportions = proportions * [len(mine) < len(y) / clients for mine in owned]
-            ends = (np.cumsum(proportions / proportions.sum()) * len(positions)).astype(int)[:-1]
-            owned = [np.concatenate(pair) for pair in zip(owned, np.split(positions, ends), strict=True)]
+            total = proportions.sum() or 1.0
+            cuts = (np.cumsum(proportions / total) * len(positions)).astype(int)[:-1]
+            owned = [np.concatenate(pair) for pair in zip(owned, np.split(positions, cuts), strict=True)]
         if min(map(len, owned)) >= least:
             return owned
     raise DataError(
@@ -87,8 +94,9 @@ def _dirichlet(
 
 
 def _pathological(
-    y: NDArray[np.int64], num_classes: int, clients: int, per_client: int, least: int, draws: np.random.RandomState
+    y: NDArray[np.int64], num_classes: int, clients: int, per_client: int, least: int, rng: np.random.RandomState
 ) -> Lists:
+    """Deal class after class to the first clients that want more; the last of them takes what is left of it."""
     check(per_client <= num_classes, "partition.classes_per_client", per_client, f"at most {num_classes}, all classes")
     owned: Lists = [np.zeros(0, np.int64) for _ in range(clients)]
     wanted = [per_client] * clients
@@ -105,12 +113,15 @@ def _pathological(
                 f"partition=pfllib_pathological: class {label} has {len(positions)} samples, too few for "
                 f"{len(takers)} clients; lower partition.num_clients or partition.classes_per_client."
             )
-        sizes = draws.randint(low, high, len(takers) - 1)
+        sizes = rng.randint(low, high, len(takers) - 1)
         for client, part in zip(takers, np.split(positions, np.cumsum(sizes)), strict=True):
             owned[client] = np.concatenate([owned[client], part])
             wanted[client] -= 1
-    empty = [client for client, positions in enumerate(owned) if len(positions) == 0]
-    if empty:
-        raise DataError(f"partition=pfllib_pathological: client {empty[0]} has no samples; raise "
-                        f"partition.classes_per_client or lower partition.num_clients.")  # fmt: skip
+    for client, positions in enumerate(owned):
+        if len(positions) < 2:
+            raise DataError(
+                f"partition=pfllib_pathological: client {client} has {len(positions) or 'no'} "
+                f"sample{'' if len(positions) else 's'}, too few to train and to test on; raise "
+                f"partition.classes_per_client or lower partition.num_clients."
+            )
     return owned

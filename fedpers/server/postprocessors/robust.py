@@ -130,7 +130,7 @@ class KeptReplies(Collect):
         name = type(self.aggregator).__name__
         logger = logging.getLogger("flwr")
         level = logger.level
-        logger.setLevel(logging.WARNING)  # it tells how many replies there are; so do our reports
+        logger.setLevel(max(level, logging.WARNING))  # it tells how many replies there are; so do our reports
         try:
             record, _ = self.aggregator.aggregate_train(self.round, messages)
         except (AggregationError, InconsistentMessageReplies, ValueError) as error:

@@ -112,6 +112,20 @@ class Cohort:
         Whether it draws from PyTorch's global generator in training; only a cohort of one can then be trained.
     shared, personal : selection
         The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
+    max_steps : int, optional
+        No plan takes more steps, whatever its epochs and steps: unseen clients are measured after so many.
+
+    Attributes
+    ----------
+    size : int
+        K.
+    steps_taken, samples_seen, gradients_taken : Tensor ``[K]``
+        Of each client so far in this call: steps of the optimizer, samples of their batches, and gradients, int64. A
+        method that computes some without :meth:`fit` adds them itself.
+    longest_phase : Tensor ``[K]``
+        Steps of the longest of each client's plans, int64.
+    loss_sum : Tensor ``[K]``
+        Sum of the losses of all its samples.
 
     Raises
     ------
@@ -217,7 +231,10 @@ class Cohort:
         return self._samples[client]
 
     def per_client(self, source: Mapping[str, Tensor] | Tree, names: Sequence[str] | None = None) -> Tree:
-        """Give each client its own copy of `source`: of one tree, or of its row of a stacked tree; batch size [K]."""
+        """Give each client its own copy of `source`, batch size [K]: of one network, or of its row of a tree ``[K]``.
+
+        A plain mapping is one network.
+        """
         stacked = isinstance(source, TensorDict) and source.batch_size == torch.Size([self.size])
         tensors = entries(source) if isinstance(source, TensorDict) else source
         out = {}
@@ -441,12 +458,17 @@ class Cohort:
         Returns
         -------
         Tensor ``[a]``, dict of name to Tensor ``[a, ...]``
-            A parameter the loss does not depend on is left out.
+            Each client's loss, as `loss` gives it, and its gradient; a parameter the loss does not depend on is left
+            out.
 
         Raises
         ------
         ConfigError
             If there is no parameter to differentiate by.
+        RuntimeError
+            If a network that draws from PyTorch's global generator is trained with more than one client.
+        ValueError
+            If what is given has not a row for each client of the cohort.
         """
         allowed = "a network that has parameters to train which are not frozen"
         check(bool(names), "model", type(self.module).__name__, allowed)

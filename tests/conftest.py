@@ -35,5 +35,5 @@ def _cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _quick_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let sizes be compared by a few steps: with an empty cache every run measures them anew."""
+    """Let sizes be compared by a few steps: tests need no good choice."""
     monkeypatch.setattr("fedpers.runtime.probe.SECONDS_PER_SIZE", 0.002)

@@ -242,7 +242,7 @@ def test_npz_missing_or_damaged(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"one\.npy is damaged or not an \.npz file"):
         load_dataset(DatasetConfig(name="npz", root=str(tmp_path / "one.npy")))
     for path in (tmp_path / "absent.npz", tmp_path):
-        with pytest.raises(DataError, match="is missing or not a file"):
+        with pytest.raises(DataError, match=r"^dataset\.root=.* is missing or not a file\.$"):
             load_dataset(DatasetConfig(name="npz", root=str(path)))
 
 

@@ -104,7 +104,7 @@ def spoiled(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("no folder", r"MNIST has no files train/0\.npz"),
+        ("no folder", r"dataset\.root=.*MNIST is missing or not a folder"),
         ("a client without a file", r"there are 3 clients, but test/2\.npz is missing"),
         ("more clients than stated", r"there are 3 clients, but train has more files"),
         ("cut in half", r"train/0\.npz cannot be read"),

@@ -182,5 +182,5 @@ def test_missing_or_damaged_files_are_a_sentence(tmp_path: Path, name: str, cont
     with pytest.raises(DataError, match=wanted) as error:
         load_dataset(DatasetConfig("npy", root=str(root)))
     assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match="gone is missing or not a folder"):
+    with pytest.raises(DataError, match=r"^dataset\.root=.*gone is missing or not a folder\.$"):
         load_dataset(DatasetConfig("npy", root=str(tmp_path / "gone")))

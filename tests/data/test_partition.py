@@ -202,7 +202,10 @@ def test_pathological_errors() -> None:
     with pytest.raises(ConfigError, match=r"partition\.classes_per_client=7: expected at most 6, the classes of made"):
         partition_samples(BALANCED, PartitionConfig("pathological", 5, classes_per_client=7), 0)
     rare = made([0] * 98 + [1] * 2)  # class 1 is too rare for five clients
-    with pytest.raises(DataError, match=r"partition=pathological: in 6 attempts .* had 0 samples at best"):
+    with pytest.raises(
+        DataError,
+        match=r"partition=pathological: in 6 attempts .* some had no samples; change partition.classes_per_client",
+    ):
         partition_samples(rare, PartitionConfig("pathological", 5, min_samples=1), 0)
 
 

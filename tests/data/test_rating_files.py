@@ -200,7 +200,7 @@ def test_bad_npz(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
 def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"movielens1m: .* has none of ratings\.dat, .*; fetch them from https://group"):
         read("movielens1m", tmp_path)
-    with pytest.raises(DataError, match=r"nothing\.csv is missing or not a file\."):
+    with pytest.raises(DataError, match=r"^dataset\.root=.*nothing\.csv is missing or not a file\.$"):
         read("ratings", tmp_path / "nothing.csv")
     monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path))
     written(tmp_path / "data" / "u.data", rows("\t"))

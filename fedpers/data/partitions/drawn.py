@@ -124,10 +124,11 @@ def draw(
 
         # The partitioner does not tell how close it came. The same seeds give the same divisions, so ask it for less.
         best = bisect.bisect_left(range(1, config.min_samples), True, key=lambda minimum: not possible(minimum))
+    enough = f"partition.min_samples={config.min_samples}"
+    outcome = f"the smallest client had {best} samples at best, fewer than {enough}" if best else "some had no samples"
     raise DataError(
-        f"partition={config.name}: in {ATTEMPTS * tries} attempts at dividing {name} among {clients} clients, the "
-        f"smallest client had {best} samples at best, fewer than partition.min_samples={config.min_samples}; "
-        f"{f'{remedy}, or ' if remedy else ''}lower partition.num_clients or "
+        f"partition={config.name}: in {ATTEMPTS * tries} attempts at dividing {name} among {clients} clients, "
+        f"{outcome}; {f'{remedy}, or ' if remedy else ''}lower partition.num_clients or "
         f"partition.min_samples{f' ({best} at most)' if best else ''}."
     )
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.data.sets.base import Dataset, finite_floats, normalized, number_labels
+from fedpers.data.sets.base import Dataset, data_root, finite_floats, normalized, number_labels
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, NextToken, Regression, Task
@@ -29,7 +29,7 @@ MAX_CLASSES = 100_000  # labels beyond are ids or values, not classes
 
 def npz(config: DatasetConfig) -> Dataset:
     """Any arrays on disk; nothing is unpickled."""
-    path = Path(config.root or "").expanduser()
+    path = data_root(config, "file")
     named = (config.x, config.y, config.client, config.domain, config.n_train)
     arrays = read_npz(path, [name for name in named if name is not None])
     x, y = arrays[config.x], arrays[config.y]

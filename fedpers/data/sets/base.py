@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -118,9 +119,28 @@ class Dataset:
         )
 
 
-def data_root(config: DatasetConfig) -> Path:
-    """Folder (or file) of a data set: ``config.root``, or the folder ``data`` of the cache."""
-    return Path(config.root).expanduser() if config.root else cache_root() / "data"
+def data_root(config: DatasetConfig, kind: Literal["file", "folder", "file or folder"] | None = None) -> Path:
+    """Where a data set lies: ``config.root``, or the folder ``data`` of the cache.
+
+    Parameters
+    ----------
+    config : DatasetConfig
+    kind : {"file", "folder", "file or folder"}, optional
+        What has to be there; nothing by default, as for a folder into which something may be downloaded.
+
+    Raises
+    ------
+    DataError
+        If ``config.root`` is missing or something else.
+    """
+    if config.root is None:
+        return cache_root() / "data"
+    root = Path(config.root).expanduser()
+    # unlike those of Path, these are False for what lies in a folder that may not be entered
+    present = {"file": os.path.isfile, "folder": os.path.isdir, "file or folder": os.path.exists}
+    if kind is not None and not present[kind](root):
+        raise DataError(f"dataset.root={root} is missing{'' if kind == 'file or folder' else f' or not a {kind}'}.")
+    return root
 
 
 def normalized(pictures: NDArray[np.uint8], train_size: int) -> Tensor:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import interpolate
 
 from fedpers.data.sets.arrays import checked_ids, dataset_of, read_npz
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, data_root
 from fedpers.errors import DataError
 from fedpers.settings.dataset import DatasetConfig
 
@@ -36,9 +36,7 @@ def domains(config: DatasetConfig) -> Dataset:
     DataError
         If the folder is missing or has no ``.npz`` file, or one of them is damaged or holds something else.
     """
-    root = Path(config.root or "").expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root} is missing or not a folder.")
+    root = data_root(config, "folder")
     files = sorted(path for path in root.glob("*.npz") if not path.name.startswith("."))
     if not files:
         raise DataError(f"{root} has no .npz files; dataset.root is a folder with one for each domain.")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedpers.data.sets.base import Dataset, finite_floats, number_labels
+from fedpers.data.sets.base import Dataset, data_root, finite_floats, number_labels
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.sources import SOURCES
@@ -43,7 +43,7 @@ def har(config: DatasetConfig) -> Dataset:
     DataError
         If a file is missing or damaged, or files differ in the number of their lines.
     """
-    root = Path(config.root or "").expanduser()
+    root = data_root(config)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     if not (root / "activity_labels.txt").is_file():
         raise DataError(f"har: {root} is not the folder {FOLDER}, {_SOURCE}; set dataset.root to it.")

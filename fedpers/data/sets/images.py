@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.data.sets.arrays import dataset_of
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, data_root
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 
@@ -29,9 +29,7 @@ def images(config: DatasetConfig) -> Dataset:
     DataError
         If the folder is missing, holds no classes with pictures, or a picture is damaged.
     """
-    root = Path(config.root or "").expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root} is missing or not a folder.")
+    root = data_root(config, "folder")
     files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
     depths = [len(path.relative_to(root).parts) for path in files if path.suffix.lower() in _SUFFIXES]
     depth = 3 if depths.count(3) > depths.count(2) else 2  # what lies elsewhere is named below

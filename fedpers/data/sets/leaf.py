@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedpers.data.sequences import UNKNOWN, pad
 from fedpers.data.sets.arrays import dataset_of
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, data_root
 from fedpers.data.sets.text import split_text, vocabulary
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
@@ -43,7 +43,7 @@ def leaf(config: DatasetConfig) -> Dataset:
     DataError
         If there is no such file, one is damaged, or inputs are none of these.
     """
-    root = Path(config.root or "").expanduser()
+    root = data_root(config, "file or folder")
     folders = [folder for folder in (root, root / "data") if (folder / "train").is_dir() and (folder / "test").is_dir()]
     parts = [folders[0] / "train", folders[0] / "test"] if folders else [root]
     read = [_read_part(part) for part in parts]

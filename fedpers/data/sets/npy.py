@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedpers.data.mapped import blocks, mapped
 from fedpers.data.sets.arrays import checked_ids, dataset_of
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, data_root
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 
@@ -30,9 +30,7 @@ def npy(config: DatasetConfig) -> Dataset:
     DataError
         If a file is missing or damaged or holds something else, or files differ in the number of samples.
     """
-    root = Path(config.root or "").expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root} is missing or not a folder.")
+    root = data_root(config, "folder")
     x, y = mapped(root / "x.npy"), _read(root / "y.npy")
     client, domain = (
         checked_ids(root, f"{name}.npy", _read(root / f"{name}.npy")) if (root / f"{name}.npy").exists() else None

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpers.data.sets.arrays import dataset_of
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, data_root
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 
@@ -98,7 +98,7 @@ def pfllib(config: DatasetConfig) -> Dataset:
     DataError
         If the folder or a file is missing or damaged, a client has no samples, or shapes differ.
     """
-    root = Path(config.root or "").expanduser()
+    root = data_root(config, "folder")
     clients = _clients(root)
     parts = [(client, *_read(root / part / f"{client}.npz")) for part in ("train", "test") for client in range(clients)]
     shapes = {x.shape[1:] for _, x, _ in parts}

@@ -118,15 +118,13 @@ def read_ratings(config: DatasetConfig) -> Ratings:
 
 
 def _find(config: DatasetConfig) -> Path:
-    root = data_root(config)
+    names = FILES.get(config.name, ())
+    root = data_root(config, None if names else "file")
     if os.path.isfile(root):
         return root
-    names = FILES.get(config.name, ())
     for name in names:
         if os.path.isfile(root / name):
             return root / name
-    if not names:
-        raise DataError(f"{root} is missing or not a file.")
     raise DataError(
         f"{config.name}: {root} has none of {', '.join(names)}; fetch them from {SOURCES[config.name].url} and set "
         f"dataset.root to the folder or the file."

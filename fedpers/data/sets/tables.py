@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpers.data.sets.arrays import dataset_of
-from fedpers.data.sets.base import Dataset, labels_for, warn_of_many_classes
+from fedpers.data.sets.base import Dataset, data_root, labels_for, warn_of_many_classes
 from fedpers.data.sets.rating_files import file_text
 from fedpers.errors import ConfigError, DataError, check, one_of, reason
 from fedpers.settings.dataset import DatasetConfig
@@ -38,9 +37,7 @@ def table(config: DatasetConfig) -> Dataset:
     """
     import pandas as pd
 
-    path = Path(config.root or "").expanduser()
-    if not os.path.isfile(path):
-        raise DataError(f"{path} is missing or not a file.")
+    path = data_root(config, "file")
     try:
         rows = pd.read_parquet(path) if config.name == "parquet" else _read_csv(path, config)
     except DataError:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedpers.data.sequences import UNKNOWN
-from fedpers.data.sets.base import Dataset
+from fedpers.data.sets.base import Dataset, data_root
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks import NextToken
@@ -33,7 +33,7 @@ def text(config: DatasetConfig) -> Dataset:
     DataError
         If there is no such file, one cannot be read, or nobody says two tokens.
     """
-    root = Path(config.root or "").expanduser()
+    root = data_root(config, "file or folder")
     texts = {name: split_text(said, config.level) for name, said in _texts(root).items()}
     size = config.vocabulary_size if config.level == "word" else None
     tokens = vocabulary((token for said in texts.values() for token in said), size)
@@ -99,8 +99,7 @@ def _texts(root: Path) -> dict[str, str]:
         content: Any = json.loads(root.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{root} is missing, damaged, or no UTF-8 text, expected a folder of .txt files or a .json file "
-            f"({reason(error)})."
+            f"{root} is damaged or no UTF-8 text, expected a folder of .txt files or a .json file ({reason(error)})."
         ) from error
     if not isinstance(content, dict) or not content or not all(isinstance(said, str) for said in content.values()):
         raise DataError(f"{root} must hold the text of each client: {{client: text}}.")

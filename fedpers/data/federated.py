@@ -201,12 +201,12 @@ class FederatedData:
         for client, indices in enumerate(self.train):
             if len(indices) == 0 and client not in away:
                 raise DataError(f"{self.name}: client {client} has no training samples.")
-        for part in PARTS:
-            used = torch.cat(list(self.part(part)))
-            if len(used) and (int(used.min()) < 0 or int(used.max()) >= len(self.x)):
+        used = {part: torch.cat(list(self.part(part))) for part in PARTS}
+        for part, positions in used.items():
+            if len(positions) and (int(positions.min()) < 0 or int(positions.max()) >= len(self.x)):
                 raise DataError(f"{self.name}: a {part} index is outside 0..{len(self.x) - 1}.")
         if not self.task.parts_overlap:
-            self._check_disjoint()
+            self._check_disjoint(torch.cat(list(used.values())))
         for named, count in (("client_names", self.num_clients), ("class_names", self.num_classes)):
             if len(getattr(self, named)) not in (0, count):
                 raise DataError(f"{self.name}: there are {len(getattr(self, named))} {named} for {count}.")
@@ -243,9 +243,11 @@ class FederatedData:
             raise DataError(f"{self.name}: tokens in x run from {low} to {high}, expected 0 {expected}.")
         return self.num_tokens or high + 1
 
-    def _check_disjoint(self) -> None:
-        """Refuse a position that stands twice with one client; clients may share some (``partition=label_sets``)."""
-        used = torch.cat([positions for part in PARTS for positions in self.part(part)]).cpu()
+    def _check_disjoint(self, used: Tensor) -> None:
+        """Refuse a position that stands twice with one client; clients may share some (``partition=label_sets``).
+
+        `used` ``[n]`` are all clients' positions, one part after the other.
+        """
         if len(used) == 0 or int(torch.bincount(used).max()) <= 1:
             return
         owner = torch.cat([torch.repeat_interleave(torch.arange(self.num_clients), self.sizes(part)) for part in PARTS])
@@ -332,8 +334,9 @@ class FederatedData:
         return torch.stack(rows)
 
     def to(self, device: torch.device | str) -> Self:
-        """Copy with arrays on `device`; index lists stay on the CPU, where batches are planned."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device))
+        """The same data with arrays on `device`, uncopied if they are there; index lists stay on the CPU."""
+        x, y = self.x.to(device), self.y.to(device)
+        return self if x is self.x and y is self.y else replace(self, x=x, y=y)
 
     def restrict(self, clients: Sequence[int]) -> Self:
         """Keep the samples of some clients only, under the same client numbers; without the public ones."""

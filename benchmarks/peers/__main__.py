@@ -107,9 +107,9 @@ def here(make: Callable[[], Any], untimed: int, chosen: Namespace) -> list[float
 def elsewhere(command: list[str], chosen: Namespace) -> list[float]:
     """Rounds of another framework, by a program of this folder in its environment."""
     flags = ["--rounds", str(chosen.rounds), "--device", chosen.device, "--problem", chosen.problem]
-    done = subprocess.run(
-        [*command, *flags], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)  # where Flower's engine writes this process's path, for its own workers
+    done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, check=True, env=environment)
     times: list[float] = json.loads(done.stdout.splitlines()[-1])
     return times
 

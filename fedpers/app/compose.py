@@ -114,6 +114,8 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
         while parents and not _keys(".".join(parents), key, arguments):  # the mistake is further up
             parents.pop()
         return ConfigError(key, given, meant(key, _keys(".".join(parents), key, arguments)))
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return FedpersError(f"{match[1]} has several values; -m makes a run with each, and key=[a,b] is one list.")
     if isinstance(error, OverrideParseException):
         hint = "values with special characters need quotes within quotes, as in 'output=\"my runs\"'"
         return FedpersError(f"'{error.override}' cannot be read as key=value; {hint}.")

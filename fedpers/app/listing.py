@@ -15,6 +15,7 @@ from rich.text import Text
 from fedpers import tasks
 from fedpers.settings.base import choices
 from fedpers.settings.groups import GROUPS, method_file, method_names
+from fedpers.settings.model import KINDS as NETWORKS
 from fedpers.settings.sources import SOURCES
 from fedpers.tasks import Task
 
@@ -55,6 +56,11 @@ def _origin(name: str) -> str:
 
 def _lines(kind: str) -> dict[str, str]:
     group = KINDS[kind]
+    if group == "model":
+        variants = {
+            name: "{name} with model.norm={norm}".format(**values) for name, values in NETWORKS.items() if values
+        }
+        return choices(GROUPS[group]) | variants
     if group in GROUPS:
         return choices(GROUPS[group])
     if group == "strategy":

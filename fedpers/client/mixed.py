@@ -48,15 +48,16 @@ class MixedApp(CohortApp):
         allowed = f"a number from 0 to {len(apps) - 1} for each of {first.data.num_clients} clients"
         check(fits, "kind_of", list(kind_of), allowed)
         method = type(first.update).__name__
-        allowed = f"null: {method} shares entries of a network, which must be the same for all clients"
+        allowed = (
+            f"null, one network for all: {method} shares entries of a network, which must be the same for all clients"
+        )
         check(first.update.mixes_networks, "model.kinds", list(names), allowed)
         shared = [{n: tuple(v.shape) for n, v in entries(from_record(app.initial_arrays())).items()} for app in apps]
         for name, shapes in zip(names, shared, strict=True):
             if shapes != shared[0]:
                 difference = f"{names[0]}: {shared[0]}, {name}: {shapes}"
-                allowed = (
-                    f"networks that share arrays of the same shapes ({difference}); set model.features=N for one width"
-                )
+                remedy = f"use {first.update.mixing_settings} for one width"
+                allowed = f"networks that share arrays of the same shapes ({difference}); {remedy}"
                 raise ConfigError("model.kinds", list(names), allowed)
         self.update, self.mods, self.encoders = first.update, first.mods, first.encoders
         self.identity, self.seed = first.identity, first.seed

@@ -51,6 +51,8 @@ class LocalUpdate(Settings, group="strategy"):
         so that a subclass cannot override `shared` and `personal`; of all other methods it can.
     mixes_networks : bool
         Whether clients may have different networks: what is shared does not depend on them.
+    mixing_settings : str
+        Settings with which it does not, for the error of networks in which it does.
     training : Training
         Optimizer, rates and batches.
     """
@@ -61,6 +63,7 @@ class LocalUpdate(Settings, group="strategy"):
     config_keys: ClassVar[tuple[str, ...]] = ()
     settles_parts: ClassVar[bool] = False
     mixes_networks: ClassVar[bool] = False
+    mixing_settings: ClassVar[str] = "model.features=N"
     training: Training = field(default_factory=Training)
 
     @classmethod

@@ -129,7 +129,8 @@ def _read(folder: Path) -> RunRecord:
 
     path = folder / "summary.json"
     if not path.exists():
-        raise FileNotFoundError("it has no summary.json; the run is going on or was killed.")
+        remedy = f", after which 'fedpers resume {folder}' goes on" if (folder / "checkpoints").is_dir() else ""
+        raise FileNotFoundError(f"it has no summary.json; the run is going on or was killed{remedy}.")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

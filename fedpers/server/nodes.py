@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable
 
 import flwr.app as flower
@@ -16,7 +17,10 @@ from fedpers.records import CONFIG, METRICS
 
 log = logging.getLogger(__name__)
 IDENTIFY_SECONDS = 60.0
-"""Seconds a node may take to say which client it holds."""
+"""Seconds a node may take to say which client it holds, after others have said so."""
+START_SECONDS = 600.0
+"""Seconds until the first node has to say so: programs of clients may still be starting, slowly on a busy machine."""
+POLL_SECONDS = 1.0
 UNUSABLE = ""
 """In place of a message's id: its node has answered, but not with the number of a client."""
 
@@ -74,6 +78,9 @@ class Nodes:
         """Ask nodes which client they hold; those that do not say are kept in mind."""
         questions = [flower.Message(flower.RecordDict(), node, IDENTIFY) for node in nodes]
         replies = list(grid.send_and_receive(questions, timeout=IDENTIFY_SECONDS))
+        if not replies and not self._clients:
+            log.info("none of %d nodes has said yet which client it holds: waiting", len(nodes))
+            replies = _late_replies(grid, {question.metadata.message_id for question in questions})
         self._questions.update({q.metadata.dst_node_id: q.metadata.message_id for q in questions})
         clients = self._clients_in(replies)
         if self._clients or clients or not replies:
@@ -102,3 +109,16 @@ class Nodes:
     def _remember(self, identity: flower.ConfigRecord | None) -> None:
         if identity is not None and METHOD in identity and identity not in self.identities:
             self.identities.append(identity)
+
+
+def _late_replies(grid: Grid, questions: set[str]) -> list[flower.Message]:
+    """Replies to messages with these ids: wait for a first one, then for the others until none comes any more."""
+    replies: list[flower.Message] = []
+    deadline = time.monotonic() + START_SECONDS
+    while questions and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        if arrived := list(grid.pull_messages(questions)):
+            replies += arrived
+            questions = questions - {reply.metadata.reply_to_message_id for reply in arrived}
+            deadline = time.monotonic() + IDENTIFY_SECONDS
+    return replies

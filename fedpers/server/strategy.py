@@ -473,7 +473,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
                 "strategy with fedpers.server.within, or call begin before a loop of your own."
             )
         if not self.nodes(grid):
-            raise TrainingError(f"round {server_round}: no client is connected.")
+            silent = len(list(grid.get_node_ids()))
+            reason = f"none of {silent} nodes says which client it holds" if silent else "no client is connected"
+            raise TrainingError(f"round {server_round}: {reason}.")
         self._check_config(config)
         sampled = self.sample(server_round)
         self.sent_arrays = from_record(arrays)

@@ -105,6 +105,7 @@ class FedD2SUpdate(LocalUpdate):
     personal = "all"
     settles_parts = True
     mixes_networks = True
+    mixing_settings = "model.features=N strategy.cuts=[-1]"
     cuts: Annotated[
         tuple[int, ...] | None,
         Field(

@@ -391,7 +391,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["model=cnn", "model.width=0"], "model.width=0: expected a whole number >= 1, or null."),
         (["strategy=fedbn"], "model=MLP: expected a network with normalization layers for strategy=fedbn"),
         (["strategy=scaffold", "training.momentum=0.9"], "training.momentum=0.9: expected 0.0 for strategy=scaffold"),
-        (["strategy=fedavg,local"], "--multirun"),
+        (["strategy=fedavg,local"], r"strategy=fedavg,local has several values; -m makes"),
         (["seed=["], "'seed=[' cannot be read as key=value"),
         (["trainig.lr=0.1"], "trainig.lr=0.1: expected training.lr, the whole name of that key."),
         (["output="], "output=: expected a folder."),

@@ -213,8 +213,13 @@ def test_what_a_table_lacks_is_a_sentence(tmp_path: Path) -> None:
         load_dataset(DatasetConfig("csv", root=root, domain="sites"))
     with pytest.raises(ConfigError, match=r"dataset\.features=wage: expected a column"):
         load_dataset(DatasetConfig("csv", root=root, features=("wage",)))
-    with pytest.raises(DataError, match=r"column 'site' is (object|str), but features are numbers"):
+    with pytest.raises(DataError, match=r"column 'site' has '\w+' in row 1, but features are numbers"):
         load_dataset(DatasetConfig("csv", root=root))
+    rows = table().astype({"age": object})
+    rows.loc[6, "age"] = "oops"
+    rows.to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"column 'age' has 'oops' in row 7, but features are numbers"):
+        load_dataset(DatasetConfig("csv", root=root, client="site"))
     rows = table()
     rows.loc[3, "age"] = np.nan
     rows.to_csv(path, index=False)

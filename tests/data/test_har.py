@@ -109,7 +109,10 @@ def spoil(root: Path, how: str) -> None:
         ("half a subject", r"subject_test\.txt is damaged \(.*\)\."),
         ("an unknown label", r"has the label 7, which activity_labels\.txt does not name\."),
         ("names", r"activity_labels\.txt is damaged \(.*\); a line is a number and a name\."),
-        ("no folder", r"is not the folder UCI HAR Dataset, it is to be had from .*CC BY 4\.0 .*no commercial use"),
+        (
+            "no folder",
+            r"is missing or not the folder UCI HAR Dataset, it is to be had from .*CC BY 4\.0 .*no commercial use",
+        ),
     ],
 )
 def test_a_damaged_folder_is_a_sentence(folder: Path, how: str, message: str) -> None:

@@ -187,7 +187,7 @@ def test_dirichlet_says_how_close_it_came(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(DataError, match=r"partition=dirichlet: in 66 attempts .* 12 clients") as error:
         partition_samples(BALANCED, config, 0)
     assert "\n" not in str(error.value)
-    assert "raise partition.alpha, or lower partition.num_clients" in str(error.value)
+    assert "raise partition.alpha=0.2, or lower partition.num_clients" in str(error.value)
     found = re.search(r"had (\d+) samples at best, fewer than partition\.min_samples=40", str(error.value))
     assert found is not None
     best = int(found[1])

@@ -369,7 +369,11 @@ def test_unmeasured_accuracy_is_last_and_null_in_json(write, tmp_path):
 def test_unusable_folders_are_named_and_left_out(write, tmp_path, caplog):
     good = write("fedrep", 0, 0.9)
     cases = {
-        "running": ({"config.yaml": "seed: 1"}, "no summary.json"),
+        "running": ({"config.yaml": "seed: 1"}, "no summary.json; the run is going on or was killed."),
+        "killed": (
+            {"config.yaml": "seed: 1", "checkpoints/a": ""},
+            f"was killed, after which 'fedpers resume {tmp_path / 'killed'}' goes on.",
+        ),
         "damaged": ({"config.yaml": "seed: 1", "summary.json": '{"strategy":'}, "summary.json is damaged"),
         "unconfigured": ({"summary.json": (good / "summary.json").read_text()}, "config.yaml is missing or damaged"),
         "misconfigured": (
@@ -393,6 +397,7 @@ def test_unusable_folders_are_named_and_left_out(write, tmp_path, caplog):
     for name, (files, _) in cases.items():
         (tmp_path / name).mkdir()
         for file, text in files.items():
+            (tmp_path / name / file).parent.mkdir(exist_ok=True)
             (tmp_path / name / file).write_text(text)
     runs = find_runs([tmp_path, tmp_path / "nowhere"])
     assert [run.folder for run in runs] == [good]

@@ -263,11 +263,38 @@ def test_a_silent_node_is_waited_for_once_and_found_when_it_answers(caplog: pyte
     assert caplog.text.count("node 102 does not say which client it holds") == 1
 
 
-def test_nodes_that_do_not_answer_at_all_are_not_numbered() -> None:
+def test_nodes_that_do_not_answer_at_all_are_not_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpers.server.nodes.START_SECONDS", 0.0)
     strategy, grid = FedAvg(), moving()
+    strategy.begin()
     grid.silent = {100, 101, 102, 103}
     with server_identity(1):
         assert strategy.nodes(grid) == {}
+        with pytest.raises(TrainingError, match="round 1: none of 4 nodes says which client it holds"):
+            list(strategy.configure_train(1, flower.ArrayRecord(), flower.ConfigRecord(), grid))
+
+
+class Starting(Moving):
+    """A grid whose nodes answer one after the other, the first when it is looked at for the third time."""
+
+    looked = 0
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[flower.Message]:
+        self.looked += 1
+        self.silent = set(self.ids[max(0, self.looked - 2) :])
+        return super().pull_messages(message_ids)
+
+
+def test_nodes_that_are_still_starting_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedpers.server.nodes.POLL_SECONDS", 0.0)
+    app = FedAvgUpdate().client_app(problem("fedavg").network, gaussian_data((6, 5, 7, 8)))
+    strategy, grid = FedAvg(), Starting(app, 4)
+    with server_identity(1):
+        assert strategy.nodes(grid) == {0: 100, 1: 101, 2: 102, 3: 103}
+    assert grid.asked == [[100, 101, 102, 103]]
+    assert "left out" not in caplog.text
 
 
 def test_a_client_whose_former_node_is_still_listed_is_found_on_the_new_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,18 @@ def test_what_does_not_mix_is_refused() -> None:
     _, update = make_strategy("fedper")
     apps = [update.client_app(network, DATA) for network in networks()]
     with pytest.raises(
-        ConfigError, match=r"model\.kinds=\['MLP', 'MLP', 'Network'\]: expected null: FedPerUpdate shares"
+        ConfigError,
+        match=r"model\.kinds=\['MLP', 'MLP', 'Network'\]: expected null, one network for all: FedPerUpdate shares",
     ):
         MixedApp(apps, KIND_OF)
+    for name, settings in (("fedproto", "model.features=N"), ("fedd2s", "model.features=N strategy.cuts=[-1]")):
+        _, update = make_strategy(name)
+        apps = [update.client_app(MLP((6,), 4, (width,)).double(), DATA) for width in (5, 6)]
+        message = rf"share arrays of the same shapes \(a: .*, b: .*; use {re.escape(settings)} for one width\.$"
+        with pytest.raises(ConfigError, match=message):
+            MixedApp(apps, [0] * 5, ["a", "b"])
     _, update = make_strategy("fedproto")
-    apps = [update.client_app(MLP((6,), 4, (width,)).double(), DATA) for width in (5, 6)]
-    with pytest.raises(ConfigError, match=r"share arrays of the same shapes \(a: .*, b: .*set model\.features=N"):
-        MixedApp(apps, [0] * 5, ["a", "b"])
+    apps = [update.client_app(MLP((6,), 4, (5,)).double(), DATA)] * 2
     with pytest.raises(ConfigError, match=r"kind_of=\[0, 2\]: expected a number from 0 to 1 for each of 5 clients"):
         MixedApp(apps, [0, 2])
 

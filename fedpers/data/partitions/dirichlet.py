@@ -36,5 +36,13 @@ def by_dirichlet(labels: NDArray[np.int64], clients: int, config: PartitionConfi
         )
 
     return draw(
-        labels, clients, config, seed, partitioner, name, remedy="raise partition.alpha", tries=TRIES, asked=True
+        labels,
+        clients,
+        config,
+        seed,
+        partitioner,
+        name,
+        remedy=f"raise partition.alpha={config.alpha}",
+        tries=TRIES,
+        asked=True,
     )

@@ -32,4 +32,6 @@ def divide(dataset: Dataset, config: PartitionConfig, seed: int) -> Division:
 
     labels = np.unique(classes_of(dataset), return_inverse=True)[1].reshape(-1)  # it wants 0, 1, ... without gaps
     # Of clients with very small alpha no class may be left that they have at all, in floats.
-    return Division(draw(labels, clients, config, seed, partitioner, dataset.name, remedy="raise partition.alpha"))
+    return Division(
+        draw(labels, clients, config, seed, partitioner, dataset.name, remedy=f"raise partition.alpha={config.alpha}")
+    )

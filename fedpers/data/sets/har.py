@@ -46,7 +46,7 @@ def har(config: DatasetConfig) -> Dataset:
     root = data_root(config)
     root = root / FOLDER if (root / FOLDER).is_dir() else root
     if not (root / "activity_labels.txt").is_file():
-        raise DataError(f"har: {root} is not the folder {FOLDER}, {_SOURCE}; set dataset.root to it.")
+        raise DataError(f"har: {root} is missing or not the folder {FOLDER}, {_SOURCE}; set dataset.root to it.")
     activities = _activities(root / "activity_labels.txt")
     parts = [_read_part(root, part) for part in ("train", "test")]
     x, labels, subject = (np.concatenate([part[place] for part in parts]) for place in range(3))

@@ -93,6 +93,8 @@ def dataset_of_table(
     DataError, ConfigError
         See :func:`table`.
     """
+    import pandas as pd
+
     columns = [str(column) for column in rows.columns]
     rows = rows.set_axis(columns, axis=1)
     used = {"dataset.label": [config.label], "dataset.features": list(config.features or ())}
@@ -114,12 +116,13 @@ def dataset_of_table(
         absent = rows[column].isna()
         if bool(absent.any()):
             raise DataError(f"{path}: column '{column}' has no value in row {int(absent.argmax()) + 1}.")
-    text = [column for column in features if rows[column].dtype.kind not in "iufb"]
-    if text:
-        raise DataError(
-            f"{path}: column '{text[0]}' is {rows[text[0]].dtype}, but features are numbers; name those to use in "
-            f"dataset.features."
-        )
+    for column in features:
+        if rows[column].dtype.kind not in "iufb":
+            row = int(pd.to_numeric(rows[column], errors="coerce").isna().argmax())
+            raise DataError(
+                f"{path}: column '{column}' has {str(rows[column].iloc[row])!r} in row {row + 1}, but features are "
+                f"numbers; mend it, or name columns of numbers in dataset.features."
+            )
     x = rows[features].to_numpy(np.float64)
     x = x - x[:train_size].mean(0)
     deviation = x[:train_size].std(0)

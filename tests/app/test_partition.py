@@ -81,7 +81,8 @@ def test_what_there_is_to_choose_from(kind: str, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     group = {"strategies": "strategy"}.get(kind, kind.removesuffix("s"))
     names = method_names() if kind == "strategies" else list(choices(GROUPS[group])) if group in GROUPS else []
-    for name in [*names, *(["classification", "ranking", "regression"] if kind == "tasks" else [])]:
+    more = {"tasks": ["classification", "ranking", "regression"], "models": ["cnn_bn", "resnet18_gn"]}
+    for name in [*names, *more.get(kind, [])]:
         assert any(line.split() and line.split()[0] == name for line in shown.splitlines()), name
 
 

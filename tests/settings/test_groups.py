@@ -122,10 +122,9 @@ def test_trackers_compose(overrides: list[str], expected: TrackerConfig) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fedavg", "fedrap"])
-def test_shifts_compose(strategy: str) -> None:
+def test_shifts_compose() -> None:
     def shifts(*overrides: str) -> Any:
-        return composed([f"strategy={strategy}", *overrides]).heterogeneity.shifts()
+        return composed(overrides).heterogeneity.shifts()
 
     each = {name: shifts(f"heterogeneity={name}") for name in SHIFTS}
     assert shifts(f"heterogeneity=[{','.join(SHIFTS)}]") == {name: each[name][name] for name in SHIFTS}
@@ -133,6 +132,10 @@ def test_shifts_compose(strategy: str) -> None:
     assert both == {"rotation": Rotation(3, 90.0), "blur": Blur(2.0)}
     assert shifts("heterogeneity=[rotation]", "heterogeneity.groups=2") == {"rotation": Rotation(2, 180.0)}
     assert shifts("heterogeneity=[]") == {}
+    assert shifts("strategy=fedrap", "heterogeneity=[blur,noise]") == {
+        "blur": each["blur"]["blur"],
+        "noise": each["noise"]["noise"],
+    }
 
 
 @pytest.mark.parametrize(

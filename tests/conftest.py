@@ -1,7 +1,8 @@
-"""Tests never touch the user's cache, and spend no time on a good choice of the cohort size."""
+"""Tests never touch the user's cache, spend no time on a good choice of the cohort size, and share one Ray cluster."""
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 
 import absl.logging
@@ -18,6 +19,15 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # absl, which dp-accounting and TensorBoard bring along, closes the stream of its handler when logging is set up anew,
 # unless it is one of the process: while tests are captured it would close what all of them are captured in
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+LONGEST = ("test_superlink", "test_ray", "test_flower_runtime", "test_cli", "test_resume", "test_every_method",
+           "test_stopped_machines", "test_readme", "test_compression", "test_flower_wrappers")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: they are dealt to processes as they come, which then end alike."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,3 +47,24 @@ def _cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _quick_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sizes be compared by a few steps: tests need no good choice."""
     monkeypatch.setattr("fedpers.runtime.probe.SECONDS_PER_SIZE", 0.002)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Address of a Ray cluster with room for five actors: one for all tests of this process, since it starts slowly."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 5})
+    yield made.address
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_machine(ray_address: str) -> Iterator[None]:
+    """Connect this process to that cluster: Flower's simulation, in other modules, has one of its own."""
+    import ray
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

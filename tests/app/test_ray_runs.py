@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,8 @@ import pytest
 
 from fedpers.run import TIMES
 from tests.app.test_cli import error_of, fedpers
-from tests.runtimes import on_one_machine
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", autouse=True)
-def machine() -> Iterator[None]:
-    """Ray, which every run here connects to."""
-    with on_one_machine():
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_machine")]
 
 
 def rounds(folder: Path) -> list[dict[str, Any]]:
@@ -32,29 +23,44 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["strategy=ditto", "fraction=0.5", "split.unseen=2", "partition.num_clients=8", "aggregation=median"],
-        ["strategy=pfedrec", "dataset=synthetic_ratings", "dataset.num_users=30", "dataset.num_items=300"],
+        [
+            "strategy=ditto",
+            "fraction=0.5",
+            "split.unseen=2",
+            "partition.num_clients=8",
+            "aggregation=median",
+            "runtime.actors=2",
+        ],
+        [
+            "strategy=pfedrec",
+            "dataset=synthetic_ratings",
+            "dataset.num_users=30",
+            "dataset.num_items=300",
+            "runtime.actors=2",
+        ],
         [
             "strategy=fedavg",
             "privacy=adaptive",
             "privacy.noise=0.5",
             "strategy.weighting=uniform",
             "partition.num_clients=8",
+            "runtime.actors=1",
         ],
     ],
 )
 def test_the_same_settings_give_the_same_numbers(settings: list[str], tmp_path: Path) -> None:
-    (here,) = fedpers(*settings, "rounds=3", output=tmp_path / "local")
-    (there,) = fedpers(*settings, "rounds=3", "runtime=ray", "runtime.actors=2", output=tmp_path / "ray")
+    common, (actors,) = settings[:-1], settings[-1:]
+    (here,) = fedpers(*common, "rounds=3", output=tmp_path / "local")
+    (there,) = fedpers(*common, "rounds=3", "runtime=ray", actors, output=tmp_path / "ray")
     for own, other in zip(rounds(here), rounds(there), strict=True):
         assert own == pytest.approx(other, rel=1e-5, abs=1e-7, nan_ok=True)
     columns = [pd.read_parquet(folder / "clients.parquet") for folder in (here, there)]
     pd.testing.assert_frame_equal(*columns, rtol=1e-5, atol=1e-7)
     runtime = json.loads((there / "manifest.json").read_text())["runtime"]
     assert runtime["name"] == "ray"
-    assert runtime["actors"] == 2
+    assert f"runtime.actors={runtime['actors']}" == actors
 
 
 def test_more_actors_than_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = error_of(capsys, "runtime=ray", "runtime.actors=99", "rounds=1", f"output={tmp_path}")
-    assert told == "fedpers: runtime.actors=99: expected at most 2, for which the cluster has room (2 CPUs and 0 GPUs)."
+    assert told == "fedpers: runtime.actors=99: expected at most 5, for which the cluster has room (5 CPUs and 0 GPUs)."

@@ -461,13 +461,12 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_without_checkpoints_a_signal_stops_at_once(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_without_checkpoints_a_signal_stops_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = started(folder, "checkpoint.every=0")
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert errors == "fedpers: interrupted; what a run has done so far is kept in its folder.\n"
     assert json.loads((folder / "summary.json").read_text())["interrupted"] is True
 

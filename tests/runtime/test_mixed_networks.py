@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import CohortApp, PersonalizedStrategy, make_strategy
 from tests.problems import gaussian_data
 from tests.runtime.wire import WireGrid
-from tests.runtimes import on_one_machine
 
 DATA = gaussian_data((20, 9, 13, 7, 16), dtype=torch.float64)
 KIND_OF = (0, 1, 2, 1, 0)
@@ -197,18 +196,10 @@ def test_kinds_for_series_and_for_tokens(kinds: str, tokens: bool, tmp_path: Pat
     assert summary["failures"] == 0
 
 
-@pytest.fixture(scope="module")
-def machine() -> Iterator[None]:
-    """Ray, which runs here connect to."""
-    with on_one_machine():
-        yield
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("machine")
-@pytest.mark.parametrize("strategy", ["fedproto", "fedd2s strategy.cuts=[-1]"])
-def test_a_run_on_ray_gives_the_same_numbers(strategy: str, tmp_path: Path) -> None:
-    words = [f"strategy={strategy.split()[0]}", *strategy.split()[1:], *MIXED, *RUN]
+@pytest.mark.usefixtures("ray_machine")
+def test_a_run_on_ray_gives_the_same_numbers(tmp_path: Path) -> None:
+    words = ["strategy=fedd2s", "strategy.cuts=[-1]", *MIXED, *RUN]
     here = fedpers(*words, output=tmp_path / "local")
     there = fedpers(*words, "runtime=ray", "runtime.actors=2", output=tmp_path / "ray")
     pd.testing.assert_frame_equal(clients_of(here), clients_of(there), rtol=1e-5, atol=1e-6)

@@ -45,13 +45,12 @@ from tests.runtime.faulty import (
     rounds,
     undisturbed,
 )
-from tests.runtimes import on_one_machine
 
 
 @pytest.fixture(scope="module")
-def machine() -> Iterator[None]:
-    """Ray on this machine, room for five actors, which may take long to start while other tests run beside them."""
-    with pytest.MonkeyPatch.context() as patch, on_one_machine(cpus=5):
+def machine(ray_machine: None) -> Iterator[None]:
+    """Ray, whose actors may take long to start while other tests run beside them."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_actors, "PATIENCE", 240.0)
         yield
 
@@ -174,11 +173,14 @@ def test_a_grid_that_nobody_saves_saves_itself(machine: None, tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_actors_that_always_die_end_the_run_with_a_sentence(machine: None, tmp_path: Path) -> None:
+def test_actors_that_always_die_end_the_run_with_a_sentence(
+    machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_runtime, "DEATHS", 1)
     app = app_of("die", str(tmp_path / "mark"), round=1)
     with (
         RayGrid(app, actors=1, clients_at_once=2) as grid,
-        pytest.raises(TrainingError, match="Ray actors in a row died"),
+        pytest.raises(TrainingError, match="2 Ray actors in a row died"),
     ):
         rounds(grid, app)
 

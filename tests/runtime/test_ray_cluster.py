@@ -60,7 +60,7 @@ WORKING_FOLDER = """
 
 
 @pytest.mark.slow
-def test_a_method_from_the_working_folder_needs_no_import_on_actors(tmp_path: Path) -> None:
+def test_a_method_from_the_working_folder_needs_no_import_on_actors(tmp_path: Path, ray_address: str) -> None:
     (tmp_path / "helper.py").write_text("def scale():\n    return 3.0\n")
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
@@ -81,11 +81,10 @@ def test_a_method_from_the_working_folder_needs_no_import_on_actors(tmp_path: Pa
     )
     tests = str(Path(__file__).parents[2])
     (tmp_path / "main.py").write_text(textwrap.dedent(WORKING_FOLDER.format(tests=tests)))
-    with cluster() as made:  # its raylets were started here, not in that folder
-        done = subprocess.run(
-            [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-            env={**os.environ, "RAY_ADDRESS": made.address, "PYTHONPATH": ""},
-        )  # fmt: skip
+    done = subprocess.run(  # the raylet was started here, not in that folder
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "RAY_ADDRESS": ray_address, "PYTHONPATH": ""},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "failures {}" in done.stdout
     assert "extra {'scale': 3.0}" in done.stdout

@@ -283,7 +283,7 @@ def test_flwr_run_with_flowers_simulation_gives_what_this_process_gives(tmp_path
         done = subprocess.run(
             [
                 flwr, "run", ".", "--stream", "--run-config", str(config),
-                "--federation-config", "num-supernodes=3 client-resources-num-cpus=1",
+                "--federation-config", "num-supernodes=3 client-resources-num-cpus=2",
             ],
             cwd=APP, env=surroundings, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip

@@ -36,7 +36,6 @@ from fedpers.strategies import STRATEGIES, CohortApp
 from tests.cohort.helpers import assert_same
 from tests.resume import results, start
 from tests.runtime.wire import WireGrid
-from tests.runtimes import on_one_machine
 from tests.server.helpers import both, far, plain_run, runs_or_is_refused, settings, stack, trained
 
 SETTINGS = [
@@ -387,15 +386,15 @@ def test_the_same_over_the_wire_and_in_cohorts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_machine")
 def test_the_same_on_actors() -> None:
     expected, grid, _ = played(in_cohorts(7))
     states = leaves(grid.engine.store.gather(range(7)))
-    with on_one_machine(cpus=2):
-        arrays, remote, _ = played(lambda app: RayGrid(app, actors=2, clients_at_once=2))
-        assert_same(arrays, expected)
-        for clients, state in remote.blocks():
-            assert_same(leaves(state), {name: value[clients] for name, value in states.items()})
-        remote.close()
+    arrays, remote, _ = played(lambda app: RayGrid(app, actors=2, clients_at_once=2))
+    assert_same(arrays, expected)
+    for clients, state in remote.blocks():
+        assert_same(leaves(state), {name: value[clients] for name, value in states.items()})
+    remote.close()
 
 
 # ------------------------------------------------------------- runs

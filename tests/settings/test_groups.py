@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,20 @@ PRESETS = {"cnn_bn": ModelConfig("cnn", norm="batch"), "resnet18_bn": ModelConfi
 CHOSEN = [(group, name) for group in GROUPS for name in group_names(group)]
 
 
+@cache
+def together(position: int) -> Config:
+    """What the choices at this position of all groups compose to, but for data, which bring choices of others along."""
+    chosen = {group: group_names(group)[position:] for group in GROUPS if group != "dataset"}
+    words = [f"{group}={names[0]}" for group, names in chosen.items() if names]
+    return composed([*words, *(key for word in words for key in NEEDED.get(word, []))])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), CHOSEN)
 def test_every_choice_composes_to_the_values_of_its_class(group: str, name: str) -> None:
     needed = NEEDED.get(f"{group}={name}", [])
-    config = composed([f"{group}={name}", *needed])
+    alone = group == "dataset"
+    config = composed([f"{group}={name}", *needed]) if alone else together(group_names(group).index(name))
     given = dict(argument.removeprefix(f"{group}.").split("=") for argument in needed)
     made: Any = getattr(config, group)
     if group == "model":

@@ -136,6 +136,20 @@ def test_the_selected_round_is_the_best_on_validation_never_on_test(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "part"), [("fedmf", "test"), ("pfedrec", "validation")])
+def test_official_ratings_are_selected_where_the_authors_of_a_method_do(
+    strategy: str, part: str, tmp_path: Path
+) -> None:
+    words = ["dataset=synthetic_ratings", "dataset.num_users=40", "dataset.num_items=300", "dataset.protocol=official"]
+    (folder,) = fedpers(f"strategy={strategy}", *words, "rounds=6", output=tmp_path)
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()][1:]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["protocol"], summary["selected_on"]) == ("official", part)
+    best = max(rounds, key=lambda row: (row[f"{part}/hr@10"], row["round"]))  # the last of equals
+    assert summary["selected_round"] == best["round"]
+
+
+@pytest.mark.slow
 def test_same_run_twice_and_with_two_workers_is_identical_but_for_times(tmp_path: Path) -> None:
     found = []
     for name, extra in (("a", []), ("b", []), ("c", ["runtime.workers=2", "runtime.clients_at_once=2"]),

@@ -54,7 +54,7 @@ def ray_address() -> Iterator[str]:
     """Address of a Ray cluster with room for five actors: one for all tests of this process, since it starts slowly."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 5})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 5, "num_gpus": 0})
     yield made.address
     made.shutdown()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -418,9 +419,17 @@ def test_too_many_actors_are_refused(machine: None) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_there_is_room_for_is_refused(machine: None) -> None:
-    with pytest.raises(ConfigError, match=r"runtime.cpus_per_actor=64"):
-        RayGrid(app_of(), cpus_per_actor=64)
+@pytest.mark.parametrize(
+    ("wanted", "sentence"),
+    [
+        ({"cpus_per_actor": 64}, "runtime.cpus_per_actor=64: expected at most 5, the CPUs of the largest node"),
+        ({"gpus_per_actor": 0.5}, "runtime.gpus_per_actor=0.5: expected at most 0, the GPUs of the largest node"),
+        ({"gpus_per_actor": 1, "cpus_per_actor": 0}, "runtime.gpus_per_actor=1: expected at most 0, the GPUs of the"),
+    ],
+)
+def test_what_no_node_has_room_for_is_named(machine: None, wanted: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}.*5 CPUs and 0 GPUs"):
+        RayGrid(app_of(), **wanted)
 
 
 @pytest.mark.slow

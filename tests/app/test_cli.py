@@ -194,8 +194,15 @@ def test_every_preset_composes_and_runs_one_round(preset: str, tmp_path: Path) -
     shorter = {  # every method runs by its own name in another test
         "baselines": ["strategy=fedavg,fedrep"],
         "demo": ["strategy=fedavg,fedrep"],
-        "pfedpg": ["model.pretrain_epochs=1", "model.dim=16", "model.depth=1", "training.epochs=1"],
-        "ranking": ["dataset.num_users=40", "dataset.num_items=300"],
+        "fedjets": ["strategy=fedjets,pretrained"],
+        "pfedpg": [
+            "strategy=fedavg,pfedpg",
+            "model.pretrain_epochs=1",
+            "model.dim=16",
+            "model.depth=1",
+            "training.epochs=1",
+        ],
+        "ranking": ["strategy=fedmf,fedrap", "dataset.num_users=40", "dataset.num_items=300"],
     }
     assert _main([f"+experiment={preset}", "rounds=1", "seed=0", *shorter.get(preset, []), f"output={tmp_path}"]) == 0
     assert run_folders(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +32,7 @@ from fedpers.server.postprocessors import CompressionConfig, Privacy, Robust, To
 from fedpers.settings import Config
 from fedpers.strategies import STRATEGIES, CohortApp
 from tests.cohort.helpers import assert_same
-from tests.resume import results, start
+from tests.resume import results
 from tests.runtime.wire import WireGrid
 from tests.server.helpers import both, far, plain_run, runs_or_is_refused, settings, stack, trained
 
@@ -410,22 +408,6 @@ def test_a_run_that_goes_on_equals_one_without_a_stop(tmp_path: Path) -> None:
         assert _main([*common, f"rounds={rounds}", f"hydra.run.dir={tmp_path / folder}"]) == 0
     assert _main(["resume", str(tmp_path / "parts"), "rounds=4"]) == 0
     assert results(tmp_path / "parts") == results(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
-    common = ["strategy=fedavg", "compression=topk", "rounds=15", "checkpoint.every=1"]
-    common += ["runtime.clients_at_once=5", "runtime.workers=1"]
-    folder = tmp_path / "killed"
-    process = start([*common, f"hydra.run.dir={folder}"], tmp_path)
-    while process.poll() is None and not any(folder.glob("checkpoints/round_*")):
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert _main(["resume", str(folder)]) == 0
-    assert _main([*common, f"hydra.run.dir={tmp_path / 'whole'}"]) == 0
-    assert results(folder) == results(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -80,10 +80,10 @@ def test_every_strategy_runs(strategy: str, tmp_path: Path) -> None:
     more = ["heterogeneity=rotation", "heterogeneity.groups=2"] if strategy == "group_perfl" else []
     if strategy in ("head_only", "fedvpt", "pfedpg"):  # whose network is a transformer
         more += ["model.dim=16", "model.depth=1"]
-    (folder,) = fedpers(f"strategy={strategy}", *SMALL, *more, output=tmp_path)
+    (folder,) = fedpers(f"strategy={strategy}", *SMALL[1:], *more, "rounds=2", output=tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["strategy"] == strategy
-    assert summary["rounds_done"] == 3
+    assert summary["rounds_done"] == 2
     assert summary["failures"] == 0
     assert 0.2 < summary["last"]["test/accuracy"] <= 1
 

@@ -32,9 +32,9 @@ lint: setup
 check: lint
 	$(PYTEST) --numprocesses=2 --dist=worksteal -m "not slow"
 
-# the tests of a file, which may share a Ray cluster, stay in one process
+# the tests of a file, which may share a Ray cluster, stay in one process; one process more than cores, since some wait
 test: lint
-	$(PYTEST) --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 bench: setup
 	$(BIN)/python -m benchmarks.local_grid

@@ -44,17 +44,6 @@ def cluster(nodes: int = 2, cpus: int = 1) -> Iterator[Cluster]:
         made.shutdown()
 
 
-@contextlib.contextmanager
-def on_one_machine(cpus: int = 2) -> Iterator[None]:
-    """Ray on this machine alone."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 def local(cohort: int | str) -> Callable[[CohortApp], LocalGrid]:
     return lambda app: LocalGrid(
         app, app.data.num_clients, clients_at_once=cohort, workers=1 if cohort == 1 else "auto"
@@ -86,7 +75,7 @@ def compare_runtimes(methods: list[str], device: str = "cpu") -> int:
         seconds[title] = time.perf_counter() - start
 
     measure("local auto", lambda *row: outcome_on(*row, local("auto"), device=device))
-    with on_one_machine():
+    with cluster(nodes=1, cpus=2):
         measure("Ray 2 actors", lambda *row: outcome_on(*row, on_ray, device=device))
     with cluster():
         measure("Ray 2 nodes", lambda *row: outcome_on(*row, on_ray, device=device))

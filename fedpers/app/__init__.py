@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import NoReturn
 
 from fedpers import __version__
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
@@ -18,6 +20,13 @@ SUBCOMMANDS = {"compare": "compare", "list": "listing", "partition": "partition"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 0, 1 (a run failed), 2 (bad input), 3 (no round to select), 130 or 143 (signals)."""
+    code = 1
+
+    def leave() -> None:
+        if "ray" in sys.modules:
+            _leave(code)
+
+    atexit.register(leave)  # called last: before whatever is registered by what is imported from now on
     try:
         code = _main(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -51,10 +60,15 @@ def _main(arguments: list[str]) -> int:
         print(f"fedpers: {reason}.", file=sys.stderr)
         code = int(getattr(stop, "exit_code", 130))
         if "ray" in sys.modules and import_module("fedpers.runtime.cluster").has_ended():
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)  # Ray's own way out waits for processes that were stopped too, or aborts
+            _leave(code)  # Ray's own way out waits for processes that were stopped too, or aborts
         return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without C++'s destructors: Ray's threads outlive ``ray.shutdown``, and some end in a crash."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _load(subcommand: str) -> ModuleType:

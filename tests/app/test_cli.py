@@ -262,6 +262,26 @@ def test_installed_command(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
+def test_a_command_that_used_ray_does_not_end_in_a_crash_of_its_threads() -> None:
+    """What is called when C++'s destructors are stands for them: it aborts the process."""
+    script = """
+import ctypes, sys, types
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
+import atexit
+import fedpers.app as app
+def command(arguments):
+    sys.modules["ray"] = types.ModuleType("ray")
+    atexit.register(print, "closed")
+    print("done")
+    return 3
+app._main = command
+app.main([])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\nclosed\n", "")
+
+
 @pytest.mark.slow
 def test_whoever_reads_a_table_may_stop_early(tmp_path: Path) -> None:
     (folder,) = fedpers("rounds=1", output=tmp_path)

@@ -21,46 +21,29 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "actors"),
     [
-        [
-            "strategy=ditto",
-            "fraction=0.5",
-            "split.unseen=2",
-            "partition.num_clients=8",
-            "aggregation=median",
-            "runtime.actors=2",
-        ],
-        [
-            "strategy=pfedrec",
-            "dataset=synthetic_ratings",
-            "dataset.num_users=30",
-            "dataset.num_items=300",
-            "runtime.actors=2",
-        ],
-        [
-            "strategy=fedavg",
-            "privacy=adaptive",
-            "privacy.noise=0.5",
-            "strategy.weighting=uniform",
-            "partition.num_clients=8",
-            "runtime.actors=1",
-        ],
+        ("strategy=ditto fraction=0.5 split.unseen=2 partition.num_clients=8 aggregation=median", 2),
+        ("strategy=pfedrec dataset=synthetic_ratings dataset.num_users=30 dataset.num_items=300", 2),
+        (
+            "strategy=fedavg privacy=adaptive privacy.noise=0.5 strategy.weighting=uniform partition.num_clients=8",
+            1,
+        ),
     ],
 )
-def test_the_same_settings_give_the_same_numbers(settings: list[str], tmp_path: Path) -> None:
-    common, (actors,) = settings[:-1], settings[-1:]
-    (here,) = fedpers(*common, "rounds=3", output=tmp_path / "local")
-    (there,) = fedpers(*common, "rounds=3", "runtime=ray", actors, output=tmp_path / "ray")
-    for own, other in zip(rounds(here), rounds(there), strict=True):
-        assert own == pytest.approx(other, rel=1e-5, abs=1e-7, nan_ok=True)
-    columns = [pd.read_parquet(folder / "clients.parquet") for folder in (here, there)]
+def test_the_same_settings_give_the_same_numbers(settings: str, actors: int, tmp_path: Path) -> None:
+    common = [*settings.split(), "rounds=3"]
+    (local,) = fedpers(*common, output=tmp_path / "local")
+    (ray,) = fedpers(*common, "runtime=ray", f"runtime.actors={actors}", output=tmp_path / "ray")
+    for expected, round in zip(rounds(local), rounds(ray), strict=True):
+        assert expected == pytest.approx(round, rel=1e-5, abs=1e-7, nan_ok=True)
+    columns = [pd.read_parquet(folder / "clients.parquet") for folder in (local, ray)]
     pd.testing.assert_frame_equal(*columns, rtol=1e-5, atol=1e-7)
-    runtime = json.loads((there / "manifest.json").read_text())["runtime"]
-    assert runtime["name"] == "ray"
-    assert f"runtime.actors={runtime['actors']}" == actors
+    runtime = json.loads((ray / "manifest.json").read_text())["runtime"]
+    assert (runtime["name"], runtime["actors"]) == ("ray", actors)
 
 
 def test_more_actors_than_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = error_of(capsys, "runtime=ray", "runtime.actors=99", "rounds=1", f"output={tmp_path}")
-    assert told == "fedpers: runtime.actors=99: expected at most 5, for which the cluster has room (5 CPUs and 0 GPUs)."
+    error = error_of(capsys, "runtime=ray", "runtime.actors=99", "rounds=1", f"output={tmp_path}")
+    allowed = "at most 5, for which the cluster has room (5 CPUs and 0 GPUs)"
+    assert error == f"fedpers: runtime.actors=99: expected {allowed}."

@@ -39,8 +39,7 @@ def test_a_node_that_leaves_changes_nothing() -> None:
 
 
 WORKING_FOLDER = """
-    import ray, sys, torch
-    from dataclasses import dataclass
+    import os, sys
     sys.path.insert(0, {tests!r})
     from fedpers.runtime.ray import RayGrid
     from fedpers.flower_private import server_identity
@@ -56,6 +55,8 @@ WORKING_FOLDER = """
         strategy.aggregate_train(1, folding.send_and_receive(messages))
         print("failures", strategy.report.failures)
         print("extra", strategy.report.extra)
+    sys.stdout.flush()
+    os._exit(0)  # as Ray's own processes end: its threads outlive ray.shutdown, and once one crashed in a destructor
 """
 
 

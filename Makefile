@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+# the programs that tests start would compile this package anew each time
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo check test lint bench gpu clean
 

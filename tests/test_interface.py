@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 APP = """
 from flwr.serverapp import ServerApp
 from fedpers import simulate
@@ -71,6 +73,7 @@ make_strategy option_types options_of strategy_class
 """
 
 
+@pytest.mark.slow
 def test_an_app_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(APP)
     done = subprocess.run(
@@ -80,6 +83,7 @@ def test_an_app_of_ones_own(tmp_path: Path) -> None:
     assert 0.5 < float(done.stdout.strip()) <= 1
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MINE)
     typed = ["strategy.name=mine:Anchored", "+strategy.mu=0.5", "rounds=3", "partition.num_clients=5", "output=runs"]

@@ -387,6 +387,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
 # ------------------------------------------------------------------ errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -130,6 +130,7 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
     assert summary["failures"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "message"),
     [

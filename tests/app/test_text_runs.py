@@ -60,6 +60,7 @@ def test_a_transformer_gives_the_same_for_any_number_of_clients_at_once(texts: l
     assert one.test_loss_last.mean() < 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

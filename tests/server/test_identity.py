@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ def app_of(method: str) -> CohortApp:
     return update.client_app(given.network, given.data)
 
 
+@functools.cache
 def server_of(method: str) -> PersonalizedStrategy:
     given = problem(method)
     return make_strategy(method, given.options, training=given.training)[0]

@@ -81,12 +81,12 @@ def plain_round(model: nn.Module, data: FederatedData, device: str, rounds: int)
 
     def one() -> None:
         for index in moved.train:
-            own = copy.deepcopy(model).to(device)
-            optimizer = torch.optim.SGD(own.parameters(), lr=0.05)
+            network = copy.deepcopy(model).to(device)
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
             for batch in index[torch.randperm(len(index))].split(BATCH):
                 optimizer.zero_grad()
-                here = batch.to(device)
-                F.cross_entropy(own(moved.x[here]), moved.y[here]).backward()
+                positions = batch.to(device)
+                F.cross_entropy(network(moved.x[positions]), moved.y[positions]).backward()
                 optimizer.step()
 
     return median(one, device, rounds)

@@ -81,21 +81,21 @@ def main() -> None:
         print(json.dumps(took), flush=True)
         return
     print(f"{'app':32}{'fedpers.simulate':>26}{'Flower':>26}   ratio")
-    here = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[1])
     for folder in chosen.folders:
-        found: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+        seconds: dict[str, list[float]] = {engine: [] for engine in ENGINES}
         for turn in range(chosen.turns):
             for engine in ENGINES[:: 1 if turn % 2 == 0 else -1]:
                 command = [sys.executable, "-m", "benchmarks.flower_apps", str(folder), "--engine", engine]
                 done = subprocess.run(
-                    [*command, "--nodes", str(chosen.nodes)], capture_output=True, text=True, check=False, cwd=here,
-                    env={**os.environ, "PYTHONPATH": here},
+                    [*command, "--nodes", str(chosen.nodes)], capture_output=True, text=True, check=False, cwd=root,
+                    env={**os.environ, "PYTHONPATH": root},
                 )  # fmt: skip
                 if done.returncode or FAILED in done.stdout + done.stderr:
                     sys.exit(f"{folder.name} under {engine} failed:\n{done.stderr[-3000:]}")
-                found[engine].append(json.loads(done.stdout.splitlines()[-1]))
-        medians = {engine: statistics.median(times) for engine, times in found.items()}
-        cells = [f"{medians[e]:8.2f} ({min(found[e]):.2f} to {max(found[e]):.2f})" for e in ENGINES]
+                seconds[engine].append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {engine: statistics.median(times) for engine, times in seconds.items()}
+        cells = [f"{medians[e]:8.2f} ({min(seconds[e]):.2f} to {max(seconds[e]):.2f})" for e in ENGINES]
         print(
             f"{folder.name:32}{cells[0]:>26}{cells[1]:>26}{medians['flower'] / medians['fedpers']:8.1f} x", flush=True
         )

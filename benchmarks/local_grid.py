@@ -116,7 +116,8 @@ def method_seconds(name: str, clients: int, parameters: int, rounds: int) -> flo
     lists = [torch.arange(3 * c, 3 * c + 3) for c in range(clients)]
     data = FederatedData(
         torch.randn(3 * clients, features), torch.randint(classes, (3 * clients,)),
-        [own[:1] for own in lists], [own[1:2] for own in lists], [own[2:] for own in lists], classes,
+        [positions[:1] for positions in lists], [positions[1:2] for positions in lists],
+        [positions[2:] for positions in lists], classes,
     )  # fmt: skip
     width = round(parameters / (features + 1 + classes))
     model = MLP((features,), classes, (width,))

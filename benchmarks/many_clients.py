@@ -85,10 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--here", action="store_true", help="in this process")
+    parser.add_argument("--here", dest="in_process", action="store_true", help="in this process")
     options = parser.parse_args()
     for clients in options.clients:
-        if options.here:
+        if options.in_process:
             measure(clients, options.rounds)
         else:
             command = [sys.executable, "-m", "benchmarks.many_clients", "--here"]

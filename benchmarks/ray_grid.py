@@ -75,7 +75,8 @@ def empty_app(clients: int, parameters: int) -> CohortApp:
     lists = [torch.arange(3 * c, 3 * c + 3) for c in range(clients)]
     data = FederatedData(
         torch.randn(3 * clients, FEATURES), torch.randint(CLASSES, (3 * clients,)),
-        [own[:1] for own in lists], [own[1:2] for own in lists], [own[2:] for own in lists], CLASSES,
+        [positions[:1] for positions in lists], [positions[1:2] for positions in lists],
+        [positions[2:] for positions in lists], CLASSES,
     )  # fmt: skip
     model = MLP((FEATURES,), CLASSES, (round(parameters / (FEATURES + 1 + CLASSES)),))
     return EmptyUpdate(training=Training(epochs=1)).client_app(model, data)

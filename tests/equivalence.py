@@ -101,7 +101,7 @@ def played(strategy: PersonalizedStrategy, app: CohortApp, made: Grid) -> dict[s
     strategy.begin()
     grid = strategy.folding(made)
     arrays, config = app.initial_arrays(), flower.ConfigRecord()
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for r in range(1, ROUNDS + 1):
         new, _ = strategy.aggregate_train(r, grid.send_and_receive(strategy.configure_train(r, arrays, config, grid)))
         assert new is not None
@@ -109,24 +109,24 @@ def played(strategy: PersonalizedStrategy, app: CohortApp, made: Grid) -> dict[s
         if strategy.report.failures:
             raise RuntimeError(f"{type(strategy).__name__}: {strategy.report.failures}")
         for name in ("bytes_down", "bytes_up", "steps", "samples", "gradients"):
-            found[f"round {r}/{name}"] = torch.tensor(getattr(strategy.report, name)).double()
+            tensors[f"round {r}/{name}"] = torch.tensor(getattr(strategy.report, name)).double()
         for name, value in strategy.report.extra.items():
-            found[f"round {r}/{name}"] = torch.tensor(value).double()
+            tensors[f"round {r}/{name}"] = torch.tensor(value).double()
     strategy.aggregate_evaluate(r, grid.send_and_receive(strategy.configure_evaluate(r, arrays, config, grid)))
     strategy.evaluate_adapted(arrays, config, grid)
     for clients, states in made.blocks():  # type: ignore[attr-defined]
         for k, client in enumerate(clients.tolist()):
-            found.update({f"clients/{client}/{n}": v[k].cpu().clone() for n, v in leaves(states).items()})
+            tensors.update({f"clients/{client}/{n}": v[k].cpu().clone() for n, v in leaves(states).items()})
     report = strategy.report
     if report.evaluation_failures:
         raise RuntimeError(f"{type(strategy).__name__}: {report.evaluation_failures}")
-    found.update({f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()})
+    tensors.update({f"server/{n}": v.cpu() for n, v in leaves(from_record(arrays)).items()})
     for role, values in strategy.state.items():
-        found.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})
+        tensors.update({f"server/{role}/{n}": v.cpu() for n, v in leaves(values).items()})
     for group, rows in (("metrics", report.clients), ("unseen", report.unseen), ("adapted", report.adapted)):
         for name in next(iter(rows.values())):
-            found[f"{group}/{name}"] = torch.tensor([own[name] for own in rows.values()]).double()
-    return found
+            tensors[f"{group}/{name}"] = torch.tensor([metrics[name] for metrics in rows.values()]).double()
+    return tensors
 
 
 def difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

@@ -71,16 +71,16 @@ def client_app(mods: list[Any] | None = None) -> ClientApp:
 
 
 def server_app(
-    found: dict[str, Any], strategy: Callable[[], Strategy] = FedAvg, rounds: int = 3, lr: float = 0.1
+    results: dict[str, Any], strategy: Callable[[], Strategy] = FedAvg, rounds: int = 3, lr: float = 0.1
 ) -> ServerApp:
-    """Server app that leaves its result in `found`."""
+    """Server app that leaves its result in `results`."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         result = strategy().start(grid, initial_arrays(), num_rounds=rounds, train_config=ConfigRecord({"lr": lr}))
-        found["arrays"] = {name: array.numpy() for name, array in result.arrays.items()}
-        found["train"] = {r: dict(metrics) for r, metrics in result.train_metrics_clientapp.items()}
-        found["evaluate"] = {r: dict(metrics) for r, metrics in result.evaluate_metrics_clientapp.items()}
+        results["arrays"] = {name: array.numpy() for name, array in result.arrays.items()}
+        results["train"] = {r: dict(metrics) for r, metrics in result.train_metrics_clientapp.items()}
+        results["evaluate"] = {r: dict(metrics) for r, metrics in result.evaluate_metrics_clientapp.items()}
 
     return app

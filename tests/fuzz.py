@@ -55,10 +55,10 @@ def _arrays(reply: flower.Message) -> list[tuple[flower.ArrayRecord, str]]:
 
 
 def _one(reply: flower.Message, rng: np.random.Generator) -> tuple[flower.ArrayRecord, str, flower.Array] | None:
-    found = _arrays(reply)
-    if not found:
+    arrays = _arrays(reply)
+    if not arrays:
         return None
-    record, name = found[rng.integers(len(found))]
+    record, name = arrays[rng.integers(len(arrays))]
     return record, name, record[name]
 
 
@@ -236,10 +236,10 @@ class Prepared:
         strategy = copy.deepcopy(self.strategy)
         new, _ = strategy.aggregate_train(2, replies)
         assert new is not None
-        found = {f"arrays/{n}": v for n, v in leaves(from_record(new)).items()}
+        outcome = {f"arrays/{n}": v for n, v in leaves(from_record(new)).items()}
         for role, values in strategy.state.items():
-            found.update({f"{role}/{n}": v for n, v in leaves(values).items()})
-        return found, strategy
+            outcome.update({f"{role}/{n}": v for n, v in leaves(values).items()})
+        return outcome, strategy
 
     def evaluate(self, replies: list[flower.Message]) -> tuple[dict[str, Tensor], PersonalizedStrategy]:
         """Metrics of an evaluation for some replies."""
@@ -247,7 +247,7 @@ class Prepared:
         strategy._evaluating_clients = sorted(strategy.exchange.node_of)
         strategy.aggregate_evaluate(2, replies)
         rows = {**strategy.report.clients, **strategy.report.unseen}
-        return {f"{c}/{name}": torch.tensor(v) for c, own in rows.items() for name, v in own.items()}, strategy
+        return {f"{c}/{name}": torch.tensor(v) for c, metrics in rows.items() for name, v in metrics.items()}, strategy
 
 
 def prepared(method: str) -> Prepared:
@@ -290,7 +290,7 @@ def reply_case(given: Prepared, kind: str, rng: np.random.Generator) -> str:
     at = int(rng.integers(len(others) + 1))
     sent = list(others) if damaged is None else [*others[:at], damaged, *others[at:]]
     try:
-        found, strategy = aggregate(sent)
+        actual, strategy = aggregate(sent)
     except Exception as problem:
         return f"raised {type(problem).__name__}: {problem}"
     failures = strategy.report.failures if training else strategy.report.evaluation_failures
@@ -298,7 +298,7 @@ def reply_case(given: Prepared, kind: str, rng: np.random.Generator) -> str:
         return f"left out {failures}, expected client {client}"
     if not failures[client]:
         return "left out without a reason"
-    if found.keys() != expected.keys() or any(not torch.equal(found[n], v) for n, v in expected.items()):
+    if actual.keys() != expected.keys() or any(not torch.equal(actual[n], v) for n, v in expected.items()):
         return "aggregated something else than the other replies"
     return ""
 
@@ -384,9 +384,9 @@ def bad_settings(rng: np.random.Generator) -> Iterator[list[str]]:
 
 def config_case(line: list[str], folder: Path) -> str:
     """Type one bad setting; say what went wrong, nothing if it ended as defined."""
-    given = [own for own in SMALL if not any(own.split("=")[0] == a.split("=")[0] for a in line)]
+    given = [setting for setting in SMALL if not any(setting.split("=")[0] == a.split("=")[0] for a in line)]
     if any(line[0] == f"strategy={method}" for method in ("fedrap", "fedmf", "pfedrec", "no_learning")):  # of ratings
-        given = [own for own in given if not own.startswith("partition")]
+        given = [setting for setting in given if not setting.startswith("partition")]
     out, err = io.StringIO(), io.StringIO()
     handlers = list(logging.getLogger().handlers)
     try:
@@ -398,13 +398,13 @@ def config_case(line: list[str], folder: Path) -> str:
         for handler in set(logging.getLogger().handlers) - set(handlers):
             logging.getLogger().removeHandler(handler)
             handler.close()
-    told = [text for text in err.getvalue().splitlines() if text.startswith("fedpers: ")]
+    sentences = [text for text in err.getvalue().splitlines() if text.startswith("fedpers: ")]
     if "Traceback" in err.getvalue() + out.getvalue():
         return f"exit {code} with a traceback: {err.getvalue()[-600:]}"
     if code == 0:
         return "accepted"
-    if code not in (1, 2) or len(told) != 1:
-        return f"exit {code}, sentences: {told}"
+    if code not in (1, 2) or len(sentences) != 1:
+        return f"exit {code}, sentences: {sentences}"
     return ""
 
 

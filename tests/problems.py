@@ -256,9 +256,11 @@ def problem(method: str, dtype: torch.dtype = torch.float32) -> Problem:
 def problems(method: str, dtype: torch.dtype = torch.float32) -> dict[str, Problem]:
     """The problem of `method` in several settings: ``default`` is :func:`problem`, the others :data:`VARIATIONS`."""
     given = problem(method, dtype)
-    found = {"default": given}
+    variants = {"default": given}
     for label, settings in VARIATIONS.get(method, {}).items():
-        own = {name: value for name, value in settings.items() if not name.startswith("training.")}
-        training = {name.removeprefix("training."): settings[name] for name in settings if name not in own}
-        found[label] = replace(given, options={**given.options, **own}, training=replace(given.training, **training))
-    return found
+        options = {name: value for name, value in settings.items() if not name.startswith("training.")}
+        training = {name.removeprefix("training."): settings[name] for name in settings if name not in options}
+        variants[label] = replace(
+            given, options={**given.options, **options}, training=replace(given.training, **training)
+        )
+    return variants

@@ -95,8 +95,8 @@ def killed_runs(method: str, rounds: int, sequences: tuple[int, ...], home: Path
     whole = home / "undisturbed"
     for attempt, more in ((home / "first", ["rounds=1"]), (whole, [])):  # the first measures sizes, which are kept
         began = time.monotonic()
-        if told := finish(start([*command, *more, f"hydra.run.dir={attempt}"], cache)):
-            raise RuntimeError(told)
+        if message := finish(start([*command, *more, f"hydra.run.dir={attempt}"], cache)):
+            raise RuntimeError(message)
         duration = time.monotonic() - began
     expected = results(whole)
     print(f"{method}, {rounds} rounds: {duration:.1f} s undisturbed")
@@ -112,11 +112,11 @@ def killed_runs(method: str, rounds: int, sequences: tuple[int, ...], home: Path
             arguments = [*command, f"hydra.run.dir={folder}"]
             while len(met) < kills:
                 moment = draws.uniform(0.25, 0.6) if met else draws.uniform(0, 1)  # a resumed run ends earlier
-                found = kill(start(arguments, cache), folder, moment * duration, (count + len(met)) % AIMED == 0)
-                if found.ended:
-                    duration = duration if met else min(duration, found.seconds)  # the machine is less busy by now
+                outcome = kill(start(arguments, cache), folder, moment * duration, (count + len(met)) % AIMED == 0)
+                if outcome.ended:
+                    duration = duration if met else min(duration, outcome.seconds)  # the machine is less busy by now
                     break
-                met.append(found)
+                met.append(outcome)
                 arguments = ["resume", str(folder)]
         count += kills
         rows = []
@@ -125,13 +125,13 @@ def killed_runs(method: str, rounds: int, sequences: tuple[int, ...], home: Path
             doing = f"resuming, {doing}" if place else doing
             rows.append(f"{number:>4}{one.seconds:>12.2f} s{one.rounds:>13}  {doing:<32}")
         then = "resumed"
-        if told := finish(start(arguments, cache)):
-            if "anew" not in told and "holds no run" not in told and "there is no folder" not in told:
-                raise RuntimeError(told)
+        if message := finish(start(arguments, cache)):
+            if "anew" not in message and "holds no run" not in message and "there is no folder" not in message:
+                raise RuntimeError(message)
             then = "no checkpoint: started anew"
             shutil.rmtree(folder, ignore_errors=True)
-            if told := finish(start([*command, f"hydra.run.dir={folder}"], cache)):
-                raise RuntimeError(told)
+            if message := finish(start([*command, f"hydra.run.dir={folder}"], cache)):
+                raise RuntimeError(message)
         yielded = results(folder)
         wrong = [name for name in expected if yielded[name] != expected[name]]
         differing += bool(wrong)

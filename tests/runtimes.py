@@ -57,9 +57,9 @@ def on_ray(app: CohortApp) -> RayGrid:
 def under_flower(engine: FlowerSimulation, method: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Play a method under Flower's simulation."""
     strategy, app = halves(method, dtype)
-    found: dict[str, Tensor] = {}
-    engine.run(partial(client_half, method, dtype), lambda grid: found.update(played(strategy, app, grid)), app)
-    return found
+    outcome: dict[str, Tensor] = {}
+    engine.run(partial(client_half, method, dtype), lambda grid: outcome.update(played(strategy, app, grid)), app)
+    return outcome
 
 
 def compare_runtimes(methods: list[str], device: str = "cpu") -> int:
@@ -107,5 +107,5 @@ def _common(
     """
     if dtype == torch.float64:
         return first, second
-    kept = [{n: v for n, v in own.items() if not n.startswith("clients/")} for own in (first, second)]
+    kept = [{n: v for n, v in values.items() if not n.startswith("clients/")} for values in (first, second)]
     return kept[0], kept[1]

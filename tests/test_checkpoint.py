@@ -46,17 +46,17 @@ def made(method: str) -> tuple[PersonalizedStrategy, CohortApp, LocalGrid]:
 def outcome(strategy: PersonalizedStrategy, grid: LocalGrid, arrays: Tree) -> dict[str, Tensor]:
     """All state of server and clients by name."""
     assert grid.engine is not None
-    found = {f"arrays/{name}": value for name, value in leaves(arrays).items()}
+    tensors = {f"arrays/{name}": value for name, value in leaves(arrays).items()}
     for role, values in strategy.state.items():
-        found.update({f"server/{role}/{name}": value for name, value in leaves(values).items()})
+        tensors.update({f"server/{role}/{name}": value for name, value in leaves(values).items()})
     rows = grid.engine.store.gather(range(grid.num_clients))
-    return {**found, **{f"clients/{name}": value for name, value in leaves(rows).items()}}
+    return {**tensors, **{f"clients/{name}": value for name, value in leaves(rows).items()}}
 
 
 def without_times(report: RoundReport) -> dict[str, Any]:
     """A report without times, NaN comparable."""
-    found: dict[str, Any] = exactly(report_to_json(report))
-    return {name: value for name, value in found.items() if "seconds" not in name}
+    fields: dict[str, Any] = exactly(report_to_json(report))
+    return {name: value for name, value in fields.items() if "seconds" not in name}
 
 
 @pytest.mark.slow
@@ -81,15 +81,15 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
     grid.close()
     expected = dict(kept)
 
-    (found,) = checkpoints.whole()
+    (checkpoint,) = checkpoints.whole()
     kept.clear()
     strategy, app, grid = made(method)
-    found.check_clients(app)
-    arrays, state = found.read_server(app)
-    grid.load(read_states(found.folder, app.initial_state))
+    checkpoint.check_clients(app)
+    arrays, state = checkpoint.read_server(app)
+    grid.load(read_states(checkpoint.folder, app.initial_state))
     strategy.state = state
     kept[HALF] = outcome(strategy, grid, arrays)
-    last_report = report_from_json(found.content["report"])
+    last_report = report_from_json(checkpoint.content["report"])
     with server_identity(1):
         resumed = run_rounds(
             strategy, grid, to_record(arrays), ROUNDS, last_report=last_report, state=state, after_round=save
@@ -107,7 +107,7 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
 
 def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path: Path) -> None:
     """After the last round clients are evaluated out of turn, and unseen ones train; neither may stay."""
-    found: list[list[dict[str, Any]]] = []
+    histories: list[list[dict[str, Any]]] = []
     for lengths in ((5,), (2, 5)):
         reports: list[dict[str, Any]] = []
         start: Checkpoint | None = None
@@ -139,10 +139,10 @@ def test_an_extended_run_equals_one_that_was_as_long_from_the_start(tmp_path: Pa
                 )
                 reports += [without_times(report) for report in continued]
             start = next(checkpoints.whole())
-        found.append(reports)
-    assert found[0][2]["clients"] == {}  # not due in the middle of a run
-    assert found[0][5]["adapted"]
-    assert found[0] == found[1]
+        histories.append(reports)
+    assert histories[0][2]["clients"] == {}  # not due in the middle of a run
+    assert histories[0][5]["adapted"]
+    assert histories[0] == histories[1]
 
 
 # ----------------------------------------------------------------- what is written
@@ -174,10 +174,10 @@ def test_states_come_back_to_the_last_bit_and_by_client(tmp_path: Path) -> None:
     files = write_states(tmp_path, blocks())
     assert [path.name for path in files] == ["clients-00000.safetensors", "clients-00001.safetensors"]
     for clients, expected in ((None, [0, 3, 5]), ([5, 0], [0, 5]), ([1], []), ([], [])):
-        found = list(read_states(tmp_path, INITIAL, clients))
-        assert [client for own, _ in found for client in own.tolist()] == expected
-        for own, state in found:
-            rows = [[0, 3, 5].index(client) for client in own.tolist()]
+        read_back = list(read_states(tmp_path, INITIAL, clients))
+        assert [client for numbers, _ in read_back for client in numbers.tolist()] == expected
+        for numbers, state in read_back:
+            rows = [[0, 3, 5].index(client) for client in numbers.tolist()]
             for name, value in leaves(state).items():
                 assert same(value, leaves(STATES)[name][rows]), name
 
@@ -210,8 +210,8 @@ def saved(folder: Path, *rounds: int, keep: int = 2) -> Checkpoints:
     state = app.initial_state.expand(3).clone()
     for round in rounds:
         values = from_record(app.initial_arrays())
-        own = {"extra": tree({"step": torch.tensor(round)}), "empty": tree({})}
-        path = checkpoints.save(round, {"x": math.nan}, values, own, [(torch.tensor([0, 2, 6]), state)])
+        server_state = {"extra": tree({"step": torch.tensor(round)}), "empty": tree({})}
+        path = checkpoints.save(round, {"x": math.nan}, values, server_state, [(torch.tensor([0, 2, 6]), state)])
         checkpoints.prune(path)
     return checkpoints
 
@@ -220,7 +220,7 @@ def test_the_last_are_kept_and_what_a_kill_left_is_removed(tmp_path: Path) -> No
     checkpoints = saved(tmp_path, 2, 4)
     (tmp_path / ".draft-round_000006").mkdir()
     (tmp_path / ".draft-round_000006" / "server.safetensors").write_bytes(b"half")
-    assert [found.round for found in checkpoints.whole()] == [4, 2]
+    assert [checkpoint.round for checkpoint in checkpoints.whole()] == [4, 2]
     saved(tmp_path, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["round_000004", "round_000006"]
     saved(tmp_path, 5, keep=1)  # after a resume from 4, as 6 was damaged
@@ -230,8 +230,8 @@ def test_the_last_are_kept_and_what_a_kill_left_is_removed(tmp_path: Path) -> No
 def test_a_checkpoint_of_the_same_round_is_replaced(tmp_path: Path) -> None:
     saved(tmp_path, 2)
     (tmp_path / "round_000002" / "server.safetensors").write_bytes(b"damaged")
-    (found,) = saved(tmp_path, 2).whole()
-    assert found.round == 2
+    (checkpoint,) = saved(tmp_path, 2).whole()
+    assert checkpoint.round == 2
     assert [path.name for path in tmp_path.iterdir()] == ["round_000002"]
 
 
@@ -245,9 +245,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Pat
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(4, {}, from_record(fedper().initial_arrays()), {}, failing())
     assert [path.name for path in tmp_path.iterdir()] == ["round_000002"]
-    (found,) = checkpoints.whole()
-    assert math.isnan(found.content["x"])
-    arrays, state = found.read_server(fedper())
+    (checkpoint,) = checkpoints.whole()
+    assert math.isnan(checkpoint.content["x"])
+    arrays, state = checkpoint.read_server(fedper())
     assert int(state["extra"]["step"]) == 2
     assert state["empty"].is_empty()
     assert arrays.keys() == from_record(fedper().initial_arrays()).keys()
@@ -314,7 +314,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 ) -> None:
     checkpoints = saved(tmp_path, 2, 4)
     DAMAGE[damage](tmp_path / "round_000004")
-    assert [found.round for found in checkpoints.whole()] == [2]
+    assert [checkpoint.round for checkpoint in checkpoints.whole()] == [2]
     (record,) = caplog.records
     assert record.getMessage().endswith(" This checkpoint is not used.")
     assert "round_000004" in record.getMessage()
@@ -375,19 +375,19 @@ def test_tensors_that_do_not_fit_the_run_are_refused(change: str, tmp_path: Path
     tensors = contents(folder / f"{file}.safetensors")
     edit(tensors)
     remade(folder, tensors, f"{file}.safetensors")
-    (found,) = checkpoints.whole()
+    (checkpoint,) = checkpoints.whole()
     app = fedper()
     with pytest.raises(DamagedError, match=r"round_000004.*\.$"):
-        (found.read_server if file == "server" else found.check_clients)(app)
-    (found.check_clients if file == "server" else found.read_server)(app)  # the other file is fine
+        (checkpoint.read_server if file == "server" else checkpoint.check_clients)(app)
+    (checkpoint.check_clients if file == "server" else checkpoint.read_server)(app)  # the other file is fine
 
 
 def test_a_file_larger_than_the_state_can_be_is_refused_unread(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 4)
-    (found,) = checkpoints.whole()
-    os.truncate(found.folder / "server.safetensors", 2**40)  # all of it a hole
+    (checkpoint,) = checkpoints.whole()
+    os.truncate(checkpoint.folder / "server.safetensors", 2**40)  # all of it a hole
     with pytest.raises(DamagedError, match="larger than the state of this run can be"):
-        found.read_server(fedper())
+        checkpoint.read_server(fedper())
 
 
 def test_the_checksum_of_a_network_sees_frozen_parameters_and_buffers() -> None:

@@ -95,7 +95,7 @@ def our_data(case: Problem) -> FederatedData:
     return FederatedData(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]), *lists, CLASSES)
 
 
-def here(make: Callable[[], Any], untimed: int, chosen: Namespace) -> list[float]:
+def in_this_process(make: Callable[[], Any], untimed: int, chosen: Namespace) -> list[float]:
     """Rounds in this process."""
     runner = make()
     try:
@@ -124,31 +124,33 @@ def measurements(chosen: Namespace) -> dict[str, Measurement]:
         for size in chosen.sizes:
             name = f"fedpers, {size} at once, {workers} worker{'s' * (workers > 1)}"
             makers[name] = partial(Ours, case, data, size, workers, chosen.device)
-    found: dict[str, Measurement] = {name: partial(here, make, case.untimed, chosen) for name, make in makers.items()}
+    measured: dict[str, Measurement] = {
+        name: partial(in_this_process, make, case.untimed, chosen) for name, make in makers.items()
+    }
     if chosen.pfl:
-        found["pfl"] = partial(elsewhere, [chosen.pfl, str(HERE / "run_pfl.py")], chosen)
+        measured["pfl"] = partial(elsewhere, [chosen.pfl, str(HERE / "run_pfl.py")], chosen)
     if chosen.fluke:
-        found["fluke"] = partial(elsewhere, [chosen.fluke, str(HERE / "run_fluke.py")], chosen)
+        measured["fluke"] = partial(elsewhere, [chosen.fluke, str(HERE / "run_fluke.py")], chosen)
     if chosen.pfllib:
         python, checkout = chosen.pfllib
-        found["PFLlib"] = partial(elsewhere, [python, str(HERE / "run_pfllib.py"), "--checkout", checkout], chosen)
+        measured["PFLlib"] = partial(elsewhere, [python, str(HERE / "run_pfllib.py"), "--checkout", checkout], chosen)
     if chosen.flower:
         from flwr.simulation import run_simulation
 
         runs: dict[str, Callable[..., None]] = {"fedpers.simulate": fedpers.simulate, "Flower": run_simulation}
         for name, run in runs.items():
-            found[f"Flower app, {name}"] = partial(flower_app, run, chosen.problem)
-    return found
+            measured[f"Flower app, {name}"] = partial(flower_app, run, chosen.problem)
+    return measured
 
 
 def in_turns(measured: dict[str, Measurement], turns: int) -> dict[str, list[float]]:
     """Median seconds of a round of each, once per turn, in changing order."""
-    found: dict[str, list[float]] = {name: [] for name in measured}
+    seconds: dict[str, list[float]] = {name: [] for name in measured}
     for turn in range(turns):
         for name in list(measured)[:: 1 if turn % 2 == 0 else -1]:
-            found[name].append(statistics.median(measured[name]()))
-            print(f"turn {turn + 1} of {turns}: {name} {found[name][-1]:.4f} s", file=sys.stderr, flush=True)
-    return found
+            seconds[name].append(statistics.median(measured[name]()))
+            print(f"turn {turn + 1} of {turns}: {name} {seconds[name][-1]:.4f} s", file=sys.stderr, flush=True)
+    return seconds
 
 
 def profile(chosen: Namespace) -> None:
@@ -212,9 +214,9 @@ def main() -> None:
     choice.choose(case.sampled)
     print(f"{case.name}, seconds of a round; fedpers chooses {choice}", flush=True)
     choice.close()
-    found = in_turns(measurements(chosen), chosen.turns)
-    base = statistics.median(found["textbook"])
-    for name, times in found.items():
+    seconds = in_turns(measurements(chosen), chosen.turns)
+    base = statistics.median(seconds["textbook"])
+    for name, times in seconds.items():
         median = statistics.median(times)
         print(f"{name:36}{median:8.4f}  {min(times):.4f} to {max(times):.4f}  {median / base:6.2f} x", flush=True)
 

@@ -51,9 +51,9 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder) / "dataset" / "peers", case)
-        here = Path(folder) / "system"
-        here.mkdir()
-        os.chdir(here)  # it looks in ../dataset
+        system = Path(folder) / "system"
+        system.mkdir()
+        os.chdir(system)  # it looks in ../dataset
         with contextlib.redirect_stdout(sys.stderr):
             server = FedAvg(settings, 0)
 

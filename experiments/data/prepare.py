@@ -40,11 +40,11 @@ EVERY = 6
 FEWEST_CHARACTERS = 1_000
 
 
-def expect(what: str, found: Any, wanted: Any) -> None:
-    """End the script with a sentence unless `found` is `wanted`; arrays and sequences are compared entry by entry."""
-    same = np.array_equal(np.asarray(found), np.asarray(wanted))
+def expect(what: str, actual: Any, wanted: Any) -> None:
+    """End the script with a sentence unless `actual` is `wanted`; arrays and sequences are compared entry by entry."""
+    same = np.array_equal(np.asarray(actual), np.asarray(wanted))
     if not same:
-        raise SystemExit(f"{what}: found {np.asarray(found).tolist()}, expected {np.asarray(wanted).tolist()}.")
+        raise SystemExit(f"{what}: found {np.asarray(actual).tolist()}, expected {np.asarray(wanted).tolist()}.")
 
 
 def read(folder: Path, name: str) -> Arrays:

@@ -27,7 +27,10 @@ def curves(folder: str) -> dict[str, np.ndarray]:
         lines = [json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines()]
         curve = [line["test/accuracy"] for line in lines if "test/accuracy" in line]
         runs[run.strategy][str(run.training)].append((run.metric("validation/accuracy"), curve))
-    best = {name: max(own.values(), key=lambda seeds: np.mean([s for s, _ in seeds])) for name, own in runs.items()}
+    best = {
+        name: max(by_training.values(), key=lambda seeds: np.mean([s for s, _ in seeds]))
+        for name, by_training in runs.items()
+    }
     return {name: np.array([curve for _, curve in seeds]) for name, seeds in best.items()}
 
 
@@ -36,8 +39,8 @@ def main(target: str, *parts: str) -> None:
     figure, axes = plt.subplots(1, len(parts), figsize=(5 * len(parts), 3.6), layout="constrained")
     for axis, part in zip(np.atleast_1d(axes), parts, strict=True):
         title, _, folder = part.partition("=")
-        found = curves(folder)
-        for name, values in sorted(found.items(), key=lambda item: -item[1][:, -1].mean()):
+        accuracies = curves(folder)
+        for name, values in sorted(accuracies.items(), key=lambda item: -item[1][:, -1].mean()):
             style = {"linestyle": "--"} if name in ("local", "fedavg", "pretrained") else {}
             (line,) = axis.plot(100 * values.mean(0), label=name, **style)
             low, high = 100 * values.min(0), 100 * values.max(0)

@@ -30,15 +30,17 @@ def main() -> None:
     with np.load(options.partitions, allow_pickle=False) as file:
         positions, sizes = file[f"{NAME}__idx"].astype(np.int64), file[f"{NAME}__n"]
     step = round(1 / options.share)
-    lists = [own[::step] for own in np.split(positions, np.cumsum(sizes.ravel())[:-1])]
+    lists = [samples[::step] for samples in np.split(positions, np.cumsum(sizes.ravel())[:-1])]
     used = np.sort(np.concatenate(lists))
     place = np.full(len(y), -1)
     place[used] = np.arange(len(used))
     options.out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(options.out / "mnist.npz", x=x[used], y=y[used])
-    named = {f"{part}_{k // 2}": place[own] for k, own in enumerate(lists) for part in [("train", "test")[k % 2]]}
+    named = {
+        f"{part}_{k // 2}": place[samples] for k, samples in enumerate(lists) for part in [("train", "test")[k % 2]]
+    }
     np.savez_compressed(options.out / "clients.npz", **named)
-    counts = [len(own) for own in lists]
+    counts = [len(samples) for samples in lists]
     print(f"{len(used)} samples; training {sum(counts[::2])} in {counts[::2]}, test {sum(counts[1::2])}")
 
 

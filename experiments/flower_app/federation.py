@@ -156,8 +156,8 @@ class Federation:
             _stop([run])
         if not result.exists():
             raise FederationError("the run failed; its log is above.")
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return outcome
 
     def check(self) -> None:
         """Raise if a process has ended by itself."""
@@ -224,17 +224,17 @@ def make_certificates(folder: Path) -> None:
     pem = serialization.Encoding.PEM
     ca = certificate("federation", authority, "federation", authority, ca=True)
     (folder / "ca.pem").write_bytes(ca.public_bytes(pem))
-    own = certificate("localhost", server, "federation", authority, ca=False)
-    (folder / "server.pem").write_bytes(own.public_bytes(pem))
+    server_certificate = certificate("localhost", server, "federation", authority, ca=False)
+    (folder / "server.pem").write_bytes(server_certificate.public_bytes(pem))
     key = server.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / "server.key").touch(mode=0o600)
     (folder / "server.key").write_bytes(key)
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind((HOST, 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])
 
 
 def _listens(port: int) -> bool:
@@ -275,14 +275,14 @@ def main() -> int:
         with Federation(options.nodes, tls=options.tls) as federation:
             result = options.result or federation.folder / "result.json"
             settings = f"{options.settings} partition.num_clients={options.nodes}"
-            found = federation.run(settings, result, timeout=options.timeout)
+            outcome = federation.run(settings, result, timeout=options.timeout)
     except FederationError as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    print(f"after round {found['round']}:")
-    for client, metrics in found["clients"].items():
+    print(f"after round {outcome['round']}:")
+    for client, metrics in outcome["clients"].items():
         print(f"  client {client}: " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items())))
     return 0
 

@@ -120,16 +120,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
-    found: dict[str, list[tuple[float, ...]]] = {}
+    results: dict[str, list[tuple[float, ...]]] = {}
     for seed in range(chosen.seeds):
         clients = Clients(seed)
         best = clients.errors(*clients.optimum())
-        found.setdefault("optimum", []).append((*best, INTER, 0))
+        results.setdefault("optimum", []).append((*best, INTER, 0))
         for name, row in ROWS.items():
             centre, personal, inter, steps = trained(clients, *row)
-            found.setdefault(name, []).append((*clients.errors(centre, personal), inter, steps))
+            results.setdefault(name, []).append((*clients.errors(centre, personal), inter, steps))
     print(f"{'':28}{'global':>10}{'ratio':>8}{'personal':>10}{'ratio':>8}{'s_0':>10}{'steps':>8}")
-    means = {name: [statistics.mean(column) for column in zip(*rows, strict=True)] for name, rows in found.items()}
+    means = {name: [statistics.mean(column) for column in zip(*rows, strict=True)] for name, rows in results.items()}
     best_centre, best_personal, *_ = means["optimum"]
     for name, (centre, personal, inter, steps) in means.items():
         ratios = centre / best_centre, personal / best_personal

@@ -151,14 +151,14 @@ def test_official_ratings_are_selected_where_the_authors_of_a_method_do(
 
 @pytest.mark.slow
 def test_same_run_twice_and_with_two_workers_is_identical_but_for_times(tmp_path: Path) -> None:
-    found = []
+    runs = []
     for name, extra in (("a", []), ("b", []), ("c", ["runtime.workers=2", "runtime.clients_at_once=2"]),
                         ("d", ["runtime.workers=1", "runtime.clients_at_once=2"])):  # fmt: skip
         (folder,) = fedpers("strategy=ditto", "fraction=0.7", *SMALL, *extra, output=tmp_path / name)
         rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-        found.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
-    assert found[0] == found[1]
-    assert found[2] == found[3]
+        runs.append([{k: v for k, v in row.items() if k not in TIMES} for row in rows])
+    assert runs[0] == runs[1]
+    assert runs[2] == runs[3]
 
 
 def test_evaluate_every_and_the_last_round(tmp_path: Path) -> None:
@@ -546,7 +546,7 @@ def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["=3"], "the settings cannot be read: "),
         (["model=3"], "model=3: expected one of auto, "),
@@ -554,6 +554,6 @@ def test_more_clients_in_a_cohort_than_there_are(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_of_which_hydra_makes_nothing(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert error_of(capsys, *arguments, f"output={tmp_path}").startswith(f"fedpers: {told}")
+    assert error_of(capsys, *arguments, f"output={tmp_path}").startswith(f"fedpers: {message}")

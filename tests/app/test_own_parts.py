@@ -85,7 +85,7 @@ def needs(root):
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine_parts.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -94,10 +94,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("typed", ["dataset=mine_parts:arrays", "dataset.name=mine_parts:arrays"])
-def test_own_data_and_network(here: Path, typed: str) -> None:
+def test_own_data_and_network(working_folder: Path, typed: str) -> None:
     (folder,) = fedpers(
         typed, "dataset.arguments.sites=2", "partition=natural", "model.name=mine_parts:Net",
-        "model.arguments.width=5", "strategy=fedper", "rounds=3", output=here / "runs",
+        "model.arguments.width=5", "strategy=fedper", "rounds=3", output=working_folder / "runs",
     )  # fmt: skip
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_clients"] == 2
@@ -123,8 +123,10 @@ def test_own_data_and_network(here: Path, typed: str) -> None:
         ("counts partition=natural", 4),
     ],
 )
-def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: str, clients: int) -> None:
-    (folder,) = fedpers(f"dataset=mine_parts:{typed.split()[0]}", *typed.split()[1:], "rounds=1", output=here / "runs")
+def test_a_function_may_return_arrays_clients_or_everything(working_folder: Path, typed: str, clients: int) -> None:
+    (folder,) = fedpers(
+        f"dataset=mine_parts:{typed.split()[0]}", *typed.split()[1:], "rounds=1", output=working_folder / "runs"
+    )
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["num_clients"] == clients
     assert summary["failures"] == 0
@@ -185,13 +187,13 @@ def test_a_function_may_return_arrays_clients_or_everything(here: Path, typed: s
     ],
 )
 def test_what_is_wrong_with_them_is_a_sentence(
-    here: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
+    working_folder: Path, capsys: pytest.CaptureFixture[str], typed: str, message: str
 ) -> None:
-    assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={here / 'runs'}")
+    assert message in error_of(capsys, *typed.split(), "rounds=1", f"output={working_folder / 'runs'}")
 
 
 @pytest.mark.slow
-def test_clients_of_a_function_are_split_by_the_settings(here: Path) -> None:
+def test_clients_of_a_function_are_split_by_the_settings(working_folder: Path) -> None:
     def owned(*settings: str) -> Any:
         return data_of(composed(["dataset=mine_parts:clients", "partition=natural", *settings]))
 

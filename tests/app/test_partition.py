@@ -65,14 +65,14 @@ def test_of_ratings_what_a_user_rated_is_counted(tmp_path: Path, capsys: pytest.
 
 
 def test_settings_that_cannot_be_used_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def told(*arguments: str) -> str:
+    def error_line(*arguments: str) -> str:
         assert _main(list(arguments)) == 2
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "partition=dirichlett: expected one of" in told("partition", "partition=dirichlett")
-    assert "cannot be written" in told("partition", "--plot", str(tmp_path / "a.xyz"))
-    assert "there are no classes to draw" in told("partition", "dataset=synthetic_ratings", "--plot", "a.png")
+    assert "partition=dirichlett: expected one of" in error_line("partition", "partition=dirichlett")
+    assert "cannot be written" in error_line("partition", "--plot", str(tmp_path / "a.xyz"))
+    assert "there are no classes to draw" in error_line("partition", "dataset=synthetic_ratings", "--plot", "a.png")
 
 
 @pytest.mark.parametrize("kind", ["datasets", "partitions", "heterogeneity", "models", "strategies", "tasks"])

@@ -124,8 +124,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, capsys
 def test_a_finished_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "rounds.jsonl").read_bytes()
     assert _main(["resume", str(folder)]) == 0
-    told = capsys.readouterr().out
-    assert told == f"{folder} has done its 3 rounds; 'fedpers resume {folder} rounds=N' goes on to round N.\n"
+    printed = capsys.readouterr().out
+    assert printed == f"{folder} has done its 3 rounds; 'fedpers resume {folder} rounds=N' goes on to round N.\n"
     assert (folder / "rounds.jsonl").read_bytes() == before
     (folder / "summary.json").unlink()  # killed before its results were written
     (folder / "clients.parquet").unlink()
@@ -135,14 +135,14 @@ def test_a_finished_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_cohort_size_of_the_run_is_kept(tmp_path: Path) -> None:
-    found = run(tmp_path / "run", "strategy=fedper", "rounds=1")  # cohorts of 3
-    settings = yaml.safe_load((found / "config.yaml").read_text())
+    run_folder = run(tmp_path / "run", "strategy=fedper", "rounds=1")  # cohorts of 3
+    settings = yaml.safe_load((run_folder / "config.yaml").read_text())
     settings["runtime"]["clients_at_once"] = "auto"
-    (found / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert _main(["resume", str(found), "rounds=2"]) == 0
-    (resumed,) = json.loads((found / "manifest.json").read_text())["resumed"]
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert _main(["resume", str(run_folder), "rounds=2"]) == 0
+    (resumed,) = json.loads((run_folder / "manifest.json").read_text())["resumed"]
     assert resumed["runtime"]["clients_at_once"] == 3
-    assert yaml.safe_load((found / "config.yaml").read_text())["runtime"]["clients_at_once"] == "auto"
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["runtime"]["clients_at_once"] == "auto"
 
 
 @pytest.mark.slow
@@ -151,15 +151,15 @@ def test_trackers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(tmp_path / "before", "rounds=1", "tracker=wandb")  # wandb's background process is one for all runs of a process
-    found = run(tmp_path / "run", "rounds=2", "tracker=[wandb,tensorboard]")
-    (first,) = (found / "wandb").glob("offline-run-*/run-*.wandb")
-    assert _main(["resume", str(found), "rounds=4"]) == 0
-    runs = [path.name for path in (found / "wandb").glob("offline-run-*/run-*.wandb")]
+    run_folder = run(tmp_path / "run", "rounds=2", "tracker=[wandb,tensorboard]")
+    (first,) = (run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert _main(["resume", str(run_folder), "rounds=4"]) == 0
+    runs = [path.name for path in (run_folder / "wandb").glob("offline-run-*/run-*.wandb")]
     assert runs == [first.name] * 2  # one id
-    events = EventAccumulator(str(found / "tensorboard")).Reload()
+    events = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
-    assert _main(["resume", str(found), "rounds=5", "tracker=none"]) == 0
-    assert yaml.safe_load((found / "config.yaml").read_text())["tracker"] == {}
+    assert _main(["resume", str(run_folder), "rounds=5", "tracker=none"]) == 0
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["tracker"] == {}
 
 
 # ------------------------------------------------------------------ refusals
@@ -240,8 +240,8 @@ def test_other_data_or_another_initial_network_are_refused(
 def test_a_frozen_backbone_that_is_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its values are in no checkpoint."""
     settings = ["strategy=head_only", "model.pretrain_epochs=1", "model.depth=1", "rounds=1"]
-    found = run(tmp_path / "run", *settings)
-    assert _main(["resume", str(found), "rounds=2"]) == 0
+    run_folder = run(tmp_path / "run", *settings)
+    assert _main(["resume", str(run_folder), "rounds=2"]) == 0
     with pytest.MonkeyPatch.context() as patch:
         build = run_setup.build_model
 
@@ -252,17 +252,19 @@ def test_a_frozen_backbone_that_is_another_is_refused(tmp_path: Path, capsys: py
             return model
 
         patch.setattr(run_setup, "build_model", other)
-        assert error_of(capsys, "resume", str(found), "rounds=3").startswith("the initial network made here differs")
+        assert error_of(capsys, "resume", str(run_folder), "rounds=3").startswith(
+            "the initial network made here differs"
+        )
 
 
 def test_runs_without_checkpoints_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(tmp_path / "run", "rounds=1", "checkpoint.every=0")
-    assert not (found / "checkpoints").exists()
-    assert error_of(capsys, "resume", str(found)) == (
-        f"{found} holds no checkpoint (checkpoint.every is 0): start the run anew."
+    run_folder = run(tmp_path / "run", "rounds=1", "checkpoint.every=0")
+    assert not (run_folder / "checkpoints").exists()
+    assert error_of(capsys, "resume", str(run_folder)) == (
+        f"{run_folder} holds no checkpoint (checkpoint.every is 0): start the run anew."
     )
-    edited(found, lambda s: s["checkpoint"].update(every=5))
-    assert "it was stopped before the first was written" in error_of(capsys, "resume", str(found))
+    edited(run_folder, lambda s: s["checkpoint"].update(every=5))
+    assert "it was stopped before the first was written" in error_of(capsys, "resume", str(run_folder))
     assert "there is no config.yaml" in error_of(capsys, "resume", str(tmp_path / "nowhere"))
 
 
@@ -300,11 +302,11 @@ def test_code_named_in_a_folder_is_run_only_when_it_is_typed(
 
 
 def test_a_method_of_ones_own_goes_on_when_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    own = f"strategy.name={__name__}:Own"
-    found = run(tmp_path / "run", own, "rounds=1")
-    assert "names code that would be run" in error_of(capsys, "resume", str(found), "rounds=2")
-    assert _main(["resume", str(found), own, "rounds=2"]) == 0
-    assert rounds_of(found) == [0, 1, 2]
+    method = f"strategy.name={__name__}:Own"
+    run_folder = run(tmp_path / "run", method, "rounds=1")
+    assert "names code that would be run" in error_of(capsys, "resume", str(run_folder), "rounds=2")
+    assert _main(["resume", str(run_folder), method, "rounds=2"]) == 0
+    assert rounds_of(run_folder) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -344,9 +346,9 @@ def test_a_config_is_plain_values_and_nothing_else(
 ) -> None:
     monkeypatch.chdir(folder.parent)
     (folder / "config.yaml").write_text(text)
-    told = error_of(capsys, "resume", str(folder))
-    assert os.environ["HOME"] not in told.replace(str(folder), "")
-    assert len(told) < 500
+    error_text = error_of(capsys, "resume", str(folder))
+    assert os.environ["HOME"] not in error_text.replace(str(folder), "")
+    assert len(error_text) < 500
     assert not (folder.parent / "executed").exists()
 
 

@@ -66,8 +66,8 @@ def test_a_run_gives_the_same_numbers_and_when_its_machines_are_stopped_goes_on_
     assert process.returncode == 143, screen
     assert "Traceback" not in screen
     (alone,) = fedpers(*settings, "rounds=2", "runtime.clients_at_once=1", output=tmp_path / "alone")
-    for found, expected in zip(numbers(folder)[:3], numbers(alone), strict=True):
-        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    for actual, expected in zip(numbers(folder)[:3], numbers(alone), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-6, nan_ok=True)
     summary = json.loads((folder / "summary.json").read_text())
     done = summary["rounds_done"]
     checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())

@@ -64,11 +64,11 @@ def batches(
     purpose: str = "batches",
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
     """A client's batches without end: inputs, labels, whether a pass ends; `first` is the number of the first pass."""
-    own = data.train[client].numpy()
-    size = min(size or len(own), len(own))
+    samples = data.train[client].numpy()
+    size = min(size or len(samples), len(samples))
     while True:
-        order = own[generator(seed, purpose, client, round, first).permutation(len(own))]
-        last = len(own) - len(own) % size if drop_last else len(own)
+        order = samples[generator(seed, purpose, client, round, first).permutation(len(samples))]
+        last = len(samples) - len(samples) % size if drop_last else len(samples)
         for start in range(0, last, size):
             index = torch.from_numpy(order[start : min(start + size, last)])
             yield data.x[index], data.y[index], start + size >= last
@@ -109,11 +109,11 @@ def train_alone(
 
 
 def assert_same(
-    found: Tree | dict[str, Tensor], expected: dict[str, Tensor], row: int | None = None, float64: float = 1e-10
+    actual: Tree | dict[str, Tensor], expected: dict[str, Tensor], row: int | None = None, float64: float = 1e-10
 ) -> None:
     """All entries agree: to 1e-10 in float64, to 1e-5 in float32, relative to the largest entry of each tensor."""
     for name, value in expected.items():
-        ours = found[name] if row is None else found[name][row]
+        ours = actual[name] if row is None else actual[name][row]
         assert ours.shape == value.shape, name
         if not value.is_floating_point():
             assert torch.equal(ours, value), name

@@ -389,10 +389,10 @@ def test_a_frozen_network_in_a_loss_works_as_in_an_evaluation(clients: list[int]
     params = start(cohort)
     losses = []
     for step, rows in cohort.walk(params, epochs=1):
-        found, _ = cohort.gradients(step, rows, distance, cohort.trainable(), given={"teacher": teacher})
+        step_losses, _ = cohort.gradients(step, rows, distance, cohort.trainable(), given={"teacher": teacher})
         for k in range(step.active):
             x = step.x[k] if step.weight is None else step.x[k][step.weight[k] > 0]
-            losses.append((float(found[k]), float((evaluated(x) - 3.0).square().mean())))
+            losses.append((float(step_losses[k]), float((evaluated(x) - 3.0).square().mean())))
     assert all(ours == pytest.approx(theirs, rel=1e-9) for ours, theirs in losses)
     assert_same(teacher, {n: before[n] for n in cohort.names("all")})
     assert (params["body.1.num_batches_tracked"] > 0).all()  # the network in training is not frozen

@@ -94,13 +94,13 @@ def plain(kind: Kind, rounds: int = 2) -> dict[str, torch.Tensor]:
 def test_a_kind_of_network_trains_as_in_a_plain_loop(kind: Kind) -> None:
     with torch.random.fork_rng():
         expected = plain(kind)
-    found = trained(kind, "auto")
+    actual = trained(kind, "auto")
     start = entries(kind.app().template)
     moving = [name for name, value in expected.items() if value.is_floating_point()]
-    assert set(moving) <= found.keys()
+    assert set(moving) <= actual.keys()
     for name in moving:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-9)
-    moved = {name for name in moving if not torch.equal(found[name], start[name])}
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-7, atol=1e-9)
+    moved = {name for name in moving if not torch.equal(actual[name], start[name])}
     assert moved == {name for name in moving if not torch.equal(expected[name], start[name])}
     assert moved
 
@@ -177,9 +177,9 @@ def test_tied_weights_and_buffers_stay_tied() -> None:
     kind = Kind("tied", Tied, (8,))
     with torch.random.fork_rng():
         expected = plain(kind)
-    found = trained(kind, CLIENTS)
-    assert "second.weight" not in found
-    for name, value in found.items():
+    actual = trained(kind, CLIENTS)
+    assert "second.weight" not in actual
+    for name, value in actual.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9)
 

@@ -75,19 +75,19 @@ def test_each_client_predicts_with_its_own_tensors() -> None:
     for row in range(3):
         stack["head.bias"][row] += row
     shared = cohort.logits(cohort.view(cohort.template), "test", predict)
-    for row, found in enumerate(cohort.logits(stack, "test", predict)):
-        torch.testing.assert_close(found, shared[row] + row, rtol=1e-10, atol=1e-10)
+    for row, logits in enumerate(cohort.logits(stack, "test", predict)):
+        torch.testing.assert_close(logits, shared[row] + row, rtol=1e-10, atol=1e-10)
     alone = make_cohort(network, data, [2])
-    (found,) = alone.logits(stack[2:3], "test", predict)
-    torch.testing.assert_close(found, shared[2] + 2, rtol=1e-10, atol=1e-10)
+    (logits,) = alone.logits(stack[2:3], "test", predict)
+    torch.testing.assert_close(logits, shared[2] + 2, rtol=1e-10, atol=1e-10)
 
 
 def unequal(sizes: Sequence[int]) -> FederatedData:
     """Clients with two training samples each and test sets of these sizes."""
     x = torch.randn(sum(sizes), 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tests = listed(*sizes)
-    return FederatedData(x, torch.zeros(len(x), dtype=torch.int64), [own[:2] for own in tests],
-                         listed(*[0] * len(sizes)), [own[2:] for own in tests], 4)  # fmt: skip
+    return FederatedData(x, torch.zeros(len(x), dtype=torch.int64), [positions[:2] for positions in tests],
+                         listed(*[0] * len(sizes)), [positions[2:] for positions in tests], 4)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, m
     computed = []
 
     def counting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(own: dict[str, Tensor], x: Tensor) -> Tensor:
+        def run(values: dict[str, Tensor], x: Tensor) -> Tensor:
             computed.append(x.shape[0] * x.shape[1])
-            return vmap(function)(own, x)
+            return vmap(function)(values, x)
 
         return run
 
@@ -121,11 +121,11 @@ def test_rows_that_are_through_are_not_computed(sizes: list[int], most: float, m
     stack = cohort.per_client(cohort.template)
     for row in range(len(sizes)):
         stack["head.bias"][row] += row
-    found = cohort.logits(stack, "test", predict)
+    logits = cohort.logits(stack, "test", predict)
     needed = sum(sizes) - 2 * len(sizes)
     assert needed <= sum(computed) <= most * needed
     assert max(computed) <= 4 * len(sizes)
     for row in range(len(sizes)):
         (expected,) = make_cohort(SmallNetwork().double(), data, [row]).logits(stack[row : row + 1], "test", predict)
-        assert found[row].shape == expected.shape == (sizes[row] - 2, 4)
-        torch.testing.assert_close(found[row], expected, rtol=1e-12, atol=1e-12)
+        assert logits[row].shape == expected.shape == (sizes[row] - 2, 4)
+        torch.testing.assert_close(logits[row], expected, rtol=1e-12, atol=1e-12)

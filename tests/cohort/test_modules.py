@@ -40,9 +40,9 @@ def test_batch_norm_leaves_padding_out(kind: str, options: dict[str, object]) ->
         out = theirs(x)
         (out * direction).sum().backward()
         announce(ours, torch.tensor([1.0] * 5 + [0.0] * 3), None)
-        found = ours(padded)
-        (found[:5] * direction).sum().backward()
-        torch.testing.assert_close(found[:5], out, rtol=1e-10, atol=1e-10)
+        actual = ours(padded)
+        (actual[:5] * direction).sum().backward()
+        torch.testing.assert_close(actual[:5], out, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(padded.grad[:5], x.grad, rtol=1e-9, atol=1e-10)  # type: ignore[index]
         assert padded.grad[5:].abs().max() == 0  # type: ignore[index]
     assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
@@ -59,9 +59,9 @@ def test_batch_norm_in_a_stack_has_statistics_per_client(momentum: float | None)
     cohort.fit(params, cross_entropy)
     for client in (0, 1):
         alone = make_cohort(network, data, [client], training=cohort.training)
-        own = alone.assemble(alone.template)
-        alone.fit(own, cross_entropy)
-        assert_same(params, {n: own[n][0] for n in cohort.names("all")}, client)
+        expected = alone.assemble(alone.template)
+        alone.fit(expected, cross_entropy)
+        assert_same(params, {n: expected[n][0] for n in cohort.names("all")}, client)
 
 
 def test_one_value_per_channel_cannot_be_normalized() -> None:
@@ -239,8 +239,8 @@ def test_second_order_gradients_go_through_masked_batch_norm() -> None:
 
         return grad(loss)(weight).square().sum()
 
-    found, expected = (grad(lambda w, p=p: slope(w, p))(values["0.weight"]) for p in (True, False))
-    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+    actual, expected = (grad(lambda w, p=p: slope(w, p))(values["0.weight"]) for p in (True, False))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_pictures_under_batch_norm_train_alike_in_any_cohort() -> None:
@@ -264,9 +264,9 @@ def test_pictures_under_batch_norm_train_alike_in_any_cohort() -> None:
     cohort.fit(params, cross_entropy)
     for client in range(3):
         alone = make_cohort(network, data, [client], training=cohort.training)
-        own = alone.assemble(alone.template)
-        alone.fit(own, cross_entropy)
-        assert_same(params, {n: own[n][0] for n in cohort.names("all")}, client)
+        expected = alone.assemble(alone.template)
+        alone.fit(expected, cross_entropy)
+        assert_same(params, {n: expected[n][0] for n in cohort.names("all")}, client)
 
 
 # ------------------------------------------------------------- several names for one thing

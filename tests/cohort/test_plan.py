@@ -100,9 +100,9 @@ sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)
 @settings(max_examples=60, deadline=None)
 @given(sizes_of_clients, st.integers(0, 9), st.integers(0, 3), st.integers(0, 99))
 def test_every_epoch_visits_each_sample_once(sizes: list[int], batch_size: int, epochs: int, seed: int) -> None:
-    own = samples(*sizes)
+    positions = samples(*sizes)
     plan = plan_batches(
-        own, batch_size=batch_size, epochs=epochs, draw=lambda k, e: np.random.default_rng([seed, k, e])
+        positions, batch_size=batch_size, epochs=epochs, draw=lambda k, e: np.random.default_rng([seed, k, e])
     )
     order = list(range(len(sizes))) if plan.order is None else plan.order.tolist()
     for row, client in enumerate(order):
@@ -110,8 +110,8 @@ def test_every_epoch_visits_each_sample_once(sizes: list[int], batch_size: int, 
         passes = 0
         for t in range(plan.steps):
             seen += plan.index[t, row, : plan.count[t, row]].tolist()
-            if len(seen) == len(own[client]):
-                assert sorted(seen) == own[client].tolist()
+            if len(seen) == len(positions[client]):
+                assert sorted(seen) == positions[client].tolist()
                 seen, passes = [], passes + 1
         assert not seen
         assert passes == epochs
@@ -123,8 +123,8 @@ def test_plans_are_prefixes_of_real_samples(
     sizes: list[int], batch_size: int, data: st.DataObject, drop_last: bool
 ) -> None:
     steps = data.draw(st.lists(st.integers(0, 7), min_size=len(sizes), max_size=len(sizes)))
-    own = samples(*sizes)
-    plan = plan_batches(own, batch_size=batch_size, steps=steps, drop_last=drop_last)
+    positions = samples(*sizes)
+    plan = plan_batches(positions, batch_size=batch_size, steps=steps, drop_last=drop_last)
     order = list(range(len(sizes))) if plan.order is None else plan.order.tolist()
     assert plan.client_steps.tolist() == [steps[client] for client in order]
     for t in range(plan.steps):
@@ -134,4 +134,5 @@ def test_plans_are_prefixes_of_real_samples(
         assert plan.width[t] == counts.max()
         assert plan.ragged[t] == (len(set(counts[: plan.active[t]].tolist())) > 1)
         for row in range(plan.active[t]):
-            assert set(plan.index[t, row].tolist()) <= set(own[order[row]].tolist())  # padding too is the client's own
+            # Padding too is the client's own.
+            assert set(plan.index[t, row].tolist()) <= set(positions[order[row]].tolist())

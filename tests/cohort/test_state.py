@@ -23,11 +23,11 @@ def state(*alphas: float) -> Tree:
 def test_who_never_wrote_holds_the_initial_state() -> None:
     store = StateStore(range(4), initial())
     store.scatter([2], state(7.0), torch.tensor([True]))
-    found = store.gather([3, 2, 0])
-    assert found.batch_size == torch.Size([3])
-    assert found["model", "head.weight"].tolist() == [[1, 2], [7, -7], [1, 2]]
-    assert found["model", "steps"].tolist() == [3, 0, 3]
-    assert found["alpha"].tolist() == [0.5, 7.0, 0.5]
+    gathered = store.gather([3, 2, 0])
+    assert gathered.batch_size == torch.Size([3])
+    assert gathered["model", "head.weight"].tolist() == [[1, 2], [7, -7], [1, 2]]
+    assert gathered["model", "steps"].tolist() == [3, 0, 3]
+    assert gathered["alpha"].tolist() == [0.5, 7.0, 0.5]
 
 
 def test_scatter_in_any_order_and_only_what_is_kept() -> None:
@@ -71,10 +71,10 @@ def test_rows_beyond_the_budget_lie_in_files_that_are_gone_at_the_end(tmp_path: 
     assert store.mapped
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.memmap")) == needed
     store.scatter([42, 7], state(1.0, 2.0), torch.tensor([True, True]))
-    found = store.gather([7, 8, 42])
-    assert found["alpha"].tolist() == [2.0, 0.5, 1.0]
-    assert found["model", "steps"].tolist() == [1, 3, 0]
-    found["alpha"].zero_()
+    gathered = store.gather([7, 8, 42])
+    assert gathered["alpha"].tolist() == [2.0, 0.5, 1.0]
+    assert gathered["model", "steps"].tolist() == [1, 3, 0]
+    gathered["alpha"].zero_()
     assert store.gather([7])["alpha"].tolist() == [2.0]
     store.close()
     assert not list(tmp_path.iterdir())

@@ -80,11 +80,11 @@ def test_rows_finite_names_the_clients() -> None:
     bad = good.clone()
     bad[1, 0] = math.inf
     worse = torch.tensor([0.0, 0.0, math.nan])
-    found = rows_finite(tree({"a": good, "b": bad, "c": worse, "n": torch.arange(3)}, 3))
-    assert found.tolist() == [True, False, False]
+    finite = rows_finite(tree({"a": good, "b": bad, "c": worse, "n": torch.arange(3)}, 3))
+    assert finite.tolist() == [True, False, False]
 
 
 def test_rows_of_large_values_are_finite() -> None:
     large = torch.full((2, 4), 3e38)  # their sum is not
-    found = rows_finite(tree({"a": large, "b": torch.tensor([1.0, torch.inf])}, 2))
-    assert found.tolist() == [True, False]
+    finite = rows_finite(tree({"a": large, "b": torch.tensor([1.0, torch.inf])}, 2))
+    assert finite.tolist() == [True, False]

@@ -399,14 +399,14 @@ def test_pfllibs_divisions_are_those_that_were_compared_with_its_files() -> None
     from fedpers.data.partitions.pfllib import divide_as_pfllib
 
     y = np.random.RandomState(0).randint(0, 10, 4000)
-    found = {}
+    digests = {}
     for name in ("pfllib_dirichlet", "pfllib_pathological"):
         parts = divide_as_pfllib(y, 10, PartitionConfig(name, 20, seed=1), 5)
         owned = np.concatenate([positions for lists in parts.values() for positions in lists])
         assert sorted(owned.tolist()) == list(range(4000))
         text = json.dumps({part: [positions.tolist() for positions in lists] for part, lists in parts.items()})
-        found[name] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-    assert found == {"pfllib_dirichlet": "fefa7dfbc3216793", "pfllib_pathological": "70ccdb3faf964193"}
+        digests[name] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    assert digests == {"pfllib_dirichlet": "fefa7dfbc3216793", "pfllib_pathological": "70ccdb3faf964193"}
 
 
 @pytest.mark.parametrize("seed", range(3))

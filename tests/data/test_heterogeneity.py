@@ -27,8 +27,8 @@ def test_feature_shift_is_one_affine_map_per_client_in_all_its_parts() -> None:
     shifted = apply_heterogeneity(data, HeterogeneityConfig("feature_shift", 0.5), seed=3)
     maps = []
     for client in range(data.num_clients):
-        own = torch.cat([data.part(part)[client] for part in PARTS])
-        before, after = data.x[own].flatten(), shifted.x[own].flatten()
+        positions = torch.cat([data.part(part)[client] for part in PARTS])
+        before, after = data.x[positions].flatten(), shifted.x[positions].flatten()
         design = torch.stack([before, torch.ones_like(before)], 1)
         slope, offset = torch.linalg.lstsq(design, after[:, None]).solution.flatten().tolist()
         assert torch.allclose(slope * before + offset, after, atol=1e-4)
@@ -45,7 +45,7 @@ def test_label_noise_touches_training_labels_only_and_never_leaves_one_right() -
     changed = (noisy.y != data.y).nonzero().flatten()
     training = torch.cat(list(data.train))
     assert set(changed.tolist()) <= set(training.tolist())
-    shares = [float((noisy.y[own] != data.y[own]).float().mean()) for own in data.train]
+    shares = [float((noisy.y[positions] != data.y[positions]).float().mean()) for positions in data.train]
     assert 0 < min(shares) < max(shares) < 1
     assert noisy.y.max() < data.num_classes
 
@@ -125,27 +125,27 @@ def test_shifts_compose_and_test_labels_are_what_the_client_means() -> None:
     config = HeterogeneityConfig(
         rotation=Rotation(2, 180.0), label_groups=LabelGroups(4), label_noise=LabelNoise(1.0, "pair"), noise=Noise(0.1)
     )
-    found = apply_heterogeneity(data, config, 3)
+    shifted = apply_heterogeneity(data, config, 3)
     turned = apply_heterogeneity(data, HeterogeneityConfig(rotation=Rotation(2, 180.0)), 3)
     named = apply_heterogeneity(turned, HeterogeneityConfig("label_groups", groups=4), 3)
     noisy = apply_heterogeneity(turned, HeterogeneityConfig(noise=Noise(0.1)), 3)
-    torch.testing.assert_close(found.x, noisy.x)
+    torch.testing.assert_close(shifted.x, noisy.x)
     for part in ("validation", "test"):
-        for positions in found.part(part):  # type: ignore[arg-type]
-            assert torch.equal(found.y[positions], named.y[positions])
-    wrong = torch.cat([(found.y[p] - named.y[p]) % 4 for p in found.train])
+        for positions in shifted.part(part):  # type: ignore[arg-type]
+            assert torch.equal(shifted.y[positions], named.y[positions])
+    wrong = torch.cat([(shifted.y[p] - named.y[p]) % 4 for p in shifted.train])
     assert set(wrong.tolist()) == {0, 1}  # a pair: the next class
-    assert found.groups == named.groups
-    assert len(set(found.groups)) > 4  # who is turned does not follow from who names the classes how
+    assert shifted.groups == named.groups
+    assert len(set(shifted.groups)) > 4  # who is turned does not follow from who names the classes how
 
 
 def test_pictures_are_turned_by_any_angle() -> None:
     data = pictures(6, side=9, channels=1)
     spot = torch.zeros(len(data.x), 1, 9, 9)
     spot[:, :, 4, 7] = 1.0  # to the right of the middle
-    found = apply_heterogeneity(replace(data, x=spot), HeterogeneityConfig(rotation=Rotation(3, 45.0)), 0)
-    for client, group in enumerate(found.groups):
-        picture = found.x[data.train[client][0], 0]
+    turned = apply_heterogeneity(replace(data, x=spot), HeterogeneityConfig(rotation=Rotation(3, 45.0)), 0)
+    for client, group in enumerate(turned.groups):
+        picture = turned.x[data.train[client][0], 0]
         row, column = divmod(int(picture.argmax()), 9)
         expected = {0: (4, 7), 1: (2, 6), 2: (1, 4)}[group]  # counterclockwise, as torch.rot90
         assert (row, column) == expected
@@ -153,18 +153,18 @@ def test_pictures_are_turned_by_any_angle() -> None:
 
 def test_a_permutation_of_pixels_is_one_for_each_group() -> None:
     data = pictures()
-    found = apply_heterogeneity(data, HeterogeneityConfig("permuted_pixels", groups=2), 0)
-    for client, group in enumerate(found.groups):
+    permuted = apply_heterogeneity(data, HeterogeneityConfig("permuted_pixels", groups=2), 0)
+    for client, group in enumerate(permuted.groups):
         positions = data.train[client]
-        before, after = data.x[positions].flatten(1), found.x[positions].flatten(1)
+        before, after = data.x[positions].flatten(1), permuted.x[positions].flatten(1)
         assert torch.equal(before.sort(1).values, after.sort(1).values)
         assert torch.equal(before, after) == (group == 0)
 
 
 def test_one_channel_is_always_left() -> None:
-    found = apply_heterogeneity(pictures(), HeterogeneityConfig("missing_channels", strength=1.0), 0)
-    for positions in found.train:
-        left = (found.x[positions].abs().sum((0, 2, 3)) > 0).tolist()
+    reduced = apply_heterogeneity(pictures(), HeterogeneityConfig("missing_channels", strength=1.0), 0)
+    for positions in reduced.train:
+        left = (reduced.x[positions].abs().sum((0, 2, 3)) > 0).tolist()
         assert sum(left) == 1
 
 
@@ -224,8 +224,8 @@ def test_a_drift_moves_clients_to_the_next_group_at_its_round(share: float) -> N
             assert torch.equal(data.x[early], data.x[late])
         labels = raw().y
         names, others = (
-            dict(zip(labels[own].tolist(), before.y[own].tolist(), strict=True))
-            for own in (all_of(before, client), all_of(before, example))
+            dict(zip(labels[positions].tolist(), before.y[positions].tolist(), strict=True))
+            for positions in (all_of(before, client), all_of(before, example))
         )
         late = torch.cat([data.positions(part, client, 5) for part in PARTS])
         is_now = dict(zip(labels[all_of(before, client)].tolist(), data.y[late].tolist(), strict=True))
@@ -248,8 +248,8 @@ def test_a_drift_stays_where_data_are_restricted_and_changes_the_checksum() -> N
     part = data.restrict([2, 5])
     for client in (2, 5):
         for round in (1, 9):
-            there, here = (d.y[d.positions("train", client, round)] for d in (data, part))
-            assert torch.equal(there, here)
+            expected, actual = (d.y[d.positions("train", client, round)] for d in (data, part))
+            assert torch.equal(expected, actual)
             assert data.samples(client, 0, round).tolist() == data.positions("train", client, round).tolist()
     assert len(part.x) == 2 * sum(len(all_of(data, client)) for client in (2, 5))
     other = replace(data, drift_round=6)

@@ -46,10 +46,10 @@ def test_digits() -> None:
         assert not torch.isin(torch.cat(list(data.part(part))), trained).any()  # type: ignore[arg-type]
     assert not torch.isin(torch.cat(list(data.validation)), torch.cat(list(data.test))).any()
     anchors = [labels(data, data.train[k]) for k in range(5)]
-    assert sorted(label for own in anchors for label in own) == list(range(10))
-    assert [len(own) for own in anchors] == [2] * 5
-    sets = [frozenset(labels(data, own)) for own in data.train]
-    assert all(len(own) == 4 for own in sets[5:])
+    assert sorted(label for label_set in anchors for label in label_set) == list(range(10))
+    assert [len(label_set) for label_set in anchors] == [2] * 5
+    sets = [frozenset(labels(data, positions)) for positions in data.train]
+    assert all(len(label_set) == 4 for label_set in sets[5:])
     assert len(set(sets[20:])) == 5
     assert not set(sets[20:]) & set(sets[:20])
     for client in range(25):
@@ -68,8 +68,8 @@ def test_digits() -> None:
 def test_samples_are_spread_and_shared() -> None:
     lists, _, _ = deal_label_sets(made(10, 100), config(num_clients=30, samples_per_client=50), SplitConfig(), 0)
     y = made(10, 100).y.numpy()
-    for own in lists["train"][5:]:
-        counts = np.bincount(y[own], minlength=10)
+    for positions in lists["train"][5:]:
+        counts = np.bincount(y[positions], minlength=10)
         assert sorted(counts[counts > 0].tolist()) == [12, 12, 13, 13]
     assert len(np.unique(np.concatenate(lists["train"]))) < sum(map(len, lists["train"]))
     # 600, 150 and 250 samples in the pools, so 50, 12.5 and 20.8 for a client.
@@ -111,14 +111,14 @@ def test_sets_of_labels(classes: int, anchors: int, normal: int, size: int, extr
         return
     assume(extra <= math.comb(classes, size) - anchors - 1)  # enough sets even if anchors take as many as they can
     lists, unseen, groups = deal_label_sets(data, settings_, SplitConfig(), seed)
-    sets = [frozenset(labels(data, own)) for own in lists["train"]]
+    sets = [frozenset(labels(data, positions)) for positions in lists["train"]]
     assert len(sets) == clients + extra
     assert unseen == tuple(range(clients, clients + extra))
     assert not {sets[k] for k in unseen} & set(sets[:clients])
     assert len({sets[k] for k in unseen}) == extra
-    assert all(len(own) == size for own in sets[anchors:])
+    assert all(len(label_set) == size for label_set in sets[anchors:])
     if anchors:
-        assert sorted(label for own in sets[:anchors] for label in own) == list(range(classes))
+        assert sorted(label for label_set in sets[:anchors] for label in label_set) == list(range(classes))
         assert max(map(len, sets[:anchors])) - min(map(len, sets[:anchors])) <= 1
         for labels_of_client, group in zip(sets, groups, strict=True):
             shared = [len(labels_of_client & anchor) for anchor in sets[:anchors]]

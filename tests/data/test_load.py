@@ -63,8 +63,8 @@ def test_official(arrays: str, name: str) -> None:
     assert disjoint(data)
     assert torch.cat([*data.train, *data.validation]).max() < 120 <= torch.cat(list(data.test)).min()
     if name == "pathological":  # a client is tested on its own classes
-        own = data.label_counts("train") + data.label_counts("validation")
-        assert ((data.label_counts("test") > 0) <= (own > 0)).all()
+        counts = data.label_counts("train") + data.label_counts("validation")
+        assert ((data.label_counts("test") > 0) <= (counts > 0)).all()
 
 
 def test_natural_one_class_clients(arrays: str) -> None:
@@ -139,7 +139,7 @@ def test_public_samples_leave_validation_and_test_as_they_are() -> None:
     assert plain.public is None
     assert plain.unseen == ()
     for part in ("validation", "test"):
-        assert [own.tolist() for own in data.part(part)] == [own.tolist() for own in plain.part(part)]  # type: ignore[arg-type]
+        assert [indices.tolist() for indices in data.part(part)] == [indices.tolist() for indices in plain.part(part)]  # type: ignore[arg-type]
     assert data.public is not None
     assert len(data.unseen) == 2
     trained = torch.cat([plain.train[k] for k in range(6) if k not in data.unseen])
@@ -178,9 +178,9 @@ def test_public_samples_of_an_index_file(tmp_path: Path) -> None:
     seed=st.integers(0, 100),
 )
 def test_public_of_lists_that_share_samples(lists: list[set[int]], share: float, unseen: set[int], seed: int) -> None:
-    train = [np.array(sorted(own)) for own in lists]
+    train = [np.array(sorted(samples)) for samples in lists]
     assume(any(k not in unseen for k in range(len(train))))
-    trained = {i for k, own in enumerate(lists) if k not in unseen for i in own}
+    trained = {i for k, samples in enumerate(lists) if k not in unseen for i in samples}
     try:
         left, public = take_public(train, sorted(unseen), SplitConfig(public=share), seed)
     except ConfigError:
@@ -189,9 +189,9 @@ def test_public_of_lists_that_share_samples(lists: list[set[int]], share: float,
     assert public is not None
     assert len(public) == max(1, int(share * len(trained) + 0.5))
     assert set(public.tolist()) <= trained
-    for own, kept in zip(lists, left, strict=True):
+    for samples, kept in zip(lists, left, strict=True):
         assert len(kept) >= 1
-        assert kept.tolist() == sorted(own - set(public.tolist()))
+        assert kept.tolist() == sorted(samples - set(public.tolist()))
 
 
 def test_unseen_clients() -> None:

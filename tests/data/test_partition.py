@@ -188,9 +188,9 @@ def test_dirichlet_says_how_close_it_came(monkeypatch: pytest.MonkeyPatch) -> No
         partition_samples(BALANCED, config, 0)
     assert "\n" not in str(error.value)
     assert "raise partition.alpha=0.2, or lower partition.num_clients" in str(error.value)
-    found = re.search(r"had (\d+) samples at best, fewer than partition\.min_samples=40", str(error.value))
-    assert found is not None
-    best = int(found[1])
+    match = re.search(r"had (\d+) samples at best, fewer than partition\.min_samples=40", str(error.value))
+    assert match is not None
+    best = int(match[1])
     # What it came close to is what it can do, and not one more.
     possible = partition_samples(BALANCED, PartitionConfig("dirichlet", 12, min_samples=best, alpha=0.2), 0)
     assert min(map(len, possible)) == best

@@ -68,14 +68,14 @@ def test_split_equals_the_trace(trace: dict[str, Any]) -> None:
     data = divided(ratings(trace["raw"]), min_interactions=10, eval_negatives=99, negatives=4, protocol="official")
     users, m = len(trace["split/test"]), data.num_items
     assert (data.num_clients, m) == (13, 135)
-    assert np.array_equal([int(own[0]) - m for own in data.test], trace["split/test"][:, 1])
-    assert np.array_equal([int(own[0]) - m for own in data.validation], trace["split/val"][:, 1])
+    assert np.array_equal([int(positions[0]) - m for positions in data.test], trace["split/test"][:, 1])
+    assert np.array_equal([int(positions[0]) - m for positions in data.validation], trace["split/val"][:, 1])
     table, kept = trace["ratings"], trace["split/train"]
     times = {(u, i): t for u, i, _, t in table.tolist()}
     for user in range(users):
-        own = kept[kept[:, 0] == user, 1].tolist()  # in the order of the file; ours is from the oldest
-        ordered = sorted(range(len(own)), key=lambda row: (times[user, own[row]], -row))
-        assert (data.train[user] - m).tolist() == [own[row] for row in ordered]
+        items = kept[kept[:, 0] == user, 1].tolist()  # in the order of the file; ours is from the oldest
+        ordered = sorted(range(len(items)), key=lambda row: (times[user, items[row]], -row))
+        assert (data.train[user] - m).tolist() == [items[row] for row in ordered]
 
 
 def test_negatives_follow_the_rules_of_the_trace(trace: dict[str, Any]) -> None:
@@ -126,9 +126,9 @@ def test_latest_by_hand() -> None:
     data = divided(ratings(rows), eval_negatives=1)
     m = data.num_items
     assert m == 7  # 50 51 52 53 55 56 57
-    assert [(own - m).tolist() for own in data.train] == [[5, 0], [6]]
-    assert [int(own[0]) - m for own in data.validation] == [3, 1]
-    assert [int(own[0]) - m for own in data.test] == [2, 4]
+    assert [(positions - m).tolist() for positions in data.train] == [[5, 0], [6]]
+    assert [int(positions[0]) - m for positions in data.validation] == [3, 1]
+    assert [int(positions[0]) - m for positions in data.test] == [2, 4]
 
 
 def test_without_times_the_item_that_appears_last_is_the_latest() -> None:
@@ -170,14 +170,14 @@ def test_every_liked_item_has_one_place(rows: list[tuple[int, ...]], protocol: s
     m = data.num_items
     names = list(dict.fromkeys(u for u, _, r, _ in table if r > 0))
     liked = [{i for v, i, r, _ in table if v == u and r > 0} for u in names]
-    assert data.sizes().tolist() == [len(own) - 2 for own in liked if len(own) >= 3]
-    assert m == len(set().union(*(own for own in liked if len(own) >= 3)))
+    assert data.sizes().tolist() == [len(items) - 2 for items in liked if len(items) >= 3]
+    assert m == len(set().union(*(items for items in liked if len(items) >= 3)))
     for user, (train, validation, test) in enumerate(_lists(data)):
-        own = torch.cat([train, validation[:1], test[:1]]) - m
-        assert len(own.unique()) == len(own)
+        items = torch.cat([train, validation[:1], test[:1]]) - m
+        assert len(items.unique()) == len(items)
         for part in (validation, test):
             assert part.shape == (4,)
-            assert not np.isin(part[1:], own).any()
+            assert not np.isin(part[1:], items).any()
             assert len(part[1:].unique()) == 3
             assert int(part[1:].max()) < m
         same = validation[1:].tolist() == test[1:].tolist()
@@ -185,7 +185,7 @@ def test_every_liked_item_has_one_place(rows: list[tuple[int, ...]], protocol: s
         assert same if protocol == "official" else disjoint
         drawn = data.samples(user, 0, 0).reshape(-1, 3)
         assert np.array_equal(drawn[:, 0], train)
-        assert not np.isin(drawn[:, 1:], (own if protocol == "official" else train - m)).any()
+        assert not np.isin(drawn[:, 1:], (items if protocol == "official" else train - m)).any()
         assert (drawn[:, 1] != drawn[:, 2]).all()
 
 
@@ -314,8 +314,8 @@ def test_synthetic_ratings_reward_learning() -> None:
     assert synthetic().checksum == data.checksum
     assert synthetic(seed=1).train[0].tolist() == data.train[0].tolist()  # the run's seed leaves tastes alone
     liked = np.zeros((200, 300))
-    for user, own in enumerate(data.train):
-        liked[user, own - 300] = 1
+    for user, positions in enumerate(data.train):
+        liked[user, positions - 300] = 1
     left, size, right = np.linalg.svd(liked, full_matrices=False)
     popularity = np.tile(liked.sum(0), (200, 1))
     learned = left[:, :16] * size[:16] @ right[:16]
@@ -323,8 +323,8 @@ def test_synthetic_ratings_reward_learning() -> None:
 
 
 def _hit_rate(data: RankingData, scores: np.ndarray[Any, Any]) -> float:
-    ranked = [scores[user][data.x[own]] for user, own in enumerate(data.test)]
-    return float(np.mean([(own[1:] >= own[0]).sum() < 10 for own in ranked]))
+    ranked = [scores[user][data.x[positions]] for user, positions in enumerate(data.test)]
+    return float(np.mean([(candidates[1:] >= candidates[0]).sum() < 10 for candidates in ranked]))
 
 
 def test_synthetic_sizes() -> None:

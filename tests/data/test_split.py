@@ -90,24 +90,24 @@ def test_stratified_parts_have_classes_in_proportion(
     for stratified in (False, True):
         config = SplitConfig("fractions", validation, test, stratified=stratified)
         lists[stratified] = split_clients(made(labels), [positions], config, seed)
-    parts = {part: own for part, (own,) in lists[True].items()}
+    parts = {part: samples for part, (samples,) in lists[True].items()}
     assert sizes(lists[True]) == sizes(lists[False])
     assert np.sort(np.concatenate(list(parts.values()))).tolist() == positions.tolist()
-    assert all((np.diff(own) > 0).all() for own in parts.values())
-    found = {part: np.bincount(labels[own], minlength=len(counts)) for part, own in parts.items()}
-    share = {part: len(own) / len(labels) for part, own in parts.items()}
-    assert (np.abs(found["validation"] - share["validation"] * np.array(counts)) < 1).all()
+    assert all((np.diff(samples) > 0).all() for samples in parts.values())
+    class_counts = {part: np.bincount(labels[samples], minlength=len(counts)) for part, samples in parts.items()}
+    share = {part: len(samples) / len(labels) for part, samples in parts.items()}
+    assert (np.abs(class_counts["validation"] - share["validation"] * np.array(counts)) < 1).all()
     for part in ("test", "train"):
-        assert (np.abs(found[part] - share[part] * np.array(counts)) < 2).all()
+        assert (np.abs(class_counts[part] - share[part] * np.array(counts)) < 2).all()
     again = split_clients(made(labels), [positions], SplitConfig("fractions", validation, test, stratified=True), seed)
-    assert [own.tolist() for (own,) in again.values()] == [own.tolist() for own in parts.values()]
+    assert [samples.tolist() for (samples,) in again.values()] == [samples.tolist() for samples in parts.values()]
 
 
 def test_stratified_by_hand() -> None:
     labels = [0] * 40 + [1] * 20 + [2] * 40
     config = SplitConfig("fractions", 0.15, 0.25, stratified=True)
     parts = split_clients(made(labels), [np.arange(100)], config, 0)
-    counts = {part: np.bincount(np.array(labels)[own], minlength=3).tolist() for part, (own,) in parts.items()}
+    counts = {part: np.bincount(np.array(labels)[samples], minlength=3).tolist() for part, (samples,) in parts.items()}
     assert counts == {"train": [24, 12, 24], "validation": [6, 3, 6], "test": [10, 5, 10]}
     other = split_clients(made(labels), [np.arange(100)], config, 1)
     assert other["test"][0].tolist() != parts["test"][0].tolist()
@@ -176,17 +176,17 @@ def test_official_deal_follows_proportions(clients: int, classes: int, train: in
     except DataError:  # a client too small to get any; see test_official_errors
         assume(False)
     y = data.y.numpy()
-    own = np.stack([np.bincount(y[positions], minlength=classes) for positions in owned])
+    train_counts = np.stack([np.bincount(y[positions], minlength=classes) for positions in owned])
     got = np.stack([np.bincount(y[positions], minlength=classes) for positions in dealt])
-    there = np.bincount(y[train:], minlength=classes)
+    test_counts = np.bincount(y[train:], minlength=classes)
     used = np.concatenate(dealt)
     assert len(np.unique(used)) == len(used)
     assert used.min() >= train
     for label in range(classes):
-        total = own[:, label].sum()
-        assert got[:, label].sum() == (there[label] if total else 0)
+        total = train_counts[:, label].sum()
+        assert got[:, label].sum() == (test_counts[label] if total else 0)
         if total:
-            assert (np.abs(got[:, label] - own[:, label] * there[label] / total) < 1).all()
+            assert (np.abs(got[:, label] - train_counts[:, label] * test_counts[label] / total) < 1).all()
     assert [p.tolist() for p in deal_official(data, owned, seed)] == [p.tolist() for p in dealt]
 
 

@@ -112,15 +112,15 @@ def test_privacy_is_stated(write, tmp_path):
         for name, spent in zip(("fedavg", "fedrep", "ditto"), epsilons, strict=False):
             privacy = {"name": "fixed", "noise": noise}
             write(name, 0, 0.5, config={"privacy": privacy}, privacy_epsilon=spent, privacy_delta=1e-5)
-        (told,) = (line for line in board(tmp_path).notes if line.startswith("Privacy"))
-        return told
+        (privacy_note,) = (line for line in board(tmp_path).notes if line.startswith("Privacy"))
+        return privacy_note
 
     end = "at delta 1e-05, of a client's data in the arrays; metrics travel as they are."
     assert note(12.3456, 12.3456) == f"Privacy: epsilon 12.3 {end}"
     assert board(tmp_path).rows[0].epsilon == 12.3456
-    told = note(3.0, 2.5, None)
-    assert told.endswith(end)
-    spent = told.removeprefix("Privacy: epsilon ").removesuffix(f" {end}")
+    privacy_note = note(3.0, 2.5, None)
+    assert privacy_note.endswith(end)
+    spent = privacy_note.removeprefix("Privacy: epsilon ").removesuffix(f" {end}")
     assert set(spent.split(", ")) == {"3 (fedavg)", "2.5 (fedrep)", "unknown (ditto)"}
     assert note(None, None, noise=0) == "Privacy: changes are clipped and get no noise, which guarantees nothing."
     assert note(None).endswith("it takes a library for it (pip install 'fedpers[privacy]').")
@@ -314,8 +314,8 @@ def test_a_method_with_a_training_of_its_own_is_told_apart_in_a_note(write, tmp_
         write("pfedrec", seed, 0.7, config={"training": {"lr": 0.01, "epochs": 2}})
     group = board(tmp_path)
     assert [row.method for row in group.rows] == ["fedrep", "fedavg", "pfedrec"]
-    told = "Rows differ in training settings (training.*): pfedrec has epochs=2 lr=0.01; the others epochs=1 lr=0.1."
-    assert told in group.notes
+    note = "Rows differ in training settings (training.*): pfedrec has epochs=2 lr=0.01; the others epochs=1 lr=0.1."
+    assert note in group.notes
 
 
 @pytest.mark.parametrize("name", ["npz", "ratings"])

@@ -81,13 +81,13 @@ def rounds(
         after(r)
     messages = strategy.configure_evaluate(number, arrays, config, folding)
     strategy.aggregate_evaluate(number, folding.send_and_receive(messages))
-    found = {f"server/{n}": v.clone() for n, v in leaves(from_record(arrays)).items()}
+    outcome = {f"server/{n}": v.clone() for n, v in leaves(from_record(arrays)).items()}
     for clients, state in grid.blocks():  # type: ignore[attr-defined]
         for k, client in enumerate(clients.tolist()):
-            found.update({f"{client}/{n}": v[k].clone() for n, v in leaves(state).items()})
+            outcome.update({f"{client}/{n}": v[k].clone() for n, v in leaves(state).items()})
     for client, metrics in strategy.report.clients.items():
-        found.update({f"{client}/{n}": torch.tensor(v) for n, v in metrics.items()})
-    return found, strategy
+        outcome.update({f"{client}/{n}": torch.tensor(v) for n, v in metrics.items()})
+    return outcome, strategy
 
 
 def undisturbed(number: int = 4) -> Values:
@@ -109,7 +109,7 @@ class LocalGridContext:
         self.grid.close()
 
 
-def assert_same(found: Values, expected: Values) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: Values, expected: Values) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, equal_nan=True, msg=name)
+        torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-12, equal_nan=True, msg=name)

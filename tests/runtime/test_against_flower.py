@@ -25,12 +25,12 @@ def test_an_app_gives_what_it_gives_under_flowers_simulation(monkeypatch: pytest
     for name in ("_task_id", "_run_id", "_node_id"):  # which run_simulation does not restore
         monkeypatch.setattr(TaskIdentity, name, getattr(TaskIdentity, name))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
-    found: list[dict[str, Any]] = [{}, {}]
+    results: list[dict[str, Any]] = [{}, {}]
     alone = partial(run_simulation, backend_config={"init_args": {"address": "local"}})  # not on some other Ray cluster
-    for run, result in zip((fedpers.simulate, alone), found, strict=True):
+    for run, result in zip((fedpers.simulate, alone), results, strict=True):
         server = flower_app.server_app(result, all_three, rounds=2)
         run(server, flower_app.client_app(), num_supernodes=3)
-    ours, theirs = found
+    ours, theirs = results
     for name, value in theirs["arrays"].items():
         np.testing.assert_allclose(ours["arrays"][name], value, rtol=1e-9)
     for part in ("train", "evaluate"):

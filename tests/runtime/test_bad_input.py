@@ -245,18 +245,18 @@ def test_a_client_of_a_cohort_that_raises_is_left_out_alone(workers: int) -> Non
 
 
 def test_a_second_run_and_one_within_another() -> None:
-    found: list[dict[str, Any]] = [{}, {}, {}]
-    fedpers.simulate(flower_app.server_app(found[0]), flower_app.client_app(), 3)
+    results: list[dict[str, Any]] = [{}, {}, {}]
+    fedpers.simulate(flower_app.server_app(results[0]), flower_app.client_app(), 3)
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: flower.Context) -> None:
-        fedpers.simulate(flower_app.server_app(found[1]), flower_app.client_app(), 3)
-        flower_app.server_app(found[2])(grid, context)
+        fedpers.simulate(flower_app.server_app(results[1]), flower_app.client_app(), 3)
+        flower_app.server_app(results[2])(grid, context)
 
     fedpers.simulate(server, flower_app.client_app(), 3)
-    for other in found[1:]:
-        for name, value in found[0]["arrays"].items():
+    for other in results[1:]:
+        for name, value in results[0]["arrays"].items():
             assert value == pytest.approx(other["arrays"][name], rel=1e-9)
 
 
@@ -265,9 +265,9 @@ def test_a_run_within_a_client() -> None:
 
     @app.train()
     def train(message: flower.Message, context: flower.Context) -> flower.Message:
-        found: dict[str, Any] = {}
-        fedpers.simulate(flower_app.server_app(found, rounds=1), flower_app.client_app(), 2)
-        metrics = flower.MetricRecord({"rounds": len(found["train"])})
+        results: dict[str, Any] = {}
+        fedpers.simulate(flower_app.server_app(results, rounds=1), flower_app.client_app(), 2)
+        metrics = flower.MetricRecord({"rounds": len(results["train"])})
         return flower.Message(flower.RecordDict({"metrics": metrics}), reply_to=message)
 
     grid = LocalGrid(app, 1)

@@ -69,11 +69,11 @@ def three_rounds(method: str, engine: str) -> dict[str, Tensor]:
             strategy.aggregate_evaluate(r, replies)
             assert not strategy.report.evaluation_failures
     grid.close()
-    found = {f"server/{n}": v for n, v in leaves(from_record(arrays)).items()}
+    outcome = {f"server/{n}": v for n, v in leaves(from_record(arrays)).items()}
     for role, values in strategy.state.items():
-        found.update({f"server/{role}/{n}": v for n, v in leaves(values).items()})
+        outcome.update({f"server/{role}/{n}": v for n, v in leaves(values).items()})
     for client, metrics in strategy.report.clients.items():
-        found.update({f"metrics/{client}/{n}": torch.tensor(v) for n, v in metrics.items()})
+        outcome.update({f"metrics/{client}/{n}": torch.tensor(v) for n, v in metrics.items()})
     for client in range(clients):
         if engine == "cohorts":
             assert grid.engine is not None
@@ -86,8 +86,8 @@ def three_rounds(method: str, engine: str) -> dict[str, Tensor]:
             else:
                 (record,) = restored.array_records.values()
                 state = unflatten_state(record, app.initial_state)
-        found.update({f"client/{client}/{n}": v for n, v in leaves(state).items()})
-    return found
+        outcome.update({f"client/{client}/{n}": v for n, v in leaves(state).items()})
+    return outcome
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_flowers_fedavg_drives_a_method_of_this_package() -> None:
     from flwr.serverapp.strategy import FedAvg
 
     data = gaussian_data()
-    found: list[list[torch.Tensor]] = []
+    results: list[list[torch.Tensor]] = []
     for cohort in (1, 4):
         app = LocalUpdate(training=Training(lr=0.1, batch_size=8)).client_app(SmallNetwork(), data)
         server = flower_app.ServerApp()
@@ -111,13 +111,13 @@ def test_flowers_fedavg_drives_a_method_of_this_package() -> None:
         @server.main()
         def main(grid: flower_app.Grid, context: flower.Context, app: CohortApp = app) -> None:
             result = FedAvg().start(grid, app.initial_arrays(), num_rounds=2)
-            found.append(list(result.arrays.to_torch_state_dict().values()))
+            results.append(list(result.arrays.to_torch_state_dict().values()))
             metrics = result.evaluate_metrics_clientapp[2]
             assert 0 <= metrics["test-accuracy"] <= 1
 
         fedpers.simulate(server, app, data.num_clients, clients_at_once=cohort, workers=1)
-    assert not torch.equal(found[0][0], SmallNetwork().state_dict()["body.0.weight"])
-    for one, other in zip(*found, strict=True):
+    assert not torch.equal(results[0][0], SmallNetwork().state_dict()["body.0.weight"])
+    for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 

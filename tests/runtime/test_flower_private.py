@@ -53,9 +53,9 @@ def plain(tensor: torch.Tensor) -> flower.Array:
 def shared(tensor: torch.Tensor) -> flower.Array:
     """The array as the in-process grid hands it over: around bytes."""
     record = flower.ArrayRecord({"v": plain(tensor)})
-    own: flower.Array = own_copy(flower.RecordDict({"r": record})).array_records["r"]["v"]
-    assert type(own) is LiveArray
-    return own
+    copied: flower.Array = own_copy(flower.RecordDict({"r": record})).array_records["r"]["v"]
+    assert type(copied) is LiveArray
+    return copied
 
 
 KINDS = {"tensor": LiveArray, "bytes": shared}
@@ -65,8 +65,8 @@ KINDS = {"tensor": LiveArray, "bytes": shared}
 
 
 def test_task_identity_has_the_attributes_that_are_set() -> None:
-    own = [name for name in vars(TaskIdentity) if name in ("_task_id", "_run_id", "_node_id")]
-    assert sorted(own) == ["_node_id", "_run_id", "_task_id"], (
+    attributes = [name for name in vars(TaskIdentity) if name in ("_task_id", "_run_id", "_node_id")]
+    assert sorted(attributes) == ["_node_id", "_run_id", "_task_id"], (
         f"flwr's TaskIdentity keeps its values elsewhere: {sorted(vars(TaskIdentity))}; "
         "fedpers.flower_private.server_identity must follow"
     )
@@ -126,12 +126,12 @@ def test_a_delivered_message_has_metadata_of_its_own() -> None:
 def test_the_error_for_an_unknown_id_is_flowers() -> None:
     from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 
-    own, theirs = unavailable("abc", 7), create_message_error_unavailable_ins_message("abc", 7)
-    assert own.error.code == theirs.error.code == ErrorCode.MESSAGE_UNAVAILABLE
+    ours, theirs = unavailable("abc", 7), create_message_error_unavailable_ins_message("abc", 7)
+    assert ours.error.code == theirs.error.code == ErrorCode.MESSAGE_UNAVAILABLE
     differ = [
         field
         for field in ("run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "message_type", "group_id", "ttl")
-        if getattr(own.metadata, field) != getattr(theirs.metadata, field)
+        if getattr(ours.metadata, field) != getattr(theirs.metadata, field)
     ]
     assert not differ, f"flwr's answer to an unknown message id has other metadata: {differ}"
 
@@ -191,8 +191,10 @@ def test_a_live_array_is_the_plain_one(tensor: torch.Tensor, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_header_of_a_deflated_live_array_names_flowers_class(kind: str) -> None:
     live = KINDS[kind](TENSORS[0])
-    found = inflatable_object.get_object_type_from_object_content(live.deflate())
-    assert found == flower.Array.__qualname__, f"a LiveArray goes onto the wire as '{found}', which no node can read"
+    class_name = inflatable_object.get_object_type_from_object_content(live.deflate())
+    assert class_name == flower.Array.__qualname__, (
+        f"a LiveArray goes onto the wire as '{class_name}', which no node can read"
+    )
     restored = flower.Array.inflate(live.deflate(), live.children)
     assert type(restored) is flower.Array
     assert restored == plain(TENSORS[0])
@@ -339,10 +341,10 @@ def test_no_other_module_touches_flowers_private_parts() -> None:
         r"(from|import) flwr\.(common|supercore|proto|server|client|superlink|supernode|cli)\b"
         r"|metadata\.__dict__|TaskIdentity"
     )
-    found = {
+    matches = {
         f"{path.relative_to(root)}: {line.strip()}"
         for path in root.rglob("*.py")
         for line in path.read_text().splitlines()
         if private.search(line)
     }
-    assert {line.partition(":")[0] for line in found} == {"flower_private.py"}, found
+    assert {line.partition(":")[0] for line in matches} == {"flower_private.py"}, matches

@@ -62,34 +62,34 @@ def outcome(method: str, grid: Any) -> dict[str, Any]:
     ):
         assert not report.failures
         assert not report.evaluation_failures
-    found: dict[str, Any] = {f"arrays/{name}": value for name, value in leaves(from_record(last[-1])).items()}
+    results: dict[str, Any] = {f"arrays/{name}": value for name, value in leaves(from_record(last[-1])).items()}
     for role, values in strategy.state.items():
-        found.update({f"{role}/{name}": value for name, value in leaves(values).items()})
+        results.update({f"{role}/{name}": value for name, value in leaves(values).items()})
     for clients, states in grid.blocks():
         for name, value in leaves(states).items():
-            found.update({f"kept/{client}/{name}": own for client, own in zip(clients.tolist(), value, strict=True)})
+            results.update({f"kept/{client}/{name}": row for client, row in zip(clients.tolist(), value, strict=True)})
     for group in ("clients", "unseen", "adapted"):
-        found.update(
+        results.update(
             {f"{group}/{client}/{n}": v for client, row in getattr(report, group).items() for n, v in row.items()}
         )
-    return found
+    return results
 
 
-def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
+def assert_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         wanted = torch.as_tensor(value).double()
         scale = max(float(wanted.abs().max()), 1e-2) if wanted.numel() else 1.0
-        torch.testing.assert_close(torch.as_tensor(found[name]).double(), wanted, rtol=0, atol=1e-5 * scale, msg=name)
+        torch.testing.assert_close(torch.as_tensor(actual[name]).double(), wanted, rtol=0, atol=1e-5 * scale, msg=name)
 
 
 def locally(method: str) -> dict[str, Any]:
     app = app_of(method)
     grid = LocalGrid(app, app.data.num_clients, clients_at_once=1, workers=1)
     with server_identity(1):
-        found = outcome(method, grid)
+        results = outcome(method, grid)
     grid.close()
-    return found
+    return results
 
 
 # -------------------------------------------------------------- what travels
@@ -206,8 +206,8 @@ class Moving(Grid):
         return [message.metadata.message_id for message in sent]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[flower.Message]:
-        there = [i for i in message_ids if i in self.replies and self.replies[i][0] not in self.silent]
-        return [self.replies.pop(i)[1] for i in there]
+        arrived = [i for i in message_ids if i in self.replies and self.replies[i][0] not in self.silent]
+        return [self.replies.pop(i)[1] for i in arrived]
 
     def send_and_receive(
         self, messages: Iterable[flower.Message], *, timeout: float | None = None
@@ -314,7 +314,7 @@ def test_two_living_nodes_with_one_client_end_the_run() -> None:
 
 @pytest.mark.slow
 def test_server_state_finds_its_client_under_a_new_node_id() -> None:
-    found = []
+    results = []
     for moves in (False, True):
         strategy, app = halves("pfedpg")
         grid = Moving(app, app.data.num_clients)
@@ -323,8 +323,8 @@ def test_server_state_finds_its_client_under_a_new_node_id() -> None:
                 assert not report.failures
                 if moves:
                     grid.ids[1], grid.ids[4] = 500 + report.round, 3 + report.round
-        found.append((report.clients, {role: leaves(values) for role, values in strategy.state.items()}))
-    (clients, state), (moved_clients, moved_state) = found
+        results.append((report.clients, {role: leaves(values) for role, values in strategy.state.items()}))
+    (clients, state), (moved_clients, moved_state) = results
     assert state
     assert moved_clients == clients
     for role, values in state.items():
@@ -417,13 +417,13 @@ class TestOneEngine:
         assert surroundings() == before
 
     def test_methods_one_after_another_give_what_they_give_here(self, engine: FlowerSimulation) -> None:
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         for method in METHODS:
             engine.run(
-                partial(app_of, method), lambda grid, method=method: found.update({method: outcome(method, grid)})
+                partial(app_of, method), lambda grid, method=method: results.update({method: outcome(method, grid)})
             )
         for method in METHODS:
-            assert_equal(found[method], locally(method))
+            assert_equal(results[method], locally(method))
 
     def test_personal_state_can_be_read_and_put_back(self, engine: FlowerSimulation) -> None:
         strategy, app = halves("gpfl")
@@ -436,25 +436,25 @@ class TestOneEngine:
         def main(grid: Any) -> None:
             assert list(grid.blocks()) == []
             grid.load([(clients[:2], states[:2]), (clients[2:], states[2:])])
-            ((found, kept),) = grid.blocks()
-            assert torch.equal(found, clients)
+            ((kept_clients, kept),) = grid.blocks()
+            assert torch.equal(kept_clients, clients)
             for name, value in leaves(states).items():
                 assert torch.equal(leaves(kept)[name], value), name
             grid.load([(clients[:1], states[:1])])
-            ((found, _),) = grid.blocks()
-            assert found.tolist() == clients[:1].tolist()
+            ((kept_clients, _),) = grid.blocks()
+            assert kept_clients.tolist() == clients[:1].tolist()
 
         engine.run(partial(app_of, "gpfl"), main)
 
     def test_clients_that_raise_send_nan_or_nothing_are_left_out_and_named(self, engine: FlowerSimulation) -> None:
-        found: list[list[dict[int, str]]] = []
+        reported: list[list[dict[int, str]]] = []
         app = bad_app(0.0)
         with server_identity(1):
             local = failures(LocalGrid(app, 7, clients_at_once=1, workers=1), app, None)
         assert local[2].keys() == {1, 3}
-        engine.run(partial(bad_app, 10.0), lambda grid: found.append(failures(grid, app, 8.0)))
-        assert found[0][2].pop(5) == "no reply"
-        assert found == [local]
+        engine.run(partial(bad_app, 10.0), lambda grid: reported.append(failures(grid, app, 8.0)))
+        assert reported[0][2].pop(5) == "no reply"
+        assert reported == [local]
 
     def test_what_the_server_raises_comes_out(self, engine: FlowerSimulation) -> None:
         def main(grid: Grid) -> None:

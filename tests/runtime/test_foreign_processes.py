@@ -42,14 +42,14 @@ def counting(start: int = 0) -> ClientApp:
 
 
 def answers_of(grid: LocalGrid, times: int = 1) -> list[list[dict[str, Any]]]:
-    found = []
+    answers = []
     with server_identity(RUN_ID):
         for _ in range(times):
             sent = [Message(content(), FIRST_NODE + k, "train") for k in range(grid.num_clients)]
             replies = list(grid.send_and_receive(sent))
             assert [reply.metadata.src_node_id for reply in replies] == [FIRST_NODE + k for k in range(len(replies))]
-            found.append([dict(reply.content["process"]) for reply in replies])
-    return found
+            answers.append([dict(reply.content["process"]) for reply in replies])
+    return answers
 
 
 def test_clients_are_spread_over_processes_each_with_one_thread_and_keep_their_contexts() -> None:
@@ -69,13 +69,13 @@ def test_clients_are_spread_over_processes_each_with_one_thread_and_keep_their_c
 
 
 def test_what_processes_draw_follows_from_the_seed() -> None:
-    found = []
+    draws = []
     for _ in range(2):
         torch.manual_seed(3)
         grid = LocalGrid(counting(), 4, workers=2)
-        found.append([[row["drawn"] for row in rows] for rows in answers_of(grid, 2)])
+        draws.append([[row["drawn"] for row in rows] for rows in answers_of(grid, 2)])
         grid.close()
-    assert found[0] == found[1]
+    assert draws[0] == draws[1]
 
 
 def test_with_one_worker_clients_run_in_this_process() -> None:

@@ -63,15 +63,17 @@ def outcome(method: str, options: dict[str, Any], make: Callable[[CohortApp, int
             assert not strategy.report.failures
             arrays = new
         strategy.aggregate_evaluate(3, grid.send_and_receive(strategy.configure_evaluate(3, arrays, config, grid)))
-    found: dict[str, Any] = dict(entries(from_record(arrays)))
+    results: dict[str, Any] = dict(entries(from_record(arrays)))
     for client, metrics in strategy.report.clients.items():
-        found.update({f"{client}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
+        results.update(
+            {f"{client}/{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        )
     if grid.engine is not None and not isinstance(grid, WireGrid):
         for clients, state in grid.blocks():
             for name, value in leaves(state).items():
-                found.update({f"{c}/{name}": row for c, row in zip(clients.tolist(), value, strict=True)})
+                results.update({f"{c}/{name}": row for c, row in zip(clients.tolist(), value, strict=True)})
     grid.close()
-    return found
+    return results
 
 
 def of_size(size: int, workers: int = 1) -> Callable[[CohortApp, int], LocalGrid]:
@@ -115,12 +117,12 @@ def test_a_client_trains_as_among_clients_of_its_kind() -> None:
 
 
 def test_values_of_other_kinds_stay_initial() -> None:
-    found = outcome("fedproto", {}, of_size(5))
+    results = outcome("fedproto", {}, of_size(5))
     _, app = halves("fedproto", {})
     for name, first in leaves(app.initial_state).items():
         for client, kind in enumerate(KIND_OF):
-            if f"{client}/{name}" in found and not name.startswith(f"kind{kind}/"):
-                assert torch.equal(found[f"{client}/{name}"], first)
+            if f"{client}/{name}" in results and not name.startswith(f"kind{kind}/"):
+                assert torch.equal(results[f"{client}/{name}"], first)
 
 
 def test_kinds_are_dealt_in_equal_numbers_or_by_a_file(tmp_path: Path) -> None:
@@ -200,6 +202,6 @@ def test_kinds_for_series_and_for_tokens(kinds: str, tokens: bool, tmp_path: Pat
 @pytest.mark.usefixtures("ray_machine")
 def test_a_run_on_ray_gives_the_same_numbers(tmp_path: Path) -> None:
     words = ["strategy=fedd2s", "strategy.cuts=[-1]", *MIXED, *RUN]
-    here = fedpers(*words, output=tmp_path / "local")
-    there = fedpers(*words, "runtime=ray", "runtime.actors=2", output=tmp_path / "ray")
-    pd.testing.assert_frame_equal(clients_of(here), clients_of(there), rtol=1e-5, atol=1e-6)
+    local = fedpers(*words, output=tmp_path / "local")
+    remote = fedpers(*words, "runtime=ray", "runtime.actors=2", output=tmp_path / "ray")
+    pd.testing.assert_frame_equal(clients_of(local), clients_of(remote), rtol=1e-5, atol=1e-6)

@@ -61,8 +61,8 @@ def nothing(message: flower.Message, context: flower.Context, call_next: Any) ->
 @pytest.mark.parametrize("grid", [LocalGrid, WireGrid])
 def test_a_mod_that_changes_nothing_changes_nothing(grid: type[LocalGrid], mods: list[Any]) -> None:
     expected, usual, _ = rounds([])
-    found, report, _ = rounds(mods, grid)
-    assert_same(found, expected)
+    actual, report, _ = rounds(mods, grid)
+    assert_same(actual, expected)
     assert report.clients.keys() == usual.clients.keys()
     for client, metrics in usual.clients.items():
         assert report.clients[client] == pytest.approx(metrics, rel=1e-4)
@@ -108,9 +108,9 @@ def test_sizes_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="flwr"):
         _, report, _ = rounds([arrays_size_mod])
     flwr.propagate = before
-    told = [record.getMessage() for record in caplog.records if "elements sent" in record.getMessage()]
-    assert len(told) == 12
-    assert int(told[0].split()[-2]) >= report.bytes_up / 4  # the elements and their headers
+    messages = [record.getMessage() for record in caplog.records if "elements sent" in record.getMessage()]
+    assert len(messages) == 12
+    assert int(messages[0].split()[-2]) >= report.bytes_up / 4  # the elements and their headers
 
 
 def test_local_privacy_clips_as_ours_and_adds_noise() -> None:
@@ -193,9 +193,9 @@ def counted() -> tuple[list[str], Any]:
 def test_copies_of_an_app_keep_its_mods() -> None:
     calls, counting = counted()
     app = app_of([counting])
-    own = app.restrict([1, 2])
-    assert own.mods == (counting,)
-    grid = LocalGrid(own, 4)
+    restricted = app.restrict([1, 2])
+    assert restricted.mods == (counting,)
+    grid = LocalGrid(restricted, 4)
     content = flower.RecordDict({"arrays": app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 1})})
     with server_identity(1):
         (reply,) = grid.send_and_receive([flower.Message(content, FIRST_NODE + 1, "train")])
@@ -227,7 +227,7 @@ def test_under_flowers_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_task_id", "_run_id", "_node_id"):  # which run_simulation does not restore
         monkeypatch.setattr(TaskIdentity, name, getattr(TaskIdentity, name))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
-    found: list[dict[str, Tensor]] = []
+    results: list[dict[str, Tensor]] = []
     alone = partial(run_simulation, backend_config={"init_args": {"address": "local"}})  # not on some other Ray cluster
     for simulate in (fedpers.simulate, alone):
         app = app_of([LocalDpMod(0.2, 0.0, 1.0, 1e-5)])
@@ -240,7 +240,7 @@ def test_under_flowers_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
             strategy = FedRep(seed=3, weighting="uniform")
             result = strategy.start(grid, app.initial_arrays(), num_rounds=2)
             assert not strategy.report.failures
-            found.append(dict(entries(from_record(result.arrays))))
+            results.append(dict(entries(from_record(result.arrays))))
 
         simulate(server, app, 4)
-    assert_same(found[1], found[0])
+    assert_same(results[1], results[0])

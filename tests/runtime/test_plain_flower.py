@@ -76,32 +76,32 @@ def test_flowers_strategies_give_what_they_give_over_a_wire(name: str) -> None:
     for grid in (LocalGrid, WireGrid):
         random.seed(1)
         np.random.seed(1)  # noqa: NPY002 - what Flower draws its noise from
-        found: dict[str, Any] = {}
-        run(flower_app.server_app(found, STRATEGIES[name]), grid(flower_app.client_app(mods), NODES))
-        results.append(found)
-    here, wire = results
-    assert set(here["arrays"]) == {"w", "b"}
-    for entry, value in here["arrays"].items():
+        result: dict[str, Any] = {}
+        run(flower_app.server_app(result, STRATEGIES[name]), grid(flower_app.client_app(mods), NODES))
+        results.append(result)
+    local, wire = results
+    assert set(local["arrays"]) == {"w", "b"}
+    for entry, value in local["arrays"].items():
         np.testing.assert_array_equal(value, wire["arrays"][entry])
         assert np.isfinite(value).all()
         assert np.abs(value).max() > 0
-    assert here["train"] == wire["train"]
-    assert here["evaluate"] == wire["evaluate"]
-    assert list(here["train"]) == [1, 2, 3]
+    assert local["train"] == wire["train"]
+    assert local["evaluate"] == wire["evaluate"]
+    assert list(local["train"]) == [1, 2, 3]
 
 
 def test_fedavg_equals_the_formula() -> None:
-    found: dict[str, Any] = {}
-    fedpers.simulate(flower_app.server_app(found, rounds=2), flower_app.client_app(), num_supernodes=3)
+    results: dict[str, Any] = {}
+    fedpers.simulate(flower_app.server_app(results, rounds=2), flower_app.client_app(), num_supernodes=3)
     w, b = np.zeros(flower_app.FEATURES), np.zeros(1)
     share = np.array([10, 11, 12]) / 33
     for _ in range(2):
-        own = [flower_app.fit(w, b, k, 0.1) for k in range(3)]
-        w = sum(s * o[0] for s, o in zip(share, own, strict=True))
-        b = sum(s * o[1] for s, o in zip(share, own, strict=True))
-    np.testing.assert_allclose(found["arrays"]["w"], w, rtol=1e-12)
-    np.testing.assert_allclose(found["arrays"]["b"], b, rtol=1e-12)
-    assert found["train"][2]["calls"] == pytest.approx(2)
+        client_fits = [flower_app.fit(w, b, k, 0.1) for k in range(3)]
+        w = sum(s * o[0] for s, o in zip(share, client_fits, strict=True))
+        b = sum(s * o[1] for s, o in zip(share, client_fits, strict=True))
+    np.testing.assert_allclose(results["arrays"]["w"], w, rtol=1e-12)
+    np.testing.assert_allclose(results["arrays"]["b"], b, rtol=1e-12)
+    assert results["train"][2]["calls"] == pytest.approx(2)
 
 
 def test_actions_and_queries() -> None:
@@ -212,9 +212,9 @@ def test_legacy_server_and_numpy_client() -> None:
 
     w, b = np.zeros(flower_app.FEATURES), np.zeros(1)
     for _ in range(2):
-        own = [flower_app.fit(w, b, k, 0.1) for k in range(4)]
-        w = sum((10 + k) / 46 * o[0] for k, o in enumerate(own))
-        b = sum((10 + k) / 46 * o[1] for k, o in enumerate(own))
+        client_fits = [flower_app.fit(w, b, k, 0.1) for k in range(4)]
+        w = sum((10 + k) / 46 * o[0] for k, o in enumerate(client_fits))
+        b = sum((10 + k) / 46 * o[1] for k, o in enumerate(client_fits))
     got = parameters_to_ndarrays(server.parameters)
     np.testing.assert_allclose(got[0], w, rtol=1e-12)
     np.testing.assert_allclose(got[1], b, rtol=1e-12)
@@ -263,12 +263,12 @@ def test_a_client_that_raises_leaves_its_context_as_it_was() -> None:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        own = context.state.setdefault("own", ConfigRecord({"list": []}))
-        own["list"].append(1)
+        record = context.state.setdefault("own", ConfigRecord({"list": []}))
+        record["list"].append(1)
         if "fail" in message.content:
             context.state["more"] = MetricRecord()
             raise ValueError
-        return Message(RecordDict({"own": own}), reply_to=message)
+        return Message(RecordDict({"own": record}), reply_to=message)
 
     grid = LocalGrid(app, 1)
     with server_identity(RUN_ID):
@@ -283,7 +283,7 @@ def test_a_client_that_raises_leaves_its_context_as_it_was() -> None:
 
 def test_a_clients_exception_becomes_an_error_reply_and_the_run_goes_on() -> None:
     inner = flower_app.client_app()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     app = ClientApp()
 
     @app.train()
@@ -300,8 +300,8 @@ def test_a_clients_exception_becomes_an_error_reply_and_the_run_goes_on() -> Non
     assert replies[1].error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     assert replies[1].error.reason.startswith("ValueError: no luck today (at ")
     assert replies[1].metadata.src_node_id == FIRST_NODE + 1
-    fedpers.simulate(flower_app.server_app(found), app, 4)
-    assert len(found["train"]) == len(found["evaluate"]) == 3
+    fedpers.simulate(flower_app.server_app(results), app, 4)
+    assert len(results["train"]) == len(results["evaluate"]) == 3
 
 
 @pytest.mark.parametrize("answer", [None, "a text", "the message itself", "a reply to nothing"])
@@ -541,11 +541,11 @@ def test_arrays_arrive_as_numpy_would_read_them(value: np.ndarray) -> None:
     (reply,) = ask(app, RecordDict({"arrays": ArrayRecord({"v": sent})}), nodes=1)[0]
     seen.append(reply.content["arrays"]["v"].numpy())
     wanted = sent.numpy()
-    for found in seen:
-        np.testing.assert_array_equal(found, wanted)
-        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape)
-        assert found.flags.writeable
-        assert (found.flags.c_contiguous, found.flags.f_contiguous) == (
+    for array in seen:
+        np.testing.assert_array_equal(array, wanted)
+        assert (array.dtype, array.shape) == (wanted.dtype, wanted.shape)
+        assert array.flags.writeable
+        assert (array.flags.c_contiguous, array.flags.f_contiguous) == (
             wanted.flags.c_contiguous,
             wanted.flags.f_contiguous,
         )

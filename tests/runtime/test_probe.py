@@ -366,8 +366,8 @@ class Inner(FedAvgUpdate):
 
 
 def test_a_gradient_inside_the_loss_counts_as_a_second_pass() -> None:
-    found, plain = estimated(network(), Inner), estimated(network())
-    assert plain < found < 2 * plain
+    nested, plain = estimated(network(), Inner), estimated(network())
+    assert plain < nested < 2 * plain
 
 
 @pytest.mark.parametrize(

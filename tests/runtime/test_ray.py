@@ -81,9 +81,9 @@ def _server() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_actors_give_what_this_process_gives(pair: RayGrid) -> None:
-    found, strategy = rounds(pair, app_of())
+    actual, strategy = rounds(pair, app_of())
     described = pair.described()
-    assert_same(found, undisturbed())
+    assert_same(actual, undisturbed())
     assert strategy.report.failures == {}
     assert described["actors"] == 2
     assert sum(described["clients_per_actor"]) == 5
@@ -99,7 +99,7 @@ def test_replies_may_also_be_looked_at(pair: RayGrid) -> None:
     app = app_of()
     strategy, config = Faulty(seed=3), flower.ConfigRecord()
     strategy.begin()
-    found = []
+    results = []
     local = LocalGrid(app, 5, clients_at_once=2, workers=1)
     for grid in (pair, local):
         messages = list(strategy.configure_train(1, app.initial_arrays(), config, grid))
@@ -113,28 +113,28 @@ def test_replies_may_also_be_looked_at(pair: RayGrid) -> None:
             time.sleep(0.01)
         again = list(grid.pull_messages(ids[:1]))
         assert again[0].has_error()  # each is given once
-        found.append({node: leaves(from_record(r.content.array_records["arrays"])) for node, r in replies.items()})
+        results.append({node: leaves(from_record(r.content.array_records["arrays"])) for node, r in replies.items()})
     local.close()
-    assert sorted(found[0]) == [FIRST_NODE + c for c in range(5)]
-    for node, values in found[1].items():
+    assert sorted(results[0]) == [FIRST_NODE + c for c in range(5)]
+    for node, values in results[1].items():
         for name, value in values.items():
-            torch.testing.assert_close(found[0][node][name], value, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(results[0][node][name], value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
 def test_an_app_of_ones_own_runs_on_actors(machine: None) -> None:
     app = app_of()
-    server, found = ServerApp(), []
+    server, results = ServerApp(), []
 
     @server.main()
     def main(grid: Any, context: Any) -> None:
         result = Faulty(fraction=0.6, seed=3).start(grid, app.initial_arrays(), num_rounds=3)
-        found.append(leaves(from_record(result.arrays)))
+        results.append(leaves(from_record(result.arrays)))
 
     simulate(server, app, 5, clients_at_once=2, workers=1)
     simulate(server, app, 5, grid=RayGrid(app, actors=1, clients_at_once=2))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-10, atol=1e-12)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-10, atol=1e-12)
 
 
 # -------------------------------------------------------------------- faults
@@ -152,10 +152,10 @@ def test_an_actor_that_dies_in_mid_round_changes_nothing(machine: None, saved: b
             grid.saved(tmp_path / "states")
 
     with RayGrid(app, actors=2, clients_at_once=2) as grid:
-        found, strategy = rounds(grid, app, after=save)
+        actual, strategy = rounds(grid, app, after=save)
     assert (tmp_path / "mark").exists()
     assert strategy.report.failures == {}
-    assert_same(found, undisturbed())
+    assert_same(actual, undisturbed())
 
 
 @pytest.mark.slow
@@ -164,13 +164,13 @@ def test_a_grid_that_nobody_saves_saves_itself(machine: None, tmp_path: Path, mo
     app = app_of("die once", str(tmp_path / "mark"), round=4)
     most = []
     with RayGrid(app, actors=1, clients_at_once=2) as grid:
-        found, _ = rounds(grid, app, after=lambda r: most.append(max(len(shard.jobs) for shard in grid.shards)))
+        actual, _ = rounds(grid, app, after=lambda r: most.append(max(len(shard.jobs) for shard in grid.shards)))
         folder = grid._saved_by_grid
         assert folder is not None
         assert list(Path(folder.name).iterdir())
     assert max(most) <= 2
     assert not Path(folder.name).exists()
-    assert_same(found, undisturbed())
+    assert_same(actual, undisturbed())
 
 
 @pytest.mark.slow
@@ -211,11 +211,11 @@ def test_a_client_that_fails_is_left_out_and_named(machine: None, fault: str, re
 
 def flat(grid: Any) -> Values:
     """Personal state of every client that has any, by client and name."""
-    found = {}
+    flattened = {}
     for clients, states in grid.blocks():
         for k, client in enumerate(clients.tolist()):
-            found.update({f"{client}/{name}": value[k].clone() for name, value in leaves(states).items()})
-    return found
+            flattened.update({f"{client}/{name}": value[k].clone() for name, value in leaves(states).items()})
+    return flattened
 
 
 def killed(grid: RayGrid, place: int = 0) -> None:
@@ -227,7 +227,7 @@ def killed(grid: RayGrid, place: int = 0) -> None:
 @pytest.mark.parametrize("method", ["pfedpg", "fedjets"])
 def test_messages_are_computed_again_as_they_were(machine: None, method: str) -> None:
     """Also where each client is sent something else, and where one config serves all rounds, as in Flower's loop."""
-    found = []
+    results = []
     for on_ray in (False, True):
         strategy, app = halves(method, torch.float64)
         strategy.begin()
@@ -244,12 +244,12 @@ def test_messages_are_computed_again_as_they_were(machine: None, method: str) ->
             assert new is not None
             arrays = new
         values = {f"server/{n}": v.clone() for n, v in leaves(from_record(arrays)).items()}
-        for role, own in strategy.state.items():
-            values.update({f"{role}/{n}": v.clone() for n, v in leaves(own).items()})
+        for role, tensors in strategy.state.items():
+            values.update({f"{role}/{n}": v.clone() for n, v in leaves(tensors).items()})
         values.update(flat(grid))
-        found.append(values)
+        results.append(values)
         grid.close()
-    assert_same(found[1], found[0])
+    assert_same(results[1], results[0])
 
 
 @pytest.mark.slow
@@ -325,9 +325,9 @@ def test_state_goes_from_one_grid_to_another(pair: RayGrid) -> None:
 def test_state_beyond_the_budget_lies_in_files(machine: None, tmp_path: Path) -> None:
     app = app_of()
     with RayGrid(app, actors=1, clients_at_once=2, memory=0.0, folder=str(tmp_path)) as grid:
-        found, _ = rounds(grid, app)
+        actual, _ = rounds(grid, app)
         assert list(tmp_path.glob("states-*/*.memmap"))
-    assert_same(found, undisturbed())
+    assert_same(actual, undisturbed())
 
 
 # ------------------------------------------------------------------- network
@@ -377,14 +377,14 @@ def test_frozen_parameters_travel_once(machine: None, monkeypatch: pytest.Monkey
     with RayGrid(app, actors=2, clients_at_once=2) as grid:
         Faulty(seed=3).start(grid, app.initial_arrays(), num_rounds=1)
         killed(grid)  # whoever takes its clients over needs no further copy
-        found = flat(grid)
+        actual = flat(grid)
         assert len(grid.shards) == 2
     assert len([size for size in sizes if size > BACKBONE_BYTES]) == 1
     assert len([size for size in sizes if size > BACKBONE_BYTES // 20]) == 1
     local = LocalGrid(app, 5, clients_at_once=2, workers=1)
     Faulty(seed=3).start(local, app.initial_arrays(), num_rounds=1)
-    assert "4/model/head.weight" in found
-    assert_same(found, flat(local))
+    assert "4/model/head.weight" in actual
+    assert_same(actual, flat(local))
     local.close()
 
 

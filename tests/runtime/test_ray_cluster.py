@@ -32,10 +32,10 @@ def test_a_node_that_leaves_changes_nothing() -> None:
             if round == 2:
                 made.remove_node(made.list_all_nodes()[-1])
 
-        found, strategy = rounds(grid, app, after=leave)
+        actual, strategy = rounds(grid, app, after=leave)
         assert len({id(shard.actor) for shard in grid.shards}) == 1  # one actor computes both shards now
     assert strategy.report.failures == {}
-    assert_same(found, undisturbed())
+    assert_same(actual, undisturbed())
 
 
 WORKING_FOLDER = """

@@ -66,13 +66,13 @@ class Losing(FlowerGrid):
     def __init__(self, grid: LocalGrid, lost: dict[str, dict[str, str]], anew: int | None = None) -> None:
         super().__init__(grid)
         self.local, self.anew = grid, anew
-        self.lost = {(int(r), FIRST_NODE + int(client)) for r, own in lost.items() for client in own}
+        self.lost = {(int(r), FIRST_NODE + int(client)) for r, clients in lost.items() for client in clients}
 
     def send_and_receive(self, messages: Iterable[flower.Message], *, timeout: float | None = None) -> Any:
         messages = list(messages)
         if self.anew is not None and [m for m in messages if _round_of(m) == 2]:
             blocks = [
-                (clients[clients != self.anew], own[clients != self.anew]) for clients, own in self.local.blocks()
+                (clients[clients != self.anew], states[clients != self.anew]) for clients, states in self.local.blocks()
             ]
             self.local.load(blocks)
             self.anew = None
@@ -88,7 +88,7 @@ def _round_of(message: flower.Message) -> int:
     return int(message.content["config"]["server-round"]) if "config" in message.content else -1  # type: ignore[arg-type]
 
 
-def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None, tolerance: float = 1e-5) -> None:
+def assert_as_here(written: dict[str, Any], settings: str, anew: int | None = None, tolerance: float = 1e-5) -> None:
     """What a server wrote is what a run in this process gives, in which the same replies to training are missing.
 
     `tolerance` is relative to the largest value of a tensor.
@@ -96,7 +96,7 @@ def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None
     config = composed(settings.split())
     setup = prepare_run(config)
     last = []
-    grid = Losing(LocalGrid(setup.app, setup.data.num_clients, clients_at_once=1, workers=1), found["failures"], anew)
+    grid = Losing(LocalGrid(setup.app, setup.data.num_clients, clients_at_once=1, workers=1), written["failures"], anew)
     with server_identity(1):
         for report in run_rounds(
             setup.strategy,
@@ -105,14 +105,14 @@ def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None
             config.rounds,
             after_round=lambda _, arrays, is_last: last.append(arrays),
         ):
-            assert {str(client) for client in report.failures} == found["failures"].get(str(report.round), {}).keys()
-    assert found["round"] == report.round == config.rounds
-    assert found["clients"].keys() == {str(client) for client in report.clients}
+            assert {str(client) for client in report.failures} == written["failures"].get(str(report.round), {}).keys()
+    assert written["round"] == report.round == config.rounds
+    assert written["clients"].keys() == {str(client) for client in report.clients}
     for client, metrics in report.clients.items():
-        assert found["clients"][str(client)] == pytest.approx(metrics, rel=1e-5)
-    pairs = [(found["arrays"], leaves(from_record(last[-1])))]
-    assert found["state"].keys() == setup.strategy.state.keys()
-    pairs += [(found["state"][role], leaves(values)) for role, values in setup.strategy.state.items()]
+        assert written["clients"][str(client)] == pytest.approx(metrics, rel=1e-5)
+    pairs = [(written["arrays"], leaves(from_record(last[-1])))]
+    assert written["state"].keys() == setup.strategy.state.keys()
+    pairs += [(written["state"][role], leaves(values)) for role, values in setup.strategy.state.items()]
     for theirs, ours in pairs:
         assert theirs.keys() == ours.keys()
         for name, value in ours.items():
@@ -123,17 +123,17 @@ def assert_as_here(found: dict[str, Any], settings: str, anew: int | None = None
 
 def programs(mark: str) -> set[str]:
     """Process ids of Flower's programs that run with this mark in their environment."""
-    found = set()
+    ids = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
             if not any(word.rpartition(b"/")[2].startswith((b"flower-super", b"flwr-")) for word in words[:2]):
                 continue
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.add(folder.name)
+                ids.add(folder.name)
         except OSError:  # it has ended, or is not ours to look at
             continue
-    return found
+    return ids
 
 
 def assert_none_is_left(surroundings: dict[str, str]) -> None:
@@ -224,11 +224,11 @@ def test_server_state_finds_a_client_whose_supernode_was_started_anew(
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert may_train.exists()
-    found = json.loads(result.read_text())
-    assert found["failures"] == {}
+    written = json.loads(result.read_text())
+    assert written["failures"] == {}
     assert "after round 2:" in capsys.readouterr().out
     # Adam on the server: rounding grows
-    assert_as_here(found, f"{settings} partition.num_clients=2", anew=1, tolerance=1e-4)
+    assert_as_here(written, f"{settings} partition.num_clients=2", anew=1, tolerance=1e-4)
     assert_none_is_left(surroundings)
 
 
@@ -260,9 +260,9 @@ def test_the_script_says_what_went_wrong(tmp_path: Path) -> None:
 
 
 def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -293,6 +293,6 @@ def test_flwr_run_with_flowers_simulation_gives_what_this_process_gives(tmp_path
                 os.kill(int(process), signal.SIGTERM)
         assert_none_is_left(surroundings)
     assert "round 2: train loss" in done.stdout, done.stdout + done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["failures"] == {}
-    assert_as_here(found, settings)
+    written = json.loads((tmp_path / "found.json").read_text())
+    assert written["failures"] == {}
+    assert_as_here(written, settings)

@@ -95,8 +95,8 @@ def test_extreme_settings(noise: float, delta: float) -> None:
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     with caplog.at_level(logging.WARNING):
-        found = Privacy(noise=1.0).summary(10, 5, 20)
-    assert found == {"privacy_epsilon": None, "privacy_delta": 1e-5}
+        summary = Privacy(noise=1.0).summary(10, 5, 20)
+    assert summary == {"privacy_epsilon": None, "privacy_delta": 1e-5}
     assert [record.getMessage() for record in caplog.records] == [
         "Epsilon is not known without the library that accounts for privacy: pip install 'fedpers[privacy]'."
     ]

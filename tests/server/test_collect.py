@@ -82,10 +82,10 @@ def test_parts_that_travelled_give_what_one_collector_gives(method: str) -> None
     whole = ReplyCollector(rules_of(other))
     whole.take(same)
     assert merged.bytes_up == whole.collected.bytes_up
-    found, expected = concluded(strategy, merged), concluded(other, whole.collected)
-    assert found.keys() == expected.keys()
+    actual, expected = concluded(strategy, merged), concluded(other, whole.collected)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12, msg=name)
+        torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-12, msg=name)
     assert strategy.report.steps == other.report.steps
     assert strategy.report.extra == pytest.approx(other.report.extra, rel=1e-9)
 

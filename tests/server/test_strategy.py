@@ -86,10 +86,10 @@ def _server() -> Iterator[None]:
         yield
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=0.5 if "num_batches" in name else 1e-6)
+        torch.testing.assert_close(actual[name].double(), value, rtol=1e-5, atol=0.5 if "num_batches" in name else 1e-6)
 
 
 Tamper = Callable[[flower.Message], flower.Message | None]
@@ -167,8 +167,8 @@ def test_an_unusable_reply_is_left_out_counted_and_named(what: str, caplog: pyte
     if changed is not None:
         one.replies[2] = changed
     with caplog.at_level(logging.WARNING, logger="fedpers"):
-        found = one.aggregate()
-    assert_close(found, expected)
+        actual = one.aggregate()
+    assert_close(actual, expected)
     report = one.strategy.report
     assert list(report.failures) == [2]
     assert report.failures[2].startswith(reason)
@@ -390,11 +390,11 @@ def test_bytes_counted_by_hand() -> None:
 
 def test_train_loss_is_the_mean_over_samples() -> None:
     one = Round()
-    own = {c: one.replies[c].content.metric_records["metrics"] for c in range(4)}
-    assert [own[c]["num-examples"] for c in range(4)] == list(SIZES)
-    assert [own[c]["steps"] for c in range(4)] == [4, 2, 3, 2]
+    metrics = {c: one.replies[c].content.metric_records["metrics"] for c in range(4)}
+    assert [metrics[c]["num-examples"] for c in range(4)] == list(SIZES)
+    assert [metrics[c]["steps"] for c in range(4)] == [4, 2, 3, 2]
     one.aggregate()
-    expected = sum(float(own[c]["train-loss"]) * SIZES[c] for c in range(4)) / sum(SIZES)  # type: ignore[arg-type]
+    expected = sum(float(metrics[c]["train-loss"]) * SIZES[c] for c in range(4)) / sum(SIZES)  # type: ignore[arg-type]
     assert one.strategy.report.train_loss == pytest.approx(expected)
 
 
@@ -403,16 +403,16 @@ class Shuffled(LocalGrid):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.there = {1000 - 7 * node: node for node in super().get_node_ids()}
+        self.real_id = {1000 - 7 * node: node for node in super().get_node_ids()}
 
     def get_node_ids(self) -> list[int]:
-        return list(self.there)
+        return list(self.real_id)
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-        back = {node: other for other, node in self.there.items()}
+        back = {node: other for other, node in self.real_id.items()}
         messages = list(messages)
         for message in messages:
-            message.metadata.dst_node_id = self.there[message.metadata.dst_node_id]
+            message.metadata.dst_node_id = self.real_id[message.metadata.dst_node_id]
         replies = list(super().send_and_receive(messages, timeout=timeout))
         for reply in replies:
             reply.metadata.__dict__["_src_node_id"] = back[reply.metadata.src_node_id]
@@ -425,13 +425,13 @@ def test_clients_are_sampled_alike_by_every_method_and_whatever_their_node_ids()
         given = problem(method)
         clients = [client for client in range(given.data.num_clients) if client not in given.data.unseen]
         places = [sample_clients(9, r, len(clients), 0.5) for r in range(1, 9)]
-        assert len({tuple(own) for own in places}) > 2
+        assert len({tuple(draw) for draw in places}) > 2
         for grid in (LocalGrid, Shuffled):
             server = {"fraction": 0.5, "seed": 9, "unseen": given.data.unseen}
             strategy, update = make_strategy(method, given.options, server=server, training=given.training)
             app = update.client_app(given.network, given.data)
             strategy.nodes(grid(app, given.data.num_clients, clients_at_once=1, workers=1))
-            assert [strategy.sample(r) for r in range(1, 9)] == [[clients[place] for place in own] for own in places]
+            assert [strategy.sample(r) for r in range(1, 9)] == [[clients[place] for place in draw] for draw in places]
 
 
 def test_node_ids_do_not_change_what_is_learnt() -> None:
@@ -510,15 +510,15 @@ def test_a_strategy_that_is_started_twice_begins_anew(method: str) -> None:
     given = problem(method, torch.float64)
     server = {"fraction": 0.5, "seed": 2, "unseen": given.data.unseen}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
-    found = []
+    results = []
     for _ in range(2):
         app = update.client_app(given.network, given.data, seed=2)
         grid = LocalGrid(app, given.data.num_clients, clients_at_once=3, workers=1)
         result = strategy.start(grid, app.initial_arrays(), num_rounds=2)
         state = {f"{role}/{name}": v for role, values in strategy.state.items() for name, v in leaves(values).items()}
         measured = {f"{c}/{n}": torch.tensor(v) for c, row in strategy.report.clients.items() for n, v in row.items()}
-        found.append({**entries(from_record(result.arrays)), **state, **measured})
-    first, second = found
+        results.append({**entries(from_record(result.arrays)), **state, **measured})
+    first, second = results
     assert first.keys() == second.keys()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -534,8 +534,8 @@ def test_a_client_that_becomes_non_finite_keeps_its_former_personal_state() -> N
     poisoned[DATA.train[2][0]] = torch.inf
     object.__setattr__(one.app.data, "x", poisoned)
     one.ask()
-    found = one.aggregate()
-    assert all(torch.isfinite(value).all() for value in found.values())
+    arrays = one.aggregate()
+    assert all(torch.isfinite(value).all() for value in arrays.values())
     assert list(one.strategy.report.failures) == [2]
     assert "training gave values that are not finite" in one.strategy.report.failures[2]
     after = leaves(store.gather(range(4)))

@@ -202,8 +202,8 @@ def test_help_says_what_is_on_and_what_must_be_given(capsys: pytest.CaptureFixtu
         lines = shown(f"heterogeneity={name}")
         (start,) = (k for k, line in enumerate(lines) if line.startswith("  By keys of their own, each off unless one"))
         on = [line.split("=")[0].strip() for line in lines[1:start] if line.strip()]
-        own = [key for key in choice_options(HeterogeneityConfig, name) if key in ("strength", "groups")]
-        assert on == [f"heterogeneity.{key}" for key in own]
+        keys = [key for key in choice_options(HeterogeneityConfig, name) if key in ("strength", "groups")]
+        assert on == [f"heterogeneity.{key}" for key in keys]
         off = {line.split(".")[1] for line in lines[start + 1 :] if line.strip()}
         assert off == {*SHIFTS, "drift"}
     for dataset in ("csv", "parquet", "npz", "images", "pfllib", "leaf", "ratings"):

@@ -53,9 +53,9 @@ class Finished:
         clients = sorted(range(self.app.data.num_clients), key=lambda c: -self.app.sizes[c])
         config = {"server-round": self.round}
         cohort = self.app.cohort(clients, self.grid.engine.store.gather(clients), config)
-        found: Tree | View = self.app.update.personalize(cohort, {"arrays": _tree(self.arrays)}, config)
-        tensors = found.tensors if isinstance(found, View) else entries(found)
-        stacked = found.stacked if isinstance(found, View) else frozenset(tensors)
+        networks: Tree | View = self.app.update.personalize(cohort, {"arrays": _tree(self.arrays)}, config)
+        tensors = networks.tensors if isinstance(networks, View) else entries(networks)
+        stacked = networks.stacked if isinstance(networks, View) else frozenset(tensors)
         rows = {c: {n: v[k] if n in stacked else v for n, v in tensors.items()} for k, c in enumerate(clients)}
         return [rows[client] for client in range(len(clients))]
 
@@ -132,8 +132,8 @@ def passes(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Batches of some passes of a client in a round."""
     steps = epochs * -(-len(data.train[client]) // size)
-    own = batches(data, client, size=size, first=first, round=round, seed=SEED, purpose=purpose)
-    for x, y, _ in islice(own, steps):
+    stream = batches(data, client, size=size, first=first, round=round, seed=SEED, purpose=purpose)
+    for x, y, _ in islice(stream, steps):
         yield x, y
 
 
@@ -147,9 +147,9 @@ def loss_of(values: Mapping[str, Tensor], x: Tensor, y: Tensor, network: nn.Modu
 def slopes(
     values: Mapping[str, Tensor], x: Tensor, y: Tensor, names: Sequence[str], network: nn.Module = NETWORK
 ) -> Values:
-    own = {name: values[name].detach().requires_grad_() for name in names}
-    loss = loss_of({**values, **own}, x, y, network)
-    return dict(zip(names, torch.autograd.grad(loss, list(own.values())), strict=True))
+    free = {name: values[name].detach().requires_grad_() for name in names}
+    loss = loss_of({**values, **free}, x, y, network)
+    return dict(zip(names, torch.autograd.grad(loss, list(free.values())), strict=True))
 
 
 def sgd(

@@ -44,12 +44,12 @@ def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: 
     given = problem(method, torch.float64)
     with caplog.at_level(logging.WARNING, logger="fedpers"):
         settings: dict[str, Any] = asdict(given.training)
-        found = run(method, given.options, rounds=2, network=given.network, data=given.data, device=device, **settings)
+        result = run(method, given.options, rounds=2, network=given.network, data=given.data, device=device, **settings)
     assert not caplog.records, caplog.text  # among them: clients that are computed one by one
-    start = {name: value.cpu() for name, value in entries(found.app.template).items()}
-    moved = {name: value.cpu() for name, value in found.arrays.items()}
-    for client in sorted(set(range(found.app.data.num_clients)) - set(given.data.unseen)):
-        state = found.state(client)
+    start = {name: value.cpu() for name, value in entries(result.app.template).items()}
+    moved = {name: value.cpu() for name, value in result.arrays.items()}
+    for client in sorted(set(range(result.app.data.num_clients)) - set(given.data.unseen)):
+        state = result.state(client)
         moved.update({f"{client}/{name}": value.cpu() for name, value in state.items()})
     known = [n for n in moved if n.rpartition("/")[2] in start]
     assert known or method in UNTRAINED
@@ -59,10 +59,10 @@ def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: 
         if value.dtype != before.dtype:  # a mask over the entry; some stay empty
             continue
         assert not torch.equal(value, before if "control" not in name else torch.zeros_like(value)), name
-    report = found.strategy.report
+    report = result.strategy.report
     assert report.steps > 0 or method in UNTRAINED
     assert not report.evaluation_failures
-    assert len(report.clients) + len(report.unseen) == found.app.data.num_clients
+    assert len(report.clients) + len(report.unseen) == result.app.data.num_clients
     score = [metrics[f"test-{given.data.task.headline}"] for metrics in report.clients.values()]
     assert all(0 <= value <= 1 for value in score)
 
@@ -88,25 +88,25 @@ def test_nothing_global_is_drawn_or_changed(method: str) -> None:
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_a_wire_changes_nothing(method: str) -> None:
     """One client per call, everything as bytes: as on Flower's own engines."""
-    found = []
+    results = []
     for grid in (None, WireGrid):
         given = problem(method, torch.float64)
         data = replace(given.data, unseen=given.data.unseen or (2,))
-        found.append(
+        results.append(
             run(method, given.options, rounds=2, fraction=0.7, network=given.network, data=data, grid=grid,
                 **asdict(given.training))
         )  # fmt: skip
-    here, there = found
-    assert_same(here.arrays, there.arrays)
+    local, wired = results
+    assert_same(local.arrays, wired.arrays)
     for part in ("clients", "unseen", "adapted"):
-        mine, theirs = (getattr(one.strategy.report, part) for one in found)
+        mine, theirs = (getattr(one.strategy.report, part) for one in results)
         assert mine.keys() == theirs.keys()
         assert mine
         for client, metrics in mine.items():
             assert metrics == pytest.approx(theirs[client], rel=1e-9, abs=1e-12), (part, client)
-    assert here.strategy.report.bytes_up == there.strategy.report.bytes_up
-    assert here.strategy.report.bytes_down == there.strategy.report.bytes_down
-    assert not here.strategy.report.evaluation_failures
+    assert local.strategy.report.bytes_up == wired.strategy.report.bytes_up
+    assert local.strategy.report.bytes_down == wired.strategy.report.bytes_down
+    assert not local.strategy.report.evaluation_failures
 
 
 @pytest.mark.slow
@@ -232,15 +232,15 @@ class DrawsInItsLoss(FedAvgUpdate):
 
 
 def test_a_loss_that_draws_is_given_the_clients_own_numbers() -> None:
-    found = []
+    results = []
     for seed, clients_at_once in ((1, "auto"), (2, 3)):
         torch.manual_seed(seed)
         app, strategy = DrawsInItsLoss().client_app(SmallNetwork(norm=False), gaussian_data()), FedAvg()
         grid = LocalGrid(app, app.data.num_clients, clients_at_once=clients_at_once)
         with server_identity(1):
-            found.append(strategy.start(grid, app.initial_arrays(), num_rounds=2).arrays)
+            results.append(strategy.start(grid, app.initial_arrays(), num_rounds=2).arrays)
         assert grid.engine is not None
         assert grid.engine.choice is not None
         assert grid.engine.choice.how == "one at a time"
         grid.close()
-    assert all(np.array_equal(array.numpy(), found[1][name].numpy()) for name, array in found[0].items())
+    assert all(np.array_equal(array.numpy(), results[1][name].numpy()) for name, array in results[0].items())

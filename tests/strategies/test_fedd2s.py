@@ -26,8 +26,8 @@ def trained(options: dict[str, Any], rounds: int = 3, **settings: Any) -> Finish
     return run("fedd2s", options, rounds=rounds, network=DEEP, **settings)
 
 
-def state_after(found: Finished) -> dict[str, Tensor]:
-    return {f"{client}/{name}": value for client in range(4) for name, value in found.state(client).items()}
+def state_after(result: Finished) -> dict[str, Tensor]:
+    return {f"{client}/{name}": value for client in range(4) for name, value in result.state(client).items()}
 
 
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
@@ -58,16 +58,16 @@ def test_without_the_servers_word_and_in_a_first_round_it_is_local_training() ->
     local = run("local", rounds=3, network=DEEP)
     assert_same(state_after(local), state_after(trained({"beta": 0.0})))
     assert_same(state_after(run("local", rounds=1, network=DEEP)), state_after(trained({}, rounds=1)))
-    found = trained({"beta": 0.0})
-    assert found.strategy.report.bytes_up == found.strategy.report.bytes_down == 0
+    result = trained({"beta": 0.0})
+    assert result.strategy.report.bytes_up == result.strategy.report.bytes_down == 0
 
 
 @pytest.mark.parametrize(("cut", "width"), [(1, 8), (2, 5)])
 def test_what_travels_is_features_scores_and_labels(cut: int, width: int) -> None:
-    found = trained({"cuts": (cut,)}, rounds=2)
+    result = trained({"cuts": (cut,)}, rounds=2)
     samples = sum(len(positions) for positions in DATA.train)
-    assert found.strategy.report.bytes_up == samples * ((width + 4) * 8 + 8)  # float64
-    assert found.strategy.report.bytes_down == samples * 4 * 8
+    assert result.strategy.report.bytes_up == samples * ((width + 4) * 8 + 8)  # float64
+    assert result.strategy.report.bytes_down == samples * 4 * 8
     assert trained({"cuts": (cut,)}, rounds=1).strategy.report.bytes_up == 0
 
 
@@ -107,9 +107,9 @@ def test_layers_behind_the_cut_hear_nothing_from_the_server() -> None:
     """One step from the same networks: behind the cut it is that of local training, in front of it is not."""
     settings = {"epochs": 1, "batch_size": 0}
     local = run("local", rounds=2, network=DEEP, **settings)
-    found = trained({"cuts": (1,)}, rounds=2, **settings)
+    result = trained({"cuts": (1,)}, rounds=2, **settings)
     for client in range(4):
-        for name, value in found.state(client).items():
+        for name, value in result.state(client).items():
             alone = local.state(client)[name]
             if name.startswith(("model/body.3", "model/head")):
                 torch.testing.assert_close(value, alone, rtol=1e-10, atol=1e-12)
@@ -119,42 +119,42 @@ def test_layers_behind_the_cut_hear_nothing_from_the_server() -> None:
 
 def test_each_sample_learns_from_the_servers_scores_of_it() -> None:
     """At a tiny rate the steps of single samples, in random order, sum up to n times that of the full batch."""
-    found = []
+    changes = []
     for batch_size in (0, 1):
         options = {"cuts": (1,), "server_lr": 1e-9, "beta": 5.0}
         before, after = (trained(options, rounds=r, epochs=1, batch_size=batch_size, lr=1e-7) for r in (1, 2))
         name = "model/body.1.weight"
-        found.append([after.state(client)[name] - before.state(client)[name] for client in range(4)])
-    for full, single, positions in zip(*found, DATA.train, strict=True):
+        changes.append([after.state(client)[name] - before.state(client)[name] for client in range(4)])
+    for full, single, positions in zip(*changes, DATA.train, strict=True):
         torch.testing.assert_close(single / len(positions), full, rtol=1e-4, atol=1e-12)
 
 
 def test_dropping_a_layer_lets_the_server_go_on_with_the_deeper_ones() -> None:
-    found = trained({"rate": 2}, rounds=4)
-    assert isinstance(found.strategy, FedD2S)
-    start = entries(found.app.template)
+    result = trained({"rate": 2}, rounds=4)
+    assert isinstance(result.strategy, FedD2S)
+    start = entries(result.app.template)
     deep_only = trained({"rate": 2}, rounds=2).arrays
     assert torch.equal(deep_only["body.3.weight"], start["body.3.weight"])
     assert not torch.equal(deep_only["head.weight"], start["head.weight"])
-    assert not torch.equal(found.arrays["body.3.weight"], start["body.3.weight"])
-    assert "server_train_accuracy" in found.strategy.report.extra
+    assert not torch.equal(result.arrays["body.3.weight"], start["body.3.weight"])
+    assert "server_train_accuracy" in result.strategy.report.extra
 
 
 def test_the_control_averages_layers_in_front_of_the_cut_only() -> None:
-    found = trained({"variant": "parameters", "cuts": (1,)}, rounds=2)
-    assert sorted(found.arrays) == ["body.1.bias", "body.1.weight"]
-    size = sum(value.numel() for value in found.arrays.values()) * 8
-    assert found.strategy.report.bytes_up == found.strategy.report.bytes_down == 4 * size
+    result = trained({"variant": "parameters", "cuts": (1,)}, rounds=2)
+    assert sorted(result.arrays) == ["body.1.bias", "body.1.weight"]
+    size = sum(value.numel() for value in result.arrays.values()) * 8
+    assert result.strategy.report.bytes_up == result.strategy.report.bytes_down == 4 * size
     moved = trained({"variant": "parameters", "rate": 1}, rounds=2)
-    assert len(moved.arrays) > len(found.arrays)
+    assert len(moved.arrays) > len(result.arrays)
     assert moved.strategy.report.bytes_up == moved.strategy.report.bytes_down == 4 * size  # of the cut of round 2
 
 
 def test_unseen_clients_train_alone() -> None:
     for options in ({}, {"variant": "parameters", "rate": 2}):  # the cut moves between the last round and adaptation
-        found = trained(options, rounds=2, data=replace(DATA, unseen=(3,)))
-        assert set(found.strategy.report.adapted) == {3}
-        assert not found.strategy.report.evaluation_failures
+        result = trained(options, rounds=2, data=replace(DATA, unseen=(3,)))
+        assert set(result.strategy.report.adapted) == {3}
+        assert not result.strategy.report.evaluation_failures
 
 
 def test_a_server_with_batch_norm_learns_from_any_number_of_samples() -> None:
@@ -164,8 +164,8 @@ def test_a_server_with_batch_norm_learns_from_any_number_of_samples() -> None:
         network = Network(body, nn.Linear(5, 4)).double()
     samples = sum(len(positions) for positions in DATA.train)
     options = {"cuts": (1,), "server_batch_size": samples - 1}  # leaves a batch of one
-    found = run("fedd2s", options, rounds=2, network=network, drop_last=True)
-    assert "server_train_accuracy" in found.strategy.report.extra
+    result = run("fedd2s", options, rounds=2, network=network, drop_last=True)
+    assert "server_train_accuracy" in result.strategy.report.extra
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -85,13 +85,13 @@ def plain(
         for u, state in enumerate(users):
             drawn = GIVEN.data.samples(u, SEED, r)
             items, y = torch.from_numpy(drawn % ITEMS), torch.from_numpy((drawn >= ITEMS).astype(float))
-            own = {**state, **({} if common is None else {"common.weight": common.clone()})}
+            params = {**state, **({} if common is None else {"common.weight": common.clone()})}
             t, total, count, former = 0, 0.0, 0, math.nan
             for epoch in range(6):
                 order = generator(SEED, "batches", u, r, epoch).permutation(len(drawn))
                 batches = np.split(order, range(16, len(order), 16))
                 for batch in batches[:-1] if drop_last and 0 < len(order) % 16 < len(order) else batches:
-                    values = {n: v.clone().requires_grad_() for n, v in own.items()}
+                    values = {n: v.clone().requires_grad_() for n, v in params.items()}
                     at, target = items[batch], y[batch]
                     zero = torch.zeros(len(batch), 5, dtype=torch.float64)
                     d = values["personal.weight"][at] if tables != "common" else zero
@@ -105,9 +105,9 @@ def plain(
                     if tables != "personal":
                         loss = loss + growth * mu * penalty(kind, c)
                     grads = torch.autograd.grad(loss, list(values.values()))
-                    for (name, value), grad in zip(own.items(), grads, strict=True):
+                    for (name, value), grad in zip(params.items(), grads, strict=True):
                         rate = rates[name] * 0.9 ** (r - 1) * 0.95**t
-                        own[name] = value - rate * (grad + decays[name] * value)
+                        params[name] = value - rate * (grad + decays[name] * value)
                     t += 1
                     total += float(loss) * len(batch)
                     count += len(batch)
@@ -116,8 +116,8 @@ def plain(
                     break
                 former = mean
             if common is not None:
-                sent.append(own.pop("common.weight"))
-            users[u] = own
+                sent.append(params.pop("common.weight"))
+            users[u] = params
         common = torch.stack(sent).mean(0) if sent else None
     return common, users
 
@@ -141,12 +141,12 @@ def plain(
     ids=str,
 )
 def test_visited_rows_and_one_factor_are_the_whole_computation(options: dict[str, Any]) -> None:
-    found = finished(**options)
-    start = dict(found.app.template.items())
+    result = finished(**options)
+    start = dict(result.app.template.items())
     common, users = plain(2, start, **options)
-    assert_same(found.arrays, {} if common is None else {"common.weight": common})
+    assert_same(result.arrays, {} if common is None else {"common.weight": common})
     for user, state in enumerate(users):
-        assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
+        assert_same(result.state(user), {f"model/{name}": value for name, value in state.items()})
 
 
 def test_without_the_tail_every_pass_has_samples_of_its_own() -> None:
@@ -154,12 +154,12 @@ def test_without_the_tail_every_pass_has_samples_of_its_own() -> None:
     assert {len(GIVEN.data.samples(user, SEED, 1)) // 16 for user in range(7)} >= {0, 1, 2}
     values = {**SETTINGS, "groups": {"body": {"lr": 4.0}}, "drop_last": True}
     for tolerance in (0.0, 0.02):
-        found = run("fedrap", {"tolerance": tolerance}, rounds=2, network=GIVEN.network, data=GIVEN.data, **values)
-        common, users = plain(2, dict(found.app.template.items()), drop_last=True, tolerance=tolerance)
+        result = run("fedrap", {"tolerance": tolerance}, rounds=2, network=GIVEN.network, data=GIVEN.data, **values)
+        common, users = plain(2, dict(result.app.template.items()), drop_last=True, tolerance=tolerance)
         assert common is not None
-        assert_same(found.arrays, {"common.weight": common})
+        assert_same(result.arrays, {"common.weight": common})
         for user, state in enumerate(users):
-            assert_same(found.state(user), {f"model/{name}": value for name, value in state.items()})
+            assert_same(result.state(user), {f"model/{name}": value for name, value in state.items()})
 
 
 @pytest.mark.parametrize("curriculum", ["tanh", "sin", "square", "frac", "fixed"])
@@ -286,10 +286,10 @@ def test_small_entries_are_not_sent_and_counted() -> None:
     assert report.bytes_down == GIVEN.data.num_clients * (down * (8 + 4) + 2 * 8)
 
 
-def sparse_table(found: Any, round: int) -> Tensor:
+def sparse_table(result: Any, round: int) -> Tensor:
     """The server's table after fewer rounds of the same run."""
     table: Tensor = finished(rounds=round, mu=3.0, threshold=0.05).arrays["common.weight"]
-    assert found.strategy.client_update.threshold == 0.05
+    assert result.strategy.client_update.threshold == 0.05
     return table
 
 
@@ -402,26 +402,26 @@ def test_no_learning_wins_where_negatives_spare_the_held_out_item_and_guesses_el
     sizes = (8,) * 60
     scores = {}
     for protocol in ("official", "clean"):
-        found = run("no_learning", {}, rounds=25, network=GIVEN.network, data=ranking_data(sizes, protocol=protocol))
-        scores[protocol] = np.mean([m["test-hr@3"] for m in found.strategy.report.clients.values()])
+        result = run("no_learning", {}, rounds=25, network=GIVEN.network, data=ranking_data(sizes, protocol=protocol))
+        scores[protocol] = np.mean([m["test-hr@3"] for m in result.strategy.report.clients.values()])
     assert scores["official"] > 0.95
     assert 0.05 < scores["clean"] < 0.45  # chance: 3 of 13
 
 
 def test_no_learning_counts_what_was_drawn() -> None:
-    found = run("no_learning", {}, rounds=2, network=GIVEN.network, data=GIVEN.data)
+    result = run("no_learning", {}, rounds=2, network=GIVEN.network, data=GIVEN.data)
     drawn = np.concatenate([GIVEN.data.samples(3, SEED, r) for r in (1, 2)])
     expected = np.bincount(drawn[drawn < ITEMS], minlength=ITEMS)
-    assert found.state(3)["model/drawn"].tolist() == expected.tolist()
-    assert found.arrays == {}
+    assert result.state(3)["model/drawn"].tolist() == expected.tolist()
+    assert result.arrays == {}
 
 
 def test_pfedrec_takes_two_steps_per_batch_and_predicts_with_its_own_table() -> None:
-    found = run(
+    result = run(
         "pfedrec", {"item_rate": 0.5}, rounds=2, network=GIVEN.network, data=GIVEN.data, lr=0.2, epochs=1, batch_size=16
     )
-    start = {name: value.clone() for name, value in found.app.template.items()}
-    table, heads, own = start["body.weight"], [start] * 7, [{}] * 7
+    start = {name: value.clone() for name, value in result.app.template.items()}
+    table, heads, trained = start["body.weight"], [start] * 7, [{}] * 7
     for r in (1, 2):
         sent = []
         for u in range(7):
@@ -435,24 +435,24 @@ def test_pfedrec_takes_two_steps_per_batch_and_predicts_with_its_own_table() -> 
                     logit = leaf["body.weight"][items] @ leaf["head.weight"][0] + leaf["head.bias"]
                     grads = torch.autograd.grad(F.binary_cross_entropy_with_logits(logit, y), [leaf[n] for n in names])
                     values = {**values, **{n: values[n] - rate * g for n, g in zip(names, grads, strict=True)}}
-            heads[u] = own[u] = values
+            heads[u] = trained[u] = values
             sent.append(values["body.weight"])
         table = torch.stack(sent).mean(0)
-    assert_same(found.arrays, {"body.weight": table})
-    for user, values in enumerate(found.predictors()):
-        assert_same(values, own[user])
+    assert_same(result.arrays, {"body.weight": table})
+    for user, values in enumerate(result.predictors()):
+        assert_same(values, trained[user])
 
 
 def test_a_user_of_pfedrec_that_has_not_trained_predicts_with_the_received_table() -> None:
-    found = run("pfedrec", {"item_rate": 0.5}, rounds=2, fraction=0.3, network=GIVEN.network, data=GIVEN.data, lr=0.2)
+    result = run("pfedrec", {"item_rate": 0.5}, rounds=2, fraction=0.3, network=GIVEN.network, data=GIVEN.data, lr=0.2)
     trained = {user for r in (1, 2) for user in helpers.drawn(r, 0.3, GIVEN.data)}
     assert 0 < len(trained) < 7
-    start = {name: value.clone() for name, value in found.app.template.items()}
-    table = found.arrays["body.weight"]
+    start = {name: value.clone() for name, value in result.app.template.items()}
+    table = result.arrays["body.weight"]
     assert not torch.equal(table, start["body.weight"])
-    for user, values in enumerate(found.predictors()):
+    for user, values in enumerate(result.predictors()):
         if user in trained:
-            assert_same(values, {name: found.state(user)[f"model/{name}"] for name in start})
+            assert_same(values, {name: result.state(user)[f"model/{name}"] for name in start})
             assert not torch.equal(values["body.weight"], table)
         else:
             assert_same(values, {**start, "body.weight": table})
@@ -461,9 +461,9 @@ def test_a_user_of_pfedrec_that_has_not_trained_predicts_with_the_received_table
 def test_an_unseen_user_of_pfedrec_is_measured_with_the_received_table() -> None:
     unseen = (2, 4, 6)
     data = replace(ranking_data((12,) * 7), unseen=unseen)
-    found = run("pfedrec", {"item_rate": 0.5}, rounds=3, network=GIVEN.network, data=data, lr=0.3, batch_size=16)
-    report = found.strategy.report
-    head, table = found.app.template, found.arrays["body.weight"]
+    result = run("pfedrec", {"item_rate": 0.5}, rounds=3, network=GIVEN.network, data=data, lr=0.3, batch_size=16)
+    report = result.strategy.report
+    head, table = result.app.template, result.arrays["body.weight"]
     for user in unseen:
         for part in ("validation", "test"):
             items = data.x[data.part(part)[user]]  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ def test_growth_together_ranks_the_whole_network_up_to_the_limit() -> None:
     st.floats(0.05, 1.0),
 )
 def test_masks_only_grow_by_what_moved_most(entries: list[tuple[bool, float]], rate: float, limit: float) -> None:
-    mask = {"weight": torch.tensor([[int(own) for own, _ in entries]], dtype=torch.uint8)}
+    mask = {"weight": torch.tensor([[int(personal) for personal, _ in entries]], dtype=torch.uint8)}
     change = {"weight": torch.tensor([[moved for _, moved in entries]])}
     old, moved = mask["weight"][0].bool(), change["weight"][0]
     for grow in (grow_by_tensor, grow_together):
@@ -125,11 +125,11 @@ def test_batch_accuracy_counts_batches_alike() -> None:
     labels = [torch.from_numpy(rng.integers(0, 3, n)) for n in sizes]
     outputs = [torch.from_numpy(rng.normal(size=(n, 3))) for n in sizes]
     for width in (1, 3, 4, 8, 0):
-        found = batch_accuracy(outputs, labels, width)
-        for own, scores, y in zip(found.tolist(), outputs, labels, strict=True):
+        accuracies = batch_accuracy(outputs, labels, width)
+        for accuracy, scores, y in zip(accuracies.tolist(), outputs, labels, strict=True):
             hits = (scores.argmax(1) == y).double()
             parts = [part.mean() for part in hits.split(width or max(1, len(y)))] if len(y) else [torch.tensor(np.nan)]
-            assert own == pytest.approx(float(torch.stack(parts).mean()), nan_ok=True)
+            assert accuracy == pytest.approx(float(torch.stack(parts).mean()), nan_ok=True)
     right = torch.eye(3)[[0, 0, 0]]
     assert float(batch_accuracy([right], [torch.tensor([0, 0, 1])], 2)[0]) == 0.5  # 2 of 2, 0 of 1
 
@@ -158,10 +158,10 @@ class Client:
 def move(values: Values, client: int, r: int, number: int, free: dict[str, Tensor], frozen: bool) -> None:
     """One pass in which only the entries in `free` move."""
     for x, y in passes(client, 1, r, first=number):
-        own = {n: values[n].clone().requires_grad_() for n in free}
+        moving = {n: values[n].clone().requires_grad_() for n in free}
         NETWORK.train(not frozen)
-        loss = F.cross_entropy(functional_call(NETWORK, {**values, **own}, (x,)), y)
-        for (n, leaf), slope in zip(own.items(), torch.autograd.grad(loss, list(own.values())), strict=True):
+        loss = F.cross_entropy(functional_call(NETWORK, {**values, **moving}, (x,)), y)
+        for (n, leaf), slope in zip(moving.items(), torch.autograd.grad(loss, list(moving.values())), strict=True):
             values[n] = torch.where(free[n], leaf.detach() - 0.1 * slope, leaf.detach())
 
 
@@ -173,7 +173,7 @@ def plain_update(client: Client, rate: float, limit: float) -> None:
         old, change = client.mask[n].flatten(), (client.model[n] - client.previous[n]).abs().flatten()
         if float(np.float32(int(old.sum()) / len(old))) > limit:
             continue
-        left = sorted(float(c) for c, own in zip(change, old, strict=True) if not own)
+        left = sorted(float(c) for c, personal in zip(change, old, strict=True) if not personal)
         place = round((1 - rate) * len(left))
         if place < len(left):
             client.mask[n] = (old | (change >= left[place])).view_as(client.mask[n])
@@ -186,47 +186,47 @@ def plain_update(client: Client, rate: float, limit: float) -> None:
 def test_official_with_partial_participation(interval: int, batchnorm: str, weighting: str) -> None:
     rate, limit, rounds = 0.3, 0.6, 7
     options = {"rate": rate, "limit": limit, "interval": interval, "batchnorm": batchnorm, "weighting": weighting}
-    found = run("fedselect", options, rounds=rounds, fraction=0.5)
+    result = run("fedselect", options, rounds=rounds, fraction=0.5)
     server = {n: v for n, v in initial().items() if n in weights_of()}
     clients = [Client(NETWORK) for _ in CLIENTS]
     for r in range(1, rounds + 1):
         total = {n: torch.zeros_like(v) for n, v in server.items()}
         count = {n: torch.zeros_like(v) for n, v in server.items()}
         for c in drawn(r, 0.5):
-            own = clients[c]
-            values = own.receive(server)
-            frozen = batchnorm == "official" and own.trained > 0
+            client = clients[c]
+            values = client.receive(server)
+            frozen = batchnorm == "official" and client.trained > 0
             for epoch in range(2):
-                move(values, c, r, 2 * epoch, own.mask, frozen)
-                move(values, c, r, 2 * epoch + 1, {n: ~m for n, m in own.mask.items()}, frozen)
-            own.model, own.used = values, copied(own.mask)
+                move(values, c, r, 2 * epoch, client.mask, frozen)
+                move(values, c, r, 2 * epoch + 1, {n: ~m for n, m in client.mask.items()}, frozen)
+            client.model, client.used = values, copied(client.mask)
             weight = 1.0 if weighting == "uniform" else float(len(DATA.train[c]))
             for n in server:
-                total[n] += weight * (~own.used[n]) * values[n]
-                count[n] += weight * (~own.used[n])
-            if own.trained > 0 and own.trained % interval == 0:
-                plain_update(own, rate, limit)
-                own.previous = copied(values)
-            own.trained += 1
+                total[n] += weight * (~client.used[n]) * values[n]
+                count[n] += weight * (~client.used[n])
+            if client.trained > 0 and client.trained % interval == 0:
+                plain_update(client, rate, limit)
+                client.previous = copied(values)
+            client.trained += 1
         server = {n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1e-9), v) for n, v in server.items()}
-    assert any(bool(own.used["head.weight"].any()) for own in clients)
-    assert any(own.trained not in (0, rounds) for own in clients)
-    assert_same(found.arrays, server)
-    for c, own in enumerate(clients):
-        state = found.state(c)
-        for n in own.names:
-            assert torch.equal(state[f"mask/{n}"].bool(), own.mask[n]), n
-            assert torch.equal(state[f"used/{n}"].bool(), own.used[n]), n
-        assert int(state["trained"]) == own.trained
-        assert_same({n: state[f"model/{n}"] for n in own.model}, own.model)
-        assert_same(found.predictors()[c], own.receive(server))
+    assert any(bool(client.used["head.weight"].any()) for client in clients)
+    assert any(client.trained not in (0, rounds) for client in clients)
+    assert_same(result.arrays, server)
+    for c, client in enumerate(clients):
+        state = result.state(c)
+        for n in client.names:
+            assert torch.equal(state[f"mask/{n}"].bool(), client.mask[n]), n
+            assert torch.equal(state[f"used/{n}"].bool(), client.used[n]), n
+        assert int(state["trained"]) == client.trained
+        assert_same({n: state[f"model/{n}"] for n in client.model}, client.model)
+        assert_same(result.predictors()[c], client.receive(server))
 
 
 @pytest.mark.parametrize("interval", [1, 2])
 def test_paper_variant_against_a_plain_loop(interval: int) -> None:
     rate, limit, rounds = 0.2, 0.5, 4
     options = {"variant": "paper", "rate": rate, "limit": limit, "interval": interval}
-    found = run("fedselect", options, rounds=rounds, fraction=0.5)
+    result = run("fedselect", options, rounds=rounds, fraction=0.5)
     server = {n: v for n, v in initial().items() if n in weights_of()}
     clients = [Client(NETWORK) for _ in CLIENTS]
     size = sum(v.numel() for v in server.values())
@@ -234,35 +234,35 @@ def test_paper_variant_against_a_plain_loop(interval: int) -> None:
         total = {n: torch.zeros_like(v) for n, v in server.items()}
         count = {n: torch.zeros_like(v) for n, v in server.items()}
         for c in drawn(r, 0.5):
-            own = clients[c]
-            start = own.receive(server)
+            client = clients[c]
+            start = client.receive(server)
             values = copied(start)
             for epoch in range(2):
-                move(values, c, r, 2 * epoch, own.mask, False)
-                move(values, c, r, 2 * epoch + 1, {n: ~m for n, m in own.mask.items()}, False)
+                move(values, c, r, 2 * epoch, client.mask, False)
+                move(values, c, r, 2 * epoch + 1, {n: ~m for n, m in client.mask.items()}, False)
             ranked = sorted(
                 ((-float((values[n] - start[n]).abs().flatten()[i]), place, i, n)
-                 for place, n in enumerate(own.names)
-                 for i in range(start[n].numel()) if not own.mask[n].flatten()[i]),
+                 for place, n in enumerate(client.names)
+                 for i in range(start[n].numel()) if not client.mask[n].flatten()[i]),
             )  # fmt: skip
             wanted = min(round(rate * len(ranked)), int(limit * size) - (size - len(ranked)))
-            own.trained += 1
-            for moved, _, i, n in ranked[: max(0, wanted)] if own.trained % interval == 0 else []:
+            client.trained += 1
+            for moved, _, i, n in ranked[: max(0, wanted)] if client.trained % interval == 0 else []:
                 if moved < 0:
-                    own.mask[n].view(-1)[i] = True
-            own.model, own.used = values, copied(own.mask)
+                    client.mask[n].view(-1)[i] = True
+            client.model, client.used = values, copied(client.mask)
             for n in server:
-                total[n] += (~own.used[n]) * values[n]
-                count[n] += ~own.used[n]
+                total[n] += (~client.used[n]) * values[n]
+                count[n] += ~client.used[n]
         server = {n: torch.where(count[n] > 0, total[n] / count[n].clamp(min=1), v) for n, v in server.items()}
-    assert any(bool(own.mask["head.bias"].any()) for own in clients)  # biases too
-    assert_same(found.arrays, server)
-    for c, own in enumerate(clients):
-        state = found.state(c)
+    assert any(bool(client.mask["head.bias"].any()) for client in clients)  # biases too
+    assert_same(result.arrays, server)
+    for c, client in enumerate(clients):
+        state = result.state(c)
         assert not any(name.startswith(("used/", "previous/")) for name in state)
-        for n in own.names:
-            assert torch.equal(state[f"mask/{n}"].bool(), own.mask[n]), n
-        assert_same(found.predictors()[c], own.receive(server))
+        for n in client.names:
+            assert torch.equal(state[f"mask/{n}"].bool(), client.mask[n]), n
+        assert_same(result.predictors()[c], client.receive(server))
 
 
 @pytest.mark.parametrize("variant", ["official", "paper"])
@@ -278,15 +278,15 @@ def test_cohort_size_does_not_matter(variant: str) -> None:
 
 
 def test_out_of_the_box_it_personalises_and_stops_at_the_limit() -> None:
-    found = run("fedselect", rounds=8, batch_size=20, epochs=1)
-    shares = found.strategy.report.extra
+    result = run("fedselect", rounds=8, batch_size=20, epochs=1)
+    shares = result.strategy.report.extra
     assert set(shares) == {"personal_share", *(f"personal_share/{n}" for n in weights_of() if "weight" in n)}
     sizes = {n: v.numel() for n, v in initial().items() if n in weights_of()}
     for name in ("body.0.weight", "head.weight"):
         assert 0.8 < shares[f"personal_share/{name}"] < 0.85
     ones = sum(shares[f"personal_share/{n}"] * sizes[n] for n in sizes if "weight" in n)
     assert shares["personal_share"] == pytest.approx(ones / sum(sizes.values()))
-    states = [found.state(c) for c in CLIENTS]
+    states = [result.state(c) for c in CLIENTS]
     masks = {tuple(v for n in sizes for v in state[f"mask/{n}"].flatten().tolist()) for state in states}
     assert len(masks) == len(states)  # each chose for itself
     for state in states:
@@ -310,9 +310,9 @@ class Tiny(nn.Module):
 
 def test_small_tensors_stay_global() -> None:
     torch.manual_seed(0)
-    found = run("fedselect", network=Tiny().double(), rounds=5)
+    result = run("fedselect", network=Tiny().double(), rounds=5)
     for client in CLIENTS:
-        state = found.state(client)
+        state = result.state(client)
         assert not state["mask/pair.weight"].any()
         assert not state["mask/norm.weight"].any()
         assert state["mask/head.weight"].any()
@@ -323,8 +323,8 @@ def test_statistics_stay_with_the_client_and_are_frozen_after_its_first_training
     assert not any("running" in name or "num_batches" in name for name in kept[-1].arrays)
     for client in CLIENTS:
         first = next((r for r in range(1, 5) if client in drawn(r, 0.5)), None)
-        for r, found in enumerate(kept, 1):
-            state = found.state(client)
+        for r, result in enumerate(kept, 1):
+            state = result.state(client)
             seen = int(state["model/body.1.num_batches_tracked"])
             batches = -(-len(DATA.train[client]) // 5)
             assert seen == (4 * batches if first is not None and r >= first else 0)  # 2 epochs of 2 passes
@@ -337,13 +337,13 @@ def test_statistics_stay_with_the_client_and_are_frozen_after_its_first_training
 
 
 def test_only_global_entries_and_a_bit_for_each_travel() -> None:
-    found = run("fedselect", rounds=5)
+    result = run("fedselect", rounds=5)
     sizes = {n: v.numel() for n, v in initial().items() if n in weights_of()}
-    free = sum(int((found.state(c)[f"used/{n}"] == 0).sum()) for c in CLIENTS for n in sizes)
+    free = sum(int((result.state(c)[f"used/{n}"] == 0).sum()) for c in CLIENTS for n in sizes)
     bits = len(CLIENTS) * sum(-(-size // 8) for size in sizes.values())
     assert free < 0.6 * len(CLIENTS) * sum(sizes.values())
-    assert found.strategy.report.bytes_up == 8 * free + bits  # float64
-    assert found.strategy.report.bytes_down == 8 * len(CLIENTS) * sum(sizes.values())
+    assert result.strategy.report.bytes_up == 8 * free + bits  # float64
+    assert result.strategy.report.bytes_down == 8 * len(CLIENTS) * sum(sizes.values())
 
 
 def test_the_same_over_a_wire() -> None:
@@ -365,8 +365,8 @@ def test_the_same_over_a_wire() -> None:
             strategy.aggregate_evaluate(4, grid.send_and_receive(messages))
         assert not strategy.report.failures
         results.append((trees(flower.RecordDict({"a": arrays}))["a"], strategy.report))
-    (here, report), (there, other) = results
-    assert_same(here, dict(leaves(there)))
+    (local, report), (wired, other) = results
+    assert_same(local, dict(leaves(wired)))
     assert report.bytes_up == other.bytes_up
     assert report.extra == pytest.approx(other.extra)
     assert report.clients[2] == pytest.approx(other.clients[2])
@@ -391,8 +391,8 @@ def test_a_reply_that_does_not_fit_is_left_out(spoil: Any, sentence: str) -> Non
         messages = strategy.configure_train(1, app.initial_arrays(), flower.ConfigRecord(), grid)
         replies = list(grid.send_and_receive(messages))
         content = replies[1].content
-        found = trees(content)
-        values, bits = spoil(found["arrays"], found["mask"])
+        records = trees(content)
+        values, bits = spoil(records["arrays"], records["mask"])
         content["arrays"]["head.bias"] = _array(values)
         content["mask"]["head.bias"] = _array(bits)
         strategy.aggregate_train(1, replies)

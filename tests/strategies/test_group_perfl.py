@@ -20,8 +20,8 @@ GROUPED = replace(DATA, groups=(0, 1, 0, 1))
 PLAIN: dict[str, Any] = {"personal_epochs": 0}
 
 
-def group_network(found: Finished, group: int) -> Values:
-    return {name: value[group] for name, value in entries(found.strategy.state[GROUPS]).items()}
+def group_network(result: Finished, group: int) -> Values:
+    return {name: value[group] for name, value in entries(result.strategy.state[GROUPS]).items()}
 
 
 def assert_equal(first: Values, second: Values) -> None:
@@ -31,23 +31,23 @@ def assert_equal(first: Values, second: Values) -> None:
 
 
 def test_the_first_rounds_are_fedavg() -> None:
-    found = run("group_perfl", {**PLAIN, "global_rounds": 3}, rounds=3, data=GROUPED)
-    assert_equal(found.arrays, run("fedavg", rounds=3, data=GROUPED).arrays)
-    assert GROUPS not in found.strategy.state
+    result = run("group_perfl", {**PLAIN, "global_rounds": 3}, rounds=3, data=GROUPED)
+    assert_equal(result.arrays, run("fedavg", rounds=3, data=GROUPED).arrays)
+    assert GROUPS not in result.strategy.state
 
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_a_group_is_fedavg_over_its_clients(group: int) -> None:
-    found = run("group_perfl", {**PLAIN, "global_rounds": 0}, rounds=3, data=GROUPED)
+    result = run("group_perfl", {**PLAIN, "global_rounds": 0}, rounds=3, data=GROUPED)
     others = tuple(client for client, g in enumerate(GROUPED.groups) if g != group)
     alone = run("fedavg", rounds=3, data=replace(DATA, unseen=others))
-    assert_equal(group_network(found, group), alone.arrays)
+    assert_equal(group_network(result, group), alone.arrays)
 
 
 def test_groups_start_from_the_network_of_all() -> None:
-    found = run("group_perfl", {**PLAIN, "global_rounds": 2}, rounds=3, data=GROUPED)
-    assert_equal(found.arrays, run("fedavg", rounds=2, data=GROUPED).arrays)
-    assert not torch.equal(group_network(found, 0)["head.weight"], group_network(found, 1)["head.weight"])
+    result = run("group_perfl", {**PLAIN, "global_rounds": 2}, rounds=3, data=GROUPED)
+    assert_equal(result.arrays, run("fedavg", rounds=2, data=GROUPED).arrays)
+    assert not torch.equal(group_network(result, 0)["head.weight"], group_network(result, 1)["head.weight"])
 
 
 def test_a_strong_pull_keeps_groups_at_the_network_of_all() -> None:
@@ -56,7 +56,7 @@ def test_a_strong_pull_keeps_groups_at_the_network_of_all() -> None:
         for mu in (0.0, 10.0)
     )
     distances = [
-        float((group_network(found, 0)["head.weight"] - found.arrays["head.weight"]).norm()) for found in (far, near)
+        float((group_network(result, 0)["head.weight"] - result.arrays["head.weight"]).norm()) for result in (far, near)
     ]
     assert 0 < distances[1] < 0.5 * distances[0]
 
@@ -73,10 +73,10 @@ def test_without_samples_for_validation_the_last_pass_is_kept() -> None:
 
 def test_passes_before_a_prediction_share_the_momentum() -> None:
     settings: dict[str, Any] = {"rounds": 1, "data": GROUPED, "momentum": 0.9, "shuffle": False}
-    found = run("group_perfl", {"global_rounds": 1, "keep_best": False, "personal_epochs": 3}, **settings)
+    result = run("group_perfl", {"global_rounds": 1, "keep_best": False, "personal_epochs": 3}, **settings)
     tuned = run("fedavg_ft", {"finetune_epochs": 3}, **settings)
     for client in range(4):
-        assert_equal(found.predictors()[client], tuned.predictors()[client])
+        assert_equal(result.predictors()[client], tuned.predictors()[client])
 
 
 def test_adapting_never_raises_the_validation_loss_and_rates_that_diverge_change_nothing() -> None:
@@ -93,10 +93,10 @@ def test_adapting_never_raises_the_validation_loss_and_rates_that_diverge_change
 
 
 def test_unseen_clients_get_the_network_of_their_group() -> None:
-    found = run("group_perfl", {**PLAIN, "global_rounds": 0}, rounds=1, data=replace(GROUPED, unseen=(3,)))
-    sent = found.strategy.send(1, tree(found.arrays), [3])
+    result = run("group_perfl", {**PLAIN, "global_rounds": 0}, rounds=1, data=replace(GROUPED, unseen=(3,)))
+    sent = result.strategy.send(1, tree(result.arrays), [3])
     assert isinstance(sent, list)
-    assert_equal(entries(sent[0]["arrays"]), group_network(found, 1))
+    assert_equal(entries(sent[0]["arrays"]), group_network(result, 1))
 
 
 def test_groups_come_from_a_file_an_option_or_the_data(tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_groups_come_from_a_file_an_option_or_the_data(tmp_path: Path) -> None:
         run("group_perfl", {**PLAIN, "global_rounds": 0, **o}, rounds=1, data=GROUPED if not o else DATA)
         for o in options
     ]
-    for found in runs[1:]:
-        assert_equal(group_network(found, 0), group_network(runs[0], 0))
+    for result in runs[1:]:
+        assert_equal(group_network(result, 0), group_network(runs[0], 0))
 
 
 def test_shuffled_groups_keep_their_sizes_and_follow_from_the_seed() -> None:
@@ -117,9 +117,9 @@ def test_shuffled_groups_keep_their_sizes_and_follow_from_the_seed() -> None:
         make_strategy("group_perfl", {"groups": groups, "shuffle_groups": True}, server={"seed": seed})[0]
         for seed in (1, 1, 2)
     ]
-    found = [strategy._group_of for strategy in dealt]  # type: ignore[attr-defined]
-    assert found[0] == found[1] != found[2]
-    assert sorted(found[0]) == sorted(groups) == sorted(found[2])
+    shuffled = [strategy._group_of for strategy in dealt]  # type: ignore[attr-defined]
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+    assert sorted(shuffled[0]) == sorted(groups) == sorted(shuffled[2])
 
 
 def test_what_is_no_grouping_is_refused(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_grouped_means_merge_in_any_order() -> None:
         whole.add({"arrays": values}, client + 1.0, client)
         (first if client < 2 else second).add({"arrays": values}, client + 1.0, client)
     first.merge(second)
-    for found in (whole.result(), first.result()):
-        assert found[GROUPS]["group"].tolist() == [0, 1, 2]
+    for means in (whole.result(), first.result()):
+        assert means[GROUPS]["group"].tolist() == [0, 1, 2]
         expected = [(0 * 1 + 2 * 3) / 4, 4.0, (1 * 2 + 3 * 4) / 6]
-        torch.testing.assert_close(found["arrays"]["w"][:, 0], torch.tensor(expected))
+        torch.testing.assert_close(means["arrays"]["w"][:, 0], torch.tensor(expected))
     assert GroupedMean({}).result() == {}

@@ -41,7 +41,7 @@ def under(role: str, state: Values) -> Values:
 
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_fedavg_averages_parameters_and_buffers(weighting: str) -> None:
-    found = run("fedavg", {"weighting": weighting}, fraction=0.5)
+    result = run("fedavg", {"weighting": weighting}, fraction=0.5)
     server = initial()
     for r in (1, 2, 3):
         chosen = drawn(r, 0.5)
@@ -51,36 +51,36 @@ def test_fedavg_averages_parameters_and_buffers(weighting: str) -> None:
             parts.append(copied(server))
             sgd(parts[-1], passes(client, 2, r))
         server = average(parts, sizes(chosen) if weighting == "samples" else [1.0] * len(chosen))
-    assert_same(found.arrays, server)
+    assert_same(result.arrays, server)
     assert float(server["body.1.num_batches_tracked"]) > 0
-    for values in found.predictors():
+    for values in result.predictors():
         assert_same(values, server)
 
 
 def test_local_keeps_everything() -> None:
-    found = run("local", fraction=0.5)
-    own = [initial() for _ in CLIENTS]
+    result = run("local", fraction=0.5)
+    networks = [initial() for _ in CLIENTS]
     for r in (1, 2, 3):
         for client in drawn(r, 0.5):
-            sgd(own[client], passes(client, 2, r))
-    assert found.arrays == {}
-    assert found.strategy.report.bytes_down == found.strategy.report.bytes_up == 0
-    for client, values in enumerate(found.predictors()):
-        assert_same(values, own[client])
+            sgd(networks[client], passes(client, 2, r))
+    assert result.arrays == {}
+    assert result.strategy.report.bytes_down == result.strategy.report.bytes_up == 0
+    for client, values in enumerate(result.predictors()):
+        assert_same(values, networks[client])
 
 
 def test_fedavg_ft_adapts_before_it_predicts_and_forgets() -> None:
-    found = run("fedavg_ft", {"finetune_epochs": 2}, rounds=2)
-    assert_same(found.arrays, run("fedavg", rounds=2).arrays)
-    for client, values in enumerate(found.predictors()):
-        own = copied(found.arrays)
-        sgd(own, passes(client, 2, 2, purpose="finetune"))
-        assert_same(values, own)
-        assert found.state(client) == {}
+    result = run("fedavg_ft", {"finetune_epochs": 2}, rounds=2)
+    assert_same(result.arrays, run("fedavg", rounds=2).arrays)
+    for client, values in enumerate(result.predictors()):
+        adapted = copied(result.arrays)
+        sgd(adapted, passes(client, 2, 2, purpose="finetune"))
+        assert_same(values, adapted)
+        assert result.state(client) == {}
 
 
 def test_fedprox_pulls_towards_the_received_network() -> None:
-    found = run("fedprox", {"mu": 0.6}, rounds=2)
+    result = run("fedprox", {"mu": 0.6}, rounds=2)
     server = initial()
     for r in (1, 2):
         parts = []
@@ -88,64 +88,64 @@ def test_fedprox_pulls_towards_the_received_network() -> None:
             parts.append(copied(server))
             sgd(parts[-1], passes(client, 2, r), add=lambda n, v, w=server: 0.6 * (v - w[n]))
         server = average(parts, sizes(CLIENTS))
-    assert_same(found.arrays, server)
+    assert_same(result.arrays, server)
 
 
 def test_scaffold_with_server_lr_and_partial_participation() -> None:
-    found = run("scaffold", {"server_lr": 0.7}, rounds=4, fraction=0.5)
+    result = run("scaffold", {"server_lr": 0.7}, rounds=4, fraction=0.5)
     server = initial()
     names = weights_of()
     common = {n: torch.zeros_like(server[n]) for n in names}
-    own = [copied(common) for _ in CLIENTS]
+    controls = [copied(common) for _ in CLIENTS]
     for r in range(1, 5):
         chosen = drawn(r, 0.5)
         parts, changes = [], []
         for client in chosen:
             values = copied(server)
-            control = own[client]
+            control = controls[client]
             sgd(values, passes(client, 2, r), add=lambda n, v, k=control, c=common: c[n] - k[n])
             steps = 2 * -(-len(DATA.train[client]) // 5)
             new = {n: control[n] - common[n] + (server[n] - values[n]) / (steps * 0.1) for n in names}
             changes.append({n: new[n] - control[n] for n in names})
-            own[client] = new
+            controls[client] = new
             parts.append(values)
         mean = average(parts, [1.0] * len(chosen))
         server = {n: server[n] + 0.7 * (mean[n] - server[n]) if n in names else mean[n] for n in server}
         common = {n: common[n] + sum(c[n] for c in changes) / DATA.num_clients for n in names}
-    assert_same(found.arrays, server)
-    assert_same(found.strategy.state["control"], common)
+    assert_same(result.arrays, server)
+    assert_same(result.strategy.state["control"], common)
     for client in CLIENTS:
-        assert_same(under("control", found.state(client)), own[client])
+        assert_same(under("control", result.state(client)), controls[client])
 
 
 @pytest.mark.parametrize(
     ("method", "personal", "weighted"), [("fedper", HEAD, True), ("fedbn", NORM, False)], ids=["fedper", "fedbn"]
 )
 def test_fedper_and_fedbn_share_all_but_the_personal_entries(method: str, personal: set[str], weighted: bool) -> None:
-    found = run(method, fraction=0.75)
+    result = run(method, fraction=0.75)
     server = {n: v for n, v in initial().items() if n not in personal}
-    own = [{n: v for n, v in initial().items() if n in personal} for _ in CLIENTS]
+    states = [{n: v for n, v in initial().items() if n in personal} for _ in CLIENTS]
     for r in (1, 2, 3):
         chosen = drawn(r, 0.75)
         parts = []
         for client in chosen:
-            values = {**copied(server), **copied(own[client])}
+            values = {**copied(server), **copied(states[client])}
             sgd(values, passes(client, 2, r))
-            own[client] = {n: values[n] for n in personal}
+            states[client] = {n: values[n] for n in personal}
             parts.append({n: values[n] for n in server})
         server = average(parts, sizes(chosen) if weighted else [1.0] * len(chosen))
-    assert found.arrays.keys() == server.keys()
-    assert_same(found.arrays, server)
-    for client, values in enumerate(found.predictors()):
-        assert under("model", found.state(client)).keys() == personal
-        assert_same(values, {**server, **own[client]})
+    assert result.arrays.keys() == server.keys()
+    assert_same(result.arrays, server)
+    for client, values in enumerate(result.predictors()):
+        assert under("model", result.state(client)).keys() == personal
+        assert_same(values, {**server, **states[client]})
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "samples"])
 def test_fedrep_trains_the_head_first_and_averages_bodies(weighting: str) -> None:
     options = {"head_epochs": 3, "body_epochs": 1, **({} if weighting == "uniform" else {"weighting": weighting})}
-    found = run("fedrep", options, rounds=2)
-    assert found.strategy.weighting == weighting
+    result = run("fedrep", options, rounds=2)
+    assert result.strategy.weighting == weighting
     body = {n: v for n, v in initial().items() if n not in HEAD}
     heads = [{n: v for n, v in initial().items() if n in HEAD} for _ in CLIENTS]
     for r in (1, 2):
@@ -157,36 +157,36 @@ def test_fedrep_trains_the_head_first_and_averages_bodies(weighting: str) -> Non
             heads[client] = {n: values[n] for n in HEAD}
             parts.append({n: values[n] for n in body})
         body = average(parts, sizes(CLIENTS) if weighting == "samples" else [1.0] * len(parts))
-    assert_same(found.arrays, body)
-    assert found.arrays.keys() >= BUFFERS
-    for client, values in enumerate(found.predictors()):
+    assert_same(result.arrays, body)
+    assert result.arrays.keys() >= BUFFERS
+    for client, values in enumerate(result.predictors()):
         assert_same(values, {**body, **heads[client]})
 
 
 def test_ditto_ties_an_own_network_to_the_received_one() -> None:
-    found = run("ditto", {"mu": 0.4, "personal_epochs": 3}, fraction=0.25)
+    result = run("ditto", {"mu": 0.4, "personal_epochs": 3}, fraction=0.25)
     server = initial()
-    own: dict[int, Values] = {}
+    networks: dict[int, Values] = {}
     for r in (1, 2, 3):
         parts = []
         for client in drawn(r, 0.25):
             parts.append(copied(server))
             sgd(parts[-1], passes(client, 2, r))
-            own.setdefault(client, copied(server))  # which starts from the first network it receives
-            sgd(own[client], passes(client, 3, r, first=2), add=lambda n, v, w=server: 0.4 * (v - w[n]))
+            networks.setdefault(client, copied(server))  # which starts from the first network it receives
+            sgd(networks[client], passes(client, 3, r, first=2), add=lambda n, v, w=server: 0.4 * (v - w[n]))
         server = average(parts, [1.0] * len(parts))
-    assert_same(found.arrays, server)
-    assert len(own) < len(CLIENTS)
-    for client, values in enumerate(found.predictors()):
-        assert_same(values, own.get(client, server))  # buffers too are the client's own
+    assert_same(result.arrays, server)
+    assert len(networks) < len(CLIENTS)
+    for client, values in enumerate(result.predictors()):
+        assert_same(values, networks.get(client, server))  # buffers too are the client's own
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.4])
 def test_pfedme_on_moreau_envelopes(beta: float) -> None:
-    found = run("pfedme", {"lam": 2.0, "inner_steps": 3, "personal_lr": 0.05, "beta": beta}, fraction=0.25)
+    result = run("pfedme", {"lam": 2.0, "inner_steps": 3, "personal_lr": 0.05, "beta": beta}, fraction=0.25)
     names = weights_of()
     server = initial()
-    own: dict[int, Values] = {}
+    thetas: dict[int, Values] = {}
     for r in (1, 2, 3):
         parts = []
         for client in drawn(r, 0.25):
@@ -198,18 +198,18 @@ def test_pfedme_on_moreau_envelopes(beta: float) -> None:
                         theta[n] -= 0.05 * (at[n] + 2.0 * (theta[n] - w[n]))
                 for n in names:
                     w[n] -= 0.1 * 2.0 * (w[n] - theta[n])
-            own[client] = theta
+            thetas[client] = theta
             parts.append({n: w[n] if n in names else theta[n] for n in w})
         mean = average(parts, [1.0] * len(parts))
         server = {n: (1 - beta) * server[n] + beta * v if v.is_floating_point() else v for n, v in mean.items()}
-    assert_same(found.arrays, server)
-    assert 0 < len(own) < DATA.num_clients  # so that the next lines see both kinds
-    for client, values in enumerate(found.predictors()):
-        assert_same(values, own.get(client, server))
+    assert_same(result.arrays, server)
+    assert 0 < len(thetas) < DATA.num_clients  # so that the next lines see both kinds
+    for client, values in enumerate(result.predictors()):
+        assert_same(values, thetas.get(client, server))
 
 
 def test_pfedme_moves_w_by_the_optimizer_of_the_settings() -> None:
-    found = run("pfedme", {"lam": 2.0, "inner_steps": 1}, rounds=1, momentum=0.9, weight_decay=0.01)
+    result = run("pfedme", {"lam": 2.0, "inner_steps": 1}, rounds=1, momentum=0.9, weight_decay=0.01)
     names = weights_of()
     parts = []
     for client in CLIENTS:
@@ -223,22 +223,22 @@ def test_pfedme_moves_w_by_the_optimizer_of_the_settings() -> None:
                 w[n].grad = 2.0 * (w[n].detach() - theta[n])
             optimizer.step()
         parts.append({n: w[n].detach() if n in names else theta[n] for n in theta})
-    assert_same(found.arrays, average(parts, [1.0] * len(parts)))
+    assert_same(result.arrays, average(parts, [1.0] * len(parts)))
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_apfl_follows_the_chain_rule_through_the_mixture(adaptive: bool, momentum: float) -> None:
     options = {"alpha": 0.3, "adaptive": adaptive}
-    found = run("apfl", options, rounds=2, fraction=0.75, momentum=momentum)
+    result = run("apfl", options, rounds=2, fraction=0.75, momentum=momentum)
     names = weights_of()
     server = initial()
-    own: dict[int, Values] = {}
+    networks: dict[int, Values] = {}
     alpha = [torch.tensor(0.3, dtype=torch.float64) for _ in CLIENTS]
     for r in (1, 2):
         parts = []
         for client in drawn(r, 0.75):
-            w, v = copied(server), own.setdefault(client, copied(server))
+            w, v = copied(server), networks.setdefault(client, copied(server))
             velocity_w, velocity_v = ({n: torch.zeros_like(w[n]) for n in names} for _ in range(2))
             for x, y in passes(client, 2, r):
                 share = alpha[client].clone().requires_grad_()
@@ -258,11 +258,11 @@ def test_apfl_follows_the_chain_rule_through_the_mixture(adaptive: bool, momentu
                     alpha[client] = (alpha[client] - 0.1 * share.grad).clamp(0, 1)
             parts.append(w)
         server = average(parts, [1.0] * len(parts))
-    assert_same(found.arrays, server)
-    for client, values in enumerate(found.predictors()):
+    assert_same(result.arrays, server)
+    for client, values in enumerate(result.predictors()):
         a = alpha[client]
-        assert float(found.state(client)["alpha"]) == pytest.approx(float(a), rel=1e-10)
-        mine = own.get(client, server)
+        assert float(result.state(client)["alpha"]) == pytest.approx(float(a), rel=1e-10)
+        mine = networks.get(client, server)
         mixed = {n: a * mine[n] + (1 - a) * server[n] for n in names}
         assert_same(values, {**mine, **mixed})  # the mixture was trained with the own buffers
     assert (float(alpha[0]) != 0.3) == adaptive
@@ -273,7 +273,7 @@ def test_perfedavg_trains_for_the_adapted_network(hessian: bool) -> None:
     network = SmallNetwork(norm=False, dropout=0.0).double()
     data = gaussian_data((20, 11, 13, 7), dtype=torch.float64)  # one batch of a single sample, and one of three
     options = {"inner_lr": 0.2, "hessian": hessian}
-    found = run("perfedavg", options, rounds=2, network=network, data=data, epochs=3, lr_decay=0.5)
+    result = run("perfedavg", options, rounds=2, network=network, data=data, epochs=3, lr_decay=0.5)
     names = weights_of(network)
     server = initial(network)
     for r in (1, 2):
@@ -292,8 +292,8 @@ def test_perfedavg_trains_for_the_adapted_network(hessian: bool) -> None:
                 w = {n: (free[n] - 0.1 * 0.5 ** (r - 1) * g).detach() for n, g in zip(names, outer, strict=True)}
             parts.append(w)
         server = average(parts, [1.0] * len(parts))
-    assert_same(found.arrays, server)
-    for client, values in enumerate(found.predictors()):
+    assert_same(result.arrays, server)
+    for client, values in enumerate(result.predictors()):
         drawn = generator(SEED, "adapt", client).permutation(data.samples(client, SEED, 2))
         index = torch.from_numpy(drawn[:5])
         at = slopes(server, data.x[index], data.y[index], names, network)

@@ -91,18 +91,18 @@ def test_prompts_by_hand() -> None:
     phi = {n: torch.tensor([[v]]) for n, v in (("query", 2.0), ("key", 0.5), ("value", -1.0), ("out", 10.0))}
     descriptors = torch.tensor([[[0.0], [math.log(3.0)]], [[0.0], [0.0]]])
     # scores: query * key = (2 d) * (0.5 b) = d * b; of d = 0 shares 1/2, 1/2; of d = log 3: weights 3^1, 3^3
-    found = generate(base, phi, descriptors)
+    prompts = generate(base, phi, descriptors)
     mixed = -(3 * 1 + 27 * 3) / 30
-    assert torch.allclose(found[0], torch.tensor([[1 + 10 * -2.0], [3 + 10 * mixed]]))
-    assert torch.allclose(found[1], torch.tensor([[1 + 10 * -2.0], [3 + 10 * -2.0]]))
+    assert torch.allclose(prompts[0], torch.tensor([[1 + 10 * -2.0], [3 + 10 * mixed]]))
+    assert torch.allclose(prompts[1], torch.tensor([[1 + 10 * -2.0], [3 + 10 * -2.0]]))
     assert torch.allclose(generate(base, phi, descriptors[:, 1:])[0], base + 10 * mixed)  # one row for all prompts
 
 
 def test_the_width_of_keys_cools_the_scores() -> None:
     base, one = torch.tensor([[1.0], [2.0]]), torch.ones(1, 4)
     phi = {"query": one, "key": one, "value": one, "out": one.T}
-    found = generate(base, phi, torch.tensor([[[math.log(2.0)]]]))  # scores 4 * log 2 * b / sqrt(4)
-    assert torch.allclose(found, base + 4 * (4 * 1 + 16 * 2) / 20)
+    prompts = generate(base, phi, torch.tensor([[[math.log(2.0)]]]))  # scores 4 * log 2 * b / sqrt(4)
+    assert torch.allclose(prompts, base + 4 * (4 * 1 + 16 * 2) / 20)
 
 
 # ------------------------------------------------------------ acceptance of a step
@@ -115,12 +115,12 @@ def test_a_server_step_brings_generated_prompts_closer_to_the_adapted(
     method: str, rate: float, tokens: int | None
 ) -> None:
     options = {"descriptor_tokens": tokens, "inner": 16, "server_optimizer": method, "server_lr": rate}
-    found = pfedpg(1, **options)
+    result = pfedpg(1, **options)
     clients = range(4)
-    adapted = torch.stack([found.state(c)["adapted/prompts"] for c in clients])
+    adapted = torch.stack([result.state(c)["adapted/prompts"] for c in clients])
     before = torch.stack([generate(start(), matrices(16), descriptor(c, tokens or COUNT)[None])[0] for c in clients])
-    server = found.strategy.state
-    after = generate(found.arrays["prompts"], entries(server["generator"]), server["descriptors"]["value"])
+    server = result.strategy.state
+    after = generate(result.arrays["prompts"], entries(server["generator"]), server["descriptors"]["value"])
     gap, new = (float((adapted - prompts).square().sum()) for prompts in (before, after))
     assert 0 < new < gap
     assert not torch.equal(server["generator"]["query"], matrices(16)["query"])
@@ -132,11 +132,11 @@ def test_the_step_reversed_leads_away() -> None:
     rows = torch.stack([descriptor(c) for c in range(4)])
     prompts = generate(base, phi, rows)
     change = torch.from_numpy(numbers(0, "test").normal(size=prompts.shape))
-    common, own = follow(base, phi, rows, change, torch.ones(4))
+    common, per_client = follow(base, phi, rows, change, torch.ones(4))
     gaps = []
     for step in (1e-3, -1e-3):
         moved = {n: v + step * common[n] for n, v in phi.items()}
-        new = generate(base + step * common["prompts"], moved, rows + step * own)
+        new = generate(base + step * common["prompts"], moved, rows + step * per_client)
         gaps.append(float((prompts + change - new).square().sum()))
     assert gaps[0] < float(change.square().sum()) < gaps[1]
 
@@ -147,7 +147,7 @@ def test_a_descriptor_follows_its_own_client_only() -> None:
     prompts = generate(base, phi, rows)
     for client in range(3):
         (slope,) = torch.autograd.grad(prompts[client].square().sum(), rows, retain_graph=True)
-        assert [bool(own.any()) for own in slope] == [c == client for c in range(3)]
+        assert [bool(row.any()) for row in slope] == [c == client for c in range(3)]
 
     change = torch.from_numpy(numbers(0, "test").normal(size=prompts.shape))
     weights = torch.ones(3, dtype=base.dtype)
@@ -164,8 +164,8 @@ def test_a_descriptor_follows_its_own_client_only() -> None:
 
 @pytest.mark.parametrize("method", ["sgd", "adam"])
 def test_descriptors_of_clients_that_were_not_asked_stay(method: str) -> None:
-    found = pfedpg(1, fraction=0.5, server_optimizer=method)
-    known = found.strategy.state["descriptors"]
+    result = pfedpg(1, fraction=0.5, server_optimizer=method)
+    known = result.strategy.state["descriptors"]
     asked = drawn(1, 0.5)
     assert known["client"].tolist() == [0, 1, 2, 3]
     for client in range(4):
@@ -175,20 +175,20 @@ def test_descriptors_of_clients_that_were_not_asked_stay(method: str) -> None:
 
 
 def test_prompts_are_all_that_travels() -> None:
-    found = pfedpg(1)
-    report = found.strategy.report
+    result = pfedpg(1)
+    report = result.strategy.report
     assert report.bytes_up == report.bytes_down == 4 * COUNT * WIDTH * 8  # clients, float64
     content = flower.RecordDict(
-        {ARRAYS: found.app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 2})}
+        {ARRAYS: result.app.initial_arrays(), "config": flower.ConfigRecord({"server-round": 2})}
     )
-    grid = LocalGrid(found.app, 4, clients_at_once=4, workers=1)
+    grid = LocalGrid(result.app, 4, clients_at_once=4, workers=1)
     with server_identity(1):
         (reply,) = grid.send_and_receive([flower.Message(content, FIRST_NODE, "train")])
     assert {n: list(r) for n, r in reply.content.array_records.items()} == {ARRAYS: ["prompts"]}
     assert num_bytes(reply.content) == COUNT * WIDTH * 8
-    assert set(found.state(0)) == {"model/head.weight", "model/head.bias", "adapted/prompts", "trained"}
-    assert set(found.strategy.state) == {"generator", "descriptors"}
-    assert set(entries(found.strategy.state["generator"])) == {"query", "key", "value", "out"}
+    assert set(result.state(0)) == {"model/head.weight", "model/head.bias", "adapted/prompts", "trained"}
+    assert set(result.strategy.state) == {"generator", "descriptors"}
+    assert set(entries(result.strategy.state["generator"])) == {"query", "key", "value", "out"}
 
 
 # --------------------------------------------------------------------- plain loops
@@ -206,7 +206,7 @@ class Reference:
         kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]
         self.kind = lambda values: kind(values, lr=RATES[optimizer])
         self.common = self.kind([self.base, *self.phi.values()])
-        self.own = {c: self.kind([row]) for c, row in self.rows.items()}
+        self.row_optimizers = {c: self.kind([row]) for c, row in self.rows.items()}
         self.heads = {c: head() for c in range(data.num_clients)}
         self.adapted: dict[int, Tensor] = {}
 
@@ -238,7 +238,7 @@ class Reference:
             self.rows[c].grad = torch.autograd.grad(gap, self.rows[c])[0]
         self.common.step()
         for c in clients:
-            self.own[c].step()
+            self.row_optimizers[c].step()
 
 
 @pytest.mark.slow
@@ -254,31 +254,31 @@ class Reference:
 def test_rounds_against_a_plain_loop(
     optimizer: str, reduction: str, tokens: int | None, weighting: str, fraction: float
 ) -> None:
-    found = pfedpg(
+    result = pfedpg(
         4, fraction=fraction, server_optimizer=optimizer, reduction=reduction, descriptor_tokens=tokens,
         weighting=weighting,
     )  # fmt: skip
     plain = Reference(PICTURES, optimizer, reduction, tokens, weighting == "samples")
     for r in (1, 2, 3, 4):
         plain.round(r, drawn(r, fraction))
-    server = found.strategy.state
-    assert_same(found.arrays, {"prompts": plain.base.detach()})
+    server = result.strategy.state
+    assert_same(result.arrays, {"prompts": plain.base.detach()})
     assert_same(entries(server["generator"]), {n: v.detach() for n, v in plain.phi.items()})
     for client in range(4):
         assert_same({"d": server["descriptors"]["value"][client]}, {"d": plain.rows[client].detach()})
-        state = found.state(client)
+        state = result.state(client)
         assert_same({n: state[f"model/{n}"] for n in NAMES[1:]}, plain.heads[client])
         assert (int(state["trained"]) > 0) == (client in plain.adapted)
         if client in plain.adapted:
             assert_same({"p": state["adapted/prompts"]}, {"p": plain.adapted[client]})
         generated = {"prompts": plain.prompts(client).detach(), **plain.heads[client]}
         adapted = {**generated, "prompts": plain.adapted.get(client, generated["prompts"])}
-        metrics = found.strategy.report.clients[client]
+        metrics = result.strategy.report.clients[client]
         for name, values in (("loss", adapted), ("generated-loss", generated)):
             assert metrics[f"test-{name}"] == pytest.approx(loss_on_test(client, values), rel=1e-8)
     losses = [
         (m["test-loss"], m["test-generated-loss"])
-        for c, m in found.strategy.report.clients.items()
+        for c, m in result.strategy.report.clients.items()
         if c in plain.adapted
     ]
     assert all(a != b for a, b in losses)
@@ -293,7 +293,7 @@ def loss_on_test(client: int, values: Values, data: FederatedData = PICTURES) ->
 
 @pytest.mark.slow
 def test_without_generator_everybody_gets_the_base() -> None:
-    found = pfedpg(2, generator="none")
+    result = pfedpg(2, generator="none")
     base, heads = start(), {c: head() for c in range(4)}
     for r in (1, 2):
         changes = []
@@ -303,8 +303,8 @@ def test_without_generator_everybody_gets_the_base() -> None:
             changes.append(values.pop("prompts") - base)
             heads[client] = values
         base = base + RATES["sgd"] * torch.stack(changes).mean(0)
-    assert_same(found.arrays, {"prompts": base})
-    assert found.strategy.state == {}
+    assert_same(result.arrays, {"prompts": base})
+    assert result.strategy.state == {}
 
 
 def test_many_clients_are_differentiated_a_few_at_a_time() -> None:
@@ -327,11 +327,11 @@ def test_many_clients_are_differentiated_a_few_at_a_time() -> None:
 @pytest.mark.parametrize("method", ["sgd", "adam"])
 def test_an_unseen_client_fits_a_descriptor_and_leaves_the_server_alone(method: str) -> None:
     data = replace(PICTURES, unseen=(1, 2))
-    found = pfedpg(2, data=data, server_optimizer=method, adapt_rounds=3)
-    strategy, grid = found.strategy, found.grid
+    result = pfedpg(2, data=data, server_optimizer=method, adapt_rounds=3)
+    strategy, grid = result.strategy, result.grid
     known = entries(strategy.state["descriptors"])
     assert known["client"].tolist() == [0, 3]
-    base, phi = found.arrays["prompts"].clone(), copied(entries(strategy.state["generator"]))
+    base, phi = result.arrays["prompts"].clone(), copied(entries(strategy.state["generator"]))
     before = {role: copied(leaves(values)) for role, values in strategy.state.items()}
     mean = known["value"].mean(0)
     first = one_prompt_at_a_time(base, phi, mean)
@@ -339,8 +339,8 @@ def test_an_unseen_client_fits_a_descriptor_and_leaves_the_server_alone(method: 
         metrics = strategy.report.unseen[client]
         expected = loss_on_test(client, {"prompts": first, **head()}, data)
         assert metrics["test-loss"] == metrics["test-generated-loss"] == pytest.approx(expected, rel=1e-8)
-    grid = LocalGrid(found.app, 4, clients_at_once=4, workers=1)
-    record = strategy_record(found)
+    grid = LocalGrid(result.app, 4, clients_at_once=4, workers=1)
+    record = strategy_record(result)
     with server_identity(1):
         strategy.evaluate_adapted(record, flower.ConfigRecord(), grid)
     assert_same(entries(from_record(record)), {"prompts": base})
@@ -368,8 +368,8 @@ def test_an_unseen_client_fits_a_descriptor_and_leaves_the_server_alone(method: 
         assert not torch.equal(row, mean)
 
 
-def strategy_record(found: Finished) -> flower.ArrayRecord:
-    return flower.ArrayRecord({n: v.clone() for n, v in found.arrays.items()})
+def strategy_record(result: Finished) -> flower.ArrayRecord:
+    return flower.ArrayRecord({n: v.clone() for n, v in result.arrays.items()})
 
 
 class Broken(PFedPGUpdate):
@@ -410,12 +410,12 @@ def through(grid: LocalGrid, app: Any, data: FederatedData, method: str) -> Valu
         strategy.aggregate_evaluate(2, grid.send_and_receive(strategy.configure_evaluate(2, arrays, config, grid)))
         strategy.evaluate_adapted(arrays, config, grid)
     assert not strategy.report.evaluation_failures
-    found = {f"server/{n}": v for n, v in leaves(from_record(arrays)).items()}
+    tensors = {f"server/{n}": v for n, v in leaves(from_record(arrays)).items()}
     for role, values in strategy.state.items():
-        found.update({f"{role}/{n}": v for n, v in leaves(values).items()})
+        tensors.update({f"{role}/{n}": v for n, v in leaves(values).items()})
     for group in ("clients", "unseen", "adapted"):
         for client, metrics in getattr(strategy.report, group).items():
-            found.update({f"{group}/{client}/{n}": torch.tensor(v) for n, v in metrics.items()})
+            tensors.update({f"{group}/{client}/{n}": torch.tensor(v) for n, v in metrics.items()})
     for client in range(data.num_clients):
         if isinstance(grid, WireGrid):
             (record,) = grid.contexts[FIRST_NODE + client].state.array_records.values()
@@ -423,8 +423,8 @@ def through(grid: LocalGrid, app: Any, data: FederatedData, method: str) -> Valu
         else:
             assert grid.engine is not None
             state = grid.engine.store.gather([client])
-        found.update({f"client/{client}/{n}": v for n, v in leaves(state).items()})
-    return found
+        tensors.update({f"client/{client}/{n}": v for n, v in leaves(state).items()})
+    return tensors
 
 
 @pytest.mark.parametrize("method", ["sgd", "adam"])
@@ -432,10 +432,10 @@ def test_messages_and_state_survive_a_wire(method: str) -> None:
     data = replace(gaussian_data((20, 9, 13), features=(1, 4, 4), dtype=torch.float64), unseen=(1,))
     update = PFedPGUpdate(prompts=COUNT, training=Training(lr=0.1, batch_size=5, epochs=2))
     app = update.client_app(MODEL, data, seed=SEED)
-    found = through(LocalGrid(app, 3, clients_at_once=3, workers=1), app, data, method)
+    local = through(LocalGrid(app, 3, clients_at_once=3, workers=1), app, data, method)
     wired = through(WireGrid(app, 3), app, data, method)
-    assert {"generator/query", "descriptors/value", "client/0/adapted/prompts", "adapted/1/test-accuracy"} <= set(found)
-    assert difference(found, wired) <= 1e-9
+    assert {"generator/query", "descriptors/value", "client/0/adapted/prompts", "adapted/1/test-accuracy"} <= set(local)
+    assert difference(local, wired) <= 1e-9
 
 
 def test_adam_on_the_server_does_not_depend_on_cohorts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,7 +455,7 @@ def test_adam_on_the_server_does_not_depend_on_cohorts(monkeypatch: pytest.Monke
 @pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["samples", "uniform"])
 def test_fedvpt_averages_prompts_and_keeps_heads(weighting: str) -> None:
-    found = run("fedvpt", {"prompts": COUNT, "weighting": weighting}, fraction=0.5, network=MODEL, data=PICTURES)
+    result = run("fedvpt", {"prompts": COUNT, "weighting": weighting}, fraction=0.5, network=MODEL, data=PICTURES)
     server, heads = {"prompts": start()}, {c: head() for c in range(4)}
     for r in (1, 2, 3):
         parts, chosen = [], drawn(r, 0.5)
@@ -465,24 +465,24 @@ def test_fedvpt_averages_prompts_and_keeps_heads(weighting: str) -> None:
             parts.append({"prompts": values.pop("prompts")})
             heads[client] = values
         server = average(parts, sizes(chosen, PICTURES) if weighting == "samples" else [1.0] * len(chosen))
-    assert_same(found.arrays, server)
+    assert_same(result.arrays, server)
     for client in range(4):
-        assert_same(found.state(client), {f"model/{n}": v for n, v in heads[client].items()})
-        loss = found.strategy.report.clients[client]["test-loss"]
+        assert_same(result.state(client), {f"model/{n}": v for n, v in heads[client].items()})
+        loss = result.strategy.report.clients[client]["test-loss"]
         assert loss == pytest.approx(loss_on_test(client, {**server, **heads[client]}), rel=1e-8)
 
 
 def test_head_only_trains_heads_on_features() -> None:
-    found = run("head_only", fraction=0.5, network=MODEL, data=PICTURES)
+    result = run("head_only", fraction=0.5, network=MODEL, data=PICTURES)
     heads = {c: head() for c in range(4)}
     for r in (1, 2, 3):
         for client in drawn(r, 0.5):
             sgd(heads[client], passes(client, 2, r, data=PICTURES), names=NAMES[1:], network=unready(None))
-    assert not found.arrays
-    assert found.strategy.report.bytes_up == found.strategy.report.bytes_down == 0
+    assert not result.arrays
+    assert result.strategy.report.bytes_up == result.strategy.report.bytes_down == 0
     for client in range(4):
-        assert_same(found.state(client), {f"model/{n}": v for n, v in heads[client].items()})
-    assert found.app.data.x.shape == (len(PICTURES.x), WIDTH)
+        assert_same(result.state(client), {f"model/{n}": v for n, v in heads[client].items()})
+    assert result.app.data.x.shape == (len(PICTURES.x), WIDTH)
 
 
 def test_head_only_leaves_batch_normalization_and_dropout_as_in_an_evaluation() -> None:
@@ -507,8 +507,8 @@ def test_clients_share_one_frozen_backbone() -> None:
     assert set(entries(app.template)) == set(NAMES)
     assert app.data.x.shape == (len(PICTURES.x), 4, WIDTH)
     before = {n: v.clone() for n, v in app.module.body.state_dict().items()}
-    found = pfedpg(2)
-    assert all(torch.equal(v, before[n]) for n, v in found.app.module.body.state_dict().items())
+    result = pfedpg(2)
+    assert all(torch.equal(v, before[n]) for n, v in result.app.module.body.state_dict().items())
     assert all(p.requires_grad for p in MODEL.parameters())  # what was given is left as it was
     assert torch.equal(PICTURES.x, gaussian_data((20, 9, 13, 7), features=(1, 4, 4), dtype=torch.float64).x)
 

@@ -31,15 +31,15 @@ def test_running_variance_is_that_of_numpy() -> None:
     rng = np.random.default_rng(0)
     values = torch.from_numpy(rng.normal(size=(9, 3, 2, 2)))
     bias = torch.from_numpy(rng.normal(size=(9, 3, 5)) + 1e4)
-    found = RunningVariance({"w": values[0], "b": bias[0]})
+    variance = RunningVariance({"w": values[0], "b": bias[0]})
     order = torch.tensor([2, 0, 1])
     for t in range(9):
         counted = torch.tensor([True, t >= 4, t >= 8])
-        found.add({"w": values[t][order], "b": bias[t][order]}, counted, step_of(3, order))
+        variance.add({"w": values[t][order], "b": bias[t][order]}, counted, step_of(3, order))
     for client, first in ((2, 0), (0, 4)):
         together = np.concatenate([values[first:, client].flatten(1), bias[first:, client]], 1)
-        np.testing.assert_allclose(float(found.result()[client]), together.var(0, ddof=1).mean(), rtol=1e-9)
-    assert float(found.result()[1]) == 0  # of a single network
+        np.testing.assert_allclose(float(variance.result()[client]), together.var(0, ddof=1).mean(), rtol=1e-9)
+    assert float(variance.result()[1]) == 0  # of a single network
 
 
 def update_with(**options: Any) -> SelfFLUpdate:
@@ -106,17 +106,17 @@ def test_the_server_weighs_by_inverse_variance_and_starts_with_a_uniform_round()
     uniform = run("fedavg", {"weighting": "uniform"}, rounds=1)
     for name, value in first.arrays.items():
         torch.testing.assert_close(value, uniform.arrays[name], rtol=1e-12, atol=1e-12)
-    found = run("self_fl", rounds=3)
-    assert isinstance(found.strategy, SelfFL)
-    rows = found.strategy.reply_metrics
+    result = run("self_fl", rounds=3)
+    assert isinstance(result.strategy, SelfFL)
+    rows = result.strategy.reply_metrics
     former = run("self_fl", rounds=2).strategy.state[UNCERTAINTY]["inter"]
-    mean = torch.zeros_like(found.arrays["head.weight"])
+    mean = torch.zeros_like(result.arrays["head.weight"])
     for client, row in rows.items():
         assert row["train/precision"] == pytest.approx(1 / (float(former) + row["train/intra_variance"]), rel=1e-12)
-        mean += row["train/precision"] * found.state(client)["model/head.weight"]
+        mean += row["train/precision"] * result.state(client)["model/head.weight"]
     total = sum(row["train/precision"] for row in rows.values())
-    torch.testing.assert_close(found.arrays["head.weight"], mean / total, rtol=1e-10, atol=1e-12)
-    last, inter = found.strategy.state[AGGREGATE], float(found.strategy.state[UNCERTAINTY]["inter"])
+    torch.testing.assert_close(result.arrays["head.weight"], mean / total, rtol=1e-10, atol=1e-12)
+    last, inter = result.strategy.state[AGGREGATE], float(result.strategy.state[UNCERTAINTY]["inter"])
     assert last["clients"].tolist() == list(rows)
     weights = torch.tensor([row["train/precision"] for row in rows.values()], dtype=torch.float64)
     torch.testing.assert_close(last["share"], weights / total)
@@ -146,8 +146,8 @@ def test_it_needs_the_exact_mean() -> None:
 
 @pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 2}, {"steps": 3}])
 def test_few_steps_tell_a_variance_too(settings: dict[str, int]) -> None:
-    found = run("self_fl", rounds=2, **settings)
-    assert all(row["train/intra_variance"] > 0 for row in found.strategy.reply_metrics.values())
+    result = run("self_fl", rounds=2, **settings)
+    assert all(row["train/intra_variance"] > 0 for row in result.strategy.reply_metrics.values())
 
 
 def test_the_variance_between_clients_is_the_em_rule() -> None:
@@ -170,10 +170,10 @@ def test_the_variance_between_clients_is_the_em_rule() -> None:
 
 
 def test_clients_predict_with_their_networks_and_a_new_one_with_the_servers() -> None:
-    found = run("self_fl", rounds=2, data=replace(DATA, unseen=(3,)))
-    predictors = found.predictors()
-    assert torch.equal(predictors[0]["head.weight"], found.state(0)["model/head.weight"])
-    assert not torch.equal(predictors[0]["head.weight"], found.arrays["head.weight"])
+    result = run("self_fl", rounds=2, data=replace(DATA, unseen=(3,)))
+    predictors = result.predictors()
+    assert torch.equal(predictors[0]["head.weight"], result.state(0)["model/head.weight"])
+    assert not torch.equal(predictors[0]["head.weight"], result.arrays["head.weight"])
 
 
 def gaussian() -> ModuleType:
@@ -193,15 +193,15 @@ def test_gaussian_clients_reach_the_closed_form_and_its_limits() -> None:
     study = gaussian()
     clients = study.Clients(0)
     weightings, limits = ("self_fl", "self_fl weighting=uniform"), ("self_fl, s_0 to 0", "self_fl, s_0 to infinity")
-    found = {name: study.trained(clients, *study.ROWS[name]) for name in (*weightings, *limits)}
+    results = {name: study.trained(clients, *study.ROWS[name]) for name in (*weightings, *limits)}
     best = clients.errors(*clients.optimum())
     for name in weightings:
-        assert clients.errors(*found[name][:2])[1] < 1.05 * best[1]
-    uniform = found["self_fl weighting=uniform"]
+        assert clients.errors(*results[name][:2])[1] < 1.05 * best[1]
+    uniform = results["self_fl weighting=uniform"]
     centre, personal = clients.optimum(uniform[2])
     assert (uniform[0] - centre).square().mean() < 0.05 * best[0]
     assert (uniform[1] - personal).square().mean() < 0.05 * best[1]
     assert uniform[2] == pytest.approx(study.INTER, rel=0.15)
     pooled = clients.optimum(1e-9)[0]
-    assert (found["self_fl, s_0 to 0"][0] - pooled).square().mean() < 0.05 * best[0]
-    assert (found["self_fl, s_0 to infinity"][1] - clients.means).square().mean() < 0.01 * best[1]
+    assert (results["self_fl, s_0 to 0"][0] - pooled).square().mean() < 0.05 * best[0]
+    assert (results["self_fl, s_0 to infinity"][1] - clients.means).square().mean() < 0.01 * best[1]

@@ -27,8 +27,8 @@ class Comparison:
 
     def add(self, kind: str, ours: Any, theirs: Any) -> None:
         """Compare two arrays; the difference is relative to the largest reference entry (and at least 1e-2)."""
-        own = ours.cpu() if isinstance(ours, torch.Tensor) else ours
-        a, b = np.asarray(own, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+        on_cpu = ours.cpu() if isinstance(ours, torch.Tensor) else ours
+        a, b = np.asarray(on_cpu, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
         if a.shape != b.shape:
             difference = float("inf")
         elif not a.size:

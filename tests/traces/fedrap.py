@@ -127,10 +127,10 @@ def initial_network(trace: Trace) -> Factorization:
 def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     """Run the method on a trace and compare every stage of every round."""
     trace = Trace(path)
-    found = Comparison(method, f"fedrap/{path.stem}", TOLERANCE)
+    comparison = Comparison(method, f"fedrap/{path.stem}", TOLERANCE)
     if "raw" in trace.arrays:
-        compare_split(found, trace)
-        return found
+        compare_split(comparison, trace)
+        return comparison
     config = trace.config
     training = Training(
         lr=config["lr_network"], groups={"body": {"lr": config["lr_args"]}}, epochs=config["local_epoch"],
@@ -150,29 +150,29 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     with replaying(trace.order), server_identity(1):
         for r in range(int(trace.meta["rounds"])):
             replies = list(grid.send_and_receive(strategy.configure_train(r + 1, arrays, settings, grid)))
-            _compare_users(found, trace, strategy, grid, replies, r)
+            _compare_users(comparison, trace, strategy, grid, replies, r)
             new, _ = strategy.aggregate_train(r + 1, replies)
             assert new is not None
             arrays = new
             table = entries(from_record(arrays))["common.weight"]
-            found.add("server table", table, trace.arrays[f"r{r}/server/item_commonality.weight"])
+            comparison.add("server table", table, trace.arrays[f"r{r}/server/item_commonality.weight"])
             growth = CURRICULA[config["vary_param"]](r)
             planned = np.array([config["lambda"], 0.0 if config["regular"] == "none" else config["mu"]]) * growth
-            found.add("curriculum", torch.from_numpy(planned), trace.arrays[f"r{r}/curriculum_attributes"])
-            found.add("sparsity", strategy.report.extra["sparsity"], trace.arrays[f"r{r}/sparsity"])
+            comparison.add("curriculum", torch.from_numpy(planned), trace.arrays[f"r{r}/curriculum_attributes"])
+            comparison.add("sparsity", strategy.report.extra["sparsity"], trace.arrays[f"r{r}/sparsity"])
     if "eval/test_items" in trace.arrays:
         cohort = everybody(grid, app)
         for k, user in enumerate(cohort.clients):  # some scores were made to saturate by hand
             for name, value in trace.group(f"eval/params/u{user}").items():
                 if name != "common.weight":
                     cohort.state["model", name][k] = torch.from_numpy(value)
-        compare_evaluation(found, trace, cohort, update, arrays)
+        compare_evaluation(comparison, trace, cohort, update, arrays)
     grid.close()
-    return found
+    return comparison
 
 
 def _compare_users(
-    found: Comparison, trace: Trace, strategy: FedRAP, grid: LocalGrid, replies: list[flower.Message], r: int
+    comparison: Comparison, trace: Trace, strategy: FedRAP, grid: LocalGrid, replies: list[flower.Message], r: int
 ) -> None:
     """What users hold after a visit, what they send, and what it cost them."""
     assert grid.engine is not None
@@ -181,12 +181,12 @@ def _compare_users(
         state = {n: v[0] for n, v in entries(grid.engine.store.gather([user])["model"]).items()}
         table = with_rows(strategy.sent_arrays["common.weight"], entries(trees(reply.content)["arrays"]))
         for name, value in trace.group(f"r{r}/u{user}/after").items():
-            found.add(f"user {name}", table if name == "common.weight" else state[name], value)
+            comparison.add(f"user {name}", table if name == "common.weight" else state[name], value)
         key = f"r{r}/u{user}/upload/item_commonality.weight"
-        found.add("upload", table, trace.arrays[key])
+        comparison.add("upload", table, trace.arrays[key])
         metrics = reply.content.metric_records["metrics"]
-        found.add("loss", metrics["train-loss"], trace.arrays[f"r{r}/u{user}/loss"])
-        found.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss"]))
+        comparison.add("loss", metrics["train-loss"], trace.arrays[f"r{r}/u{user}/loss"])
+        comparison.exact("steps", metrics["steps"], len(trace.arrays[f"r{r}/u{user}/batch_loss"]))
 
 
 def everybody(grid: LocalGrid, app: CohortApp) -> Cohort:
@@ -197,7 +197,7 @@ def everybody(grid: LocalGrid, app: CohortApp) -> Cohort:
 
 
 def compare_evaluation(
-    found: Comparison, trace: Trace, cohort: Cohort, update: LocalUpdate, arrays: flower.ArrayRecord
+    comparison: Comparison, trace: Trace, cohort: Cohort, update: LocalUpdate, arrays: flower.ArrayRecord
 ) -> None:
     """Scores, and the metric of hand-made scores."""
     users = cohort.clients
@@ -208,41 +208,43 @@ def compare_evaluation(
     for k, user in enumerate(users):
         place = int(np.flatnonzero(trace.arrays["eval/test_users"] == user)[0])
         scores[place] = torch.sigmoid(outputs[k]).flatten().cpu()
-        found.add("scores", scores[place], np.r_[trace.arrays["eval/test_scores"][place], negatives[place]])
-    _compare_metric(found, trace, "eval", scores)
+        comparison.add("scores", scores[place], np.r_[trace.arrays["eval/test_scores"][place], negatives[place]])
+    _compare_metric(comparison, trace, "eval", scores)
     for part in ("ties", "nan"):
         if f"{part}/test_scores" not in trace.arrays:
             continue
         held, others = (trace.arrays[f"{part}/{name}"] for name in ("test_scores", "neg_scores"))
-        _compare_metric(found, trace, part, [torch.from_numpy(np.r_[a, b]) for a, b in zip(held, others, strict=True)])
+        _compare_metric(
+            comparison, trace, part, [torch.from_numpy(np.r_[a, b]) for a, b in zip(held, others, strict=True)]
+        )
 
 
-def _compare_metric(found: Comparison, trace: Trace, part: str, scores: list[torch.Tensor]) -> None:
+def _compare_metric(comparison: Comparison, trace: Trace, part: str, scores: list[torch.Tensor]) -> None:
     if f"{part}/rank" in trace.arrays:
         ranks = [1 + int((candidates[1:] >= candidates[0]).sum()) for candidates in scores]
-        found.exact("rank", ranks, trace.arrays[f"{part}/rank"])
+        comparison.exact("rank", ranks, trace.arrays[f"{part}/rank"])
     for place, top_k in enumerate(trace.arrays[f"{part}/top_k"].tolist()):
         metric = hit_and_gain(scores, top_k)
-        found.add("hr", metric[f"hr@{top_k}"].mean(), trace.arrays[f"{part}/hr"][place])
-        found.add("ndcg", metric[f"ndcg@{top_k}"].mean(), trace.arrays[f"{part}/ndcg"][place])
+        comparison.add("hr", metric[f"hr@{top_k}"].mean(), trace.arrays[f"{part}/hr"][place])
+        comparison.add("ndcg", metric[f"ndcg@{top_k}"].mean(), trace.arrays[f"{part}/ndcg"][place])
 
 
-def compare_split(found: Comparison, trace: Trace) -> None:
+def compare_split(comparison: Comparison, trace: Trace) -> None:
     """Who trains, validates and tests on what."""
     user, item, rating, time = trace.arrays["raw"].T
     config = DatasetConfig("ratings", "trace.csv", protocol="official", min_interactions=10)
     ratings = Ratings(user, item, rating.astype(float), time, "trace")
     data = leave_one_out(ratings, config, SplitConfig("leave_one_out"), 0)
     m = data.num_items
-    found.exact("items", m, trace.meta["num_items"])
+    comparison.exact("items", m, trace.meta["num_items"])
     for part, name in ((data.validation, "val"), (data.test, "test")):
-        found.exact(name, [int(candidates[0]) - m for candidates in part], trace.arrays[f"split/{name}"][:, 1])
+        comparison.exact(name, [int(candidates[0]) - m for candidates in part], trace.arrays[f"split/{name}"][:, 1])
     recorded = trace.arrays["split/train"]
     for u in range(int(trace.meta["num_users"])):
         liked = np.sort(data.train[u].numpy() - m)
-        found.exact("train", liked, np.sort(recorded[recorded[:, 0] == u, 1]))
+        comparison.exact("train", liked, np.sort(recorded[recorded[:, 0] == u, 1]))
         allowed = np.setdiff1d(np.arange(m), data.excluded(u))
-        found.exact("allowed negatives", allowed, np.sort(trace.arrays[f"allowed_negatives/u{u}"]))
+        comparison.exact("allowed negatives", allowed, np.sort(trace.arrays[f"allowed_negatives/u{u}"]))
 
 
 def cases(root: Path, methods: list[str]) -> Iterator[tuple[str, Path]]:

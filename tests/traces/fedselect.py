@@ -86,12 +86,12 @@ def join(parts: list[dict[str, np.ndarray]]) -> FederatedData:
     """Clients with ``train_x``, ``train_y`` and, where there is one, a test set."""
     xs, ys, lists = [], [], {"train": [], "test": []}
     at = 0
-    for own in parts:
-        for part, found in lists.items():
-            x, y = own.get(f"{part}_x", own["train_x"][:0]), own.get(f"{part}_y", own["train_y"][:0])
+    for arrays in parts:
+        for part, positions in lists.items():
+            x, y = arrays.get(f"{part}_x", arrays["train_x"][:0]), arrays.get(f"{part}_y", arrays["train_y"][:0])
             xs.append(x)
             ys.append(y)
-            found.append(torch.arange(at, at + len(y)))
+            positions.append(torch.arange(at, at + len(y)))
             at += len(y)
     y_all = torch.from_numpy(np.concatenate(ys).astype(np.int64))
     none = [torch.zeros(0, dtype=torch.int64)] * len(parts)
@@ -154,30 +154,30 @@ class Bench:
 
     def network(self, client: int, arrays: Tree) -> Values:
         """What a client starts from, or predicts with."""
-        found = self.update.personalize(self.cohort(client), {"arrays": arrays.to(self.app.device)}, {})
-        return {name: value[0].cpu() for name, value in entries(found).items()}
+        networks = self.update.personalize(self.cohort(client), {"arrays": arrays.to(self.app.device)}, {})
+        return {name: value[0].cpu() for name, value in entries(networks).items()}
 
 
 def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     """Run the method on one trace and compare all that was recorded."""
     trace = Trace(path)
-    found = Comparison(method, f"{FOLDER}/{path.stem}", TOLERANCE)
+    comparison = Comparison(method, f"{FOLDER}/{path.stem}", TOLERANCE)
     kind = path.stem.partition("_")[0]
-    {"a": _one_visit, "b": _mask_updates, "c": _merging, "d": _whole_runs}[kind](trace, found, device)
-    return found
+    {"a": _one_visit, "b": _mask_updates, "c": _merging, "d": _whole_runs}[kind](trace, comparison, device)
+    return comparison
 
 
-def _states(found: Comparison, kind: str, ours: Values, theirs: Values) -> None:
+def _states(comparison: Comparison, kind: str, ours: Values, theirs: Values) -> None:
     for name, value in theirs.items():
-        (found.add if value.is_floating_point() else found.exact)(kind, ours[name], value)
+        (comparison.add if value.is_floating_point() else comparison.exact)(kind, ours[name], value)
 
 
-def _masks(found: Comparison, kind: str, ours: Mapping[str, Tensor], theirs: Values) -> None:
+def _masks(comparison: Comparison, kind: str, ours: Mapping[str, Tensor], theirs: Values) -> None:
     for name, value in theirs.items():
-        found.exact(kind, ours[name].cpu(), value)
+        comparison.exact(kind, ours[name].cpu(), value)
 
 
-def _one_visit(trace: Trace, found: Comparison, device: str) -> None:
+def _one_visit(trace: Trace, comparison: Comparison, device: str) -> None:
     """One alternating epoch with a given mask."""
     meta = trace.meta
     data = join([{"train_x": trace.arrays["x"], "train_y": trace.arrays["y"]}])
@@ -210,16 +210,16 @@ def _one_visit(trace: Trace, found: Comparison, device: str) -> None:
         bench.strategy.begin()
         with server_identity(1):
             replies = list(bench.grid.send_and_receive(bench.strategy.configure_train(1, arrays, config, bench.grid)))
-    found.exact("passes", len(phases), 2)
-    _states(found, "after phase 1", phases[0], trace.group("after_phase1"))
-    _states(found, "after phase 2", phases[1], trace.group("after_phase2"))
-    _states(found, "state", bench.state(0, "model"), trace.group("after_phase2"))
-    found.add("losses", torch.stack(losses).view(2, -1), trace.arrays["batch_loss"])
-    found.exact("replies", [reply.has_content() for reply in replies], [True])
+    comparison.exact("passes", len(phases), 2)
+    _states(comparison, "after phase 1", phases[0], trace.group("after_phase1"))
+    _states(comparison, "after phase 2", phases[1], trace.group("after_phase2"))
+    _states(comparison, "state", bench.state(0, "model"), trace.group("after_phase2"))
+    comparison.add("losses", torch.stack(losses).view(2, -1), trace.arrays["batch_loss"])
+    comparison.exact("replies", [reply.has_content() for reply in replies], [True])
     bench.grid.close()
 
 
-def _mask_updates(trace: Trace, found: Comparison, device: str) -> None:
+def _mask_updates(trace: Trace, comparison: Comparison, device: str) -> None:
     """Hand-made mask updates; where the code raises an IndexError, nothing becomes personal."""
     for number, case in enumerate(trace.meta["cases"]):
         if not case["invert"] or (case["error"] or "").startswith("KeyError"):
@@ -231,12 +231,12 @@ def _mask_updates(trace: Trace, found: Comparison, device: str) -> None:
         change = {n: (current[n] - previous[n]).abs().to(device)[None] for n in chosen}
         grown = {**mask, **grow_by_tensor(chosen, change, case["prune_percent"], case["bound"])}
         expected = trace.group(f"{prefix}/mask" if case["error"] else f"{prefix}/new_mask")
-        _masks(found, "masks", {n: m[0] for n, m in grown.items()}, expected)
+        _masks(comparison, "masks", {n: m[0] for n, m in grown.items()}, expected)
         for name, added in case.get("promoted", {}).items():
-            found.exact("promoted", int((grown[name] - mask[name]).sum()), added)
+            comparison.exact("promoted", int((grown[name] - mask[name]).sum()), added)
 
 
-def _merging(trace: Trace, found: Comparison, device: str) -> None:
+def _merging(trace: Trace, comparison: Comparison, device: str) -> None:
     """Three replies into an average, and back."""
     clients = int(trace.meta["clients"])
     first = trace.group("c0/state")
@@ -255,17 +255,17 @@ def _merging(trace: Trace, found: Comparison, device: str) -> None:
         packed = bench.update.encode({name: row(stacked, 0) for name, stacked in records.items()})
         fold.add(fold.decode(packed, client), 1.0, client)
         for name, value in trace.group(f"after_c{client}/sum").items():
-            found.add("sums", fold.sums["arrays"][name], value)
+            comparison.add("sums", fold.sums["arrays"][name], value)
         for name, value in trace.group(f"after_c{client}/count").items():
-            found.exact("counts", fold.sums["count"][name].cpu(), value)
+            comparison.exact("counts", fold.sums["count"][name].cpu(), value)
     average = bench.strategy.combine(arrays.to(device), fold.result(), list(range(clients)))
-    _states(found, "average", {n: v.cpu() for n, v in entries(average).items()}, trace.group("average"))
+    _states(comparison, "average", {n: v.cpu() for n, v in entries(average).items()}, trace.group("average"))
     for client in range(clients):
-        _states(found, "received", bench.network(client, average), trace.group(f"c{client}/received"))
+        _states(comparison, "received", bench.network(client, average), trace.group(f"c{client}/received"))
     bench.grid.close()
 
 
-def _whole_runs(trace: Trace, found: Comparison, device: str) -> None:
+def _whole_runs(trace: Trace, comparison: Comparison, device: str) -> None:
     """All rounds, chained from the common start."""
     args = trace.meta["args"]
     clients, rounds = len(trace.arrays["ids"]), int(args["com_rounds"])
@@ -284,38 +284,38 @@ def _whole_runs(trace: Trace, found: Comparison, device: str) -> None:
         for r in range(rounds):
             for c in range(clients):
                 where = f"r{r}/c{c}"
-                _states(found, "before", bench.network(c, from_record(arrays)), trace.group(f"{where}/before"))
-                _masks(found, "masks", bench.state(c, "mask"), trace.group(f"{where}/mask_used"))
-                _states(found, "previous", bench.state(c, "previous"), trace.group(f"{where}/delta_previous"))
+                _states(comparison, "before", bench.network(c, from_record(arrays)), trace.group(f"{where}/before"))
+                _masks(comparison, "masks", bench.state(c, "mask"), trace.group(f"{where}/mask_used"))
+                _states(comparison, "previous", bench.state(c, "previous"), trace.group(f"{where}/delta_previous"))
             replies = list(grid.send_and_receive(strategy.configure_train(r + 1, arrays, config, grid)))
-            _compare_losses(trace, found, bench, replies, r)
+            _compare_losses(trace, comparison, bench, replies, r)
             new, _ = strategy.aggregate_train(r + 1, replies)
             assert new is not None
             arrays = new
             for c in range(clients):
                 where = f"r{r}/c{c}"
-                _states(found, "after", bench.state(c, "model"), trace.group(f"{where}/after"))
+                _states(comparison, "after", bench.state(c, "model"), trace.group(f"{where}/after"))
                 used = trace.group(f"{where}/mask_used")
-                _masks(found, "masks", bench.state(c, "used"), used)
-                _masks(found, "masks", bench.state(c, "mask"), trace.group(f"{where}/mask_new") or used)
-                _states(found, "received", bench.network(c, from_record(arrays)), trace.group(f"{where}/received"))
+                _masks(comparison, "masks", bench.state(c, "used"), used)
+                _masks(comparison, "masks", bench.state(c, "mask"), trace.group(f"{where}/mask_new") or used)
+                _states(comparison, "received", bench.network(c, from_record(arrays)), trace.group(f"{where}/received"))
             count = trace.group(f"r{r}/server/count")
             ours = entries(from_record(arrays))
             for name, value in trace.group(f"r{r}/server/average").items():
                 read = count[name] > 0  # where nobody has a global entry the code leaves 0, and nobody reads it
-                found.add("average", ours[name].cpu()[read], value[read])
+                comparison.add("average", ours[name].cpu()[read], value[read])
             messages = strategy.evaluation_messages(r + 1, arrays, flower.ConfigRecord(), grid)
             strategy.aggregate_evaluate(r + 1, grid.send_and_receive(messages))
             measured = [strategy.report.clients[c]["test-trained-batch-accuracy"] for c in range(clients)]
-            found.add("accuracy", measured, trace.arrays[f"r{r}/accuracy"])
+            comparison.add("accuracy", measured, trace.arrays[f"r{r}/accuracy"])
     for c in range(clients):
-        _masks(found, "masks", bench.state(c, "used"), trace.group(f"final/c{c}/returned_mask"))
-        _states(found, "after", bench.state(c, "model"), trace.group(f"{last}/c{c}/after"))
-    _compare_cross(trace, found, bench)
+        _masks(comparison, "masks", bench.state(c, "used"), trace.group(f"final/c{c}/returned_mask"))
+        _states(comparison, "after", bench.state(c, "model"), trace.group(f"{last}/c{c}/after"))
+    _compare_cross(trace, comparison, bench)
     grid.close()
 
 
-def _compare_losses(trace: Trace, found: Comparison, bench: Bench, replies: list[flower.Message], r: int) -> None:
+def _compare_losses(trace: Trace, comparison: Comparison, bench: Bench, replies: list[flower.Message], r: int) -> None:
     """Mean loss over the samples of all passes, from the recorded losses of batches."""
     for reply in replies:
         c = bench.strategy.exchange.client_of[reply.metadata.src_node_id]
@@ -323,10 +323,10 @@ def _compare_losses(trace: Trace, found: Comparison, bench: Bench, replies: list
         size = len(trace.arrays[f"c{c}/train_y"])
         weights = [len(part) for part in torch.arange(size).split(int(trace.meta["args"]["local_bs"]))]
         mean = float((theirs * np.array(weights)).sum() / (size * len(theirs)))
-        found.add("losses", [float(reply.content["metrics"]["train-loss"])], [mean])  # type: ignore[index,arg-type,call-overload]
+        comparison.add("losses", [float(reply.content["metrics"]["train-loss"])], [mean])  # type: ignore[index,arg-type,call-overload]
 
 
-def _compare_cross(trace: Trace, found: Comparison, bench: Bench) -> None:
+def _compare_cross(trace: Trace, comparison: Comparison, bench: Bench) -> None:
     """Every trained network on every client's test set."""
     theirs = trace.arrays["final/cross_accuracy"]
     for model in range(len(theirs)):
@@ -334,7 +334,7 @@ def _compare_cross(trace: Trace, found: Comparison, bench: Bench) -> None:
         for client in range(len(theirs)):
             cohort = bench.app.cohort([client], state, {"server-round": 1})
             outputs = cohort.logits(cohort.state["model"], "test", bench.update.predict)
-            found.add("cross accuracy", bench.update.measure(cohort, outputs, "test", {})["batch-accuracy"][0],
+            comparison.add("cross accuracy", bench.update.measure(cohort, outputs, "test", {})["batch-accuracy"][0],
                       theirs[model, client])  # fmt: skip
 
 

@@ -56,11 +56,11 @@ def test_too_many_shards() -> None:
 @pytest.mark.parametrize(("sizes", "expected"), [("equal", [86, 86, 86, 86, 86, 85, 85]), ("linear", None)])
 def test_inner_dirichlet_has_the_sizes_it_is_given(sizes: Any, expected: list[int] | None) -> None:
     lists = owned("inner_dirichlet", 7, alpha=0.3, sizes=sizes)
-    found = [len(positions) for positions in lists]
+    lengths = [len(positions) for positions in lists]
     if expected is None:
         expected = [len(positions) for positions in owned("quantity", 7, skew=sizes)]
-    assert found == expected
-    assert sum(found) == 600
+    assert lengths == expected
+    assert sum(lengths) == 600
 
 
 def test_inner_dirichlet_alpha_sets_the_mix() -> None:

@@ -17,11 +17,11 @@ def test_several_owners_form_a_client() -> None:
     owner = np.arange(140) % 7
     data = made([0] * 140, owner=owner, owner_names=tuple("abcdefg"))
     division = divide(data, settings_of("grouped_natural", owners_per_client=3), 0)
-    found = [np.unique(owner[positions]).tolist() for positions in division.owned]
-    assert sorted(map(len, found)) == [3, 4]
-    assert sorted(number for own in found for number in own) == list(range(7))
-    letters = [["abcdefg"[number] for number in own] for own in found]
-    assert list(division.names) == [", ".join(own[:3]) + (", ..." if len(own) > 3 else "") for own in letters]
+    owners = [np.unique(owner[positions]).tolist() for positions in division.owned]
+    assert sorted(map(len, owners)) == [3, 4]
+    assert sorted(number for group in owners for number in group) == list(range(7))
+    letters = [["abcdefg"[number] for number in group] for group in owners]
+    assert list(division.names) == [", ".join(names[:3]) + (", ..." if len(names) > 3 else "") for names in letters]
     alone = divide(data, settings_of("grouped_natural", owners_per_client=1), 0)
     assert sorted(plain(alone.owned)) == sorted(plain(partition_samples(data, settings_of("natural"), 0)))
 

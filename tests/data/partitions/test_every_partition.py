@@ -117,8 +117,8 @@ def test_the_seed_decides_and_an_own_seed_wins(name: str, monkeypatch: pytest.Mo
         data = numbers(np.random.default_rng(0).normal(size=600))
     values: dict[str, Any] = {"num_clients": None if name in OF_DATA else 6, **RANDOM.get(name, {})}
 
-    def lists(run: int, **own: Any) -> list[list[int]]:
-        return plain(partition_samples(data, PartitionConfig(name, min_samples=10, **values, **own), run))
+    def lists(run: int, **options: Any) -> list[list[int]]:
+        return plain(partition_samples(data, PartitionConfig(name, min_samples=10, **values, **options), run))
 
     one = lists(1)
     assert one != lists(2)

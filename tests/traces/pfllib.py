@@ -7,7 +7,7 @@ the recorded schedule.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -40,12 +40,47 @@ class Traced(NamedTuple):
         How hyperparameters of the library are called here.
     roles : mapping
         Where personal state of the library stands here: role of a trace -> role of the state tree.
+    adjust : callable, optional
+        Changes the options, the arguments of :class:`Training` and the samples of a recorded batch, in place (a
+        mapping ``{"options", "training", "chunk"}``), where the library counts otherwise.
+    replay : callable, optional
+        Lets both halves repeat what the library drew: called with strategy, update and trace.
+    compare : callable, optional
+        Compares what only this method has: called with comparison, trace, strategy, grid and round (from 0) after the
+        round's aggregation.
     """
 
     folder: str
     settings: Mapping[str, Any] = MappingProxyType({})
     options: Mapping[str, str] = MappingProxyType({})
     roles: Mapping[str, str] = MappingProxyType({})
+    adjust: Callable[[dict[str, Any]], None] | None = None
+    replay: Callable[[PersonalizedStrategy, Any, Trace], None] | None = None
+    compare: Callable[[Comparison, Trace, PersonalizedStrategy, LocalGrid, int], None] | None = None
+
+
+def _tensors_and_percent(run: dict[str, Any]) -> None:
+    """FedALA: the library counts tensors (a weight and a bias in each layer) and percent."""
+    run["options"]["layers"] //= 2
+    run["options"]["share"] /= 100
+
+
+def _twice_a_round(run: dict[str, Any]) -> None:
+    """Per-FedAvg is trained twice a round, on chunks of two batches."""
+    run["training"]["epochs"] *= 2
+    run["chunk"] *= 2
+
+
+def _repeat_slices(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
+    """Let FedALA train its weights on the recorded slices."""
+    starts, draw = trace.arrays["out/client/start/ala_rand_idx"], update.sampled
+
+    def sampled(cohort: Cohort, client: int) -> np.ndarray:
+        samples = cohort.data.samples(client, cohort.seed, cohort.round)
+        start = int(starts[cohort.round - 1, client])
+        return samples[start : start + len(draw(cohort, client))]
+
+    update.sampled = sampled
 
 
 SAMPLES = {"weighting": "samples"}
@@ -69,7 +104,7 @@ METHODS: dict[str, Traced] = {
         {**SAMPLES, **PFLLIB},
         {"lamda": "lam", "K": "inner_steps", "p_learning_rate": "personal_lr", "beta": "beta"},
     ),
-    "perfedavg": Traced("PerAvg", SAMPLES),
+    "perfedavg": Traced("PerAvg", SAMPLES, adjust=_twice_a_round),
     "apfl": Traced("APFL", {**SAMPLES, **PFLLIB}, {"alpha": "alpha"}, {"model_per": "model", "alpha": "alpha"}),
     "moon": Traced("MOON", PFLLIB, {"mu": "mu", "tau": "temperature"}, {"old_model": "previous"}),
     "fedntd": Traced("FedNTD", {"weighting": "uniform"}, {"beta": "beta", "tau": "temperature"}),
@@ -78,6 +113,8 @@ METHODS: dict[str, Traced] = {
         PFLLIB,
         {"layer_idx": "layers", "rand_percent": "share", "eta": "weight_lr"},
         {"model": "model", "ala_w": "weights"},
+        _tensors_and_percent,
+        _repeat_slices,
     ),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
@@ -177,26 +214,24 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     hyper = dict(meta["hyper"])
     options = {ours: hyper.pop(theirs) for theirs, ours in traced.options.items() if theirs in hyper}
     options.update(traced.settings)
-    if method == "fedala":  # tensors (a weight and a bias in each layer) and percent
-        options.update(layers=options["layers"] // 2, share=options["share"] / 100)
     decay = hyper.pop("learning_rate_decay_gamma", 1.0) if hyper.pop("learning_rate_decay", False) else 1.0
     hyper.pop("drop_last", None)
     if hyper:
         raise ValueError(f"{path}: hyperparameters {sorted(hyper)} are unknown")
-    epochs = int(meta["local_epochs"])
-    chunk = int(meta["batch_size"])
-    if method == "perfedavg":  # trained twice a round, on chunks of two batches
-        epochs, chunk = 2 * epochs, 2 * chunk
-    training = Training(
-        lr=meta["lr"], epochs=epochs, batch_size=int(meta["batch_size"]), shuffle=False,
-        drop_last=bool(meta["drop_last"]), lr_decay=decay,
-    )  # fmt: skip
-    strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=training)
+    training = {
+        "lr": meta["lr"], "epochs": int(meta["local_epochs"]), "batch_size": int(meta["batch_size"]), "shuffle": False,
+        "drop_last": bool(meta["drop_last"]), "lr_decay": decay,
+    }  # fmt: skip
+    run = {"options": options, "training": training, "chunk": int(meta["batch_size"])}
+    if traced.adjust is not None:
+        traced.adjust(run)
+    strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=Training(**training))
     schedule = [sorted(int(c) for c in row) for row in meta["selected"]]
     strategy.sample = lambda round: schedule[round - 1]  # type: ignore[method-assign]
-    if method == "fedala":
-        _repeat_draws(update, trace)
-    app = update.client_app(trace.network(), trace.data(chunk), device=device)
+    if traced.replay is not None:
+        traced.replay(strategy, update, trace)
+    app = update.client_app(trace.network(), trace.data(run["chunk"]), device=device)
+    strategy.attach(app)
     grid = LocalGrid(app, trace.clients, clients_at_once=trace.clients, workers=1)
     assert grid.engine is not None
     comparison = Comparison(method, f"{traced.folder}/{path.stem}", TOLERANCE)
@@ -219,20 +254,10 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
             assert new is not None
             arrays = new
             _compare_server(comparison, trace, strategy, arrays, r)
+            if traced.compare is not None:
+                traced.compare(comparison, trace, strategy, grid, r)
     grid.close()
     return comparison
-
-
-def _repeat_draws(update: Any, trace: Trace) -> None:
-    """Let FedALA train its weights on the recorded slices."""
-    starts, draw = trace.arrays["out/client/start/ala_rand_idx"], update.sampled
-
-    def sampled(cohort: Cohort, client: int) -> np.ndarray:
-        samples = cohort.data.samples(client, cohort.seed, cohort.round)
-        start = int(starts[cohort.round - 1, client])
-        return samples[start : start + len(draw(cohort, client))]
-
-    update.sampled = sampled
 
 
 def _compare_participants(

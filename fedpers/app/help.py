@@ -45,6 +45,8 @@ Settings people change:
   compression {compression}      compression.share=0.01  compression.bits=8
   privacy     {privacy}      privacy.noise=1  privacy.norm=1  privacy.delta=1e-5
   aggregation {aggregation}
+  server_optimizer
+              {server_optimizer}      server_optimizer.lr=0.01
   runtime     {runtime}
               runtime.clients_at_once=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
               runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5

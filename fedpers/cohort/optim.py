@@ -22,7 +22,7 @@ class Optimizer:
     Parameters
     ----------
     training : Training
-        Optimizer, rates, momentum, decay, clipping and schedule.
+        Optimizer, rates, momentum, decay, proximal pull, clipping and schedule.
     module : nn.Module
         The network, to resolve ``training.groups``.
     names : sequence of str
@@ -53,6 +53,7 @@ class Optimizer:
         self.scale = scale
         self.taken = 0  # all clients start together, so this is also the step count of each that still trains
         self.moments: dict[str, list[Tensor]] = {}
+        self.start: dict[str, Tensor] = {}
 
     def _factor(self, active: int, device: torch.device) -> float | Tensor:
         """Factor on the rates at this step: a number, or ``[active]`` when clients differ."""
@@ -84,6 +85,8 @@ class Optimizer:
         training = self.training
         first = next(iter(grads.values()))
         active = first.shape[0]
+        if training.proximal:
+            grads = {name: self._pulled(name, params[name], grad) for name, grad in grads.items()}
         if training.clip is not None:
             clip_rows(grads, training.clip)
         factor = self._factor(active, first.device)
@@ -110,6 +113,13 @@ class Optimizer:
                 value.sub_(rate * move)
             else:
                 value.sub_(move, alpha=rate)
+
+    def _pulled(self, name: str, stack: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the loss and ``proximal / 2 * ||value - start||^2``."""
+        if name not in self.start:  # at the first step, which all clients take
+            self.start[name] = stack.clone()
+        active = len(grad)
+        return grad.add(stack[:active] - self.start[name][:active], alpha=self.training.proximal)
 
     def _sgd(self, name: str, stack: Tensor, grad: Tensor) -> Tensor:
         momentum = self.training.momentum

@@ -19,8 +19,11 @@ from fedpers.settings.training import Training
 logger = logging.getLogger(__name__)
 
 IGNORED = frozenset(
-    {"strategy", "training", "seed", "runtime", "tracker", "output", "hydra", "checkpoint", "auc", "min_replies"}
-)
+    {
+        "strategy", "server_optimizer", "training", "seed", "runtime", "tracker", "output", "hydra", "checkpoint",
+        "auc", "min_replies",
+    }
+)  # fmt: skip
 """Top-level config keys in which comparable runs may differ, besides where a data set is found: methods and seeds are
 what is compared, the others cannot change a number."""
 
@@ -61,10 +64,12 @@ class RunRecord:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the strategy, nested keys joined by dots."""
+        """Options of the strategy and a server optimizer, nested keys joined by dots."""
         strategy = self.config.get("strategy")
         flat = _flatten(strategy) if isinstance(strategy, Mapping) else {}
-        return {key: value for key, value in flat.items() if key != "name"}
+        server = _in_effect("server_optimizer", self.config.get("server_optimizer", {"name": "none"}))
+        server = {} if server["name"] == "none" else _flatten({"server_optimizer": server})
+        return {key: value for key, value in flat.items() if key != "name"} | server
 
     @property
     def training(self) -> dict[str, Any]:

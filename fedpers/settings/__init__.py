@@ -14,7 +14,7 @@ from fedpers.settings.run import (
     TrackerConfig,
     WandbConfig,
 )
-from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, TopKConfig
+from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, ServerOptimizerConfig, TopKConfig
 from fedpers.settings.split import SplitConfig
 from fedpers.settings.training import Training
 
@@ -31,6 +31,7 @@ __all__ = [
     "PrivacyConfig",
     "RoundsConfig",
     "RuntimeConfig",
+    "ServerOptimizerConfig",
     "Settings",
     "SplitConfig",
     "TensorBoardConfig",

@@ -12,7 +12,7 @@ from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
 from fedpers.settings.partition import PartitionConfig
 from fedpers.settings.run import RuntimeConfig, TensorBoardConfig, WandbConfig
-from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig
+from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, ServerOptimizerConfig
 from fedpers.settings.split import SplitConfig
 
 GROUPS: dict[str, type[Settings]] = {
@@ -24,6 +24,7 @@ GROUPS: dict[str, type[Settings]] = {
     "compression": CompressionConfig,
     "privacy": PrivacyConfig,
     "aggregation": Aggregation,
+    "server_optimizer": ServerOptimizerConfig,
     "runtime": RuntimeConfig,
 }
 """Groups with one choice in a run."""

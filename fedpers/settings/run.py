@@ -14,7 +14,7 @@ from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
 from fedpers.settings.partition import PartitionConfig
-from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig
+from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, ServerOptimizerConfig
 from fedpers.settings.split import SplitConfig
 from fedpers.settings.training import Training
 
@@ -181,6 +181,7 @@ class Config(RoundsConfig):
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     aggregation: Aggregation = field(default_factory=Aggregation)
+    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 

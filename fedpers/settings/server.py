@@ -1,4 +1,7 @@
-"""What is done around the mean of a round: the groups ``compression``, ``privacy`` and ``aggregation``."""
+"""What is done around the mean of a round.
+
+The groups ``compression``, ``privacy``, ``aggregation`` and ``server_optimizer``.
+"""
 
 from __future__ import annotations
 
@@ -136,3 +139,36 @@ class Aggregation(Settings, group="aggregation"):
             check(needed <= sampled, "aggregation.share", self.share, allowed if sampled >= 3 else enough)
             return needed
         return 1
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptimizerConfig(Settings, group="server_optimizer"):
+    """How the server moves (the group ``server_optimizer``), see :mod:`fedpers.server.postprocessors.optimizer`."""
+
+    name: Annotated[
+        str,
+        Choices(
+            none="to the mean of the clients",
+            sgd="along the mean change of the clients",
+            momentum="the same with momentum: FedAvgM",
+            adam="FedAdam",
+            yogi="FedYogi",
+        ),
+    ] = "none"
+    lr: Annotated[
+        float, Field(gt=0, description="rate of the server"), OnlyFor(sgd=1.0, momentum=1.0, adam=0.01, yogi=0.01)
+    ] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1), OnlyFor("momentum")] = 0.9
+    betas: Annotated[
+        tuple[_Beta, _Beta],
+        Field(title="two numbers >= 0 and < 1", description="of the moments"),
+        OnlyFor("adam", "yogi"),
+    ] = (0.9, 0.99)
+    eps: Annotated[
+        float,
+        Field(gt=0, description="added to the root of the second moment, tau in the paper"),
+        OnlyFor("adam", "yogi"),
+    ] = 1e-3

@@ -48,6 +48,14 @@ class Training(Settings, group="training"):
     )
     eps: Annotated[float, Field(gt=0, description="of adam and adamw")] = 1e-8
     clip: Annotated[float | None, Field(gt=0, description="largest Euclidean norm of a client's gradient")] = None
+    proximal: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="strength of the pull to where a training of the round starts, as in fedprox: mu / 2 times the "
+            "squared distance",
+        ),
+    ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"], Field(description="of the rate over a client's steps of a round, to 0")
     ] = "constant"

@@ -1,8 +1,9 @@
-"""What is done around the mean of a round, whatever the method: compression, privacy, robust aggregates."""
+"""What is done around the mean of a round, whatever the method: compression, privacy, robust aggregates, steps."""
 
 from fedpers.server.postprocessors.base import Postprocessor
 from fedpers.server.postprocessors.compression import TopK
 from fedpers.server.postprocessors.flower_wrappers import within
+from fedpers.server.postprocessors.optimizer import ServerStep
 from fedpers.server.postprocessors.privacy import Privacy
 from fedpers.server.postprocessors.robust import Robust
 from fedpers.settings.run import Config
@@ -16,6 +17,7 @@ def make_postprocessors(config: Config) -> tuple[Postprocessor, ...]:
         None if config.compression.name == "none" else TopK(**compression),
         None if config.privacy.name == "none" else Privacy(**vars(config.privacy)),
         Robust.of(config.aggregation),
+        ServerStep.of(config.server_optimizer),
     )
     return tuple(postprocessor for postprocessor in chosen if postprocessor is not None)
 
@@ -26,6 +28,7 @@ __all__ = [
     "Postprocessor",
     "Privacy",
     "Robust",
+    "ServerStep",
     "TopK",
     "make_postprocessors",
     "within",

@@ -67,9 +67,14 @@ class RunRecord:
         """Options of the strategy and a server optimizer, nested keys joined by dots."""
         strategy = self.config.get("strategy")
         flat = _flatten(strategy) if isinstance(strategy, Mapping) else {}
-        server = _in_effect("server_optimizer", self.config.get("server_optimizer", {"name": "none"}))
-        server = {} if server["name"] == "none" else _flatten({"server_optimizer": server})
-        return {key: value for key, value in flat.items() if key != "name"} | server
+        return {key: value for key, value in flat.items() if key != "name"} | {"server_optimizer": self._server()}
+
+    def _server(self) -> str:
+        """Server optimizer, with those of its settings that are not the defaults: ``adam lr=0.1``."""
+        settings = {"name": "none", **self.config.get("server_optimizer", {})}
+        defaults = choice_values("server_optimizer", settings["name"])
+        changed = [f"{key}={settings[key]}" for key in defaults if settings.get(key, defaults[key]) != defaults[key]]
+        return " ".join([settings["name"], *changed])
 
     @property
     def training(self) -> dict[str, Any]:

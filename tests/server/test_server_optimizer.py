@@ -75,7 +75,9 @@ def test_the_first_step_of_adam_has_the_size_of_its_rate() -> None:
 def test_only_means_and_only_with_the_network_at_hand() -> None:
     with pytest.raises(ConfigError, match="server_optimizer=adam: expected none for Scaffold"):
         trained(1, "scaffold", postprocessors=(step("adam"),))
-    strategy, update = make_strategy("fedavg", server={"postprocessors": (step("adam"),)})
+    strategy, update = make_strategy(
+        "fedavg", server={"postprocessors": (step("adam"),)}, training=problem("fedavg").training
+    )
     app = update.client_app(SmallNetwork(), DATA)
     with pytest.raises(TrainingError, match="call attach"):
         strategy.start(LocalGrid(app, 4, workers=1), app.initial_arrays(), num_rounds=1)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from flwr.clientapp.typing import Mod
+from pydantic import Field
 from torch import Tensor, nn
 
 from fedpers.cohort import ARRAYS, Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select, tree
 from fedpers.cohort.plan import smallest_batch
 from fedpers.data.federated import EVALUATED_PARTS, FederatedData, Part
+from fedpers.errors import check
 from fedpers.settings.base import Settings
 
 if TYPE_CHECKING:
@@ -55,6 +57,13 @@ class LocalUpdate(Settings, group="strategy"):
         Settings with which it does not, for the error of networks in which it does.
     training : Training
         Optimizer, rates and batches.
+    personal_layers : tuple of str, optional
+        Parts of the network that stay with clients in place of :attr:`personal`; all others are shared.
+
+    Raises
+    ------
+    ConfigError
+        If the method itself settles what is personal and `personal_layers` are given.
     """
 
     shared: ClassVar[Selection] = "all"
@@ -65,6 +74,23 @@ class LocalUpdate(Settings, group="strategy"):
     mixes_networks: ClassVar[bool] = False
     mixing_settings: ClassVar[str] = "model.features=N"
     training: Training = field(default_factory=Training)
+    personal_layers: Annotated[
+        tuple[Annotated[str, Field(pattern="^[^-]", title="a part of the network")], ...] | None,
+        Field(
+            title="null, or parts of the network",
+            description="parts of the network that stay with clients, e.g. [head,body.2] or [norm], all others are "
+            "shared; null: as the method has it",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.personal_layers is not None:
+            allowed = "null, for the method itself settles what is shared and what is personal"
+            check(not self.settles_parts, "strategy.personal_layers", self.personal_layers, allowed)
+            # of one object only: its class keeps what the paper has
+            self.__dict__["personal"] = self.personal_layers or "none"
+            self.__dict__["shared"] = ("all", *(f"-{part}" for part in self.personal_layers))
 
     @classmethod
     def key(cls, name: str) -> str:
@@ -113,7 +139,7 @@ class LocalUpdate(Settings, group="strategy"):
         Tree
             Batch size [], by role; the default holds the personal entries under ``model``.
         """
-        names = select(module, self.personal)
+        names = select(module, self.personal, self._parts_key)
         return tree({"model": template.select(*names)} if names else {})
 
     def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
@@ -126,7 +152,12 @@ class LocalUpdate(Settings, group="strategy"):
         module : nn.Module
             The network that :meth:`adapt_model` returned, prepared.
         """
-        return template.select(*select(module, self.shared))
+        return template.select(*select(module, self.shared, self._parts_key))
+
+    @property
+    def _parts_key(self) -> str:
+        """Setting that says what is shared and personal, for messages."""
+        return "selection" if self.personal_layers is None else "strategy.personal_layers"
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:
         """What :meth:`loss` and :meth:`predict` of one client may find in ``batch.given`` and ``network.given``.

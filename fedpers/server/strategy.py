@@ -557,7 +557,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         if report.failures:
             log.warning("round %d: %s", server_round, _summed_up(report.failures, len(report.sampled)))
         if len(good) < self.min_replies:
-            reasons = "".join(f"; {reason}" for reason in sorted(set(report.failures.values()))[:3])
+            reasons = "".join(f"; {reason.rstrip('.')}" for reason in sorted(set(report.failures.values()))[:3])
             raise TrainingError(
                 f"round {server_round}: {len(good)} of {len(report.sampled)} sampled clients sent a usable reply, "
                 f"{self.min_replies} needed{reasons}."

@@ -175,7 +175,7 @@ def test_help_lists_every_option_of_a_choice(capsys: pytest.CaptureFixture[str])
     assert _main(["--help", "strategy=fedrap", "partition=dirichlet", "training", "tracker=wandb", "model"]) == 0
     text = capsys.readouterr().out
     for name, default in default_options("fedrap").items():
-        assert f"strategy.{name}={default}" in text
+        assert f"strategy.{name}={'null' if default is None else default}" in text
     for line in (
         "strategy=fedrap  FedRAP: ",
         "what mu weighs  [one of inf, l1, l2, none, nuc]",
@@ -261,6 +261,7 @@ def test_a_method_of_ones_own_is_a_choice_like_others(
     assert composed(["strategy=own_method:Mine", "strategy.mu=3"]).strategy == {
         "name": "own_method:Mine",
         "weighting": "samples",
+        "personal_layers": None,
         "mu": 3,
     }
     assert _main(["--help", "strategy=own_method:Mine"]) == 0

@@ -52,6 +52,41 @@ def started(strategy: PersonalizedStrategy, app: CohortApp, rounds: int = 2) -> 
     return {name.split(".")[0] for name in from_record(result.arrays).keys()}, kept, grid  # noqa: SIM118
 
 
+@pytest.mark.parametrize(
+    ("method", "layers", "same_as"),
+    [("fedavg", ("head",), "fedper"), ("fedper", (), "fedavg"), ("fedbn", ("head",), "fedper")],
+)
+def test_personal_layers_make_one_method_of_another(method: str, layers: tuple[str, ...], same_as: str) -> None:
+    given = problem(method)
+    results = []
+    for name, options in ((method, {"personal_layers": layers}), (same_as, {})):
+        strategy, update = make_strategy(name, {"weighting": "samples", **options}, training=given.training)
+        app = update.client_app(given.network, given.data)
+        arrays = strategy.start(
+            LocalGrid(app, app.data.num_clients, workers=1), app.initial_arrays(), num_rounds=2
+        ).arrays
+        results.append((dict(from_record(arrays)), {name.partition("/")[2] for name in leaves(app.initial_state)}))
+    (arrays, kept), (expected, expected_kept) = results
+    assert kept == expected_kept
+    assert arrays.keys() == expected.keys()
+    for name, value in arrays.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", SETTLED)
+def test_personal_layers_of_methods_that_settle_them_are_refused(method: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"strategy\.personal_layers=\('head',\): expected null, for the method itself"
+    ):
+        make_strategy(method, {"personal_layers": ("head",)})
+
+
+def test_personal_layers_that_a_network_lacks_are_named() -> None:
+    _, update = make_strategy("fedavg", {"personal_layers": ("hed",)}, training=problem("fedavg").training)
+    with pytest.raises(ConfigError, match=r"strategy\.personal_layers=hed: expected one of .*did you mean 'head'"):
+        update.client_app(SmallNetwork(), gaussian_data((20, 9, 13))).initial_arrays()
+
+
 @pytest.mark.parametrize("method", [m for m in STRATEGIES if m not in (*SETTLED, *FROZEN)])
 def test_what_is_shared_and_what_stays_can_be_overridden(method: str) -> None:
     strategy, app = divided(method, shared="body", personal="head")

@@ -17,9 +17,12 @@ good to one expert each: here client q, the q-th that trains, to expert q. Round
 Prediction: S_k as above, without labels, then for each sample the one expert in S_k with the highest gate score.
 Clients that never train choose S_k by the samples they are tested on (zero-shot), the others by their training samples.
 
-Server: ``gate.*`` and all experts ``experts.I.*``, BatchNorm statistics averaged within their expert. Clients keep
-nothing. The common expert is the network that the strategy is given (``model.pretrained=public``), used in evaluation
-mode; nobody owns or trains it. Its body is counted once for every client that trains, in the bytes of round 1.
+Shared: the gate, and of each client the experts that it trains, BatchNorm statistics averaged within their expert.
+Personal: nothing.
+
+The server holds ``gate.*`` and all experts ``experts.I.*``. The common expert is the network that the strategy is given
+(``model.pretrained=public``), used in evaluation mode; nobody owns or trains it. Its body is counted once for every
+client that trains, in the bytes of round 1.
 
 No code of the authors is known. What their text leaves open, and the reading taken here:
 

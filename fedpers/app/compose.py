@@ -110,10 +110,11 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)
         given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
+        cfg = _without(key, arguments)
         parents = key.split(".")[:-1]
-        while parents and not _keys(".".join(parents), key, arguments):  # the mistake is further up
+        while parents and not _keys(cfg, parents):  # the mistake is further up
             parents.pop()
-        return ConfigError(key, given, meant(key, _keys(".".join(parents), key, arguments)))
+        return ConfigError(key, given, meant(key, _keys(cfg, parents)))
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return FedpersError(f"{match[1]} has several values; -m makes a run with each, and key=[a,b] is one list.")
     if isinstance(error, OverrideParseException):
@@ -123,13 +124,17 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     return FedpersError(first.removesuffix(".") + ".")
 
 
-def _keys(parent: str, offending: str, arguments: Sequence[str]) -> list[str]:
-    """Keys that exist under `parent` when the offending override is left out."""
+def _without(offending: str, arguments: Sequence[str]) -> DictConfig:
+    """Settings as composed when the offending override is left out."""
     kept = [a for a in arguments if "=" in a and "," not in a and not a.startswith("-") and not a.startswith(offending)]
     with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
         try:
-            cfg = compose("config", overrides=kept)
-        except Exception:  # another override is wrong as well: name the keys of the defaults
-            cfg = compose("config")
-    node = OmegaConf.select(cfg, parent) if parent else cfg
+            return compose("config", overrides=kept)
+        except Exception:  # another override is wrong as well: the keys of the defaults are named
+            return compose("config")
+
+
+def _keys(cfg: DictConfig, parents: Sequence[str]) -> list[str]:
+    """Keys that exist under the last of the nested `parents`."""
+    node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
     return [str(key) for key in node] if isinstance(node, DictConfig) else []

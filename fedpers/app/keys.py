@@ -132,7 +132,8 @@ def meant(key: str, siblings: Iterable[str]) -> str:
             near = next(iter(difflib.get_close_matches(name, [*last_parts, *_ELSEWHERE], n=1, cutoff=0.8)), name)
             near = _ELSEWHERE.get(near, near)
         if places := [full for full in known if full.rpartition(".")[2] == near and full != key]:
-            return f"{' or '.join(places)}, the whole name of that key"
+            of_all = [full for full in places if not known[full]]  # rather than of some choice that is not on
+            return f"{' or '.join(of_all or places)}, the whole name of that key"
     return f"a known key: {one_of(siblings, name)}"
 
 

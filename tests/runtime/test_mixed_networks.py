@@ -30,7 +30,12 @@ from tests.runtime.wire import WireGrid
 
 DATA = gaussian_data((20, 9, 13, 7, 16), dtype=torch.float64)
 KIND_OF = (0, 1, 2, 1, 0)
-METHODS: list[tuple[str, dict[str, Any]]] = [("local", {}), ("fedproto", {}), ("fedd2s", {"cuts": (-1,)})]
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("local", {}),
+    ("lg_fedavg", {}),
+    ("fedproto", {}),
+    ("fedd2s", {"cuts": (-1,)}),
+]
 
 
 def networks() -> list[nn.Module]:

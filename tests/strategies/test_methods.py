@@ -119,9 +119,11 @@ def test_scaffold_with_server_lr_and_partial_participation() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "personal", "weighted"), [("fedper", HEAD, True), ("fedbn", NORM, False)], ids=["fedper", "fedbn"]
+    ("method", "personal", "weighted"),
+    [("fedper", HEAD, True), ("lg_fedavg", set(NETWORK.state_dict()) - HEAD, True), ("fedbn", NORM, False)],
+    ids=["fedper", "lg_fedavg", "fedbn"],
 )
-def test_fedper_and_fedbn_share_all_but_the_personal_entries(method: str, personal: set[str], weighted: bool) -> None:
+def test_all_but_the_personal_entries_is_shared(method: str, personal: set[str], weighted: bool) -> None:
     result = run(method, fraction=0.75)
     server = {n: v for n, v in initial().items() if n not in personal}
     states = [{n: v for n, v in initial().items() if n in personal} for _ in CLIENTS]

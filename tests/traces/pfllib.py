@@ -91,6 +91,7 @@ METHODS: dict[str, Traced] = {
     "fedprox": Traced("FedProx", options={"mu": "mu"}),
     "scaffold": Traced("SCAFFOLD", options={"server_learning_rate": "server_lr"}, roles={"c": "control"}),
     "fedper": Traced("FedPer", roles={"model": "model"}),
+    "lg_fedavg": Traced("LG_FedAvg", roles={"model": "model"}),
     "fedrep": Traced("FedRep", {**SAMPLES, "body_epochs": None}, {"plocal_epochs": "head_epochs"}, {"model": "model"}),
     "fedbn": Traced("FedBN", SAMPLES, roles={"model": "model"}),
     "ditto": Traced(

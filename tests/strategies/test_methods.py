@@ -165,6 +165,27 @@ def test_fedrep_trains_the_head_first_and_averages_bodies(weighting: str) -> Non
         assert_same(values, {**body, **heads[client]})
 
 
+@pytest.mark.parametrize("finetune", ["all", "head"])
+def test_fedbabu_trains_bodies_under_the_initial_head_and_fine_tunes(finetune: str) -> None:
+    result = run("fedbabu", {"finetune_epochs": 3, "finetune": finetune}, rounds=2, fraction=0.5)
+    head = {n: v for n, v in initial().items() if n in HEAD}
+    body = {n: v for n, v in initial().items() if n not in HEAD}
+    for r in (1, 2):
+        parts = []
+        for client in drawn(r, 0.5):
+            values = {**copied(body), **head}
+            sgd(values, passes(client, 2, r), names=sorted(set(weights_of()) - HEAD))
+            parts.append({n: values[n] for n in body})
+        body = average(parts, sizes(drawn(r, 0.5)))
+    assert result.arrays.keys() == body.keys()
+    assert_same(result.arrays, body)
+    for client, values in enumerate(result.predictors()):
+        tuned = {**copied(body), **copied(head)}
+        sgd(tuned, passes(client, 3, 2, purpose="finetune"), names=sorted(HEAD) if finetune == "head" else None)
+        assert_same(values, tuned)
+        assert result.state(client) == {}
+
+
 def test_ditto_ties_an_own_network_to_the_received_one() -> None:
     result = run("ditto", {"mu": 0.4, "personal_epochs": 3}, fraction=0.25)
     server = initial()

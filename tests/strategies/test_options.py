@@ -30,6 +30,8 @@ BAD: list[tuple[str, str, Any]] = [
     ("scaffold", "server_lr", 0.0),
     ("fedrep", "head_epochs", -1),
     ("fedrep", "body_epochs", -1),
+    ("fedbabu", "finetune_epochs", -1),
+    ("fedbabu", "finetune", "heads"),
     ("ditto", "mu", -1.0),
     ("ditto", "personal_epochs", -1),
     ("pfedme", "lam", 0.0),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpers.cohort import Cohort, Records, Training, Tree, entries
+from fedpers.cohort import Cohort, Records, Training, Tree, entries, tree
 from fedpers.data.federated import FederatedData
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record, stack, trees
@@ -83,6 +84,26 @@ def _repeat_slices(strategy: PersonalizedStrategy, update: Any, trace: Trace) ->
     update.sampled = sampled
 
 
+def _compare_finetuned(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedBABU: the library fine-tunes after the last round, from what each client holds then."""
+    if r + 1 < trace.rounds:
+        return
+    app = strategy.work.app
+    clients = sorted(range(trace.clients), key=lambda c: (-app.sizes[c], c))
+    update = replace(app.update, finetune_epochs=trace.meta["hyper"]["fine_tuning_epochs"])  # type: ignore[call-arg]
+    cohort = app.cohort(clients, tree({}, len(clients)), {"server-round": trace.rounds + 1})
+    held = trace.group("out/client/trained/model")
+    body = tree({n: torch.from_numpy(held[n][r][clients]) for n in cohort.names(update.shared)}, len(clients))
+    tuned = update.personalize(cohort, {ARRAYS: body}, {})
+    assert isinstance(tuned, Tree)
+    for name, values in trace.group("out/client/finetuned/model").items():
+        comparison.add("finetuned model", tuned[name], values[clients])
+    for client, scores in zip(clients, cohort.logits(tuned, "test", update.predict), strict=True):
+        comparison.add("finetuned scores", scores, trace.arrays[f"out/eval/final/test_scores/c{client}"][0])
+
+
 SAMPLES = {"weighting": "samples"}
 PFLLIB = {"variant": "pfllib"}
 METHODS: dict[str, Traced] = {
@@ -93,6 +114,9 @@ METHODS: dict[str, Traced] = {
     "fedper": Traced("FedPer", roles={"model": "model"}),
     "lg_fedavg": Traced("LG_FedAvg", roles={"model": "model"}),
     "fedrep": Traced("FedRep", {**SAMPLES, "body_epochs": None}, {"plocal_epochs": "head_epochs"}, {"model": "model"}),
+    "fedbabu": Traced(
+        "FedBABU", {"finetune_epochs": 0}, {"fine_tuning_epochs": "finetune_epochs"}, compare=_compare_finetuned
+    ),
     "fedbn": Traced("FedBN", SAMPLES, roles={"model": "model"}),
     "ditto": Traced(
         "Ditto",

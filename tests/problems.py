@@ -184,6 +184,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "scaffold": {"server_lr=0.5": {"server_lr": 0.5}},
     "fedrep": {"epochs 1, 3": {"head_epochs": 1, "body_epochs": 3}},
     "fedbabu": {"head": {"finetune": "head", "finetune_epochs": 2}, "none": {"finetune_epochs": 0}},
+    "fedrod": {"gamma=0": {"gamma": 0.0}, "gamma=0.5": {"gamma": 0.5}},
     "ditto": {"personal_epochs=1": {"personal_epochs": 1, "mu": 1.0}},
     "pfedme": {"pfllib": {"variant": "pfllib", "beta": 0.5}},
     "perfedavg": {"hessian": {"hessian": True, "inner_lr": 0.05}},

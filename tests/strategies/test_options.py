@@ -32,6 +32,8 @@ BAD: list[tuple[str, str, Any]] = [
     ("fedrep", "body_epochs", -1),
     ("fedbabu", "finetune_epochs", -1),
     ("fedbabu", "finetune", "heads"),
+    ("fedrod", "gamma", -0.1),
+    ("fedrod", "gamma", math.inf),
     ("ditto", "mu", -1.0),
     ("ditto", "personal_epochs", -1),
     ("pfedme", "lam", 0.0),

@@ -104,6 +104,16 @@ def _compare_finetuned(
         comparison.add("finetuned scores", scores, trace.arrays[f"out/eval/final/test_scores/c{client}"][0])
 
 
+def _compare_private_heads(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """Fed-RoD: the library keeps private heads apart from the network."""
+    assert grid.engine is not None
+    kept = grid.engine.store.gather(range(trace.clients))["model"]
+    for name, values in trace.group("out/client/trained/head_p").items():
+        comparison.add("private heads", kept[f"private_head.{name}"], values[r])
+
+
 SAMPLES = {"weighting": "samples"}
 PFLLIB = {"variant": "pfllib"}
 METHODS: dict[str, Traced] = {
@@ -117,6 +127,7 @@ METHODS: dict[str, Traced] = {
     "fedbabu": Traced(
         "FedBABU", {"finetune_epochs": 0}, {"fine_tuning_epochs": "finetune_epochs"}, compare=_compare_finetuned
     ),
+    "fedrod": Traced("FedROD", compare=_compare_private_heads),
     "fedbn": Traced("FedBN", SAMPLES, roles={"model": "model"}),
     "ditto": Traced(
         "Ditto",
@@ -368,7 +379,7 @@ def _compare_evaluation(
         key = f"out/eval/{kind}/test_scores/c{c}"
         if key in trace.arrays:
             theirs = torch.from_numpy(np.array(trace.arrays[key][r]))
-            if trace.meta["method"] == "Ditto":  # recorded as probabilities
+            if trace.meta["method"] in ("Ditto", "FedROD"):  # recorded as probabilities
                 comparison.add("scores", torch.softmax(scores, 1), theirs)
             else:
                 comparison.add("scores", scores, theirs)

@@ -189,6 +189,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "pfedme": {"pfllib": {"variant": "pfllib", "beta": 0.5}},
     "perfedavg": {"hessian": {"hessian": True, "inner_lr": 0.05}},
     "moon": {"pfllib": {"variant": "pfllib"}, "mu=3": {"mu": 3.0, "temperature": 1.0}},
+    "fml": {"pfllib": {"variant": "pfllib"}, "alpha=0.2": {"alpha": 0.2, "beta": 0.9, "weighting": "samples"}},
     "fedntd": {"beta=0.5": {"beta": 0.5, "temperature": 2.0}},
     "fedala": {"pfllib": {"variant": "pfllib", "layers": 2}, "half": {"share": 0.5, "layers": 2, "weight_lr": 5.0}},
     "fedproto": {"pfllib": {"variant": "pfllib"}, "lam=1": {"lam": 1.0}},

@@ -41,6 +41,8 @@ class Traced(NamedTuple):
         How hyperparameters of the library are called here.
     roles : mapping
         Where personal state of the library stands here: role of a trace -> role of the state tree.
+    sent : str, optional
+        Role of a trace that holds what clients send, where that is another than their network.
     adjust : callable, optional
         Changes the options, the arguments of :class:`Training` and the samples of a recorded batch, in place (a
         mapping ``{"options", "training", "chunk"}``), where the library counts otherwise.
@@ -55,6 +57,7 @@ class Traced(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
     options: Mapping[str, str] = MappingProxyType({})
     roles: Mapping[str, str] = MappingProxyType({})
+    sent: str | None = None
     adjust: Callable[[dict[str, Any]], None] | None = None
     replay: Callable[[PersonalizedStrategy, Any, Trace], None] | None = None
     compare: Callable[[Comparison, Trace, PersonalizedStrategy, LocalGrid, int], None] | None = None
@@ -143,14 +146,15 @@ METHODS: dict[str, Traced] = {
     "perfedavg": Traced("PerAvg", SAMPLES, adjust=_twice_a_round),
     "apfl": Traced("APFL", {**SAMPLES, **PFLLIB}, {"alpha": "alpha"}, {"model_per": "model", "alpha": "alpha"}),
     "moon": Traced("MOON", PFLLIB, {"mu": "mu", "tau": "temperature"}, {"old_model": "previous"}),
+    "fml": Traced("FML", PFLLIB, {"alpha": "alpha", "beta": "beta"}, {"model": "model"}, "global_model"),
     "fedntd": Traced("FedNTD", {"weighting": "uniform"}, {"beta": "beta", "tau": "temperature"}),
     "fedala": Traced(
         "FedALA",
         PFLLIB,
         {"layer_idx": "layers", "rand_percent": "share", "eta": "weight_lr"},
         {"model": "model", "ala_w": "weights"},
-        _tensors_and_percent,
-        _repeat_slices,
+        adjust=_tensors_and_percent,
+        replay=_repeat_slices,
     ),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
@@ -284,7 +288,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
             replies = list(grid.send_and_receive(messages))
             clients = {node: client for client, node in strategy.nodes(grid).items()}
             trained = {clients[reply.metadata.src_node_id]: trees(reply.content) for reply in replies}
-            _compare_participants(comparison, trace, strategy, app.sizes, sent, trained, r)
+            _compare_participants(comparison, trace, traced.sent, strategy, app.sizes, sent, trained, r)
             _compare_states(comparison, trace, traced.roles, grid, r)
             new, _ = strategy.aggregate_train(r + 1, replies)
             assert new is not None
@@ -299,6 +303,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
 def _compare_participants(
     comparison: Comparison,
     trace: Trace,
+    role: str | None,
     strategy: PersonalizedStrategy,
     sizes: Sequence[int],
     sent: Mapping[int, Records],
@@ -306,12 +311,13 @@ def _compare_participants(
     r: int,
 ) -> None:
     """What participants were sent, what they reply, and how much it counts."""
-    shared = trace.group("out/client/trained/local") or trace.group("out/client/trained/model")  # pFedMe's w_i is local
+    roles = ("local", "model") if role is None else (role,)  # pFedMe's w_i is local
+    shared = next(values for values in (trace.group(f"out/client/trained/{role}") for role in roles) if values)
     mixtures = trace.group("out/client/start/client_u")
     prototypes = trace.arrays.get("out/client/trained/protos")
     for client, records in trained.items():
         for name, value in entries(records.get(ARRAYS, Tree())).items():
-            comparison.add("client model", value, shared[name][r, client])
+            comparison.add("client model", value, shared[within_part(name)][r, client])
         for name, value in mixtures.items():
             comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
@@ -321,6 +327,11 @@ def _compare_participants(
         counts = {client: 1.0 if strategy.weighting == "uniform" else float(sizes[client]) for client in trained}
         ours = [counts.get(c, 0.0) / sum(counts.values()) for c in range(trace.clients)]
         comparison.add("weights", ours, weights[r])
+
+
+def within_part(name: str) -> str:
+    """Name of an entry in its own network, of a method that puts the client's and the shared one side by side."""
+    return name.removeprefix("local.").removeprefix("shared.")
 
 
 def _compare_prototypes(comparison: Comparison, kind: str, table: torch.Tensor, theirs: np.ndarray) -> None:
@@ -340,13 +351,13 @@ def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, st
             comparison.add(theirs, kept, trace.arrays[path][r])
             continue
         values = trace.group(path)
-        for name, value in entries(kept).items():
+        for name, value in ((within_part(n), v) for n, v in entries(kept).items()):
             if np.isfinite(values[name][r]).all():  # FedALA's weights do not exist in its first round
                 comparison.add(f"kept {theirs}", value, values[name][r])
 
 
 def _compare_server(comparison: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
-    ours = entries(from_record(arrays))
+    ours = {within_part(name): value for name, value in entries(from_record(arrays)).items()}
     server = trace.group("out/server/model") or trace.group("out/server/base")
     if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
         server = {f"body.{name}": value for name, value in server.items()}

@@ -182,6 +182,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "fedavg_ft": {"finetune_epochs=2": {"finetune_epochs": 2}},
     "scaffold": {"server_lr=0.5": {"server_lr": 0.5}},
+    "feddyn": {"pfllib": {"variant": "pfllib", "alpha": 0.1}, "alpha=0.3": {"alpha": 0.3}},
     "fedrep": {"epochs 1, 3": {"head_epochs": 1, "body_epochs": 3}},
     "fedbabu": {"head": {"finetune": "head", "finetune_epochs": 2}, "none": {"finetune_epochs": 0}},
     "fedrod": {"gamma=0": {"gamma": 0.0}, "gamma=0.5": {"gamma": 0.5}},

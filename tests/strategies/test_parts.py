@@ -40,7 +40,9 @@ def divided(method: str, **selections: Any) -> tuple[PersonalizedStrategy, Cohor
     strategy, update = make_strategy(method, given.options, server={"fraction": 0.7}, training=given.training)
     strategy.unseen = given.data.unseen
     update.__class__ = type("Divided", (type(update),), selections)
-    return strategy, update.client_app(given.network, given.data)
+    app = update.client_app(given.network, given.data)
+    strategy.attach(app)
+    return strategy, app
 
 
 def started(strategy: PersonalizedStrategy, app: CohortApp, rounds: int = 2) -> tuple[set[str], set[str], LocalGrid]:

@@ -115,6 +115,12 @@ def _compare_private_heads(
     kept = grid.engine.store.gather(range(trace.clients))["model"]
     for name, values in trace.group("out/client/trained/head_p").items():
         comparison.add("private heads", kept[f"private_head.{name}"], values[r])
+def _compare_drift(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedDyn: the server's correction."""
+    for name, value in trace.group("out/server/state").items():
+        comparison.add("server drift", strategy.state["drift"][name], value[r])
 
 
 SAMPLES = {"weighting": "samples"}
@@ -124,6 +130,7 @@ METHODS: dict[str, Traced] = {
     "fedavg": Traced("FedAvg"),
     "fedprox": Traced("FedProx", options={"mu": "mu"}),
     "scaffold": Traced("SCAFFOLD", options={"server_learning_rate": "server_lr"}, roles={"c": "control"}),
+    "feddyn": Traced("FedDyn", PFLLIB, {"alpha": "alpha"}, {"old_grad": "gradient"}, compare=_compare_drift),
     "fedper": Traced("FedPer", roles={"model": "model"}),
     "lg_fedavg": Traced("LG_FedAvg", roles={"model": "model"}),
     "fedrep": Traced("FedRep", {**SAMPLES, "body_epochs": None}, {"plocal_epochs": "head_epochs"}, {"model": "model"}),

@@ -34,6 +34,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("local", {}),
     ("lg_fedavg", {}),
     ("fedproto", {}),
+    ("fedgh", {}),
     ("fedd2s", {"cuts": (-1,)}),
 ]
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fedpers.cohort import Cohort, Records, Training, Tree, entries, tree
+from fedpers.cohort import Cohort, Records, Reply, Training, Tree, entries
 from fedpers.data.federated import FederatedData
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record, stack, trees
@@ -75,6 +76,11 @@ def _twice_a_round(run: dict[str, Any]) -> None:
     run["chunk"] *= 2
 
 
+def _server_batches(run: dict[str, Any]) -> None:
+    """FedGH's server trains in batches of the clients' size."""
+    run["options"]["server_batch_size"] = run["training"]["batch_size"]
+
+
 def _repeat_slices(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
     """Let FedALA train its weights on the recorded slices."""
     starts, draw = trace.arrays["out/client/start/ala_rand_idx"], update.sampled
@@ -121,6 +127,36 @@ def _compare_drift(
     """FedDyn: the server's correction."""
     for name, value in trace.group("out/server/state").items():
         comparison.add("server drift", strategy.state["drift"][name], value[r])
+def _share_first_head(strategy: Any, update: Any, trace: Trace) -> None:
+    """FedGH: the library's server trains the head object of client 0, on classes as they first appear in the data."""
+    train, trained_head = update.train, strategy.trained_head
+    heads: dict[str, torch.Tensor] = {}
+
+    def keeping_head(cohort: Cohort, received: Records, config: Mapping[str, Any]) -> Reply:
+        reply = cohort.reply
+
+        def noting(params: Tree, **options: Any) -> Reply:
+            if 0 in cohort.clients:
+                row = cohort.clients.index(0)
+                heads.update({name: params[name][row].clone() for name in ("head.weight", "head.bias")})
+            return reply(params, **options)
+
+        cohort.reply = noting  # type: ignore[method-assign]
+        answer: Reply = train(cohort, received, config)
+        return answer
+
+    def from_first_head(arrays: Tree, features: torch.Tensor, labels: torch.Tensor) -> Tree:
+        start = Tree({**entries(arrays), **heads}, batch_size=[])
+        heads.clear()
+        order, at = [], 0
+        for client in strategy.training_clients:
+            appearing = list(dict.fromkeys(trace.arrays[f"in/train_y/c{client}"].tolist()))
+            order += [at + sorted(appearing).index(label) for label in appearing]
+            at += len(appearing)
+        head: Tree = trained_head(start, features[order], labels[order])
+        return head
+
+    update.train, strategy.trained_head = keeping_head, from_first_head
 
 
 SAMPLES = {"weighting": "samples"}
@@ -164,6 +200,9 @@ METHODS: dict[str, Traced] = {
         replay=_repeat_slices,
     ),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
+    "fedgh": Traced(
+        "FedGH", {}, {"server_learning_rate": "server_lr"}, {"model": "model"}, _server_batches, _share_first_head
+    ),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
 }
 
@@ -322,13 +361,14 @@ def _compare_participants(
     shared = next(values for values in (trace.group(f"out/client/trained/{role}") for role in roles) if values)
     mixtures = trace.group("out/client/start/client_u")
     prototypes = trace.arrays.get("out/client/trained/protos")
+    tables = {client: records.get("sums", records.get("means")) for client, records in trained.items()}
     for client, records in trained.items():
         for name, value in entries(records.get(ARRAYS, Tree())).items():
             comparison.add("client model", value, shared[within_part(name)][r, client])
         for name, value in mixtures.items():
             comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
-            _compare_prototypes(comparison, "client prototypes", records["sums"]["table"], prototypes[r, client])
+            _compare_prototypes(comparison, "client prototypes", tables[client]["table"], prototypes[r, client])
     weights = trace.arrays.get("out/agg_weights")
     if weights is not None:
         counts = {client: 1.0 if strategy.weighting == "uniform" else float(sizes[client]) for client in trained}
@@ -366,6 +406,7 @@ def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, st
 def _compare_server(comparison: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
     ours = {within_part(name): value for name, value in entries(from_record(arrays)).items()}
     server = trace.group("out/server/model") or trace.group("out/server/base")
+    server.update({f"head.{name}": value for name, value in trace.group("out/server/head").items()})
     if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
         server = {f"body.{name}": value for name, value in server.items()}
     for name, value in ours.items():

@@ -159,6 +159,41 @@ def _share_first_head(strategy: Any, update: Any, trace: Trace) -> None:
     update.train, strategy.trained_head = keeping_head, from_first_head
 
 
+def _combine_in_library_order(strategy: Any, update: Any, trace: Trace) -> None:
+    """FedPAC: weights by drawn clients go with heads by replies; unless copied, combined heads replace those before."""
+    copied = trace.meta["heads_copied_before_combining"]
+
+    def combined(heads: Mapping[str, torch.Tensor], weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        clients, r = strategy.training_clients, strategy.report.round - 1
+        drawn, replied = (
+            [clients.index(client) for client in trace.arrays[key][r]] for key in ("in/selected", "out/upload_order")
+        )
+        result = {name: value.clone() for name, value in heads.items()}
+        for name, value in result.items():
+            source = heads[name] if copied else value
+            for k, client in enumerate(replied):
+                value[client] = torch.tensordot(weights[drawn[k], drawn].to(value), source[replied], 1)
+        strategy.last_weights = weights
+        return result
+
+    strategy.combined = combined
+
+
+def _compare_heads(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedPAC's weights, heads and mean features."""
+    clients = list(strategy.training_clients)
+    weights = trace.arrays["out/extra/head_weights"][r][np.ix_(clients, clients)]
+    comparison.add("head weights", strategy.last_weights, weights)  # type: ignore[attr-defined]
+    heads = entries(strategy.state["heads"])
+    for client, *rows in zip(heads.pop("client").tolist(), *heads.values(), strict=True):
+        for name, row in zip(heads, rows, strict=True):
+            comparison.add("combined head", row, trace.group("out/client/end/model")[name][r, client])
+    table, theirs = strategy.state["prototypes"]["table"], trace.arrays["out/server/protos"][r]
+    _compare_prototypes(comparison, "server prototypes", table, theirs)
+
+
 SAMPLES = {"weighting": "samples"}
 PFLLIB = {"variant": "pfllib"}
 METHODS: dict[str, Traced] = {
@@ -202,6 +237,13 @@ METHODS: dict[str, Traced] = {
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedgh": Traced(
         "FedGH", {}, {"server_learning_rate": "server_lr"}, {"model": "model"}, _server_batches, _share_first_head
+    ),
+    "fedpac": Traced(
+        "FedPAC",
+        PFLLIB,
+        {"lamda": "lam"},
+        replay=_combine_in_library_order,
+        compare=_compare_heads,
     ),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
 }
@@ -368,7 +410,11 @@ def _compare_participants(
         for name, value in mixtures.items():
             comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
-            _compare_prototypes(comparison, "client prototypes", tables[client]["table"], prototypes[r, client])
+            means = tables[client]["table"] / tables[client]["table"][:, -1:].clamp(min=1)
+            _compare_prototypes(comparison, "client prototypes", means, prototypes[r, client])
+        if "statistics" in records:
+            comparison.add("h", records["statistics"]["h"], trace.arrays["out/extra/h"][r, client])
+            comparison.add("V", records["statistics"]["variance"], trace.arrays["out/extra/V"][r, client])
     weights = trace.arrays.get("out/agg_weights")
     if weights is not None:
         counts = {client: 1.0 if strategy.weighting == "uniform" else float(sizes[client]) for client in trained}
@@ -414,7 +460,7 @@ def _compare_server(comparison: Comparison, trace: Trace, strategy: Any, arrays:
             comparison.add("server model", value, server[name][r])
     for name, value in trace.group("out/server/c").items():
         comparison.add("server control", strategy.state["control"][name], value[r])
-    if "out/server/protos" in trace.arrays:
+    if "out/server/protos" in trace.arrays and "table" in ours:
         _compare_prototypes(comparison, "server prototypes", ours["table"], trace.arrays["out/server/protos"][r])
 
 

@@ -197,6 +197,11 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedamp": {"pfllib": {"variant": "pfllib"}, "alpha=0.5": {"alpha": 0.5, "sigma": 3.0, "mu": 1.0}},
     "fedgh": {"batches": {"server_batch_size": 5, "server_epochs": 2, "server_lr": 0.1}},
     "fedpac": {"pfllib": {"variant": "pfllib"}, "lam=0.1": {"lam": 0.1, "head_epochs": 2, "body_epochs": 1}},
+    "fedas": {
+        "pfllib": {"variant": "pfllib"},
+        "one batch": {"align_batch_size": 0, "align_lr": 0.5},
+        "no alignment": {"align_lr": 0.0},
+    },
     "apfl": {"pfllib": {"variant": "pfllib"}, "fixed alpha": {"adaptive": False, "alpha": 0.3}},
     "fedrap": {
         "paper": {"variant": "paper", "lam": 1e-4, "mu": 1e-3, "tolerance": 1e-4},

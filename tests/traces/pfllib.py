@@ -246,6 +246,7 @@ METHODS: dict[str, Traced] = {
         compare=_compare_heads,
     ),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
+    "fedas": Traced("FedAS", PFLLIB, roles={"model": "model"}),
 }
 
 
@@ -418,6 +419,10 @@ def _compare_participants(
     weights = trace.arrays.get("out/agg_weights")
     if weights is not None:
         counts = {client: 1.0 if strategy.weighting == "uniform" else float(sizes[client]) for client in trained}
+        for client, records in trained.items():
+            if "fisher" in records:  # FedAS: replies hold their weight
+                counts[client] = float(records["fisher"]["trace"])
+                comparison.add("fisher", counts[client], trace.arrays["out/extra/fim_trace"][r, client])
         ours = [counts.get(c, 0.0) / sum(counts.values()) for c in range(trace.clients)]
         comparison.add("weights", ours, weights[r])
 

@@ -197,6 +197,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedamp": {"pfllib": {"variant": "pfllib"}, "alpha=0.5": {"alpha": 0.5, "sigma": 3.0, "mu": 1.0}},
     "fedgh": {"batches": {"server_batch_size": 5, "server_epochs": 2, "server_lr": 0.1}},
     "fedpac": {"pfllib": {"variant": "pfllib"}, "lam=0.1": {"lam": 0.1, "head_epochs": 2, "body_epochs": 1}},
+    "fedcp": {"pfllib": {"variant": "pfllib"}, "lam=0": {"lam": 0.0}},
     "fedas": {
         "pfllib": {"variant": "pfllib"},
         "one batch": {"align_batch_size": 0, "align_lr": 0.5},

@@ -17,9 +17,11 @@ import flwr.app as flower
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fedpers.cohort import Cohort, Records, Training, Tree, entries, tree
 from fedpers.cohort import Cohort, Records, Reply, Training, Tree, entries
+from fedpers.cohort import Cohort, Records, Training, Tree, View, entries
 from fedpers.data.federated import FederatedData
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record, stack, trees
@@ -192,6 +194,55 @@ def _compare_heads(
             comparison.add("combined head", row, trace.group("out/client/end/model")[name][r, client])
     table, theirs = strategy.state["prototypes"]["table"], trace.arrays["out/server/protos"][r]
     _compare_prototypes(comparison, "server prototypes", table, theirs)
+def _repeat_noise(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
+    """Give FedCP the recorded noise, also for predictions, and the recorded initial policy and context."""
+    extend, personalize = update.adapt_model, update.personalize
+
+    def recorded(model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
+        network, data = extend(model, data, seed)
+        values = {n.removeprefix("fc."): v[0] for n, v in trace.group("in/client_init/cs").items()}
+        network.policy.load_state_dict({n: torch.from_numpy(np.array(v)) for n, v in values.items()})
+        network.context.copy_(torch.from_numpy(np.array(trace.arrays["in/client_init/context"][0, 0])))
+        return network, data
+
+    def noise(part: str, client: int, round: int) -> np.ndarray:
+        if f"in/gumbel_{part}/c{client}" not in trace.arrays:  # a case without noise
+            passes, labels = (1, "test_y") if part == "eval" else (int(trace.meta["local_epochs"]), "train_y")
+            return np.zeros((passes * len(trace.arrays[f"in/{labels}/c{client}"]), 8), np.float32)
+        pairs = trace.arrays[f"in/gumbel_{part}/c{client}"][round - 1].reshape(-1, 2, 8)
+        return np.asarray(pairs[:, 0] - pairs[:, 1])
+
+    class Draws:
+        def __init__(self, values: np.ndarray) -> None:
+            self.values, self.used = values, 0
+
+        def logistic(self, size: tuple[int, int]) -> np.ndarray:
+            self.used += size[0]
+            return self.values[self.used - size[0] : self.used]
+
+    def noisy(cohort: Cohort, received: Records, config: Mapping[str, Any]) -> View:
+        rows = [torch.from_numpy(noise("eval", client, cohort.round)) for client in cohort.clients]
+        return replace(personalize(cohort, received, config), given={"noise": pad_sequence(rows, batch_first=True)})
+
+    update.adapt_model, update.personalize = recorded, noisy
+    update.draws = lambda cohort, client: Draws(noise("train", client, cohort.round))
+
+
+def _compare_policies(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedCP: what all clients have of policy, common head and context at the end of a round."""
+    assert grid.engine is not None
+    clients = list(range(trace.clients))
+    sent = strategy.send(r + 2, strategy.sent_arrays, clients)
+    assert not isinstance(sent, Mapping)
+    heads, policies = trace.group("out/client/end/head_g"), trace.group("out/client/end/cs")
+    theirs = {f"global_head.{n}": v for n, v in heads.items()}
+    theirs.update({f"policy.{n.removeprefix('fc.')}": v for n, v in policies.items()})
+    for name, values in theirs.items():
+        comparison.add("policy", torch.stack([sent[c][ARRAYS][name] for c in clients]), values[r])
+    contexts = grid.engine.store.gather(clients)["model"]["context"]
+    comparison.add("context", contexts, trace.arrays["out/client/end/context"][r, :, 0])
 
 
 SAMPLES = {"weighting": "samples"}
@@ -246,6 +297,9 @@ METHODS: dict[str, Traced] = {
         compare=_compare_heads,
     ),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
+    "fedcp": Traced(
+        "FedCP", PFLLIB, {"lamda": "lam"}, {"model": "model"}, replay=_repeat_noise, compare=_compare_policies
+    ),
     "fedas": Traced("FedAS", PFLLIB, roles={"model": "model"}),
 }
 
@@ -345,6 +399,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
     options.update(traced.settings)
     decay = hyper.pop("learning_rate_decay_gamma", 1.0) if hyper.pop("learning_rate_decay", False) else 1.0
     hyper.pop("drop_last", None)
+    hyper.pop("gumbel", None)  # whether FedCP draws noise: what it drew is recorded
     if hyper:
         raise ValueError(f"{path}: hyperparameters {sorted(hyper)} are unknown")
     training = {
@@ -408,6 +463,8 @@ def _compare_participants(
     for client, records in trained.items():
         for name, value in entries(records.get(ARRAYS, Tree())).items():
             comparison.add("client model", value, shared[within_part(name)][r, client])
+            if name in shared:
+                comparison.add("client model", value, shared[name][r, client])
         for name, value in mixtures.items():
             comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
@@ -451,6 +508,10 @@ def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, st
         values = trace.group(path)
         for name, value in ((within_part(n), v) for n, v in entries(kept).items()):
             if np.isfinite(values[name][r]).all():  # FedALA's weights do not exist in its first round
+        for name, value in entries(kept).items():
+            if (
+                name in values and np.isfinite(values[name][r]).all()
+            ):  # FedALA's weights do not exist in its first round
                 comparison.add(f"kept {theirs}", value, values[name][r])
 
 
@@ -490,6 +551,7 @@ def _compare_evaluation(
         if key in trace.arrays:
             theirs = torch.from_numpy(np.array(trace.arrays[key][r]))
             if trace.meta["method"] in ("Ditto", "FedROD"):  # recorded as probabilities
+            if trace.meta["method"] in ("Ditto", "FedCP"):  # recorded as probabilities
                 comparison.add("scores", torch.softmax(scores, 1), theirs)
             else:
                 comparison.add("scores", scores, theirs)

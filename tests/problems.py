@@ -229,6 +229,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "top_k=M": {"top_k": 3, "weighting": "uniform"},
         "no anchors": {"anchor_share": 0.0, "top_k": 1},
     },
+    "ifca": {"gradients": {"clusters": 3, "averaging": "gradients", "weighting": "samples"}},
     "ensemble": {"three": {"members": 3, "init": "random", "weighting": "uniform"}},
     "fedvpt": {"uniform": {"prompts": 1, "weighting": "uniform"}},
     "fedd2s": {

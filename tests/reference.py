@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.traces import HERE, fedrap, fedselect, gpfl, pfedrec, pfllib
+from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, pfedrec, pfllib
 
-SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec)
+SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca)
 
 
 def main(arguments: list[str] | None = None) -> int:

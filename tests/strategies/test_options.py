@@ -87,6 +87,8 @@ BAD: list[tuple[str, str, Any]] = [
     ("fedas", "align_batch_size", -1),
     ("fedas", "variant", "papers"),
     ("fedas", "weighting", "samples"),
+    ("ifca", "clusters", 0),
+    ("ifca", "averaging", "changes"),
     ("gpfl", "lam", -0.1),
     ("gpfl", "lam", math.inf),
     ("gpfl", "mu", -0.1),

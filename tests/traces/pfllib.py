@@ -19,9 +19,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from fedpers.cohort import Cohort, Records, Training, Tree, entries, tree
-from fedpers.cohort import Cohort, Records, Reply, Training, Tree, entries
-from fedpers.cohort import Cohort, Records, Training, Tree, View, entries
+from fedpers.cohort import Cohort, Records, Reply, Training, Tree, View, entries, tree
 from fedpers.data.federated import FederatedData
 from fedpers.flower_private import server_identity
 from fedpers.records import ARRAYS, from_record, stack, trees
@@ -123,12 +121,16 @@ def _compare_private_heads(
     kept = grid.engine.store.gather(range(trace.clients))["model"]
     for name, values in trace.group("out/client/trained/head_p").items():
         comparison.add("private heads", kept[f"private_head.{name}"], values[r])
+
+
 def _compare_drift(
     comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
 ) -> None:
     """FedDyn: the server's correction."""
     for name, value in trace.group("out/server/state").items():
         comparison.add("server drift", strategy.state["drift"][name], value[r])
+
+
 def _share_first_head(strategy: Any, update: Any, trace: Trace) -> None:
     """FedGH: the library's server trains the head object of client 0, on classes as they first appear in the data."""
     train, trained_head = update.train, strategy.trained_head
@@ -194,6 +196,8 @@ def _compare_heads(
             comparison.add("combined head", row, trace.group("out/client/end/model")[name][r, client])
     table, theirs = strategy.state["prototypes"]["table"], trace.arrays["out/server/protos"][r]
     _compare_prototypes(comparison, "server prototypes", table, theirs)
+
+
 def _repeat_noise(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
     """Give FedCP the recorded noise, also for predictions, and the recorded initial policy and context."""
     extend, personalize = update.adapt_model, update.personalize
@@ -287,7 +291,12 @@ METHODS: dict[str, Traced] = {
     ),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedgh": Traced(
-        "FedGH", {}, {"server_learning_rate": "server_lr"}, {"model": "model"}, _server_batches, _share_first_head
+        "FedGH",
+        {},
+        {"server_learning_rate": "server_lr"},
+        {"model": "model"},
+        adjust=_server_batches,
+        replay=_share_first_head,
     ),
     "fedpac": Traced(
         "FedPAC",
@@ -462,9 +471,8 @@ def _compare_participants(
     tables = {client: records.get("sums", records.get("means")) for client, records in trained.items()}
     for client, records in trained.items():
         for name, value in entries(records.get(ARRAYS, Tree())).items():
-            comparison.add("client model", value, shared[within_part(name)][r, client])
-            if name in shared:
-                comparison.add("client model", value, shared[name][r, client])
+            if within_part(name) in shared:
+                comparison.add("client model", value, shared[within_part(name)][r, client])
         for name, value in mixtures.items():
             comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
@@ -507,11 +515,8 @@ def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, st
             continue
         values = trace.group(path)
         for name, value in ((within_part(n), v) for n, v in entries(kept).items()):
-            if np.isfinite(values[name][r]).all():  # FedALA's weights do not exist in its first round
-        for name, value in entries(kept).items():
-            if (
-                name in values and np.isfinite(values[name][r]).all()
-            ):  # FedALA's weights do not exist in its first round
+            # FedALA's weights do not exist in its first round
+            if name in values and np.isfinite(values[name][r]).all():
                 comparison.add(f"kept {theirs}", value, values[name][r])
 
 
@@ -550,8 +555,7 @@ def _compare_evaluation(
         key = f"out/eval/{kind}/test_scores/c{c}"
         if key in trace.arrays:
             theirs = torch.from_numpy(np.array(trace.arrays[key][r]))
-            if trace.meta["method"] in ("Ditto", "FedROD"):  # recorded as probabilities
-            if trace.meta["method"] in ("Ditto", "FedCP"):  # recorded as probabilities
+            if trace.meta["method"] in ("Ditto", "FedROD", "FedCP"):  # recorded as probabilities
                 comparison.add("scores", torch.softmax(scores, 1), theirs)
             else:
                 comparison.add("scores", scores, theirs)

@@ -33,6 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import check_classes
 from fedpers.cohort import Batch, Cohort, Network, Records, Reply, Training, Tree, WeightedMean, entries, tree
 from fedpers.cohort.tree import flat_rows
 from fedpers.data.federated import FederatedData
@@ -62,8 +63,7 @@ class FedASUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes and data.y.dtype == torch.int64 and data.y.dim() == 1, "strategy", "fedas", allowed)
+        check_classes("fedas", data)
         fits = all(isinstance(getattr(model, part, None), nn.Module) for part in ("body", "head"))
         check(fits, "model", type(model).__name__, "a network with a 'body' and a 'head' for strategy=fedas")
         return model, data

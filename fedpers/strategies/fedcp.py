@@ -37,9 +37,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Step, Tree, entries, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError, check
 from fedpers.models.initial import drawing
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
@@ -97,12 +97,8 @@ class FedCPUpdate(LocalUpdate):
         ConfigError
             If the network is not a body under a linear head, or samples have no class labels.
         """
-        body, head = getattr(model, "body", None), getattr(model, "head", None)
-        if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
-            allowed = "a network with a 'body' and a linear 'head' for strategy=fedcp"
-            raise ConfigError("model", type(model).__name__, allowed)
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "fedcp", allowed)
+        body, head = body_and_head("fedcp", model)
+        check_classes("fedcp", data)
         with drawing(seed, "fedcp"):
             weight = head.weight.detach()
             context = torch.rand(head.in_features).to(weight) if self.variant == "pfllib" else weight.sum(0)

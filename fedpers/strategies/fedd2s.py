@@ -49,6 +49,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import check_classes
 from fedpers.cohort import Batch, Cohort, Loss, Network, Records, Reply, Tree, entries, tree
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
@@ -124,8 +125,7 @@ class FedD2SUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks that cannot be cut and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "fedd2s", allowed)
+        check_classes("fedd2s", data)
         hidden = len(layers_of(model)) - 1
         cuts = self.cuts_of(model)
         allowed = f"numbers from 1 to {hidden}, the hidden layers of {type(model).__name__}, at least one"

@@ -30,9 +30,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Cohort, Collect, Network, Reply, Tree, entries, select, tree
+from fedpers.client.requirements import body_and_head, check_classes
+from fedpers.cohort import Batch, Cohort, Collect, Network, Reply, Tree, entries, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
@@ -52,10 +52,8 @@ class FedGHUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes and data.y.dim() == 1, "strategy", "fedgh", allowed)
-        fits = hasattr(model, "body") and "head.weight" in select(model, "head")
-        check(fits, "model", type(model).__name__, "a network with a 'body' and a linear 'head' for strategy=fedgh")
+        check_classes("fedgh", data)
+        body_and_head("fedgh", model)
         return model, data
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:

@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Tree, entries
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -43,8 +43,7 @@ class FedNTDUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes and data.y.dtype == torch.int64, "strategy", "fedntd", allowed)
+        check_classes("fedntd", data)
         return model, data
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:

@@ -40,6 +40,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import (
     Batch,
     Cohort,
@@ -51,12 +52,10 @@ from fedpers.cohort import (
     Tree,
     WeightedMean,
     entries,
-    select,
     tree,
 )
 from fedpers.cohort.fold import REPLIES
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
 from fedpers.server.tools import ClientTable
@@ -80,10 +79,8 @@ class FedPACUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes and data.y.dim() == 1, "strategy", "fedpac", allowed)
-        fits = hasattr(model, "body") and "head.weight" in select(model, "head")
-        check(fits, "model", type(model).__name__, "a network with a 'body' and a linear 'head' for strategy=fedpac")
+        check_classes("fedpac", data)
+        body_and_head("fedpac", model)
         return model, data
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:

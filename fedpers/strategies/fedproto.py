@@ -34,9 +34,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Tree, View, entries, select, tree
+from fedpers.client.requirements import body_and_head, check_classes
+from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Tree, View, entries, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.server.collect import Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -60,10 +60,8 @@ class FedProtoUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "fedproto", allowed)
-        fits = hasattr(model, "body") and "head.weight" in select(model, "head")
-        check(fits, "model", type(model).__name__, "a network with a 'body' and a linear 'head' for strategy=fedproto")
+        check_classes("fedproto", data)
+        body_and_head("fedproto", model)
         return model, data
 
     def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:

@@ -29,9 +29,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Tree, View, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError, check
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -77,12 +77,8 @@ class FedRoDUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Add the private head; refuse networks without a linear head and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "fedrod", allowed)
-        body, head = getattr(model, "body", None), getattr(model, "head", None)
-        if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
-            allowed = "a network with a 'body' and a linear 'head' for strategy=fedrod"
-            raise ConfigError("model", type(model).__name__, allowed)
+        check_classes("fedrod", data)
+        body, head = body_and_head("fedrod", model)
         return TwoHeads(copy.deepcopy(body), copy.deepcopy(head)), data
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:

@@ -31,10 +31,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import check_classes
 from fedpers.cohort import Batch, Network
 from fedpers.cohort.modules import copy_network
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Weighting, method
 
 LOCAL, SHARED = "local", "shared"
@@ -77,8 +77,7 @@ class FMLUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put two networks in the place of one; refuse data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "fml", allowed)
+        check_classes("fml", data)
         return MutualNetworks(model), data
 
     def loss(self, network: Network, batch: Batch) -> Tensor:

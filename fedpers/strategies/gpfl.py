@@ -59,10 +59,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Training, Tree, View, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError, check
 from fedpers.models.initial import drawing
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
@@ -166,12 +166,8 @@ class GPFLUpdate(LocalUpdate):
         ConfigError
             If the network is not a body under a linear head, or samples have no class labels.
         """
-        kind = type(model).__name__
-        body, head = getattr(model, "body", None), getattr(model, "head", None)
-        if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
-            raise ConfigError("model", kind, "a network with a 'body' and a linear 'head' for strategy=gpfl")
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "gpfl", allowed)
+        body, head = body_and_head("gpfl", model)
+        check_classes("gpfl", data)
         with drawing(seed, "gpfl"):
             return ConditionalNetwork(copy.deepcopy(body), copy.deepcopy(head), data.num_classes), data
 

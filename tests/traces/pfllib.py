@@ -247,6 +247,14 @@ def _compare_policies(
         comparison.add("policy", torch.stack([sent[c][ARRAYS][name] for c in clients]), values[r])
     contexts = grid.engine.store.gather(clients)["model"]["context"]
     comparison.add("context", contexts, trace.arrays["out/client/end/context"][r, :, 0])
+def _compare_memories(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedDBE: the library keeps the clients' vectors and the mean feature apart from the network."""
+    assert grid.engine is not None
+    kept = grid.engine.store.gather(range(trace.clients))["model"]
+    comparison.add("memories", kept["memory"], trace.arrays["out/client/trained/client_mean"][r])
+    comparison.add("mean feature", strategy.state["mean"]["mean"], trace.arrays["out/extra/global_mean"])
 
 
 SAMPLES = {"weighting": "samples"}
@@ -289,6 +297,7 @@ METHODS: dict[str, Traced] = {
         adjust=_tensors_and_percent,
         replay=_repeat_slices,
     ),
+    "feddbe": Traced("FedDBE", {}, {"kl_weight": "kappa", "momentum": "mu"}, compare=_compare_memories),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedgh": Traced(
         "FedGH",

@@ -194,6 +194,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedntd": {"beta=0.5": {"beta": 0.5, "temperature": 2.0}},
     "fedala": {"pfllib": {"variant": "pfllib", "layers": 2}, "half": {"share": 0.5, "layers": 2, "weight_lr": 5.0}},
     "feddbe": {"mu=0.3": {"mu": 0.3, "kappa": 3.0}, "kappa=0": {"kappa": 0.0}},
+    "fedphp": {"pfllib": {"variant": "pfllib", "ramp": 2}, "lam=0.5": {"lam": 0.5, "momentum": 0.5, "ramp": 2}},
     "fedproto": {"pfllib": {"variant": "pfllib"}, "lam=1": {"lam": 1.0}},
     "fedamp": {"pfllib": {"variant": "pfllib"}, "alpha=0.5": {"alpha": 0.5, "sigma": 3.0, "mu": 1.0}},
     "fedgh": {"batches": {"server_batch_size": 5, "server_epochs": 2, "server_lr": 0.1}},

@@ -1,4 +1,4 @@
-"""Methods in which two networks teach each other, as their papers have them, against plain loops over clients."""
+"""Methods in which one network teaches another, as their papers have them, against plain loops over clients."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fedpers.cohort import Batch
 from fedpers.errors import ConfigError
-from fedpers.strategies import FMLUpdate
+from fedpers.strategies import FedPHPUpdate, FMLUpdate
 from tests.cohort.helpers import assert_same
 from tests.strategies.helpers import (
+    DATA,
     NETWORK,
     NUMBERS,
     Values,
@@ -23,6 +25,9 @@ from tests.strategies.helpers import (
     run,
     weights_of,
 )
+
+SAMPLED = pytest.mark.parametrize(("rounds", "fraction"), [(3, 0.5), (1, 0.25)])
+"""All clients train, two of them twice; and one of them once."""
 
 
 def scores(values: Values, x: Tensor) -> Tensor:
@@ -43,12 +48,19 @@ def descend(values: Values, tracked: Values, loss: Tensor, lr: float = 0.1) -> N
         values[name] = values[name] - lr * slope
 
 
+def features(values: Values, x: Tensor, *, training: bool = True) -> Tensor:
+    NETWORK.train(training)
+    out: Tensor = functional_call(NETWORK.body, under("body.", values), (x,))
+    return out
+
+
 def under(part: str, values: Values) -> Values:
     return {name.removeprefix(part): value for name, value in values.items() if name.startswith(part)}
 
 
-def test_fml_as_written() -> None:
-    alpha, beta, rounds, fraction = 0.3, 0.6, 3, 0.5
+@SAMPLED
+def test_fml_as_written(rounds: int, fraction: float) -> None:
+    alpha, beta = 0.3, 0.6
     locals_, server = {client: initial() for client in range(4)}, initial()
     for round in range(1, rounds + 1):
         sent = {}
@@ -66,7 +78,7 @@ def test_fml_as_written() -> None:
         server = average(list(sent.values()), [1.0] * len(sent))
     result = run("fml", {"alpha": alpha, "beta": beta}, rounds=rounds, fraction=fraction)
     assert_same(under("shared.", result.arrays), server)
-    for client in range(4):  # one of them has not trained: it holds, and predicts with, the initial network
+    for client in range(4):  # who has not trained holds, and predicts with, the initial network
         assert_same(under("model/local.", result.state(client)), locals_[client])
         assert_same(under("local.", result.predictors()[client]), locals_[client])
 
@@ -82,3 +94,55 @@ def test_fml_without_teaching_is_local_training_beside_fedavg() -> None:
 def test_classes_are_needed_to_teach() -> None:
     with pytest.raises(ConfigError, match=r"^strategy=fml: expected another method for gaussian, whose samples have"):
         FMLUpdate().client_app(NETWORK, NUMBERS)
+
+
+def discrepancy(a: Tensor, b: Tensor) -> Tensor:
+    def squares(one: Tensor, other: Tensor) -> Tensor:
+        return torch.stack([(x - other).square().sum(1) for x in one])
+
+    both = torch.cat([a, b]).detach()
+    mean = squares(both, both)[~torch.eye(2 * len(a), dtype=torch.bool)].mean() + 1e-8
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        return torch.stack([torch.exp(-squares(one, other) / (mean * 2.0**i)).mean() for i in range(-2, 3)]).sum()
+
+    return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+
+
+@SAMPLED
+def test_fedphp_as_written(rounds: int, fraction: float) -> None:
+    lam, momentum, ramp = 0.4, 0.8, 3
+    server: Values = initial()
+    inherited: dict[int, Values] = {}
+    trainings = dict.fromkeys(range(4), 0)
+    for round in range(1, rounds + 1):
+        sent = {}
+        for client in drawn(round, fraction):
+            network, teacher = copied(server), inherited.get(client, server)
+            for x, y in passes(client, 1, round):
+                tracked = free(network)
+                z = features(tracked, x)
+                target = features(copied(teacher), x, training=False)
+                logits = functional_call(NETWORK.head, under("head.", tracked), (z,))
+                loss = (1 - lam) * F.cross_entropy(logits, y) + lam * discrepancy(z, target)
+                descend(network, tracked, loss)
+            share = momentum * trainings[client] / ramp
+            inherited[client] = {
+                n: share * teacher[n] + (1 - share) * v if v.is_floating_point() else v for n, v in network.items()
+            }
+            trainings[client] += 1
+            sent[client] = network
+        server = average(list(sent.values()), [float(len(DATA.train[client])) for client in sent])
+    options = {"lam": lam, "momentum": momentum, "ramp": ramp}
+    result = run("fedphp", options, rounds=rounds, fraction=fraction, epochs=1)
+    assert_same(result.arrays, server)
+    for client in range(4):  # who has not trained has inherited nothing, and predicts with what it is sent
+        assert_same(under("inherited/", result.state(client)), inherited.get(client, initial()))
+        assert_same(result.predictors()[client], inherited.get(client, server))
+
+
+def test_a_batch_of_one_sample_has_no_discrepancy() -> None:
+    update = FedPHPUpdate()
+    one, other = torch.randn(1, 3, generator=torch.manual_seed(0)), torch.zeros(1, 3)
+    batch = Batch(one, torch.zeros(1, dtype=torch.int64))
+    assert float(update._discrepancy(one, other, batch)) == 0

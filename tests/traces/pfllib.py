@@ -46,7 +46,8 @@ class Traced(NamedTuple):
         Role of a trace that holds what clients send, where that is another than their network.
     adjust : callable, optional
         Changes the options, the arguments of :class:`Training` and the samples of a recorded batch, in place (a
-        mapping ``{"options", "training", "chunk"}``), where the library counts otherwise.
+        mapping ``{"options", "training", "chunk"}``, with the run's number of ``rounds``), where the library counts
+        otherwise.
     replay : callable, optional
         Lets both halves repeat what the library drew: called with strategy, update and trace.
     compare : callable, optional
@@ -121,6 +122,14 @@ def _compare_private_heads(
     kept = grid.engine.store.gather(range(trace.clients))["model"]
     for name, values in trace.group("out/client/trained/head_p").items():
         comparison.add("private heads", kept[f"private_head.{name}"], values[r])
+def _over_all_rounds(run: dict[str, Any]) -> None:
+    """FedPHP: the momentum grows until the last round."""
+    run["options"]["ramp"] = run["rounds"] - 1
+
+
+def _without_scores(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
+    """FedPHP: the library predicts between training and average, with networks that nobody keeps."""
+    trace.arrays["out/eval/main/test_num"] *= 0
 
 
 def _compare_drift(
@@ -298,6 +307,14 @@ METHODS: dict[str, Traced] = {
         replay=_repeat_slices,
     ),
     "feddbe": Traced("FedDBE", {}, {"kl_weight": "kappa", "momentum": "mu"}, compare=_compare_memories),
+    "fedphp": Traced(
+        "FedPHP",
+        PFLLIB,
+        {"mu": "momentum", "lamda": "lam"},
+        {"model_p": "inherited"},
+        adjust=_over_all_rounds,
+        replay=_without_scores,
+    ),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedgh": Traced(
         "FedGH",
@@ -424,7 +441,7 @@ def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
         "lr": meta["lr"], "epochs": int(meta["local_epochs"]), "batch_size": int(meta["batch_size"]), "shuffle": False,
         "drop_last": bool(meta["drop_last"]), "lr_decay": decay,
     }  # fmt: skip
-    run = {"options": options, "training": training, "chunk": int(meta["batch_size"])}
+    run = {"options": options, "training": training, "chunk": int(meta["batch_size"]), "rounds": trace.rounds}
     if traced.adjust is not None:
         traced.adjust(run)
     strategy, update = make_strategy(method, options, server={"fraction": 1.0}, training=Training(**training))
@@ -558,7 +575,7 @@ def _compare_evaluation(
     cohort = app.cohort(clients, grid.engine.store.gather(clients), {"server-round": r + 1})
     logits = cohort.logits(app.update.personalize(cohort, received, {}), "test", app.update.predict)
     for k, c in enumerate(clients):
-        if trace.arrays[f"out/eval/{kind}/test_num"][r, c] < 1:  # FedProto before there are prototypes
+        if trace.arrays[f"out/eval/{kind}/test_num"][r, c] < 1:  # FedProto before there are prototypes; FedPHP
             continue
         scores = logits[k]
         key = f"out/eval/{kind}/test_scores/c{c}"

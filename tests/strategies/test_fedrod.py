@@ -54,13 +54,13 @@ def test_the_network_learns_by_balanced_softmax_and_the_private_head_what_is_mis
             values = {**copied(server), **copied(private[client])}
             for x, y in passes(client, 2, r):
                 shared = {n: values[n].requires_grad_() for n in weights_of()}
-                own = {n: values[n].requires_grad_() for n in private[client]}
+                added = {n: values[n].requires_grad_() for n in private[client]}
                 rows = features({**values, **shared}, x)
                 common = scores(shared, "head", rows)
                 exps = COUNTS[client].pow(gamma) * common.exp()
                 balanced = -(exps[range(len(y)), y] / exps.sum(1)).log().mean()
-                both = F.cross_entropy(common.detach() + scores(own, "private_head", rows.detach()), y)
-                for loss, names in ((balanced, shared), (both, own)):
+                both = F.cross_entropy(common.detach() + scores(added, "private_head", rows.detach()), y)
+                for loss, names in ((balanced, shared), (both, added)):
                     slopes = torch.autograd.grad(loss, list(names.values()))
                     for name, slope in zip(names, slopes, strict=True):
                         values[name] = (names[name] - 0.1 * slope).detach()

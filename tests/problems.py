@@ -156,6 +156,11 @@ def grouped(dtype: torch.dtype = torch.float32) -> Problem:
     return replace(given, options={"global_rounds": 1, "groups": groups})
 
 
+def clustered(dtype: torch.dtype = torch.float32) -> Problem:
+    """One round for all clients, then rounds within clusters."""
+    return replace(classification(dtype), options={"common_rounds": 1, "clusters": 2})
+
+
 SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "scaffold": scaffold,
     "fedjets": fedjets,
@@ -166,6 +171,7 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "fedvpt": prompted,
     "pfedpg": generated,
     "group_perfl": grouped,
+    "clustered": clustered,
 }
 """Methods that need something else than :func:`classification`."""
 
@@ -230,6 +236,10 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "logits": {"mixture": "logits", "evaluate_mixture": True},
         "top_k=M": {"top_k": 3, "weighting": "uniform"},
         "no anchors": {"anchor_share": 0.0, "top_k": 1},
+    },
+    "clustered": {
+        "threshold": {"threshold": 0.1, "metric": "cosine", "linkage": "average"},
+        "no common rounds": {"common_rounds": 0, "metric": "l1", "linkage": "complete", "weighting": "uniform"},
     },
     "ifca": {"gradients": {"clusters": 3, "averaging": "gradients", "weighting": "samples"}},
     "ensemble": {"three": {"members": 3, "init": "random", "weighting": "uniform"}},

@@ -32,10 +32,10 @@ from flwr.serverapp import Grid
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedpers.client.requirements import body_and_head
 from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Tree, tree
 from fedpers.cohort.cohort import PlanOptions
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError
 from fedpers.records import ARRAYS
 from fedpers.server.collect import schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, method
@@ -82,10 +82,7 @@ class FedDBEUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Add the memory; refuse networks without a linear head."""
-        body, head = getattr(model, "body", None), getattr(model, "head", None)
-        if not isinstance(body, nn.Module) or not isinstance(head, nn.Linear):
-            allowed = "a network with a 'body' and a linear 'head' for strategy=feddbe"
-            raise ConfigError("model", type(model).__name__, allowed)
+        body, head = body_and_head("feddbe", model)
         return RemembersBias(copy.deepcopy(body), copy.deepcopy(head)), data
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:

@@ -122,6 +122,8 @@ def _compare_private_heads(
     kept = grid.engine.store.gather(range(trace.clients))["model"]
     for name, values in trace.group("out/client/trained/head_p").items():
         comparison.add("private heads", kept[f"private_head.{name}"], values[r])
+
+
 def _over_all_rounds(run: dict[str, Any]) -> None:
     """FedPHP: the momentum grows until the last round."""
     run["options"]["ramp"] = run["rounds"] - 1
@@ -256,6 +258,8 @@ def _compare_policies(
         comparison.add("policy", torch.stack([sent[c][ARRAYS][name] for c in clients]), values[r])
     contexts = grid.engine.store.gather(clients)["model"]["context"]
     comparison.add("context", contexts, trace.arrays["out/client/end/context"][r, :, 0])
+
+
 def _compare_memories(
     comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
 ) -> None:

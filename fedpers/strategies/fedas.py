@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from fedpers.client.requirements import check_classes
 from fedpers.cohort import Batch, Cohort, Network, Records, Reply, Training, Tree, WeightedMean, entries, tree
+from fedpers.cohort.classes import class_sums
 from fedpers.cohort.tree import flat_rows
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
@@ -102,8 +103,8 @@ def _class_means(cohort: Cohort, params: Tree) -> Tensor:
     means = []
     features = cohort.logits(params, "train", _features)
     for rows, y in zip(features, cohort.labels("train"), strict=True):
-        member = F.one_hot(y, cohort.data.num_classes).to(rows)
-        means.append(member.T @ rows / member.sum(0).clamp(min=1)[:, None])
+        sums = class_sums(rows, y, cohort.data.num_classes)
+        means.append(sums[:, :-1] / sums[:, -1:].clamp(min=1))
     return torch.stack(means)
 
 

@@ -28,10 +28,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Collect, Network, Reply, Tree, entries, tree
+from fedpers.cohort.classes import class_sums
 from fedpers.data.federated import FederatedData
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
@@ -68,7 +68,7 @@ class FedGHUpdate(LocalUpdate):
 
 def class_means(features: Tensor, y: Tensor, classes: int) -> Tensor:
     """Mean feature of each class, ``[C, F + 1]``, whose last column is 1 where there is one, from ``[n, F]``."""
-    sums = F.one_hot(y, classes).to(features).T @ F.pad(features, (0, 1), value=1.0)
+    sums = class_sums(features, y, classes)
     return sums / sums[:, -1:].clamp(min=1)
 
 

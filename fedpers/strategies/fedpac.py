@@ -54,6 +54,7 @@ from fedpers.cohort import (
     entries,
     tree,
 )
+from fedpers.cohort.classes import class_sums
 from fedpers.cohort.fold import REPLIES
 from fedpers.data.federated import FederatedData
 from fedpers.records import ARRAYS
@@ -105,7 +106,7 @@ class FedPACUpdate(LocalUpdate):
         features = cohort.logits(params, "train", lambda network, x: network.part("body")(x))
         rows = []
         for x, y in zip(features, cohort.labels("train"), strict=True):
-            table = F.one_hot(y, cohort.data.num_classes).to(x).T @ F.pad(x, (0, 1), value=1.0)
+            table = class_sums(x, y, cohort.data.num_classes)
             h = table[:, :-1] / len(x)
             rows.append((table, h, (x.square().sum() / len(x) - h.square().sum()) / len(x)))
         sums, h, variance = (torch.stack(column) for column in zip(*rows, strict=True))

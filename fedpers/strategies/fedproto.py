@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Tree, View, entries, tree
+from fedpers.cohort.classes import class_sums
 from fedpers.data.federated import FederatedData
 from fedpers.server.collect import Schema, schema_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
@@ -82,7 +83,7 @@ class FedProtoUpdate(LocalUpdate):
             cohort.fit(params, self.loss, given=entries(prototypes))
             features = cohort.logits(params, "train", lambda network, x: network.part("body")(x))
             pairs = zip(features, cohort.labels("train"), strict=True)
-            sums = torch.stack([_by_class(rows, y, prototypes[TABLE].shape[1]) for rows, y in pairs])
+            sums = torch.stack([class_sums(rows, y, prototypes[TABLE].shape[1]) for rows, y in pairs])
         return cohort.reply(params, sums=tree({TABLE: sums}, cohort.size))
 
     def _fit(self, cohort: Cohort, params: Tree, prototypes: Tree) -> Tensor:
@@ -102,7 +103,7 @@ class FedProtoUpdate(LocalUpdate):
         """Cross-entropy and ``lam`` times the distance from the global prototypes."""
         features, table = network.part("body")(batch.x), cast(Tensor, batch.given[TABLE])
         total = batch.mean(batch.losses(network.part("head")(features)))
-        sums = _by_class(features, batch.y, len(table), batch.weight)
+        sums = class_sums(features, batch.y, len(table), batch.weight)
         if self.variant == "pfllib":
             if SUMS in network.tensors:
                 total = total + (network.tensors[SUMS] * sums).sum()
@@ -126,12 +127,6 @@ class FedProtoUpdate(LocalUpdate):
         return torch.where(
             has_prototype.any(), torch.where(has_prototype, scores, lowest - 1), network.part("head")(features)
         )
-
-
-def _by_class(features: Tensor, y: Tensor, classes: int, weight: Tensor | None = None) -> Tensor:
-    """Sum of the features and number of the samples of each class, ``[C, F + 1]``; padding has weight 0."""
-    member = F.one_hot(y, classes).to(features)
-    return (member if weight is None else member * weight[:, None]).T @ F.pad(features, (0, 1), value=1.0)
 
 
 @method("fedproto")

@@ -211,6 +211,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "one batch": {"align_batch_size": 0, "align_lr": 0.5},
         "no alignment": {"align_lr": 0.0},
     },
+    "fedcac": {"pfllib": {"variant": "pfllib"}, "strict": {"tau": 0.2, "beta": 3, "weighting": "uniform"}},
     "apfl": {"pfllib": {"variant": "pfllib"}, "fixed alpha": {"adaptive": False, "alpha": 0.3}},
     "fedrap": {
         "paper": {"variant": "paper", "lam": 1e-4, "mu": 1e-3, "tolerance": 1e-4},

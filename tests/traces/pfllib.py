@@ -268,6 +268,19 @@ def _compare_memories(
     kept = grid.engine.store.gather(range(trace.clients))["model"]
     comparison.add("memories", kept["memory"], trace.arrays["out/client/trained/client_mean"][r])
     comparison.add("mean feature", strategy.state["mean"]["mean"], trace.arrays["out/extra/global_mean"])
+def _compare_critical(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedCAC's masks and customized networks, and what they make of all clients' networks."""
+    for role in ("critical", "customized"):
+        table = entries(strategy.state[role])
+        clients = table.pop("client").tolist()
+        theirs = trace.group(f"out/client/end/{role}") or trace.group(f"out/client/trained/{role}")
+        for name, value in table.items():
+            if role == "critical":
+                comparison.exact(role, value.int().cpu().numpy(), theirs[name][r, clients].astype(int))
+            else:
+                comparison.add(role, value, theirs[name][r, clients])
 
 
 SAMPLES = {"weighting": "samples"}
@@ -335,6 +348,7 @@ METHODS: dict[str, Traced] = {
         replay=_combine_in_library_order,
         compare=_compare_heads,
     ),
+    "fedcac": Traced("FedCAC", PFLLIB, {"tau": "tau", "beta": "beta"}, compare=_compare_critical),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
     "fedcp": Traced(
         "FedCP", PFLLIB, {"lamda": "lam"}, {"model": "model"}, replay=_repeat_noise, compare=_compare_policies

@@ -205,6 +205,11 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedamp": {"pfllib": {"variant": "pfllib"}, "alpha=0.5": {"alpha": 0.5, "sigma": 3.0, "mu": 1.0}},
     "fedgh": {"batches": {"server_batch_size": 5, "server_epochs": 2, "server_lr": 0.1}},
     "fedpac": {"pfllib": {"variant": "pfllib"}, "lam=0.1": {"lam": 0.1, "head_epochs": 2, "body_epochs": 1}},
+    "knnper": {
+        "official": {"variant": "official", "scale": 0.3},
+        "half": {"capacity": 0.5, "neighbours": 3, "share": 0.7},
+        "logits": {"mixture": "logits", "scale": 2.0},
+    },
     "fedcp": {"pfllib": {"variant": "pfllib"}, "lam=0": {"lam": 0.0}},
     "fedas": {
         "pfllib": {"variant": "pfllib"},

@@ -14,6 +14,9 @@ from pathlib import Path
 from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, pfedrec, pfllib
 
 SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca)
+from tests.traces import HERE, fedrap, fedselect, gpfl, knnper, pfedrec, pfllib
+
+SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, knnper)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,12 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, pfedrec, pfllib
+from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, knnper, pfedrec, pfllib
 
-SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca)
-from tests.traces import HERE, fedrap, fedselect, gpfl, knnper, pfedrec, pfllib
-
-SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, knnper)
+SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, knnper)
 
 
 def main(arguments: list[str] | None = None) -> int:

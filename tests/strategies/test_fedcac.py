@@ -69,7 +69,7 @@ def test_fedcac_mixes_critical_parameters_among_collaborators(fraction: float, b
         middle = sum(overlap.values()) / len(overlap)
         threshold = middle + r / beta * (max(overlap.values()) - middle)
         for k in trained:
-            group = [k] + [l for j in trained if k != j and overlap[k, j] >= threshold - 1e-9]
+            group = [k] + [j for j in trained if k != j and overlap[k, j] >= threshold - 1e-9]
             alone += len(group) == 1
             customized[k] = average([{n: trained[j][n] for n in names} for j in group], [1.0] * len(group))
         masks.update(fresh)

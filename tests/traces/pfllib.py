@@ -268,6 +268,8 @@ def _compare_memories(
     kept = grid.engine.store.gather(range(trace.clients))["model"]
     comparison.add("memories", kept["memory"], trace.arrays["out/client/trained/client_mean"][r])
     comparison.add("mean feature", strategy.state["mean"]["mean"], trace.arrays["out/extra/global_mean"])
+
+
 def _compare_critical(
     comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
 ) -> None:

@@ -201,6 +201,10 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedala": {"pfllib": {"variant": "pfllib", "layers": 2}, "half": {"share": 0.5, "layers": 2, "weight_lr": 5.0}},
     "feddbe": {"mu=0.3": {"mu": 0.3, "kappa": 3.0}, "kappa=0": {"kappa": 0.0}},
     "fedphp": {"pfllib": {"variant": "pfllib", "ramp": 2}, "lam=0.5": {"lam": 0.5, "momentum": 0.5, "ramp": 2}},
+    "fedkd": {
+        "pfllib": {"variant": "pfllib", "energy_start": 0.6, "energy_end": 0.9},
+        "low rank": {"energy_start": 0.5, "energy_end": 0.8, "energy_rounds": 3, "weighting": "samples"},
+    },
     "fedproto": {"pfllib": {"variant": "pfllib"}, "lam=1": {"lam": 1.0}},
     "fedamp": {"pfllib": {"variant": "pfllib"}, "alpha=0.5": {"alpha": 0.5, "sigma": 3.0, "mu": 1.0}},
     "fedgh": {"batches": {"server_batch_size": 5, "server_epochs": 2, "server_lr": 0.1}},

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch
+from fedpers.cohort import Batch, tree
 from fedpers.errors import ConfigError
-from fedpers.strategies import FedPHPUpdate, FMLUpdate
+from fedpers.strategies import FedKDUpdate, FedPHPUpdate, FMLUpdate, fedkd
 from tests.cohort.helpers import assert_same
 from tests.strategies.helpers import (
     DATA,
@@ -83,17 +83,12 @@ def test_fml_as_written(rounds: int, fraction: float) -> None:
         assert_same(under("local.", result.predictors()[client]), locals_[client])
 
 
-def test_fml_without_teaching_is_local_training_beside_fedavg() -> None:
+def test_fml_without_teaching_is_local_training_and_fedavg() -> None:
     result = run("fml", {"alpha": 1.0, "beta": 1.0})
     assert_same(under("shared.", result.arrays), run("fedavg", {"weighting": "uniform"}).arrays)
     alone = run("local")
     for client in range(4):
         assert_same(under("model/local.", result.state(client)), under("model/", alone.state(client)))
-
-
-def test_classes_are_needed_to_teach() -> None:
-    with pytest.raises(ConfigError, match=r"^strategy=fml: expected another method for gaussian, whose samples have"):
-        FMLUpdate().client_app(NETWORK, NUMBERS)
 
 
 def discrepancy(a: Tensor, b: Tensor) -> Tensor:
@@ -146,3 +141,103 @@ def test_a_batch_of_one_sample_has_no_discrepancy() -> None:
     one, other = torch.randn(1, 3, generator=torch.manual_seed(0)), torch.zeros(1, 3)
     batch = Batch(one, torch.zeros(1, dtype=torch.int64))
     assert float(update._discrepancy(one, other, batch)) == 0
+
+
+def low(matrix: Tensor, energy: float) -> Tensor:
+    """By the largest singular values, one after the other, until enough is held."""
+    left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
+    held, out = 0.0, torch.zeros_like(matrix)
+    for i, value in enumerate(singular):
+        if held > energy * float(singular.square().sum()):
+            break
+        held += float(value.square())
+        out = out + value * torch.outer(left[:, i], right[i])
+    return out
+
+
+@SAMPLED
+def test_fedkd_as_written(rounds: int, fraction: float) -> None:
+    options = {"energy_start": 0.5, "energy_end": 0.9, "energy_rounds": 2}
+    result = run("fedkd", options, rounds=rounds, fraction=fraction)
+    start = {n.removeprefix("projection."): v for n, v in result.app.template.items() if n.startswith("projection.")}
+    locals_, server = {client: initial() for client in range(4)}, initial()
+    projections = {client: start["weight"].clone() for client in range(4)}
+    for round in range(1, rounds + 1):
+        energy, sent = 0.5 if round == 1 else 0.9, {}
+        for client in drawn(round, fraction):
+            mine, student = locals_[client], copied(server)
+            for x, y in passes(client, 2, round):
+                a, b, projection = free(mine), free(student), projections[client].requires_grad_()
+                h, h_student = features(a, x), features(b, x)
+                z = functional_call(NETWORK.head, under("head.", a), (h,))
+                z_student = functional_call(NETWORK.head, under("head.", b), (h_student,))
+                seen = h_student @ projection.T
+                p, q = z.softmax(1), z_student.softmax(1)
+                task, task_student = F.cross_entropy(z, y), F.cross_entropy(z_student, y)
+
+                def kl(target: Tensor, scores: Tensor) -> Tensor:
+                    return F.kl_div(scores.log_softmax(1), target.detach(), reduction="batchmean")
+
+                of_mine = task + (kl(q, z) + F.mse_loss(h, seen.detach())) / (task + task_student.detach())
+                of_student = (kl(p, z_student) + F.mse_loss(seen, h.detach())) / (task.detach() + task_student)
+                of_student = task_student + of_student
+                (slope,) = torch.autograd.grad(of_student, projection, retain_graph=True)
+                descend(mine, a, of_mine)
+                descend(student, b, of_student)
+                projections[client] = (projection - 0.1 * slope).detach()
+            sent[client] = {
+                n: server[n] + low(v - server[n], energy) if v.dim() == 2 else v for n, v in student.items()
+            }
+        mean = average(list(sent.values()), [1.0] * len(sent))
+        server = {n: server[n] + low(v - server[n], energy) if v.dim() == 2 else v for n, v in mean.items()}
+    assert_same(under("shared.", result.arrays), server)
+    for client in range(4):
+        assert_same(under("model/local.", result.state(client)), locals_[client])
+        assert_same(under("local.", result.predictors()[client]), locals_[client])
+        assert_same({"p": result.state(client)["model/projection.weight"]}, {"p": projections[client].detach()})
+
+
+@pytest.mark.parametrize(
+    ("variant", "energy", "rank"),
+    [
+        *(("paper", energy, rank) for energy, rank in ((0.5, 1), (0.9, 2), (1.0, 3))),
+        *(("pfllib", energy, rank) for energy, rank in ((0.5, 1), (0.9, 2), (0.99, 0))),
+    ],
+)
+def test_as_few_singular_values_as_hold_enough(variant: str, energy: float, rank: int) -> None:
+    """Squares 16, 4 and 1: of 21 they hold 0.76, 0.95 and 1."""
+    update = FedKDUpdate.__new__(FedKDUpdate)
+    update.variant = variant  # type: ignore[assignment]
+    matrix = torch.zeros(5, 3, dtype=torch.float64)
+    matrix[0, 1], matrix[3, 0], matrix[4, 2] = 4.0, -2.0, 1.0
+    left, right = update.factors(matrix, energy)
+    assert (left.shape, right.shape) == ((5, rank), (rank, 3))
+    kept = sorted((left @ right)[(left @ right).abs() > 1e-9].abs().tolist(), reverse=True)
+    assert kept == pytest.approx([4.0, 2.0, 1.0][:rank])
+
+
+def test_a_matrix_travels_whole_or_in_two_factors_that_fit() -> None:
+    fold = fedkd.FactoredMean({"w": torch.ones(4, 3), "b": torch.ones(4)}, changes=True)
+    left, right, b = torch.ones(4, 2), torch.ones(2, 3), torch.zeros(4)
+
+    def decoded(**sent: Tensor) -> Tensor:
+        return fold.decode({"arrays": tree({n.replace("_", "."): v for n, v in sent.items()})}, 0)["arrays"]["w"]
+
+    torch.testing.assert_close(decoded(w_left=left, w_right=right, b=b), torch.full((4, 3), 3.0))
+    torch.testing.assert_close(decoded(w=torch.ones(4, 3), b=b), torch.full((4, 3), 2.0))
+    torch.testing.assert_close(decoded(w_left=left[:, :0], w_right=right[:0], b=b), torch.ones(4, 3))
+    for sent in ({"w_left": left}, {"w_left": left, "w_right": right[:1]}, {"w": left @ right, "w_left": left}, {}):
+        with pytest.raises(ValueError, match="'w' is neither whole nor in two factors that fit"):
+            decoded(b=b, **sent)
+
+
+@pytest.mark.parametrize(("name", "update"), [("fml", FMLUpdate()), ("fedkd", FedKDUpdate())])
+def test_classes_are_needed_to_teach(name: str, update: FMLUpdate | FedKDUpdate) -> None:
+    with pytest.raises(ConfigError, match=f"^strategy={name}: expected another method for gaussian, whose samples"):
+        update.client_app(NETWORK, NUMBERS)
+
+
+@pytest.mark.parametrize("update", [FedPHPUpdate(), FedKDUpdate()])
+def test_features_are_needed_to_teach_them(update: FedPHPUpdate | FedKDUpdate) -> None:
+    with pytest.raises(ConfigError, match=r"^model=Linear: expected a network with a 'body' and a "):
+        update.client_app(torch.nn.Linear(6, 4).double(), DATA)

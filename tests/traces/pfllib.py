@@ -129,6 +129,24 @@ def _over_all_rounds(run: dict[str, Any]) -> None:
     run["options"]["ramp"] = run["rounds"] - 1
 
 
+def _mentor_and_mentee(run: dict[str, Any]) -> None:
+    """FedKD: the shared network has a rate of its own; what is sent grows until the last round."""
+    run["training"]["groups"] = {"shared": {"lr": run["options"].pop("shared_lr")}}
+    run["options"]["energy_rounds"] = run["rounds"]
+
+
+def _same_projection(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
+    """Let FedKD start from the recorded projection, which is the same for all clients."""
+    weights, adapt_model = trace.arrays["in/client_init/W_h/weight"], update.adapt_model
+
+    def adapted(*given: Any) -> tuple[nn.Module, FederatedData]:
+        model, data = adapt_model(*given)
+        model.projection.load_state_dict({"weight": torch.from_numpy(weights[0].copy())})
+        return model, data
+
+    update.adapt_model = adapted
+
+
 def _without_scores(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> None:
     """FedPHP: the library predicts between training and average, with networks that nobody keeps."""
     trace.arrays["out/eval/main/test_num"] *= 0
@@ -334,6 +352,15 @@ METHODS: dict[str, Traced] = {
         adjust=_over_all_rounds,
         replay=_without_scores,
     ),
+    "fedkd": Traced(
+        "FedKD",
+        PFLLIB,
+        {"mentee_learning_rate": "shared_lr", "T_start": "energy_start", "T_end": "energy_end"},
+        {"model": "model"},
+        "upload",
+        adjust=_mentor_and_mentee,
+        replay=_same_projection,
+    ),
     "fedproto": Traced("FedProto", PFLLIB, {"lamda": "lam"}, {"model": "model"}),
     "fedgh": Traced(
         "FedGH",
@@ -516,6 +543,7 @@ def _compare_participants(
     prototypes = trace.arrays.get("out/client/trained/protos")
     tables = {client: records.get("sums", records.get("means")) for client, records in trained.items()}
     for client, records in trained.items():
+        records = strategy.fold().decode(records, client)
         for name, value in entries(records.get(ARRAYS, Tree())).items():
             if within_part(name) in shared:
                 comparison.add("client model", value, shared[within_part(name)][r, client])
@@ -560,6 +588,7 @@ def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, st
             comparison.add(theirs, kept, trace.arrays[path][r])
             continue
         values = trace.group(path)
+        values.update({f"projection.{n}": v for n, v in trace.group("out/client/trained/W_h").items()})  # of FedKD
         for name, value in ((within_part(n), v) for n, v in entries(kept).items()):
             # FedALA's weights do not exist in its first round
             if name in values and np.isfinite(values[name][r]).all():
@@ -570,6 +599,8 @@ def _compare_server(comparison: Comparison, trace: Trace, strategy: Any, arrays:
     ours = {within_part(name): value for name, value in entries(from_record(arrays)).items()}
     server = trace.group("out/server/model") or trace.group("out/server/base")
     server.update({f"head.{name}": value for name, value in trace.group("out/server/head").items()})
+    roles = ("compressed", "model", "base")  # what FedKD sends is not the mean itself
+    server = next((values for values in (trace.group(f"out/server/{role}") for role in roles) if values), {})
     if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
         server = {f"body.{name}": value for name, value in server.items()}
     for name, value in ours.items():

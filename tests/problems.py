@@ -88,6 +88,11 @@ def scaffold(dtype: torch.dtype = torch.float32) -> Problem:
     )
 
 
+def fedfomo(dtype: torch.dtype = torch.float32) -> Problem:
+    """The same with halves to train on that leave no batch of one sample."""
+    return replace(classification(dtype), options={"held_out": 0.5})
+
+
 def fedjets(dtype: torch.dtype = torch.float32) -> Problem:
     """Three anchors, three other clients, one that never trains."""
     data = replace(gaussian_data(dtype=dtype), unseen=(6,))
@@ -163,6 +168,7 @@ def clustered(dtype: torch.dtype = torch.float32) -> Problem:
 
 SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "scaffold": scaffold,
+    "fedfomo": fedfomo,
     "fedjets": fedjets,
     "fedrap": ranking,
     "fedmf": plain_ranking,
@@ -221,6 +227,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "no alignment": {"align_lr": 0.0},
     },
     "fedcac": {"pfllib": {"variant": "pfllib"}, "strict": {"tau": 0.2, "beta": 3, "weighting": "uniform"}},
+    "fedfomo": {"pfllib": {"variant": "pfllib", "models": 2}, "greedy": {"models": 2, "epsilon": 0.0}},
     "apfl": {"pfllib": {"variant": "pfllib"}, "fixed alpha": {"adaptive": False, "alpha": 0.3}},
     "fedrap": {
         "paper": {"variant": "paper", "lam": 1e-4, "mu": 1e-3, "tolerance": 1e-4},

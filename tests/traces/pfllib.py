@@ -303,6 +303,26 @@ def _compare_critical(
                 comparison.add(role, value, theirs[name][r, clients])
 
 
+def _repeat_choices(strategy: Any, update: Any, trace: Trace) -> None:
+    """FedFomo: the library's choice among equals is its sort's, and the last samples are held out."""
+    received = trace.arrays["out/client/start/received_ids"]
+
+    def split(cohort: Cohort, client: int) -> tuple[np.ndarray, np.ndarray]:
+        samples = cohort.samples(client)
+        count = update.count_held_out(len(samples))
+        return samples[:-count], samples[-count:]
+
+    strategy.choose = lambda round, client: [int(i) for i in received[round - 1, client] if np.isfinite(i) and i >= 0]
+    update.split = split
+
+
+def _compare_affinity(
+    comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
+) -> None:
+    """FedFomo's affinities."""
+    comparison.add("affinity", strategy.state["affinity"]["matrix"], trace.arrays["out/server/P"][r])
+
+
 SAMPLES = {"weighting": "samples"}
 PFLLIB = {"variant": "pfllib"}
 METHODS: dict[str, Traced] = {
@@ -378,6 +398,14 @@ METHODS: dict[str, Traced] = {
         compare=_compare_heads,
     ),
     "fedcac": Traced("FedCAC", PFLLIB, {"tau": "tau", "beta": "beta"}, compare=_compare_critical),
+    "fedfomo": Traced(
+        "FedFomo",
+        PFLLIB,
+        {"M": "models"},
+        {"model": "model", "old_model": "before"},
+        replay=_repeat_choices,
+        compare=_compare_affinity,
+    ),
     "fedamp": Traced("FedAMP", PFLLIB, {"alphaK": "alpha", "sigma": "sigma", "lamda": "mu"}, {"model": "model"}),
     "fedcp": Traced(
         "FedCP", PFLLIB, {"lamda": "lam"}, {"model": "model"}, replay=_repeat_noise, compare=_compare_policies

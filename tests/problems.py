@@ -161,6 +161,13 @@ def grouped(dtype: torch.dtype = torch.float32) -> Problem:
     return replace(given, options={"global_rounds": 1, "groups": groups})
 
 
+def hypernetwork(dtype: torch.dtype = torch.float32) -> Problem:
+    """A small hypernetwork that moves fast, and a client that never trains."""
+    given = classification(dtype)
+    options = {"hidden": 7, "hidden_layers": 1, "server_lr": 0.5, "adapt_rounds": 2}
+    return replace(given, data=replace(given.data, unseen=(3,)), options=options)
+
+
 def clustered(dtype: torch.dtype = torch.float32) -> Problem:
     """One round for all clients, then rounds within clusters."""
     return replace(classification(dtype), options={"common_rounds": 1, "clusters": 2})
@@ -178,6 +185,7 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "pfedpg": generated,
     "group_perfl": grouped,
     "clustered": clustered,
+    "pfedhn": hypernetwork,
 }
 """Methods that need something else than :func:`classification`."""
 
@@ -279,6 +287,16 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "group_perfl": {
         "penalties": {"group_mu": 0.3, "personal_mu": 0.2, "group_rate": 0.5, "personal_rate": 0.1, "keep_best": False},
         "no common start": {"global_rounds": 0, "personal_epochs": 0},
+    },
+    "pfedhn": {
+        "momentum": {
+            "server_optimizer": "momentum",
+            "embedding_lr": 0.2,
+            "server_decay": 0.01,
+            "server_clip": 0.05,
+            "local_head": True,
+        },
+        "adam": {"server_optimizer": "adam", "server_lr": 0.01, "embedding_dim": 4, "weighting": "samples"},
     },
     "pfedpg": {
         "adam": {"server_optimizer": "adam", "server_lr": 0.01},

@@ -14,6 +14,9 @@ from pathlib import Path
 from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, knnper, pfedrec, pfllib
 
 SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, knnper)
+from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, pfedhn, pfedrec, pfllib
+
+SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, pfedhn)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,12 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, knnper, pfedrec, pfllib
+from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, knnper, pfedhn, pfedrec, pfllib
 
-SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, knnper)
-from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, pfedhn, pfedrec, pfllib
-
-SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, pfedhn)
+SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, pfedhn, knnper)
 
 
 def main(arguments: list[str] | None = None) -> int:

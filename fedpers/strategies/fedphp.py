@@ -90,9 +90,8 @@ class FedPHPUpdate(LocalUpdate):
 
     def _before(self, cohort: Cohort) -> Tensor:
         """Trainings of each client before this one, in ``pfllib`` rounds, ``[K]``."""
-        dtype = next(iter(entries(cohort.template).values())).dtype
         counts = cohort.trainings if self.variant == "paper" else torch.full_like(cohort.trainings, cohort.round - 1)
-        return counts.to(dtype)
+        return counts.to(next(cohort.module.parameters()).dtype)
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss of the task and that of the transfer, lam of the latter."""

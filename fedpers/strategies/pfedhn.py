@@ -21,9 +21,9 @@ them, as in the authors' code, but the b_t are the initial network, near which a
 
 What the authors' code adds to the paper's plain step are options: momentum 0.9 (at rate 0.01, about the plain step at
 0.1) or Adam, weight decay, a limit of the norm (50), a rate of the embeddings. As there, an embedding whose client did
-not train has the direction 0: momentum, decay and Adam move it too. Its Adam knows neither decay nor that rate, this one does. Every
-local step of it sees the first batch of a new order (in place of passes), and the optimizer of a local head keeps its
-momentum from visit to visit, where optimizers of this project start anew.
+not train has the direction 0: momentum, decay and Adam move it too. Its Adam knows neither decay nor that rate, this
+one does. Every local step of it sees the first batch of a new order (in place of passes), and the optimizer of a local
+head keeps its momentum from visit to visit, where optimizers of this project start anew.
 
 A client that never trains gets the network of the mean embedding. To adapt, it fits one of its own from there:
 ``adapt_rounds`` times its network is generated and trained, and v takes the step above; all else stays as it is.

@@ -261,6 +261,13 @@ def _repeat_noise(strategy: PersonalizedStrategy, update: Any, trace: Trace) -> 
     update.draws = lambda cohort, client: Draws(noise("train", client, cohort.round))
 
 
+def _policies(trace: Trace, place: str) -> dict[str, np.ndarray]:
+    """FedCP's common heads and policies by our names; nothing for other methods."""
+    heads, policies = trace.group(f"{place}/head_g"), trace.group(f"{place}/cs")
+    by_name = {f"global_head.{n}": v for n, v in heads.items()}
+    return {**by_name, **{f"policy.{n.removeprefix('fc.')}": v for n, v in policies.items()}}
+
+
 def _compare_policies(
     comparison: Comparison, trace: Trace, strategy: PersonalizedStrategy, grid: LocalGrid, r: int
 ) -> None:
@@ -269,10 +276,7 @@ def _compare_policies(
     clients = list(range(trace.clients))
     sent = strategy.send(r + 2, strategy.sent_arrays, clients)
     assert not isinstance(sent, Mapping)
-    heads, policies = trace.group("out/client/end/head_g"), trace.group("out/client/end/cs")
-    theirs = {f"global_head.{n}": v for n, v in heads.items()}
-    theirs.update({f"policy.{n.removeprefix('fc.')}": v for n, v in policies.items()})
-    for name, values in theirs.items():
+    for name, values in _policies(trace, "out/client/end").items():
         comparison.add("policy", torch.stack([sent[c][ARRAYS][name] for c in clients]), values[r])
     contexts = grid.engine.store.gather(clients)["model"]["context"]
     comparison.add("context", contexts, trace.arrays["out/client/end/context"][r, :, 0])
@@ -567,14 +571,14 @@ def _compare_participants(
     """What participants were sent, what they reply, and how much it counts."""
     roles = ("local", "model") if role is None else (role,)  # pFedMe's w_i is local
     shared = next(values for values in (trace.group(f"out/client/trained/{role}") for role in roles) if values)
+    shared.update(_policies(trace, "out/client/trained"))
     mixtures = trace.group("out/client/start/client_u")
     prototypes = trace.arrays.get("out/client/trained/protos")
     tables = {client: records.get("sums", records.get("means")) for client, records in trained.items()}
     for client, records in trained.items():
         records = strategy.fold().decode(records, client)
         for name, value in entries(records.get(ARRAYS, Tree())).items():
-            if within_part(name) in shared:
-                comparison.add("client model", value, shared[within_part(name)][r, client])
+            comparison.add("client model", value, shared[within_part(name)][r, client])
         for name, value in mixtures.items():
             comparison.add("mixture", sent[client][ARRAYS][name], value[r, client])
         if prototypes is not None:
@@ -618,17 +622,17 @@ def _compare_states(comparison: Comparison, trace: Trace, roles: Mapping[str, st
         values = trace.group(path)
         values.update({f"projection.{n}": v for n, v in trace.group("out/client/trained/W_h").items()})  # of FedKD
         for name, value in ((within_part(n), v) for n, v in entries(kept).items()):
-            # FedALA's weights do not exist in its first round
-            if name in values and np.isfinite(values[name][r]).all():
+            if name == "context":  # FedCP's is recorded at the end of a round
+                continue
+            if np.isfinite(values[name][r]).all():  # FedALA's weights do not exist in its first round
                 comparison.add(f"kept {theirs}", value, values[name][r])
 
 
 def _compare_server(comparison: Comparison, trace: Trace, strategy: Any, arrays: flower.ArrayRecord, r: int) -> None:
     ours = {within_part(name): value for name, value in entries(from_record(arrays)).items()}
-    server = trace.group("out/server/model") or trace.group("out/server/base")
-    server.update({f"head.{name}": value for name, value in trace.group("out/server/head").items()})
     roles = ("compressed", "model", "base")  # what FedKD sends is not the mean itself
     server = next((values for values in (trace.group(f"out/server/{role}") for role in roles) if values), {})
+    server.update({f"head.{name}": value for name, value in trace.group("out/server/head").items()})
     if not any(name in ours for name in server):  # a role of its own for the shared part: names without the prefix
         server = {f"body.{name}": value for name, value in server.items()}
     for name, value in ours.items():

@@ -40,9 +40,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Network, Reply, Tree, WeightedMean, entries, tree
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.models.initial import drawing
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name
@@ -87,12 +87,8 @@ class FedKDUpdate(LocalUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Put two networks and a projection in the place of one; refuse networks without features, and no classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "fedkd", allowed)
-        head = getattr(model, "head", None)
-        fits = hasattr(model, "body") and isinstance(head, nn.Linear)
-        check(fits, "model", type(model).__name__, "a network with a 'body' and a linear 'head' for strategy=fedkd")
-        assert isinstance(head, nn.Linear)
+        check_classes("fedkd", data)
+        _, head = body_and_head("fedkd", model)
         with drawing(seed, "fedkd"):
             return ProjectingNetworks(model, head.in_features), data
 

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from fedpers.cohort import Batch, Cohort, Given, Network, Tree, View, select
+from fedpers.client.requirements import body_and_head, check_classes
+from fedpers.cohort import Batch, Cohort, Given, Network, Tree, View
 from fedpers.data.federated import FederatedData
-from fedpers.errors import check
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import PersonalizedStrategy, Received, method
@@ -72,10 +72,8 @@ class KNNPerUpdate(FedAvgUpdate):
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""
-        allowed = f"another method for {data.name}, whose samples have no class labels"
-        check(data.task.classes, "strategy", "knnper", allowed)
-        fits = hasattr(model, "body") and "head.weight" in select(model, "head")
-        check(fits, "model", type(model).__name__, "a network with a 'body' and a linear 'head' for strategy=knnper")
+        check_classes("knnper", data)
+        body_and_head("knnper", model)
         return model, data
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:

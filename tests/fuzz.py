@@ -385,7 +385,9 @@ def bad_settings(rng: np.random.Generator) -> Iterator[list[str]]:
 def config_case(line: list[str], folder: Path) -> str:
     """Type one bad setting; say what went wrong, nothing if it ended as defined."""
     given = [setting for setting in SMALL if not any(setting.split("=")[0] == a.split("=")[0] for a in line)]
-    if any(line[0] == f"strategy={method}" for method in ("fedrap", "fedmf", "pfedrec", "no_learning")):  # of ratings
+    if any(
+        line[0] == f"strategy={method}" for method in ("fedrap", "fedmf", "fedncf", "pfedrec", "no_learning")
+    ):  # of ratings
         given = [setting for setting in given if not setting.startswith("partition")]
     out, err = io.StringIO(), io.StringIO()
     handlers = list(logging.getLogger().handlers)

@@ -130,6 +130,12 @@ def plain_ranking(dtype: torch.dtype = torch.float32) -> Problem:
     return Problem(given.network, given.data, {}, given.training)
 
 
+def fedncf(dtype: torch.dtype = torch.float32) -> Problem:
+    """The same with Adam, as in the paper."""
+    given = ranking(dtype)
+    return Problem(given.network, given.data, {}, Training(optimizer="adam", lr=0.01, epochs=2, batch_size=16))
+
+
 def pfedrec(dtype: torch.dtype = torch.float32) -> Problem:
     """The same with one rate, from which that of the items follows."""
     given = ranking(dtype)
@@ -180,6 +186,7 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
     "fedrap": ranking,
     "fedmf": plain_ranking,
     "no_learning": plain_ranking,
+    "fedncf": fedncf,
     "pfedrec": pfedrec,
     "fedvpt": prompted,
     "pfedpg": generated,
@@ -247,6 +254,10 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "one batch": {"training.batch_size": 0, "tolerance": 0.02},
     },
     "fedmf": {"threshold": {"threshold": 0.05}},
+    "fedncf": {
+        "uniform": {"weighting": "uniform", "training.optimizer": "sgd", "training.lr": 0.3},
+        "drop_last": {"training.drop_last": True, "training.weight_decay": 0.01},
+    },
     "gpfl": {
         "paper": {"variant": "paper"},
         "in order": {"training.shuffle": False, "training.drop_last": True},

@@ -51,7 +51,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
 # ------------------------------------------------------------------- runs
 
 
-RATED = ("fedmf", "fedrap", "no_learning", "pfedrec")  # methods for ratings alone
+RATED = ("fedmf", "fedncf", "fedrap", "no_learning", "pfedrec")  # methods for ratings alone
 
 
 @pytest.mark.slow

@@ -358,14 +358,14 @@ def test_unseen_users_are_measured_with_the_table_their_rows_make(method: str, o
 # ------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize("method", ["fedrap", "fedmf", "pfedrec", "no_learning"])
+@pytest.mark.parametrize("method", ["fedrap", "fedmf", "fedncf", "pfedrec", "no_learning"])
 def test_pictures_are_no_ratings(method: str) -> None:
     _, update = make_strategy(method)
     with pytest.raises(ConfigError, match=r"dataset=gaussian: expected ratings, e\.g\. dataset=synthetic_ratings"):
         update.client_app(SmallNetwork(), gaussian_data())
 
 
-@pytest.mark.parametrize("method", ["fedrap", "fedmf", "pfedrec"])
+@pytest.mark.parametrize("method", ["fedrap", "fedmf", "fedncf", "pfedrec"])
 def test_another_network_is_refused(method: str) -> None:
     _, update = make_strategy(method)
     with pytest.raises(ConfigError, match="model=SmallNetwork: expected factorization"):

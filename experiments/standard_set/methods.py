@@ -53,14 +53,14 @@ class CountingGrid(LocalGrid):
 def described(name: str) -> dict[str, str]:
     """Year, shared and personal parts of a method, from its docstring."""
     text = ast.get_docstring(ast.parse(method_file(name).read_text(encoding="utf-8"))) or ""
-    match = re.search(r"Shared: (.*?)\.\s+Personal: (.*?)\.(?:\s|$)", text, re.DOTALL)
+    match = re.search(r"Shared:\s(.*?)\.\s+Personal:\s(.*?)\.(?:\s|$)", text, re.DOTALL)
     source = text.split("\n\n")[1] if "\n\n" in text else ""
     years = re.findall(r"\b(?:19|20)\d\d\b(?!\.\d)", source)
     arxiv = re.findall(r"arXiv:(\d\d)\d\d\.\d+", source)
     year = years[0] if years else f"20{arxiv[0]}" if arxiv else ""
     parts = match.groups() if match else ("", "")
     shared, personal = (
-        " ".join(re.split(r"[(;]", re.sub(r"\s\(:class:[^)]*\)|(?<=`)`", "", p))[0].split()) for p in parts
+        " ".join(re.split(r"[(;]|\.\s", re.sub(r"\s\(:class:[^)]*\)|(?<=`)`", "", p))[0].split()) for p in parts
     )
     return {"year": year, "shared": shared, "personal": personal}
 

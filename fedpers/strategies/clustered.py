@@ -87,7 +87,7 @@ class Clustered(PersonalizedStrategy):
         cluster_of, networks = self._clusters(), entries(self.state[NETWORKS])
         sent: dict[int | None, Tree] = {None: arrays}
         for c in {cluster_of[client] for client in clients if client in cluster_of}:
-            sent[c] = tree({name: value[c] for name, value in networks.items()})
+            sent[c] = tree({name: networks[name][c] for name in entries(arrays)})
         return [{ARRAYS: sent[cluster_of.get(client)]} for client in clients]
 
     def fold(self) -> Fold:

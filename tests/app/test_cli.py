@@ -391,7 +391,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["strategy=dito"], "strategy=dito: expected one of apfl, ditto, "),
+        (["strategy=dito"], "strategy=dito: expected one of apfl, clustered, ditto, "),
         (["strategy=dito"], "did you mean 'ditto'?"),
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
         (["strategy.mu=1"], "expected a known key: one of name, personal_layers, weighting; mu is an option of "),

@@ -1,5 +1,6 @@
 """Tests never touch the user's cache, spend no time on a good choice of the cohort size, and share one Ray cluster."""
 
+import gc
 import os
 import sys
 import warnings
@@ -68,3 +69,9 @@ def ray_machine(ray_address: str) -> Iterator[None]:
     ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector look at what tests make alone: modules and tests stay to the end."""
+    gc.collect()
+    gc.freeze()

@@ -16,8 +16,7 @@ from fedpers.cohort import Collect, Tree, entries, tree
 from fedpers.cohort.tensordicts import MemoryMappedTensor
 from fedpers.cohort.tree import expand_rows
 from fedpers.settings import Settings
-
-_Beta = Annotated[float, Field(ge=0, lt=1)]
+from fedpers.settings.training import Beta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class ServerOptimizer(Settings):
     name: Literal["sgd", "momentum", "adam", "yogi"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1, description="of momentum")] = 0.9
-    betas: Annotated[tuple[_Beta, _Beta], Field(title="two numbers >= 0 and < 1", description="of adam and yogi")] = (
+    betas: Annotated[tuple[Beta, Beta], Field(title="two numbers >= 0 and < 1", description="of adam and yogi")] = (
         0.9,
         0.999,
     )

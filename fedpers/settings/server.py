@@ -12,6 +12,7 @@ from pydantic import Field
 
 from fedpers.errors import check
 from fedpers.settings.base import Choices, OnlyFor, Settings
+from fedpers.settings.training import Beta
 
 PRIVACIES = Choices(
     none="changes are averaged as they come",
@@ -141,9 +142,6 @@ class Aggregation(Settings, group="aggregation"):
         return 1
 
 
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimizerConfig(Settings, group="server_optimizer"):
     """How the server moves (the group ``server_optimizer``), see :mod:`fedpers.server.postprocessors.optimizer`."""
@@ -163,7 +161,7 @@ class ServerOptimizerConfig(Settings, group="server_optimizer"):
     ] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1), OnlyFor("momentum")] = 0.9
     betas: Annotated[
-        tuple[_Beta, _Beta],
+        tuple[Beta, Beta],
         Field(title="two numbers >= 0 and < 1", description="of the moments"),
         OnlyFor("adam", "yogi"),
     ] = (0.9, 0.99)

@@ -11,7 +11,8 @@ from pydantic import Field
 from fedpers.errors import check
 from fedpers.settings.base import Settings
 
-_Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""How much of a moment an optimizer keeps from step to step."""
 Groups = Mapping[str, Mapping[Literal["lr", "weight_decay"], Annotated[float, Field(ge=0)]]]
 """Rates of some parameters, by what :func:`fedpers.cohort.select` knows them by."""
 
@@ -42,7 +43,7 @@ class Training(Settings, group="training"):
     momentum: Annotated[float, Field(ge=0, lt=1, description="of sgd")] = 0.0
     nesterov: Annotated[bool, Field(description="of sgd, with momentum")] = False
     weight_decay: Annotated[float, Field(ge=0, description="decoupled in adamw, else added to the gradient")] = 0.0
-    betas: Annotated[tuple[_Beta, _Beta], Field(title="two numbers >= 0 and < 1", description="of adam and adamw")] = (
+    betas: Annotated[tuple[Beta, Beta], Field(title="two numbers >= 0 and < 1", description="of adam and adamw")] = (
         0.9,
         0.999,
     )

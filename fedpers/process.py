@@ -1,4 +1,4 @@
-"""What holds for a whole process: threads, signals it does not hear, cores and memory it may take."""
+"""What holds for a whole process: threads, signals it does not hear, kernels of a GPU, cores and memory it may take."""
 
 from __future__ import annotations
 
@@ -57,6 +57,17 @@ def keep_freed_memory() -> None:
     if mallopt is not None and not any(name.startswith("MALLOC_") for name in os.environ):
         mallopt(_M_MMAP_THRESHOLD, _FROM_SYSTEM)  # the largest that glibc would go to by itself
         mallopt(_M_TRIM_THRESHOLD, _KEPT)
+
+
+def reproducible_convolutions(device: torch.device | str) -> None:
+    """On a GPU, compute convolutions in whole float32 and always by the same algorithm; for the whole process.
+
+    cuDNN's own choice is faster (TensorFloat-32 has 10 bits of mantissa), but then digits depend on how many clients
+    are computed together, and on the run.
+    """
+    if torch.device(device).type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
 
 
 def cores() -> int:

@@ -25,6 +25,17 @@ LONGEST = ("test_superlink", "test_ray", "test_flower_runtime", "test_cli", "tes
            "test_stopped_machines", "test_readme", "test_compression", "test_flower_wrappers")  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--device cuda`` lets clients compute on a GPU in the tests that take a device."""
+    parser.addoption("--device", default="cpu", help="cpu or cuda, for the tests that take a device")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where clients compute: cpu, or what ``--device`` says."""
+    return str(request.config.getoption("--device"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: they are dealt to processes as they come, which then end alike."""
     places = {name: place for place, name in enumerate(LONGEST)}

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fedpers.process import reproducible_convolutions
 from tests.traces import HERE, fedrap, fedselect, gpfl, ifca, knnper, pfedhn, pfedrec, pfllib
 
 SOURCES = (pfllib, fedrap, fedselect, gpfl, pfedrec, ifca, pfedhn, knnper)
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [m for m in options.methods if m not in known]:
         parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(known)}")
     methods = options.methods or known
+    reproducible_convolutions(options.device)
     results = [
         source.compare(method, path, options.device)
         for source in SOURCES

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedpers.cohort import Training, Tree, leaves, tree
 from fedpers.errors import FedpersError
 from fedpers.flower_private import server_identity
+from fedpers.process import reproducible_convolutions
 from fedpers.records import from_record, to_record
 from fedpers.run import run_rounds
 from fedpers.run.checkpoint import Checkpoint, Checkpoints, network_checksum
@@ -32,25 +33,26 @@ from tests.problems import SmallNetwork, gaussian_data, problem
 ROUNDS, HALF = 4, 2
 
 
-def made(method: str) -> tuple[PersonalizedStrategy, CohortApp, LocalGrid]:
+def made(method: str, device: str = "cpu") -> tuple[PersonalizedStrategy, CohortApp, LocalGrid]:
     """A method at its start, with partial participation and a client that never trains."""
     given = problem(method)
     data = given.data if given.data.unseen else replace(given.data, unseen=(4,))
     server = {"fraction": 0.5, "seed": 3, "unseen": data.unseen, "evaluate_every": 3}
     strategy, update = make_strategy(method, given.options, server=server, training=given.training)
-    app = update.client_app(given.network, data, seed=3)
+    app = update.client_app(given.network, data, seed=3, device=device)
     strategy.attach(app)
     return strategy, app, LocalGrid(app, data.num_clients, clients_at_once=3, workers=1)
 
 
 def outcome(strategy: PersonalizedStrategy, grid: LocalGrid, arrays: Tree) -> dict[str, Tensor]:
-    """All state of server and clients by name."""
+    """All state of server and clients by name, on the CPU."""
     assert grid.engine is not None
     tensors = {f"arrays/{name}": value for name, value in leaves(arrays).items()}
     for role, values in strategy.state.items():
         tensors.update({f"server/{role}/{name}": value for name, value in leaves(values).items()})
     rows = grid.engine.store.gather(range(grid.num_clients))
-    return {**tensors, **{f"clients/{name}": value for name, value in leaves(rows).items()}}
+    tensors.update({f"clients/{name}": value for name, value in leaves(rows).items()})
+    return {name: value.cpu() for name, value in tensors.items()}
 
 
 def without_times(report: RoundReport) -> dict[str, Any]:
@@ -61,9 +63,12 @@ def without_times(report: RoundReport) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(STRATEGIES))
-def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(method: str, tmp_path: Path) -> None:
+def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(
+    method: str, device: str, tmp_path: Path
+) -> None:
+    reproducible_convolutions(device)
     kept: dict[int, dict[str, Tensor]] = {}
-    strategy, app, grid = made(method)
+    strategy, app, grid = made(method, device)
     checkpoints = Checkpoints(tmp_path)
 
     def save(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
@@ -83,7 +88,7 @@ def test_every_method_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(metho
 
     (checkpoint,) = checkpoints.whole()
     kept.clear()
-    strategy, app, grid = made(method)
+    strategy, app, grid = made(method, device)
     checkpoint.check_clients(app)
     arrays, state = checkpoint.read_server(app)
     grid.load(read_states(checkpoint.folder, app.initial_state))

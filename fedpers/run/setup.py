@@ -16,6 +16,7 @@ from fedpers.client.update import LocalUpdate
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
 from fedpers.errors import ConfigError, check
 from fedpers.models import ModelConfig, Network, build_model
+from fedpers.process import reproducible_convolutions
 from fedpers.randomness import generator, sample_clients
 from fedpers.records import from_record
 from fedpers.run.checkpoint import network_checksum
@@ -45,9 +46,7 @@ def prepare_run(config: Config) -> Setup:
         If settings or data cannot be used.
     """
     device = config.runtime.torch_device()
-    if device.type == "cuda":  # the same digits for every cohort size and in every run are worth some speed
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.deterministic = True
+    reproducible_convolutions(device)
     strategy, update = make_halves(config)
     data = load_federated(config.dataset, config.partition, config.split, config.seed)
     shift_seed = config.seed if config.partition.seed is None else config.partition.seed

@@ -25,7 +25,7 @@ from fedpers.client.results import ClientResult
 from fedpers.cohort import entries
 from fedpers.cohort.state import Block
 from fedpers.data.federated import FederatedData
-from fedpers.process import one_thread
+from fedpers.process import one_thread, reproducible_convolutions
 from fedpers.records import LiveArray
 from fedpers.runtime.engine import CohortEngine, half_the_memory
 from fedpers.runtime.probe import Choice, costs, probe
@@ -94,9 +94,7 @@ class Worker:
         logging.getLogger("ray").setLevel(logging.ERROR)
         torch.set_num_threads(1)
         self.device = "cuda:0" if ray.get_gpu_ids() else "cpu"
-        if self.device != "cpu":
-            torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.deterministic = True
+        reproducible_convolutions(self.device)
         self.folder = None if folder is None else Path(folder)
         self.shards: dict[int, CohortEngine] = {}
         self._app: CohortApp | None = None  # without data

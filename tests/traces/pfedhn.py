@@ -125,10 +125,10 @@ class Trace:
             shapes["head"] = self.arrays["init/local/c0/layer.0.weight"].shape
         return Target(shapes)
 
-    def plan(self, step: int, positions: np.ndarray) -> BatchPlan:
+    def plan(self, step: int, positions: np.ndarray, device: torch.device) -> BatchPlan:
         """The recorded batches of one step."""
         batches = [row[row >= 0] for row in self.arrays["steps/batches"][step]]
-        index = torch.from_numpy(np.stack([positions[row] for row in batches]))[:, None]
+        index = torch.from_numpy(np.stack([positions[row] for row in batches]))[:, None].to(device)
         sizes = [len(row) for row in batches]
         count = torch.tensor(sizes)[:, None]
         return BatchPlan(index, count, [1] * len(sizes), sizes, [False] * len(sizes), None)
@@ -167,7 +167,7 @@ class Running:
             self.store.scatter([client], state, torch.tensor([True]))
         strategy.begin()
         strategy.nodes(self.grid)
-        phi = {name: value.to(device) for name, value in trace.hypernetwork(trace.group("init/hnet")).items()}
+        phi = dict(trace.hypernetwork(trace.group("init/hnet")))
         embeddings = phi.pop(EMBEDDINGS)
         moments = strategy._embedding_optimizer.moments
         table = ClientTable(lambda client: {"value": embeddings[client], **moments(embeddings[client])})
@@ -183,14 +183,15 @@ class Running:
         for client, records in zip(clients, sent, strict=True):
             state = self.store.gather([client])
             kept = entries(state["model"]) if self.trace.local_head else {}
-            networks.append({**entries(records["arrays"]), **{name: value[0] for name, value in kept.items()}})
+            networks.append({**entries(records["arrays"]), **{name: value[0].cpu() for name, value in kept.items()}})
         return networks
 
     def outputs(self, network: Values, client: int, part: str) -> tuple[Tensor, Tensor]:
         """Scores and labels of one client's samples."""
         positions = getattr(self.app.data, part)[client]
         x, y = self.app.data.x[positions], self.app.data.y[positions]
-        return functional_call(self.app.module.eval(), network, (x,)).detach(), y
+        on_device = {name: value.to(x.device) for name, value in network.items()}
+        return functional_call(self.app.module.eval(), on_device, (x,)).detach().cpu(), y.cpu()
 
 
 def compare(method: str, path: Path, device: str = "cpu") -> Comparison:
@@ -220,7 +221,7 @@ def _step(compared: Comparison, run: Running, s: int, client: int) -> None:
     for name, value in trace.group("steps/sent", s).items():
         compared.add("sent", sent[name], value)
     settings, record = flower.ConfigRecord(), to_record(run.arrays)
-    with mock.patch.object(core, "plan_batches", lambda samples, **_: trace.plan(s, samples[0])):
+    with mock.patch.object(core, "plan_batches", lambda samples, device, **_: trace.plan(s, samples[0], device)):
         messages = strategy.configure_train(s + 1, record, settings, run.grid)
         replies = list(run.grid.send_and_receive(messages))
     fold = Collect()
@@ -228,7 +229,7 @@ def _step(compared: Comparison, run: Running, s: int, client: int) -> None:
     collector.take(strategy.exchange.answers(replies, [client]))
     changes = entries(fold.kept[client][0]["arrays"])
     for name, value in trace.group("steps/trained", s).items():
-        compared.add("trained", sent[name] + changes[name], value)
+        compared.add("trained", sent[name] + changes[name].cpu(), value)
     loss = collector.collected.metrics[client]["train-loss"]
     compared.add("training loss", loss, trace.arrays["steps/inner_loss"][s].mean())
     if trace.local_head:

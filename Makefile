@@ -44,12 +44,14 @@ bench: setup
 	$(BIN)/python -m benchmarks.cohort
 	$(BIN)/python -m benchmarks.peers
 
-# on a machine with a GPU, at most 10 minutes: traces, cohorts of any size, and seconds of a round
+# on a machine with a GPU, at most 10 minutes: traces, cohorts of any size, checkpoints, and seconds of a round
 gpu: setup
-	timeout 120 $(BIN)/python -m tests.reference --device cuda
-	timeout 240 $(BIN)/python -m tests.equivalence cohort --device cuda
-	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2
-	timeout 120 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2 --problem cnn
+	timeout 150 $(BIN)/python -m tests.reference --device cuda
+	$(BIN)/python -c 'from fedpers.strategies import STRATEGIES; print(*STRATEGIES)' | \
+		xargs -n 6 -P 9 timeout 240 $(BIN)/python -m tests.equivalence --device cuda cohort
+	timeout 60 $(PYTEST) --numprocesses=6 tests/test_checkpoint.py -k every_method --device cuda
+	timeout 60 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2
+	timeout 60 $(BIN)/python -m benchmarks.peers --device cuda --workers 1 --rounds 5 --turns 2 --problem cnn
 
 clean:
 	rm -rf $(VENV) runs multirun build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

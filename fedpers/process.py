@@ -60,10 +60,10 @@ def keep_freed_memory() -> None:
 
 
 def reproducible_convolutions(device: torch.device | str) -> None:
-    """On a GPU, compute convolutions in whole float32 and always by the same algorithm; for the whole process.
+    """On a GPU, compute convolutions without TensorFloat-32 and always by the same algorithm; for the whole process.
 
-    cuDNN's own choice is faster (TensorFloat-32 has 10 bits of mantissa), but then digits depend on how many clients
-    are computed together, and on the run.
+    A run then gives the same digits each time. They still depend on how many clients are computed together: which
+    algorithm cuDNN takes depends on the shapes, and some give gradients of weights that are exact to 1e-3 only.
     """
     if torch.device(device).type == "cuda":
         torch.backends.cudnn.allow_tf32 = False

@@ -70,3 +70,13 @@ def test_available_memory_of_this_machine() -> None:
     free = process.available_memory(torch.device("cpu"))
     assert 2**20 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert process._read(Path("/no/such/file")) == ""
+
+
+def test_convolutions_of_a_gpu_are_reproducible_and_a_cpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    process.reproducible_convolutions("cpu")
+    assert (cudnn.allow_tf32, cudnn.deterministic) == (True, False)
+    process.reproducible_convolutions(torch.device("cuda:1"))
+    assert (cudnn.allow_tf32, cudnn.deterministic) == (False, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,7 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         draws = _changed(before, data.device)
         if not draws:  # else clients are computed one at a time, and nothing is padded
             _check_padding(update, network, data)
+        _check_logit_adjustment(update, network, data)
         module.eval()
         before = _generator_states(data.device)
         update.predict(network, data.x[:2])
@@ -130,6 +131,23 @@ def _loss(update: LocalUpdate, network: Network, batch: Batch) -> Tensor:
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         name = f"{type(update).__name__}.loss"
         raise ConfigError("strategy", name, f"a loss that takes batches of the data ({error})") from error
+
+
+def _check_logit_adjustment(update: LocalUpdate, network: Network, data: FederatedData) -> None:
+    """Refuse ``training.logit_adjustment`` where there are no classes or the method's loss would ignore it."""
+    strength, key = update.training.logit_adjustment, "training.logit_adjustment"
+    if not strength:
+        return
+    check(data.task.classes, key, strength, f"0, for the task of {data.name} is {data.task.name}, not classification")
+    x, y = data.x[:3], data.y[:3]
+    offsets = torch.linspace(-1.0, 1.0, data.num_classes, device=x.device)
+    plain = Batch(x, y, None, network.given, data.task)
+    losses = []
+    for given in (None, offsets):
+        torch.manual_seed(0)  # of a network that draws from PyTorch's generator; the caller restores it
+        losses.append(_loss(update, network, replace(plain, offsets=given)))
+    allowed = f"0, for the loss of {type(update).__name__} is not one of the scores of classes alone (batch.losses)"
+    check(not torch.equal(*losses), key, strength, allowed)
 
 
 def _check_padding(update: LocalUpdate, network: Network, data: FederatedData) -> None:

@@ -170,6 +170,7 @@ class Cohort:
         self.loss_sum = torch.zeros(self.size, device=self.device)
         self._passes = [0] * self.size
         self._samples: dict[int, NDArray[np.int64]] = {}
+        self._offsets: Tensor | None = None
         self._draws = draws
         self._dropout = draws or has_dropout(module)
         self._needs_two_samples = needs_two_samples
@@ -478,6 +479,8 @@ class Cohort:
         differentiated = set(names)
         extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
         extra["given"] = self._rows_of(step, given)
+        if self.training.logit_adjustment:
+            extra["offsets"] = step.take(self._class_offsets())
         if step.active == 1:  # ordinary training, without vmap
             leaves = {n: params[n][0].detach().requires_grad_() for n in names}
             tensors = {n: leaves[n] if n in differentiated else params[n][0] for n in params}
@@ -522,7 +525,17 @@ class Cohort:
     ) -> Tensor:
         weight, given = extra.get("weight"), extra["given"]
         network = Network(self.module, tensors, weight, extra.get("key"), given)
-        return loss(network, Batch(x, y, weight, given, self.data.task))
+        return loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
+
+    def _class_offsets(self) -> Tensor:
+        """What ``training.logit_adjustment`` adds to the scores of classes, ``[K, C]``; -inf for one a client lacks."""
+        if self._offsets is None:
+            labels = (self.data.y[torch.from_numpy(self.samples(c)).to(self.device)] for c in self.clients)
+            counts = torch.stack([torch.bincount(y, minlength=self.data.num_classes) for y in labels])
+            dtype = next(iter(entries(self.template).values())).dtype
+            shares = counts.to(dtype) / counts.sum(1, keepdim=True)
+            self._offsets = self.training.logit_adjustment * shares.log()
+        return self._offsets
 
     def _mode(self, training: bool) -> None:
         if self.module.training != training:

@@ -99,6 +99,8 @@ class Batch:
         What the method passed to ``Cohort.fit(given=...)``, of this client: its row of each tensor.
     task : Task
         What is learned, see :mod:`fedpers.tasks`.
+    offsets : Tensor ``[C]`` or None
+        Added to the scores of classes in :meth:`losses`, see ``training.logit_adjustment``.
     """
 
     x: Tensor
@@ -106,10 +108,11 @@ class Batch:
     weight: Tensor | None = None
     given: Given = field(default_factory=dict)
     task: Task = CLASSIFICATION
+    offsets: Tensor | None = None
 
     def losses(self, outputs: Tensor) -> Tensor:
         """Loss ``[B]`` of each sample by the data's task, for the network's `outputs` ``[B, ...]``."""
-        return self.task.losses(outputs, self.y)
+        return self.task.losses(outputs if self.offsets is None else outputs + self.offsets, self.y)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of per-sample `values` (``[B]``) over the samples, padding left out."""

@@ -57,6 +57,15 @@ class Training(Settings, group="training"):
             "squared distance",
         ),
     ] = 0.0
+    logit_adjustment: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="of classes: times the logarithm of the client's share of each class, which is added to its "
+            "scores in training only (Menon et al., ICLR 2021, eq. 10); 1 is balanced softmax. A class that a client "
+            "lacks is no alternative",
+        ),
+    ] = 0.0
     schedule: Annotated[
         Literal["constant", "linear", "cosine"], Field(description="of the rate over a client's steps of a round, to 0")
     ] = "constant"

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Tree, View, tree
 from fedpers.data.federated import FederatedData
+from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -78,6 +79,8 @@ class FedRoDUpdate(LocalUpdate):
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Add the private head; refuse networks without a linear head and data without classes."""
         check_classes("fedrod", data)
+        strength = self.training.logit_adjustment
+        check(not strength, "training.logit_adjustment", strength, "0 with fedrod, which has strategy.gamma for it")
         body, head = body_and_head("fedrod", model)
         return TwoHeads(copy.deepcopy(body), copy.deepcopy(head)), data
 

@@ -311,7 +311,8 @@ def grow_by_tensor(mask: Masks, change: Mapping[str, Tensor], rate: float, limit
         personal, moved = flat_rows(old).bool(), flat_rows(change[name])
         size = personal.shape[1]
         left = size - personal.sum(1)
-        share = personal.sum(1).float() / max(1, size)
+        count = personal.sum(1).float()
+        share = count / count.new_tensor(max(1, size))  # a GPU multiplies by the reciprocal of a plain number
         cut_index = torch.round((1 - rate) * left.double()).long()
         grows = (share.double() <= limit) & (cut_index < left)
         ordered = moved.masked_fill(personal, math.nan).sort(dim=1).values  # NaN, so personal ones, come last

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedpers.app.result import exit_code, print_error, print_result
+from fedpers.errors import FedpersError
 from fedpers.run import resume
 from fedpers.run.reopen import FinishedError, check_contents
 from fedpers.settings.groups import conf_folder
@@ -24,21 +25,24 @@ def command(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
     check_contents(options.folder)
-    _log_into(options.folder)
+    _log_to_folder(options.folder)
     try:
         summary = resume(options.folder, options.overrides)
     except FinishedError as error:
         print(error)
         return 0
-    except Exception as error:  # of the settings, of the run, or of a method of the user's
+    except PermissionError as error:
+        raise FedpersError(f"{error.filename}: {error.strerror}; the run is not resumed.") from error
+    except Exception as error:  # wrong settings, a failed run, or an error in the user's own method
         return print_error(error)
     print_result(summary, options.folder.resolve())
     return exit_code(summary)
 
 
-def _log_into(folder: Path) -> None:
+def _log_to_folder(folder: Path) -> None:
     """Set up logging as Hydra does for a run in `folder`."""
     file = conf_folder() / "hydra" / "job_logging" / "fedpers.yaml"
+    # not resolved: Hydra alone knows what its file name stands for, and it is replaced
     settings: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     settings["handlers"]["file"]["filename"] = str(folder.resolve() / "run.log")
     logging.config.dictConfig(settings)

@@ -28,16 +28,18 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     partition : PartitionConfig
         Its `seed`, if set, replaces `seed` for the partition and the split. Ratings need ``user``, and only they.
     split : SplitConfig
-        Not used if an index file names its own ``train``, ``validation`` and ``test`` lists; if it names only
-        ``train`` and ``test``, `validation` is the fraction of a client's train list that is held out. `public` and
-        `unseen` are used in any case. Ratings need ``leave_one_out``, and only they.
+        How each client's samples are divided. Of partitions that bring lists of their own (index files,
+        ``pfllib_...``) it divides nothing if they name ``train``, ``validation`` and ``test``; if they name only
+        ``train`` and ``test``, `validation` is the fraction of a client's train list that is held out. With
+        ``label_sets`` `unseen` must be 0. Ratings need ``leave_one_out``, and only they.
     seed : int
         The run's seed.
 
     Returns
     -------
     FederatedData
-        On the CPU; every client has at least one sample in each part. :class:`~fedpers.data.ratings.RankingData` for
+        On the CPU; every client has samples for training and testing, and for validation unless
+        ``split.validation`` is 0. :class:`~fedpers.data.ratings.RankingData` for
         ratings.
 
     Raises
@@ -95,7 +97,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
 
 
 def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: SplitConfig) -> None:
-    """Ratings are divided by users and split by leaving one out; samples with labels in the other ways."""
+    """Refuse a partition or split that does not go with the kind of data."""
     if dataset.holds_ratings:
         why = f"because {dataset.name} holds ratings"
         check(partition.name == "user", "partition", partition.name, f"user, {why}")
@@ -122,7 +124,7 @@ def _check_divided(partition: PartitionConfig, why: str) -> None:
 
 
 def _division(data: Dataset, partition: PartitionConfig, split: SplitConfig, seed: int) -> Division:
-    """Divide the samples, with an official split those of its training part: its test part is dealt out later."""
+    """Divide the samples; with ``split=official`` the training part only: :func:`split_clients` deals its test part."""
     if partition.name in WITH_PARTS:
         division = divide(data, partition, seed)
         if division.parts or split.name != "official":
@@ -135,24 +137,27 @@ def _division(data: Dataset, partition: PartitionConfig, split: SplitConfig, see
 def _parts(
     data: Dataset, division: Division, config: PartitionConfig, split: SplitConfig, seed: int
 ) -> dict[Part, Lists]:
-    """Parts of each client: those that come with the division, of which validation is held out if it does not."""
+    """Parts of each client: those that come with the division, with validation held out of train if it is missing."""
     if not division.parts:
         by_owner, by_domain = config.name in BY_OWNER, config.name == "domains"
         return split_clients(data, division.owned, split, seed, by_owner=by_owner, by_domain=by_domain)
     lists = dict(division.parts)
-    if "validation" not in lists:
-        for client, positions in enumerate(lists["train"]):
-            if split.validation and len(positions) < 2 and config.name.startswith("pfllib_"):
+    where = config.file or f"partition={config.name}"
+    held_out = bool(split.validation) and "validation" not in lists
+    for part in PARTS if split.validation and not held_out else ("train", "test"):
+        for client, positions in enumerate(lists[part]):
+            if config.file and len(positions) == 0:
+                raise DataError(f"{where}: the {part} list of client {client} is empty.")
+            if len(positions) < 1 + (held_out and part == "train"):
+                remedy = "name more" if config.file else "lower partition.num_clients"
+                also = ", of which one is needed for validation" if held_out and part == "train" else ""
+                options = ", or set split.validation=0" if also and len(positions) else ""
+                purpose = "training" if part == "train" else part
                 raise DataError(
-                    f"partition={config.name}: client {client} has {len(positions)} samples for training, of which one "
-                    f"is needed for validation; lower partition.num_clients, or set split.validation=0."
+                    f"{where}: client {client} has {len(positions)} samples for {purpose}{also}; {remedy}{options}."
                 )
+    if "validation" not in lists:
         labels = strata(data, split)
         held = [hold_out(positions, [split.validation], seed, k, labels) for k, positions in enumerate(lists["train"])]
         lists["train"], lists["validation"] = map(list, zip(*held, strict=True))
-    for part in PARTS if split.validation else ("train", "test"):
-        for client, positions in enumerate(lists[part]):
-            if len(positions) == 0:
-                where = config.file or f"partition={config.name}"
-                raise DataError(f"{where}: the {part} list of client {client} is empty.")
     return {part: lists[part] for part in PARTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ def split_clients(
     dataset : Dataset
         The whole data set, official test part included.
     owned : sequence of int64 arrays ``[n_k]``
-        Positions each client owns; with ``official`` all of them in the official training part.
+        Positions each client owns; with ``official`` only such of the official training part.
     config : SplitConfig
     seed : int
         A client's split depends on `seed`, its number and its own samples, not on the other clients
@@ -50,15 +51,16 @@ def split_clients(
     Returns
     -------
     dict
-        ``train``, ``validation`` and ``test`` -> one ascending int64 array ``[>= 1]`` per client; no position twice.
+        ``train``, ``validation`` and ``test`` -> one ascending int64 array per client, not empty except validation
+        where ``config.validation`` is 0; no position twice.
 
     Raises
     ------
     DataError
         If a client has too few samples for all its parts.
     ConfigError
-        If ``official`` is asked of a data set without official test part, ``stratified`` of one without classes, or
-        ``leave_one_out`` at all: that is for ratings.
+        If the split is ``official`` and the data set has no official test part; if it is ``stratified`` and there are
+        no classes; if it is ``leave_one_out``, which is for ratings.
     """
     check(config.name != "leave_one_out", "split", config.name, "fractions or official, except for ratings")
     labels = strata(dataset, config)
@@ -88,10 +90,11 @@ def draw_unseen(num_clients: int, config: SplitConfig, seed: int) -> tuple[int, 
         fits = len(listed) == len(config.unseen) < num_clients
         check(fits, "split.unseen", list(config.unseen), allowed)
         return tuple(listed)
-    count = config.unseen if isinstance(config.unseen, int) else max(1, round(config.unseen * num_clients))
+    count = config.unseen if isinstance(config.unseen, int) else max(1, int(config.unseen * num_clients + 0.5))
     if count == 0:
         return ()
-    allowed = f"a number below {num_clients}, so that a client is left to train"
+    what = "a number" if isinstance(config.unseen, int) else "a share that gives a number"
+    allowed = f"{what} below {num_clients}, the clients, so that one is left to train"
     check(count < num_clients, "split.unseen", config.unseen, allowed)
     return tuple(np.sort(generator(seed, "unseen").permutation(num_clients)[:count]).tolist())
 
@@ -127,12 +130,13 @@ def take_public(
         return list(train), None
     rng = generator(seed, "public")
     reserved = [rng.choice(positions) for positions in train]
-    shared = np.unique(np.concatenate([positions for k, positions in enumerate(train) if k not in set(unseen)]))
+    absent = set(unseen)
+    shared = np.unique(np.concatenate([positions for k, positions in enumerate(train) if k not in absent]))
     available = np.setdiff1d(shared, reserved)
     count = max(1, int(config.public * len(shared) + 0.5))
+    share = math.floor(1e4 * len(available) / len(shared)) / 1e4
     allowed = (
-        f"at most {len(available) / len(shared):.4g}, because of the {len(shared)} training samples each of the "
-        f"{len(train)} clients keeps one"
+        f"at most {share:g}, because of the {len(shared)} training samples each of the {len(train)} clients keeps one"
     )
     check(count <= len(available), "split.public", config.public, allowed)
     public = np.sort(rng.permutation(available)[:count])
@@ -167,10 +171,10 @@ def hold_out(
     ----------
     positions : int64 array ``[n]``
     fractions : sequence of float
-        How much of `n` each held-out part gets, rounded; at least one sample unless it is 0, and at most what leaves
-        one for every other part.
+        Share of `n` of each held-out part, rounded half up: 0 gives an empty part, any other at least one sample and
+        at most what leaves one for every other part.
     seed, client : int
-        The draw belongs to them.
+        Decide on the draw.
     labels : int64 array ``[N]``, optional
         Class of each sample of the data set. The parts are as large as without, and have of each class what is their
         share of what is left of it, rounded up or down.
@@ -189,7 +193,8 @@ def hold_out(
     if n < parts:
         names = f"train and {'validation' if len(fractions) == 1 else 'test'}"
         names = "train, validation and test" if parts == 3 else names
-        raise DataError(f"Client {client} has {n} samples, but {names} need one each; raise partition.min_samples.")
+        need = "train needs one" if parts == 1 else f"{names} need one each"
+        raise DataError(f"Client {client} has {n} samples, but {need}; raise partition.min_samples.")
     rest = generator(seed, "split", client).permutation(positions)
     rng = generator(seed, "strata", client)
     held: Lists = []
@@ -230,12 +235,12 @@ def tested_owners(dataset: Dataset) -> Dataset:
         return training
     trained, tested = torch.unique(training.owner), torch.unique(dataset.owner[len(training) :])
     for absent, present, what in ((tested, trained, "test"), (trained, tested, "training")):
-        missing = present[~torch.isin(present, absent)]
+        missing = present[(present >= 0) & ~torch.isin(present, absent)]  # -1: nobody
         if len(missing):
             names = [dataset.owner_name(int((dataset.owner == number).nonzero()[0])) for number in missing[:3]]
             logger.warning(
                 "split=official: %d of %d clients (%s) have no official %s samples and are left out.",
-                len(missing), len(present), ", ".join(names) + (", ..." if len(missing) > 3 else ""), what,
+                len(missing), int((present >= 0).sum()), ", ".join(names) + (", ..." if len(missing) > 3 else ""), what,
             )  # fmt: skip
     kept = torch.isin(training.owner, tested)
     return replace(training, owner=torch.where(kept, training.owner, -1))
@@ -265,7 +270,7 @@ def _domains_as_classes(dataset: Dataset) -> Dataset:
 
 
 def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: int) -> Lists:
-    """Deal the official test part by the clients' label mixes.
+    """Deal the official test part in proportion to what each client has of each class.
 
     Test samples of a class are dealt in proportion to the official training samples of that class the clients own:
     whole shares first, what remains to the largest fractions (equal ones in an order drawn from `seed`, so that no
@@ -310,8 +315,8 @@ def deal_official(dataset: Dataset, owned: Sequence[NDArray[np.int64]], seed: in
     for client, positions in enumerate(test):
         if len(positions) == 0:
             raise DataError(
-                f"split=official: client {client} owns {len(owned[client])} training samples, too few to "
-                f"get an official test sample; take fewer clients, a larger partition.min_samples, or "
-                f"split=fractions."
+                f"split=official: client {client} with its {len(owned[client])} training samples gets no official test "
+                f"sample: they are too few, or none of its classes is tested; take fewer clients, a larger "
+                f"partition.min_samples, or split=fractions."
             )
     return test

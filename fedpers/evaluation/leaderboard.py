@@ -22,7 +22,8 @@ BASELINES = ("local", "fedavg")
 """Strategies a personalized method has to beat, unless its runs name others (``baselines`` of ``summary.json``)."""
 
 NO_LEARNING = "no_learning"
-"""A baseline of every ranking table: it scores without learning, from a leak of the protocol alone."""
+"""A baseline of every ranking table: it learns nothing and ranks items by how rarely they were drawn as negatives,
+which shows what a protocol gives away."""
 _LEVEL = 0.05
 
 
@@ -40,13 +41,14 @@ class Row:
     seeds : tuple of int
         Ascending.
     score : float
-        Mean over clients of the group's headline metric on test, at the selected round, in 0..1.
+        Mean over clients of the group's headline metric on test, at the selected round, at most 1; NaN if a seed has
+        none.
     interval : float
         Half the width of its 95 % confidence interval over seeds (Student's t); NaN for one seed.
     std, worst_decile : float
         Spread over clients at the selected round, and mean of the worst tenth of them.
     last : float
-        The same after the last round.
+        `score` after the last round.
     megabytes : float
         Sent up and down in all rounds, 10^6 bytes.
     gradients : float
@@ -60,7 +62,7 @@ class Row:
     baseline, best : bool
     p_value : float
         Paired t-test against the best row over common seeds; NaN for the best row itself and where fewer than
-        two seeds are common.
+        two seeds with a score are common.
     significant : bool or None
         Whether the difference from the best row is (p <= 0.05); None where `p_value` is NaN.
     interrupted : bool
@@ -103,7 +105,8 @@ class Group:
     headline : str
         Metric the rows are ranked by.
     also : tuple of str
-        Further metrics at the selected round, keys of :attr:`Row.selected`, and what the table calls them.
+        Further metrics, and what the table calls them: keys of :attr:`Row.selected`, or of :attr:`Row.at_end` for those
+        that begin with ``adapted/``.
     spread : bool
         Whether the table shows the spread over clients.
     notes : list of str
@@ -194,7 +197,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     scores = [{seed: run.metric(measured) for seed, run in s.items()} for s in per_method]
     means = [float(np.mean(list(values.values()))) for values in scores]
 
-    order = sorted(range(len(means)), key=lambda i: (math.isnan(means[i]), -means[i], labels[i]))
+    order = sorted(range(len(means)), key=lambda i: (math.isnan(means[i]), -np.nan_to_num(means[i]), labels[i]))
     best = order[0]
     rows = []
     for i in order:
@@ -218,12 +221,10 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
                 gradients=_mean(number(run.summary.get("gradients")) for run in repeats),
                 seconds=_mean(number(run.summary.get("seconds")) for run in repeats),
                 epsilon=float(np.max([number(run.summary.get("privacy_epsilon")) for run in repeats])),
-                selected={name: _mean(run.metric(name) for run in repeats) for name in repeats[0].summary["selected"]},
-                at_end={
-                    name: _mean(run.metric(name, "last") for run in repeats) for name in repeats[0].summary["last"]
-                },
-                baseline=repeats[0].strategy in (*BASELINES, NO_LEARNING),
-                best=i == best,
+                selected=_means(repeats, "selected"),
+                at_end=_means(repeats, "last"),
+                baseline=repeats[0].strategy in (*first.get("baselines", BASELINES), NO_LEARNING),
+                best=i == best and not math.isnan(means[i]),
                 p_value=p_value,
                 significant=None if math.isnan(p_value) else p_value <= _LEVEL,
                 interrupted=any(run.summary.get("interrupted") for run in repeats),
@@ -260,7 +261,7 @@ def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], 
         if any(row.significant is False for row in others):
             notes.append(f"~ Not significantly different from the best (paired t-test, common seeds, p > {_LEVEL}).")
         if any(row.significant is None for row in others):
-            notes.append("? Fewer than two seeds in common with the best: the difference cannot be tested.")
+            notes.append("? Fewer than two seeds in common with the best have a score: the difference is not tested.")
     if any(label == "unseen" for _, label in group.also):
         notes.append(
             "unseen: clients that never train, as they come, at the selected round; "
@@ -307,7 +308,9 @@ def _privacy_note(rows: Sequence[Row], run: RunRecord) -> str:
         return "Privacy: changes are clipped and get no noise, which guarantees nothing."
     spent = {row.method: "unknown" if math.isnan(row.epsilon) else f"{row.epsilon:.3g}" for row in rows}
     if set(spent.values()) == {"unknown"}:
-        return "Privacy: epsilon is not known; it takes a library for it (pip install 'fedpers[privacy]')."
+        return (
+            "Privacy: epsilon is not known: it takes a library for it (pip install 'fedpers[privacy]'), and some noise."
+        )
     alike = len(set(spent.values())) == 1
     values = next(iter(spent.values())) if alike else ", ".join(f"{value} ({name})" for name, value in spent.items())
     delta = f"{number(run.summary['privacy_delta']):g}"
@@ -342,6 +345,12 @@ def one_seed(rows: Sequence[Row]) -> bool:
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
+
+
+def _means(runs: Sequence[RunRecord], when: str) -> dict[str, float]:
+    """Mean of every metric that one of the runs has at its selected or last round."""
+    names = dict.fromkeys(name for run in runs for name in run.summary[when])
+    return {name: _mean(run.metric(name, when) for run in runs) for name in names}
 
 
 def _jsonable(value: Any) -> Any:

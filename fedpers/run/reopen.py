@@ -187,7 +187,7 @@ def check_contents(folder: Path) -> None:
     FedpersError
         If there is such a thing, or no run.
     """
-    if not (folder / "config.yaml").is_file():
+    if not os.path.isfile(folder / "config.yaml"):
         raise FedpersError(f"{folder} holds no run: there is no config.yaml.")
     home = folder.resolve()
     for parent, folders, files in os.walk(folder):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fedpers.cohort import Collect, Tree, entries, tree
-from fedpers.cohort.tensordicts import MemoryMappedTensor
+from fedpers.cohort import Tree, entries, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.settings import Settings
 from fedpers.settings.training import Beta
@@ -119,23 +116,17 @@ class ClientTable:
         Returns the first row of a client, by column.
     values : Tree, optional
         What :attr:`values` was, to go on with.
-    memory : float, optional
-        Bytes that the columns may take; larger ones lie in memory-mapped files, gone with the table.
     """
 
     def __init__(
         self,
         first: Callable[[int], Mapping[str, Tensor]],
         values: Tree | None = None,
-        *,
-        memory: float | None = None,
     ) -> None:
-        self.first = first
-        self.memory = memory
-        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self.first_row = first
         columns = {} if values is None else dict(entries(values))
         self._clients: Tensor = columns.pop("client", torch.zeros(0, dtype=torch.int64)).cpu()
-        self._columns = self._stored(columns)
+        self._columns = dict(sorted(columns.items()))
 
     @property
     def clients(self) -> list[int]:
@@ -148,69 +139,40 @@ class ClientTable:
         """The whole table, batch size []."""
         return tree({"client": self._clients, **self._columns})
 
-    @property
-    def mapped(self) -> bool:
-        """Whether columns lie in files."""
-        return self._files is not None
-
     def add(self, clients: Sequence[int]) -> None:
         """Make the first rows of clients that have none."""
         new = sorted(set(clients) - set(self.clients))
         if not new:
             return
-        rows = [self.first(client) for client in new]
+        rows = [self.first_row(client) for client in new]
         both = torch.cat([self._clients, torch.tensor(new)])
         order = both.argsort()
         columns = {}
         for name in rows[0]:
             added = torch.stack([row[name] for row in rows])
             before = self._columns.get(name)
-            whole = added if before is None else torch.cat([before.as_subclass(Tensor), added])
+            whole = added if before is None else torch.cat([before, added])
             columns[name] = whole[order.to(whole.device)]
         self._clients = both[order]
-        self._columns = self._stored(columns)
+        self._columns = dict(sorted(columns.items()))
 
     def rows(self, clients: Sequence[int]) -> dict[str, Tensor]:
         """Copies of the rows ``[n, ...]`` of some clients by column, in their order; new ones are made."""
         self.add(clients)
-        index = self._places(clients)
-        return {n: torch.index_select(v.as_subclass(Tensor), 0, index.to(v.device)) for n, v in self._columns.items()}
+        index = self._row_indices(clients)
+        return {n: torch.index_select(v, 0, index.to(v.device)) for n, v in self._columns.items()}
 
     def put(self, clients: Sequence[int], rows: Mapping[str, Tensor]) -> None:
-        """Store rows ``[n, ...]`` of some clients, those that :meth:`rows` returned for them."""
+        """Store new rows, by column ``[n, ...]`` in the order of `clients`, each once; columns left out stay."""
         self.add(clients)
-        index = self._places(clients)
+        index = self._row_indices(clients)
         for name, value in rows.items():
-            column = self._columns[name]
-            if self.mapped:
-                column[index.to(column.device)] = value.to(column)
-            else:  # whoever took `values` before keeps what they were
-                self._columns[name] = column.index_copy(0, index.to(column.device), value.to(column))
+            column = self._columns[name]  # whoever took `values` before keeps what they were
+            self._columns[name] = column.index_copy(0, index.to(column.device), value.to(column))
 
     def mean(self) -> dict[str, Tensor]:
         """Mean over all rows, by column of floats."""
-        return {n: v.as_subclass(Tensor).mean(0) for n, v in self._columns.items() if v.is_floating_point()}
+        return {n: v.mean(0) for n, v in self._columns.items() if v.is_floating_point()}
 
-    def _places(self, clients: Sequence[int]) -> Tensor:
+    def _row_indices(self, clients: Sequence[int]) -> Tensor:
         return torch.searchsorted(self._clients, torch.tensor(list(clients), dtype=torch.int64))
-
-    def _stored(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Columns by name, in memory, or in files where they would take too much of it."""
-        columns = dict(sorted(columns.items()))
-        size = sum(value.nbytes for value in columns.values())
-        before = self._files
-        if self.memory is None or size <= self.memory:
-            stored = {name: value.clone() if before is not None else value for name, value in columns.items()}
-            self._files = None
-        else:
-            self._files = tempfile.TemporaryDirectory(prefix="clients-", ignore_cleanup_errors=True)
-            stored = {
-                name: MemoryMappedTensor.from_tensor(value.cpu(), filename=str(Path(self._files.name) / f"{i}.memmap"))
-                for i, (name, value) in enumerate(columns.items())
-            }
-        if before is not None:
-            before.cleanup()
-        return stored
-
-
-__all__ = ["ClientTable", "Collect", "ServerOptimizer"]

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Reply, Step, Tree, mixed
+from fedpers.cohort import Cohort, Reply, Step, Tree, entries, mixed, tree
 from fedpers.cohort.tree import expand_rows, flat_rows
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
@@ -46,10 +46,15 @@ class APFLUpdate(LocalUpdate):
     personal = "all"
     alpha: Annotated[float, Field(ge=0, le=1, description="initial share of the personal network")] = 0.5
     adaptive: Annotated[bool, Field(description="train alpha")] = True
-    variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
+    variant: Annotated[
+        Literal["paper", "pfllib"],
+        Field(
+            description="paper: Algorithm 1; pfllib: as PFLlib computes it, which also has strategy.weighting=samples"
+        ),
+    ] = "paper"
 
     def initial_state(self, template: Tree, module: nn.Module) -> Tree:
-        """v_k is the initial network."""
+        """v_k, the initial network, which the variant ``paper`` replaces by the received w, and alpha, a scalar."""
         alpha = next(module.parameters()).detach().new_tensor(self.alpha)
         return super().initial_state(template, module).set("alpha", alpha)
 
@@ -57,51 +62,56 @@ class APFLUpdate(LocalUpdate):
         """Walk through the batches; each moves w, v and alpha once."""
         w, v = cohort.as_received(received["arrays"]), self._personal(cohort, received)
         alpha = cohort.state["alpha"].to(cohort.device)
-        one_step = self._step if self.variant == "paper" else self._pfllib_step
+        step_function = self._step if self.variant == "paper" else self._pfllib_step
         walk = cohort.walk(w, v, {"alpha": alpha})
-        of_w, of_v = (walk.optimizer(cohort.trainable()) for _ in range(2))
-        for step, (at_w, at_v, share) in walk:
+        w_optimizer, v_optimizer = (walk.optimizer(cohort.trainable()) for _ in range(2))
+        for step, (w_rows, v_rows, alpha_rows) in walk:
 
-            def move(slope_w: Values, slope_v: Values, w: Values = at_w, v: Values = at_v) -> None:
-                of_w.update(w, slope_w)
-                of_v.update(v, slope_v)
+            def move(w_grads: Values, v_grads: Values, w: Values = w_rows, v: Values = v_rows) -> None:
+                w_optimizer.update(w, w_grads)
+                v_optimizer.update(v, v_grads)
 
-            cohort.count_loss(step, one_step(cohort, step, at_w, at_v, share["alpha"], move))
+            cohort.count_loss(step, step_function(cohort, step, w_rows, v_rows, alpha_rows["alpha"], move))
         if self.variant == "pfllib":
             v = mixed(alpha, v, w, cohort.names("parameters"))
         personal_values = v.select(*cohort.names(self.personal))
         return cohort.reply(w, state={"model": personal_values, "alpha": alpha})
 
     def _personal(self, cohort: Cohort, received: Received) -> Tree:
-        """v_k before a training."""
-        return cohort.state["model"] if self.variant == "pfllib" else cohort.assemble(received["arrays"])
+        """v_k before a training; parts that are not personal are those of w."""
+        if self.variant == "paper":
+            return cohort.assemble(received["arrays"])
+        kept = entries(cohort.state["model"])
+        return tree({**entries(cohort.as_received(received["arrays"])), **kept}, cohort.size)
 
     def _step(
         self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor, move: Move
     ) -> Tensor:
+        """One batch: move the rows of w, v and alpha ``[a]`` in place; losses ``[a]`` of the mixture."""
         names = cohort.trainable()
         mixture = {**v, **{n: torch.lerp(w[n], v[n], expand_rows(alpha, v[n])) for n in names}}
-        losses, at_mixture = cohort.gradients(step, mixture, self.loss, names)
-        _, at_w = cohort.gradients(step, w, self.loss, names)
-        slope = sum(flat_rows((v[n] - w[n]) * g).sum(1) for n, g in at_mixture.items())
-        move(at_w, {n: expand_rows(alpha, g) * g for n, g in at_mixture.items()})
+        losses, mixture_grads = cohort.gradients(step, mixture, self.loss, names)
+        _, w_grads = cohort.gradients(step, w, self.loss, names)
+        alpha_grad = sum(flat_rows((v[n] - w[n]) * g).sum(1) for n, g in mixture_grads.items())
+        move(w_grads, {n: expand_rows(alpha, g) * g for n, g in mixture_grads.items()})
         if self.adaptive:
-            alpha.sub_(cohort.rate * slope).clamp_(0, 1)
+            alpha.sub_(cohort.rate * alpha_grad).clamp_(0, 1)
         return losses
 
     def _pfllib_step(
         self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor, move: Move
     ) -> Tensor:
+        """One batch: move the rows of w, v and alpha ``[a]`` in place; losses ``[a]`` of v."""
         names = cohort.trainable()
-        _, at_w = cohort.gradients(step, w, self.loss, names)
-        losses, at_v = cohort.gradients(step, v, self.loss, names)
-        move(at_w, at_v)
-        slope = 0.02 * alpha
-        for name in at_v:
-            mean_grad = torch.lerp(at_w[name], at_v[name], expand_rows(alpha, at_v[name]))
-            slope = slope + flat_rows((v[name] - w[name]) * mean_grad).sum(1)
+        _, w_grads = cohort.gradients(step, w, self.loss, names)
+        losses, v_grads = cohort.gradients(step, v, self.loss, names)
+        move(w_grads, v_grads)
+        alpha_grad = 0.02 * alpha
+        for name in v_grads:
+            mean_grad = torch.lerp(w_grads[name], v_grads[name], expand_rows(alpha, v_grads[name]))
+            alpha_grad = alpha_grad + flat_rows((v[name] - w[name]) * mean_grad).sum(1)
         if self.adaptive:
-            alpha.sub_(cohort.rate * slope).clamp_(0, 1)
+            alpha.sub_(cohort.rate * alpha_grad).clamp_(0, 1)
         return losses
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:

@@ -1,4 +1,4 @@
-"""What a tracker is: it takes the metrics of every round, under the same names, e.g. ``validation/accuracy``."""
+"""What a tracker is: it takes the metrics of every round. Names are the same for all, e.g. ``validation/accuracy``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Resumed:
     Attributes
     ----------
     round : int
-        The first round that will be logged, perhaps again.
+        That of the checkpoint: the first that will be logged, again if the run had come further.
     ids : mapping of str to str
-        :attr:`Trackers.ids` of the run so far.
+        :attr:`fedpers.tracking.trackers.Trackers.ids` of the run so far.
     """
 
     round: int
@@ -40,14 +40,20 @@ class Tracker(Protocol):
         """
 
     def summary(self, metrics: Mapping[str, float]) -> None:
-        """Take the final numbers of the run."""
+        """Take the final numbers of the run, once, at its end, also when it was stopped.
+
+        Parameters
+        ----------
+        metrics : mapping of str to float
+            By names such as ``selected/test/accuracy``.
+        """
 
     def close(self) -> None:
         """Write what is left and let go of files; a second call does nothing."""
 
 
 def plain_number(value: float, undefined: float | None = None) -> float | None:
-    """Turn a NumPy or torch number into a Python one, and NaN or an infinity into `undefined`."""
+    """Turn a NumPy number into a Python one, and NaN or an infinity into `undefined`."""
     if isinstance(value, numbers.Integral):
         return int(value)
     number = float(value)

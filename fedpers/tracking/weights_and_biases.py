@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import logging
 import math
 import os
@@ -58,8 +59,9 @@ class WandbTracker:
         mode: str = config.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
-        if mode == "online" and not _logged_in():
-            raise FedpersError("there is no login for online mode; run 'wandb login' or set WANDB_API_KEY.")
+        mode = {"run": "online", "dryrun": "offline"}.get(mode, mode)  # former names
+        if mode not in ("offline", "disabled") and not _logged_in():
+            raise FedpersError(f"there is no login for {mode} mode; run 'wandb login' or set WANDB_API_KEY.")
         root = Path(folder).absolute()
         environment = {"WANDB_CACHE_DIR": os.environ.get("WANDB_CACHE_DIR", str(root / "wandb" / "cache"))}
         if mode != "online":
@@ -98,7 +100,7 @@ class WandbTracker:
         self._run.log({name: plain_number(value, math.nan) for name, value in metrics.items()}, step=round)
 
     def summary(self, metrics: Mapping[str, float]) -> None:
-        """Set the run's summary, in place of the last round's values."""
+        """Add to the run's summary."""
         self._run.summary.update({name: plain_number(value, math.nan) for name, value in metrics.items()})
 
     def close(self) -> None:
@@ -110,15 +112,26 @@ def _logged_in() -> bool:
     """Whether wandb would find a key, looked up in its own places without asking anyone."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _stored_server() or "https://api.wandb.ai").netloc
     named = os.environ.get("NETRC")
-    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    for path in [Path(named).expanduser()] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
         try:
             if path.is_file() and netrc(path).authenticators(host):
                 return True
         except (OSError, NetrcParseError) as error:
             logger.debug("%s cannot be read, so it holds no wandb login: %s", path, error)
     return False
+
+
+def _stored_server() -> str | None:
+    """Address of the server that ``wandb login --host`` has written to the user's settings."""
+    folder = os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb"
+    stored = configparser.ConfigParser(interpolation=None)
+    try:
+        stored.read(Path(folder).expanduser() / "settings", encoding="utf-8")
+    except (OSError, UnicodeError, configparser.Error) as error:
+        logger.debug("wandb's settings cannot be read, so they name no server: %s", error)
+    return stored.get("default", "base_url", fallback=None)
 
 
 @contextmanager

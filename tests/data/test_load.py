@@ -164,7 +164,7 @@ def test_public_samples_of_an_index_file(tmp_path: Path) -> None:
     assert data.sizes().tolist() == [1, 1]
     assert sorted([*data.public.tolist(), *data.train[0].tolist(), *data.train[1].tolist()]) == list(range(7))
     message = (
-        r"split\.public=0\.9: expected at most 0\.7143, because of the 7 training samples each of the 2 clients keeps"
+        r"split\.public=0\.9: expected at most 0\.7142, because of the 7 training samples each of the 2 clients keeps"
     )
     with pytest.raises(ConfigError, match=message):
         load_federated(DatasetConfig(), config, SplitConfig(public=0.9), 0)
@@ -201,9 +201,33 @@ def test_unseen_clients() -> None:
     assert len(drawn) > 1
     assert all(len(set(clients)) == 3 and set(clients) <= set(range(8)) for clients in drawn)
     with pytest.raises(
-        ConfigError, match=r"split\.unseen=8: expected a number below 8, so that a client is left to train"
+        ConfigError, match=r"split\.unseen=8: expected a number below 8, the clients, so that one is left to train"
     ):
         load_federated(DatasetConfig(), PartitionConfig("iid", 8), SplitConfig(unseen=8), 0)
+    with pytest.raises(
+        ConfigError, match=r"split\.unseen=0\.9: expected a share that gives a number below 2, the clients"
+    ):
+        load_federated(DatasetConfig(), PartitionConfig("iid", 2), SplitConfig(unseen=0.9), 0)
+    half = load_federated(DatasetConfig(), PartitionConfig("iid", 10), SplitConfig(unseen=0.25), 0)
+    assert len(half.unseen) == 3  # rounded half up, as the sampled clients are
+
+
+@pytest.mark.parametrize(
+    ("lists", "validation", "message"),
+    [
+        ({"train": [[7], [1, 2]], "test": [[3, 4], [5]]}, 0.1, "client 0 has 1 samples for training, of which one is "),
+        ({"train": [[], [1, 2]], "test": [[3, 4], [5]]}, 0.0, "the train list of client 0 is empty"),
+        ({"train": [[1], [2]], "test": [[3, 4], []]}, 0.0, "the test list of client 1 is empty"),
+    ],
+)
+def test_an_index_file_with_too_little(
+    lists: dict[str, list[list[int]]], validation: float, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "lists.json"
+    file.write_text(json.dumps(lists))
+    partition = PartitionConfig("index", file=str(file), min_samples=1)
+    with pytest.raises(DataError, match=message):
+        load_federated(DatasetConfig(), partition, SplitConfig(validation=validation), 0)
 
 
 # --- targets of a regression ---

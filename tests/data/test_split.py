@@ -211,7 +211,7 @@ def test_official_split_keeps_parts_apart(caplog: pytest.LogCaptureFixture) -> N
 
 def test_official_errors() -> None:
     data = made([0] * 10 + [0], train_size=10)
-    with pytest.raises(DataError, match=r"split=official: client \d owns 5 training samples, too few to get an offic"):
+    with pytest.raises(DataError, match=r"split=official: client \d with its 5 training samples gets no offic"):
         split_clients(data, [np.arange(5), np.arange(5, 10)], SplitConfig("official"), 0)
     for size in (None, 10):
         with pytest.raises(ConfigError, match=r"split=official: expected fractions, because made has no official test"):

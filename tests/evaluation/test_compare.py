@@ -123,7 +123,7 @@ def test_privacy_is_stated(write, tmp_path):
     spent = privacy_note.removeprefix("Privacy: epsilon ").removesuffix(f" {end}")
     assert set(spent.split(", ")) == {"3 (fedavg)", "2.5 (fedrep)", "unknown (ditto)"}
     assert note(None, None, noise=0) == "Privacy: changes are clipped and get no noise, which guarantees nothing."
-    assert note(None).endswith("it takes a library for it (pip install 'fedpers[privacy]').")
+    assert note(None).endswith("it takes a library for it (pip install 'fedpers[privacy]'), and some noise.")
     assert leaderboard_rows(find_runs([tmp_path]))[0]["epsilon"] is None
 
 
@@ -231,6 +231,18 @@ def test_what_a_run_says_about_its_task_shapes_the_table(write, tmp_path):
     assert line.split() == ["fedrap", "60.0", "40.0", "-", "2.0", "34.5", "12.0", "1"]
 
 
+def test_a_method_without_a_score_comes_last_and_keeps_the_metrics_of_its_other_seeds(write, tmp_path):
+    write("zebra", 0, 0.0, selected={}, selected_round=None)
+    write("ape", 0, 0.0, selected={}, selected_round=None)
+    write("ape", 1, 0.5)
+    write("local", 0, 0.2)
+    rows = board(tmp_path).rows
+    assert [row.method for row in rows] == ["local", "ape", "zebra"]
+    assert [row.best for row in rows] == [True, False, False]
+    assert "test/accuracy" in rows[1].selected
+    assert math.isnan(rows[1].selected["test/accuracy"])
+
+
 def test_mixed_numbers_of_seeds(write, tmp_path):
     for seed in (0, 1):
         write("fedrep", seed, 0.9)
@@ -240,7 +252,7 @@ def test_mixed_numbers_of_seeds(write, tmp_path):
     write("fedavg", 5, 0.6)
     group = board(tmp_path)
     assert [row.significant for row in group.rows] == [None, None, True, None]
-    assert any(note.startswith("? Fewer than two seeds in common") for note in group.notes)
+    assert any(note.startswith("? Fewer than two seeds in common with the best have a score") for note in group.notes)
     lines = printed(tmp_path).splitlines()
     assert [line.split()[1] for line in lines if line.startswith(" ditto")] == ["?"]
 

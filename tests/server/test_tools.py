@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,16 +96,14 @@ def first(client: int) -> dict[str, Tensor]:
     return {"value": torch.full((2,), float(client)), "count": torch.tensor(0)}
 
 
-@pytest.mark.parametrize("memory", [None, 10.0])
-def test_a_table_keeps_a_row_per_client(memory: float | None) -> None:
-    table = ClientTable(first, memory=memory)
+def test_a_table_keeps_a_row_per_client() -> None:
+    table = ClientTable(first)
     assert table.rows([7, 3])["value"].tolist() == [[7, 7], [3, 3]]
     assert table.clients == [3, 7]
     table.put([3, 7], {"value": torch.tensor([[1.0, 2.0], [5.0, 6.0]]), "count": torch.tensor([1, 2])})
     assert table.rows([5, 7, 3])["value"].tolist() == [[5, 5], [5, 6], [1, 2]]  # a new one in between
     assert table.rows([7])["count"].tolist() == [2]
     assert table.mean()["value"].tolist() == [pytest.approx(11 / 3), pytest.approx(13 / 3)]
-    assert table.mapped == (memory is not None)
     again = ClientTable(first, table.values)
     assert again.clients == [3, 5, 7]
     assert again.rows([3, 5, 7])["value"].tolist() == [[1, 2], [5, 5], [5, 6]]
@@ -117,18 +114,6 @@ def test_what_a_table_gives_is_a_copy() -> None:
     table = ClientTable(first)
     table.rows([1])["value"].zero_()
     assert table.rows([1])["value"].tolist() == [[1, 1]]
-
-
-def test_files_of_a_table_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    table = ClientTable(first, memory=10.0)
-    table.add(range(100))
-    (folder,) = tmp_path.iterdir()
-    table.add([200])
-    (later,) = tmp_path.iterdir()
-    assert later != folder  # the former files are gone
-    del table
-    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------- kept replies

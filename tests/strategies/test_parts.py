@@ -54,6 +54,17 @@ def started(strategy: PersonalizedStrategy, app: CohortApp, rounds: int = 2) -> 
     return {name.split(".")[0] for name in from_record(result.arrays).keys()}, kept, grid  # noqa: SIM118
 
 
+@pytest.mark.parametrize("variant", ["paper", "pfllib"])
+def test_apfl_mixes_what_is_personal_with_a_personal_head(variant: str) -> None:
+    given = problem("apfl")
+    strategy, update = make_strategy(
+        "apfl", {"variant": variant, "personal_layers": ("head",)}, training=given.training
+    )
+    parts, kept, grid = started(strategy, update.client_app(given.network, given.data))
+    assert (parts, kept) == ({"body"}, {"head"})
+    grid.close()
+
+
 @pytest.mark.parametrize(
     ("method", "layers", "same_as"),
     [("fedavg", ("head",), "fedper"), ("fedper", (), "fedavg"), ("fedbn", ("head",), "fedper")],

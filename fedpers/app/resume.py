@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging.config
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ def command(arguments: list[str]) -> int:
     except FinishedError as error:
         print(error)
         return 0
-    except PermissionError as error:
-        raise FedpersError(f"{error.filename}: {error.strerror}; the run is not resumed.") from error
     except Exception as error:  # wrong settings, a failed run, or an error in the user's own method
         return print_error(error)
     print_result(summary, options.folder.resolve())
@@ -42,7 +41,10 @@ def command(arguments: list[str]) -> int:
 def _log_to_folder(folder: Path) -> None:
     """Set up logging as Hydra does for a run in `folder`."""
     file = conf_folder() / "hydra" / "job_logging" / "fedpers.yaml"
+    log_file = folder.resolve() / "run.log"
+    if log_file.exists() and not os.access(log_file, os.W_OK):
+        raise FedpersError(f"{log_file} may not be written: the run is not resumed.")
     # not resolved: Hydra alone knows what its file name stands for, and it is replaced
     settings: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    settings["handlers"]["file"]["filename"] = str(folder.resolve() / "run.log")
+    settings["handlers"]["file"]["filename"] = str(log_file)
     logging.config.dictConfig(settings)

@@ -527,11 +527,18 @@ class Cohort:
         network = Network(self.module, tensors, weight, extra.get("key"), given)
         return loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
 
+    def class_counts(self, outputs: int = 0) -> Tensor:
+        """Training samples of each class in this round, int64 ``[K, C]``, for data with classes.
+
+        C is the larger of the number of classes and `outputs`: a network may have outputs that stand for no class.
+        """
+        labels = (self.data.y[torch.from_numpy(self.samples(c)).to(self.device)] for c in self.clients)
+        return torch.stack([torch.bincount(y, minlength=max(outputs, self.data.num_classes)) for y in labels])
+
     def _class_offsets(self) -> Tensor:
         """What ``training.logit_adjustment`` adds to the scores of classes, ``[K, C]``; -inf for one a client lacks."""
         if self._offsets is None:
-            labels = (self.data.y[torch.from_numpy(self.samples(c)).to(self.device)] for c in self.clients)
-            counts = torch.stack([torch.bincount(y, minlength=self.data.num_classes) for y in labels])
+            counts = self.class_counts()
             dtype = next(iter(entries(self.template).values())).dtype
             shares = counts.to(dtype) / counts.sum(1, keepdim=True)
             self._offsets = self.training.logit_adjustment * shares.log()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedpers.cohort.modules import announce, call, part_tensors
 from fedpers.tasks import CLASSIFICATION, Task
@@ -112,7 +114,10 @@ class Batch:
 
     def losses(self, outputs: Tensor) -> Tensor:
         """Loss ``[B]`` of each sample by the data's task, for the network's `outputs` ``[B, ...]``."""
-        return self.task.losses(outputs if self.offsets is None else outputs + self.offsets, self.y)
+        if self.offsets is None:
+            return self.task.losses(outputs, self.y)
+        more = outputs.shape[-1] - len(self.offsets)  # outputs that stand for no class
+        return self.task.losses(outputs + F.pad(self.offsets, (0, more), value=-math.inf), self.y)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of per-sample `values` (``[B]``) over the samples, padding left out."""

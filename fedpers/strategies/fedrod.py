@@ -96,10 +96,7 @@ class FedRoDUpdate(LocalUpdate):
 
     def _prior(self, cohort: Cohort, weights: Tensor) -> Tensor:
         """``gamma * log n_kc`` ``[K, C]``, for heads with `weights` ``[K, C, F]``; -inf for a class a client lacks."""
-        positions = (torch.from_numpy(cohort.samples(client)) for client in cohort.clients)
-        labels = (cohort.data.y[rows.to(cohort.device)] for rows in positions)
-        counts = torch.stack([torch.bincount(y, minlength=weights.shape[1]) for y in labels])
-        return counts.to(weights).pow(self.gamma).log()
+        return cohort.class_counts(weights.shape[1]).to(weights).pow(self.gamma).log()
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Balanced softmax of the common head, plus the loss of both heads' sum, which moves the private one alone."""

@@ -547,3 +547,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
 def test_usage_names_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["--help"]) == 0
     assert "fedpers resume FOLDER" in capsys.readouterr().out
+
+
+def test_a_log_that_may_not_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / "run.log").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root
+    assert _main(["resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.strip().endswith("run.log may not be written: the run is not resumed.")

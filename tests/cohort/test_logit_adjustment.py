@@ -29,6 +29,8 @@ def test_offsets_change_the_odds_of_classes_by_their_shares() -> None:
     batch = Batch(torch.zeros(1, 1), labels, offsets=2.0 * shares.log())
     powers = scores.exp() * shares**2
     torch.testing.assert_close(batch.losses(scores), -(powers[:, 1] / powers.sum()).log())
+    more = F.pad(scores, (0, 2), value=9.0)  # outputs that stand for no class
+    torch.testing.assert_close(batch.losses(more), batch.losses(scores))
     torch.testing.assert_close(replace(batch, offsets=None).losses(scores), F.cross_entropy(scores, labels)[None])
 
 

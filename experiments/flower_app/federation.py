@@ -17,8 +17,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -144,16 +146,19 @@ class Federation:
         config = self.folder / "run.toml"
         config.write_text(f"settings = {json.dumps(settings)}\nresult = {json.dumps(str(result.resolve()))}\n")
         command = [str(PROGRAMS / "flwr"), "run", str(app), "here", "--run-config", str(config), "--stream"]
-        run = subprocess.Popen(command, env=self._environment, start_new_session=True)
+        run: subprocess.Popen[bytes] | None = None
         deadline = time.monotonic() + timeout
         try:
+            with _signals_deferred():
+                run = subprocess.Popen(command, env=self._environment, start_new_session=True)
             while run.poll() is None:
                 self.check()
                 if time.monotonic() > deadline:
                     raise FederationError(f"the run has not ended after {timeout:g} s.")
                 time.sleep(0.2)
         finally:
-            _stop([run])
+            if run is not None:
+                _stop([run])
         if not result.exists():
             raise FederationError("the run failed; its log is above.")
         outcome: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
@@ -169,11 +174,12 @@ class Federation:
     def stop(self) -> None:
         """Stop everything and delete the folder."""
         names = sorted(self._processes, reverse=True)  # nodes before the link they report to
-        _stop([self._processes.pop(name) for name in names])
-        self._temporary.cleanup()
+        with _signals_deferred():
+            _stop([self._processes.pop(name) for name in names])
+            self._temporary.cleanup()
 
     def _launch(self, name: str, command: Sequence[str]) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
+        with (self.folder / f"{name}.log").open("ab") as log, _signals_deferred():
             self._processes[name] = subprocess.Popen(
                 [str(PROGRAMS / command[0]), *command[1:]],
                 env=self._environment,
@@ -241,6 +247,26 @@ def _listens(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((HOST, port)) == 0
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait, so that no process is started and not noted, or left while others are stopped."""
+    if threading.current_thread() is not threading.main_thread():  # signals interrupt the main thread only
+        yield
+        return
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for waiting in dict.fromkeys(received):
+            signal.raise_signal(waiting)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

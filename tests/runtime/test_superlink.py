@@ -232,6 +232,28 @@ def test_server_state_finds_a_client_whose_supernode_was_started_anew(
     assert_none_is_left(surroundings)
 
 
+def test_a_signal_while_a_process_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = loaded()
+    started = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(script.subprocess, "Popen", Interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    federation = script.Federation(1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            federation._launch("sleeper", [Path(sys.executable).name, "-c", "import time; time.sleep(300)"])
+    finally:
+        federation.stop()
+        signal.signal(signal.SIGINT, handler)
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+
+
 @pytest.mark.slow
 def test_the_script_stops_everything_when_it_is_told_to(tmp_path: Path) -> None:
     surroundings = environment()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Iterable
 from typing import Any
 
 import flwr.app as flower
 
 from fedpers.app.compose import composed
+from fedpers.app.listing import describe_method
 from fedpers.flower_private import server_identity
 from fedpers.run.setup import prepare_run
 from fedpers.runtime.local import LocalGrid
-from fedpers.settings.groups import method_file
 from fedpers.strategies import STRATEGIES
 from tests.reference import SOURCES
 from tests.traces import HERE
@@ -48,21 +46,6 @@ class CountingGrid(LocalGrid):
         addressed = list(messages)
         self.messages += len(addressed)
         return super().send_and_receive(addressed, **options)
-
-
-def described(name: str) -> dict[str, str]:
-    """Year, shared and personal parts of a method, from its docstring."""
-    text = ast.get_docstring(ast.parse(method_file(name).read_text(encoding="utf-8"))) or ""
-    match = re.search(r"Shared:\s(.*?)\.\s+Personal:\s(.*?)\.(?:\s|$)", text, re.DOTALL)
-    source = text.split("\n\n")[1] if "\n\n" in text else ""
-    years = re.findall(r"\b(?:19|20)\d\d\b(?!\.\d)", source)
-    arxiv = re.findall(r"arXiv:(\d\d)\d\d\.\d+", source)
-    year = years[0] if years else f"20{arxiv[0]}" if arxiv else ""
-    parts = match.groups() if match else ("", "")
-    shared, personal = (
-        " ".join(re.split(r"[(;]|\.\s", re.sub(r"\s\(:class:[^)]*\)|(?<=`)`", "", p))[0].split()) for p in parts
-    )
-    return {"year": year, "shared": shared, "personal": personal}
 
 
 def measured(name: str) -> dict[str, str]:
@@ -106,9 +89,12 @@ def size(count: float) -> str:
 def row(name: str, traces: dict[str, int]) -> dict[str, str]:
     """All columns of a method."""
     kind = STRATEGIES[name]
+    described = describe_method(name)
     return {
         "method": f"`{name}`",
-        **described(name),
+        "year": described.year,
+        "shared": described.shared,
+        "personal": described.personal,
         **measured(name),
         "unseen clients": "train once" if kind.adapts_by_training() else "a rule of its own",
         "other networks": "yes" if kind.update.mixes_networks else "-",

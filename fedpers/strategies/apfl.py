@@ -11,8 +11,8 @@ With the mixture m_k = alpha_k * v_k + (1 - alpha_k) * w_k, per batch:
     w       <- mean_k w_k
     prediction of client k: alpha_k * v_k + (1 - alpha_k) * w
 
-Shared: the whole network w. Personal: a second network v_k and alpha_k. The mixture's buffers are those of v_k.
-w_k and v_k move by the optimizer of ``training`` (above: plain SGD), alpha_k by plain steps.
+Shared: the whole network w. Personal: a second network v_k, and its share alpha_k of the mixture. The mixture's buffers
+are those of v_k. w_k and v_k move by the optimizer of ``training`` (above: plain SGD), alpha_k by plain steps.
 
 ``variant: pfllib`` repeats a common implementation: v_k follows the gradient at v_k itself; alpha_k moves after both
 steps along alpha_k * g_v + (1 - alpha_k) * g_w plus 0.02 * alpha_k; after training v_k is overwritten by the mixture

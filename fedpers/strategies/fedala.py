@@ -15,8 +15,9 @@ W_k is trained in the client's second training until it has converged, and for o
 but not for keeps, before a prediction. The criterion is that of the authors' code: the losses of the last batches of
 ten passes deviate by less than 0.1; here after 100 passes at the latest.
 
-Shared: the whole network, buffers averaged. Personal: v_k and W_k. W_k is trained with layers as in an evaluation;
-buffers, also of upper layers, are those of w. A client that has not trained starts from and predicts with w.
+Shared: the whole network, buffers averaged. Personal: the network v_k, and W_k, how much of the received one it takes.
+W_k is trained with layers as in an evaluation; buffers, also of upper layers, are those of w. A client that has not
+trained starts from and predicts with w.
 
 ``variant: pfllib`` repeats a common implementation, the authors' own: in every round the clients that do not train are
 sent w too, train W_k and put m_k in the place of v_k, which counts as a training. (There upper layers are counted in

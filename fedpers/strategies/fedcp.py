@@ -16,8 +16,8 @@ psi_k and v_k, the sum over the classes of the rows of psi_k's weight before the
 MMD(f, f^) is the mean over all pairs of a batch of k(f, f) + k(f^, f^) - 2 k(f, f^) with
 k(u, v) = sum_w exp(-||u - v||^2 / (2 w)) for w = 10, 15, 20 and 50.
 
-Shared: body (its buffers averaged with it), policy and the common head (module ``global_head``). Personal: the head and
-v_k (``context``). phi^ works as in an evaluation. The noise is that of the authors' code.
+Shared: body (its buffers averaged with it), policy and the common head (module ``global_head``). Personal: the head,
+and v_k (``context``), the sum of its weights. phi^ works as in an evaluation. The noise is that of the authors' code.
 
 ``variant: pfllib`` repeats a common implementation: only the clients of a round are sent the new policy and common
 head, with which they predict and train until they take part again; before its first training a client has the initial

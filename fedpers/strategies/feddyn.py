@@ -7,9 +7,9 @@ D. A. E. Acar et al., Federated Learning Based on Dynamic Regularization, ICLR 2
     h   <- h - alpha / N * sum_k (w_k - w)                    over the sampled clients, N clients in all
     w   <- mean_k w_k - h / alpha
 
-Shared: the whole network. Personal: g_k (parameters only); the server keeps h. Both start at 0. Buffers have no
-gradient: they are averaged plainly; the server knows them from the clients' app (``strategy.attach``). It sends w
-alone, so that a round costs what one of FedAvg costs.
+Shared: the whole network. Personal: g_k, the gradient that tilts the loss (of parameters only); the server keeps h.
+Both start at 0. Buffers have no gradient: they are averaged plainly; the server knows them from the clients' app
+(``strategy.attach``). It sends w alone, so that a round costs what one of FedAvg costs.
 
 The paper minimizes; here, as in the authors' code, the SGD of ``training`` stands for that. The authors' code, unlike
 the paper, divides alpha by a client's share of the samples, relative to the mean share; here all have one alpha.

@@ -15,10 +15,11 @@ them and itself
 Of the clients that trained in the round before, each of the M is drawn at random with probability `epsilon`, which
 falls by `epsilon_decay` a round, and else the one of largest affinity.
 
-Shared: the whole network, which the server keeps of the clients of a round and sends to others; w_k. Personal: v_k and
-o_k, buffers included; those of a mixture are mixed too. P stands on the server. The paper's clients all take part from
-the start; here the server's arrays are the mean of a round's networks, which a client that has not trained takes for
-o_k and v_k and predicts with. Samples are held out once and for all.
+Shared: the whole network, which the server keeps of the clients of a round and sends to others, and w_k. Personal: the
+network that predicts, v_k, and the one that training began with, o_k, buffers included; those of a mixture are mixed
+too. P stands on the server. The paper's clients all take part from the start; here the server's arrays are the mean of
+a round's networks, which a client that has not trained takes for o_k and v_k and predicts with. Samples are held out
+once and for all.
 
 ``variant: pfllib`` repeats a common implementation: k is one of the M only if its affinity says so, and keeps v_k if no
 w_kj is positive; there is no exploration, and those that did not train in the round before may be among the M, of which

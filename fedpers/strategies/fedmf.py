@@ -7,8 +7,8 @@ User k has a vector w_k (and a bias b_k), all have the item table C; item j scor
     w_k, b_k, C <- passes of SGD on the binary cross-entropy of the user's positives and drawn negatives, jointly
     C           <- mean_k C_k                                                  not weighted
 
-Shared: C. Personal: w_k, b_k. Rates: ``training.lr`` is that of the user vector, ``training.groups.body.lr`` that of
-the table.
+Shared: the item table C. Personal: the user vector w_k and its bias b_k. Rates: ``training.lr`` is that of the user
+vector, ``training.groups.body.lr`` that of the table.
 
 The paper factorizes explicit ratings and encrypts what is sent; here, as in the comparisons of papers on implicit
 feedback, the loss is theirs and nothing is encrypted. Cross-entropy is taken on the float32 probability, logarithms not

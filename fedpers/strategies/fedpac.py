@@ -13,9 +13,9 @@ With features f_k(x) (``[F]``), the share p_kj of class j in k's samples, and a 
     head_k  <-  sum_l a_kl * head_l
                 with the a_k >= 0 of sum 1 that minimizes  sum_l a_kl^2 * V_l + ||h_k - sum_l a_kl * h_l||^2
 
-h and V are those of the received body. Shared: the body, its BatchNorm statistics averaged with it, and C_j. Personal:
-the head, which the server combines from those of the clients of a round and keeps for each
-(:class:`~fedpers.server.tools.ClientTable`).
+h and V are those of the received body. Shared: the body, its BatchNorm statistics averaged with it, and C_j, the mean
+features of each class. Personal: the head, which the server combines from those of the clients of a round and keeps for
+each (:class:`~fedpers.server.tools.ClientTable`).
 
 The paper's clients all take part. Here a client without a head gets the mean of those of the last round, C_j stays as
 it is in a round in which nobody has class j, and a class without C_j draws nobody. In the authors' code the client's

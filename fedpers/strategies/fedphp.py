@@ -12,8 +12,8 @@ With features phi(x), what the head sees, under the trained network w_k and the 
     MMD = mean k(phi_w, phi_w') + mean k(phi_H, phi_H') - 2 mean k(phi_w, phi_H')     over all pairs of a batch
     k   = sum over i = -2..2 of exp(-d^2 / (2^i * b)),  d the distance of two features, b the mean d^2 of unequal ones
 
-Shared: the whole network, buffers averaged. Personal: H_k, a whole network; its buffers are averaged with it, but
-counts are those of w_k.
+Shared: the whole network, buffers averaged. Personal: H_k, an average over the client's former networks; its buffers
+are averaged with it, but counts are those of w_k.
 
 The authors let m_k reach its largest value after the trainings a client can expect, ``ramp = fraction * rounds``. As
 in their code H_k computes features as in an evaluation, and b is that of the batch, held fixed; the paper also

@@ -12,8 +12,9 @@ in batches of B samples (items repeat), and moves everything jointly:
     end when |h_e - h_{e-1}| < tolerance * |h_{e-1}|                h_e = mean loss over all samples of passes 1..e
     C <- mean_k C_k                                                 not weighted
 
-Shared: C. Personal: D_k, w_k, b_k. D starts equal for all users. It is FedMF (:mod:`fedpers.strategies.fedmf`, which
-says what a user computes and sends) with a second table, penalties, decay of the rates within a visit and an early end.
+Shared: the item table C. Personal: the item table D_k, the user vector w_k and its bias b_k. D starts equal for all
+users. It is FedMF (:mod:`fedpers.strategies.fedmf`, which says what a user computes and sends) with a second table,
+penalties, decay of the rates within a visit and an early end.
 
 Rates: ``training.lr`` is that of the score function, ``training.groups.body.lr`` that of both tables (the authors' are
 0.5 and 200 to 1000: means over B * dim entries make gradients small); all fall by ``training.lr_decay`` per round. At

@@ -10,7 +10,8 @@ the client trained before, and cos the cosine of two vectors:
     p_k <- w_k
     w   <- sum_k n_k / n * w_k
 
-Shared: the whole network, buffers averaged. Personal: the body of p_k. Prediction: the received network.
+Shared: the whole network, buffers averaged. Personal: the body of p_k, the network after the last training. Prediction:
+the received network.
 
 Features are what the head sees. The paper's networks have a projection of two layers there, and so have those of all
 methods it compares: it is a matter of the network, not of the method. As in the authors' code z_w and z_p are computed

@@ -10,9 +10,9 @@ For each batch of a client:
 
     w     <- (1 - beta) * w + beta * mean_k w_k
 
-Shared: the whole network w. Personal: theta, which predicts. theta starts at the received network in every round and
-continues from batch to batch. Buffers follow theta, which sees the data, and are averaged. w_k moves by the optimizer
-of ``training`` on lam * (w_k - theta) (above: plain SGD), theta by plain steps.
+Shared: the whole network w. Personal: the network theta, which predicts. theta starts at the received network in every
+round and continues from batch to batch. Buffers follow theta, which sees the data, and are averaged. w_k moves by the
+optimizer of ``training`` on lam * (w_k - theta) (above: plain SGD), theta by plain steps.
 
 ``variant: pfllib`` repeats a common implementation: a decay of 0.001 on theta; theta of a client's first training
 starts at the initial network; prediction with the received network, or the initial one before a client's first

@@ -14,7 +14,8 @@ personal network is ``B_m theta + (1 - B_m) z_m`` with ``B_m = s_m / (s_0 + s_m)
     s_0     <- mean_m [ |theta_m - theta|^2 / d + s_0 s_m / (s_0 + s_m) ]          d parameters
     prediction: theta_m
 
-Shared: the parameters, with s_0 down and s_m up. Personal: the whole network theta_m, buffers included, and s_m.
+Shared: the parameters, with their uncertainty s_0 down and s_m up. Personal: the whole network theta_m, buffers
+included, and s_m.
 
 Readings taken, all of them options. The abstract says that step counts and aggregation follow the two uncertainties,
 one across time and one across clients; the formulas are proposals:

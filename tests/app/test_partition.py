@@ -9,6 +9,7 @@ import pytest
 
 from fedpers.app import _main
 from fedpers.app.compose import composed
+from fedpers.app.listing import describe_method
 from fedpers.app.partition import data_of
 from fedpers.data import PartitionConfig
 from fedpers.settings.dataset import OWN_FILES
@@ -84,6 +85,23 @@ def test_what_there_is_to_choose_from(kind: str, capsys: pytest.CaptureFixture[s
     more = {"tasks": ["classification", "ranking", "regression"], "models": ["cnn_bn", "resnet18_gn"]}
     for name in [*names, *more.get(kind, [])]:
         assert any(line.split() and line.split()[0] == name for line in shown.splitlines()), name
+
+
+def test_every_method_says_what_clients_share_and_keep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert _main(["list", "strategies"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "2019. Shared: the body, its BatchNorm statistics averaged with it. Personal: the head." in lines
+    sent = "K * D numbers go down and K * D come up"
+    assert f"2023. Shared: nothing is averaged; {sent}. Personal: the head, and the adapted prompts P~_n." in lines
+    baselines = {"head_only", "local", "no_learning", "pretrained"}
+    for name in method_names():
+        described = describe_method(name)
+        assert described.summary
+        assert bool(described.year) == (name not in baselines), name
+        assert min(len(described.shared), len(described.personal)) > 1, name
 
 
 def test_every_data_set_says_where_it_comes_from(

@@ -1,4 +1,4 @@
-# make setup | demo | check | test | lint | bench | gpu; each sets itself up and does nothing twice
+# make setup | demo | check | test | lint | docs | bench | gpu; each sets itself up and does nothing twice
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 # the programs that tests start would compile this package anew each time
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: setup demo check test lint bench gpu clean
+.PHONY: setup demo check test lint docs bench gpu clean
 
 setup: $(INSTALLED)
 
@@ -37,6 +37,12 @@ check: lint
 # the tests of a file, which may share a Ray cluster, stay in one process; one process more than cores, since some wait
 test: lint
 	$(PYTEST) --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+
+# README, docs/ and experiments/ as pages in build/docs; a warning is an error
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
+	@echo build/docs/docs/index.html
 
 bench: setup
 	$(BIN)/python -m benchmarks.local_grid

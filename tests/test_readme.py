@@ -1,4 +1,4 @@
-"""What the README says works as it stands there."""
+"""What README and documentation say works as it stands."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ import fedpers
 from fedpers.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def python_blocks(section: str) -> list[str]:
-    """Code of a section."""
-    (text,) = re.findall(rf"^## {section}\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
+def page(name: str) -> str:
+    """Text of a page of the documentation."""
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def python_blocks(text: str) -> list[str]:
+    """Code in a text."""
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(python_blocks("Use a strategy in your own Flower app")[0], "README.md", "exec"), {})
+    exec(compile(python_blocks(page("flower"))[0], "flower.md", "exec"), {})
     accuracy = float(capsys.readouterr().out.strip())
     assert 0.5 < accuracy <= 1
 
@@ -37,7 +41,7 @@ def test_a_strategy_in_ones_own_flower_app(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, Any] = {}
-    exec(compile("\n".join(python_blocks("Use a strategy in your own Flower app")), "README.md", "exec"), names)
+    exec(compile("\n".join(python_blocks(page("flower"))), "page.md", "exec"), names)
     assert names["client_app"].mods
     for strategy, clients in (("robust", "client_app"), ("private", "client_app"), ("small", "small_app")):
         app = ServerApp()
@@ -55,8 +59,10 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.slow
 def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(python_blocks("Write a new method")[0])
-    commands = re.findall(r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", README, flags=re.MULTILINE)
+    (tmp_path / "mine.py").write_text(python_blocks(page("new_method"))[0])
+    commands = re.findall(
+        r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", page("new_method"), flags=re.MULTILINE
+    )
     assert len(commands) == 2
     clients, small = [], ["rounds=2", "partition.num_clients=5"]
     for number, command in enumerate(commands):
@@ -74,14 +80,14 @@ def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
 
 def test_own_data_in_a_call() -> None:
     names: dict[str, Any] = {}
-    exec(compile(python_blocks("Your own data and network")[0], "README.md", "exec"), names)
+    exec(compile(python_blocks(page("data"))[0], "page.md", "exec"), names)
     assert names["data"].client_names == ("Kiel", "Ulm")
 
 
 @pytest.mark.slow
 def test_own_data_and_network_from_the_command_line(tmp_path: Path) -> None:
-    (tmp_path / "hospitals.py").write_text(python_blocks("Your own data and network")[1])
-    (command,) = re.findall(r"^fedpers (dataset=hospitals:.*?)$", README, flags=re.MULTILINE)
+    (tmp_path / "hospitals.py").write_text(python_blocks(page("data"))[1])
+    (command,) = re.findall(r"^fedpers (dataset=hospitals:.*?)$", page("data"), flags=re.MULTILINE)
     done = subprocess.run(
         [sys.executable, "-m", "fedpers", *command.split(), "rounds=2", f"output={tmp_path / 'runs'}"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
@@ -92,14 +98,22 @@ def test_own_data_and_network_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_every_method_stands_in_the_table() -> None:
-    (methods,) = re.findall(r"^## Methods\n(.*?)^## ", README, flags=re.DOTALL | re.MULTILINE)
-    assert set(re.findall(r"^\| `(\w+)`(?: \(.*?\))? \|", methods, flags=re.MULTILINE)) == set(STRATEGIES)
+    assert set(re.findall(r"^\| `(\w+)`(?: \(.*?\))? \|", page("methods"), flags=re.MULTILINE)) == set(STRATEGIES)
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:
-    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), target
+    for path in PAGES:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", path.read_text()):
+            linked = path.parent / target if target else path
+            assert linked.exists(), (path.name, target)
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE)
+                anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in anchors, (path.name, target, anchor)
+
+
+def test_the_readme_shows_the_app_of_the_documentation() -> None:
+    assert python_blocks((ROOT / "README.md").read_text()) == python_blocks(page("flower"))[:1]
 
 
 @pytest.mark.slow
@@ -116,8 +130,8 @@ def test_a_notebook_runs(name: str, shown: str, tmp_path: Path) -> None:
 def test_the_notebook_on_own_data_has_the_code_of_the_readme() -> None:
     notebook = nbformat.read(ROOT / "notebooks" / "own_data.ipynb", as_version=4)
     code = [str(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    assert f"%%writefile hospitals.py\n{python_blocks('Your own data and network')[1].strip()}" in code
-    (settings,) = re.findall(r"^fedpers (dataset=hospitals:.*) strategy=\w+$", README, flags=re.MULTILINE)
+    assert f"%%writefile hospitals.py\n{python_blocks(page('data'))[1].strip()}" in code
+    (settings,) = re.findall(r"^fedpers (dataset=hospitals:.*) strategy=\w+$", page("data"), flags=re.MULTILINE)
     assert any(settings in cell for cell in code)
 
 

@@ -1,0 +1,16 @@
+"""Sphinx settings: ``make docs`` writes the pages of this folder and the experiments' into ``build/docs``."""
+
+from __future__ import annotations
+
+from fedpers import __version__
+
+project = "fedpers"
+release = __version__
+root_doc = "docs/index"
+include_patterns = ["docs/*.md", "experiments/**/*.md", "CONTRIBUTING.md"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+html_theme = "furo"
+html_title = "fedpers"

@@ -117,13 +117,21 @@ def test_the_readme_shows_the_app_of_the_documentation() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "shown"), [("quickstart", "image/png"), ("own_data", "Kiel")])
-def test_a_notebook_runs(name: str, shown: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("quickstart", ["fedavg (baseline)", "image/png"]),
+        ("own_data", ["fedavg (baseline)", "Kiel"]),
+        ("own_method", ["strategy.mu", "mine:Anchored mu=1.0"]),
+        ("flower_app", ["FedPer", "image/png"]),
+    ],
+)
+def test_a_notebook_runs(name: str, shown: list[str], tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
-    assert "fedavg (baseline)" in text
-    assert shown in text
+    for words in shown:
+        assert words in text
     assert "Traceback" not in text
 
 
@@ -133,6 +141,12 @@ def test_the_notebook_on_own_data_has_the_code_of_the_readme() -> None:
     assert f"%%writefile hospitals.py\n{python_blocks(page('data'))[1].strip()}" in code
     (settings,) = re.findall(r"^fedpers (dataset=hospitals:.*) strategy=\w+$", page("data"), flags=re.MULTILINE)
     assert any(settings in cell for cell in code)
+
+
+def test_the_notebook_on_a_method_has_the_code_of_the_documentation() -> None:
+    notebook = nbformat.read(ROOT / "notebooks" / "own_method.ipynb", as_version=4)
+    code = [str(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+    assert "%%writefile mine.py\n" + python_blocks(page("new_method"))[0].strip() in code
 
 
 @pytest.mark.slow

@@ -241,6 +241,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
         "one batch": {"align_batch_size": 0, "align_lr": 0.5},
         "no alignment": {"align_lr": 0.0},
     },
+    "cwfedavg": {"head": {"class_wise": "head", "lam": 1.0, "weighting": "uniform"}},
     "fedcac": {"pfllib": {"variant": "pfllib"}, "strict": {"tau": 0.2, "beta": 3, "weighting": "uniform"}},
     "fedfomo": {"pfllib": {"variant": "pfllib", "models": 2}, "greedy": {"models": 2, "epsilon": 0.0}},
     "apfl": {"pfllib": {"variant": "pfllib"}, "fixed alpha": {"adaptive": False, "alpha": 0.3}},

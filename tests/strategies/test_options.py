@@ -87,6 +87,8 @@ BAD: list[tuple[str, str, Any]] = [
     ("fedpac", "head_epochs", -1),
     ("fedpac", "body_epochs", -1),
     ("fedpac", "variant", "papers"),
+    ("cwfedavg", "lam", -0.1),
+    ("cwfedavg", "class_wise", "body"),
     ("fedcac", "tau", 0.0),
     ("fedcac", "tau", 1.1),
     ("fedcac", "beta", 0),

@@ -85,7 +85,7 @@ def test_structure(tmp_path: Path) -> None:
     assert links == ["#group1"]
     assert "group1" in ids
     rows = [name for name in outline.texts("th") if name.startswith(("FedPer", "FedRep", "Local", "FedAvg"))]
-    assert rows[:4] == ["FedPer", "FedRep", "Local reference", "FedAvg reference"]
+    assert rows[:4] == ["FedPer", "FedRep", "Local", "FedAvg"]
     assert outline.count("figure") == outline.count("figcaption") == outline.count("svg", "figure")
     assert outline.count("figure") >= 12
     for kind, attributes, _ in outline.elements:
@@ -328,7 +328,7 @@ def test_latex_escapes(tmp_path: Path) -> None:
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     runs = write_sweep(tmp_path / "runs", ("local",), seeds=1)
-    with pytest.raises(ConfigError, match="--out: expected a file, not a folder|--out.*a file, not a folder"):
+    with pytest.raises(ConfigError, match=r"--out.*a file, not a folder"):
         run_command(runs, "--out", tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(FedpersError, match=r"file/page\.html cannot be written"):
@@ -349,7 +349,8 @@ CHECK = """
 <script>
 addEventListener("load", () => {
   const frame = document.querySelector("iframe"), inside = frame.contentDocument;
-  const column = place => [...inside.querySelectorAll("table.board tbody tr")].map(row => row.cells[place].dataset.value);
+  const rows = () => [...inside.querySelectorAll("table.board tbody tr")];
+  const column = place => rows().map(row => row.cells[place].dataset.value);
   const buttons = inside.querySelectorAll("table.board thead button");
   const before = column(1);
   buttons[1].click();
@@ -374,8 +375,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
     check = tmp_path / "check.html"
     frame = f'<iframe style="width: 390px; height: 800px; border: 0" srcdoc="{escape(text)}"></iframe>'
     check.write_text(f"<!DOCTYPE html><title>none</title>{frame}{CHECK}")
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", f"--user-data-dir={tmp_path}/p",
-                 "--virtual-time-budget=10000", "--dump-dom", check.as_uri()]  # fmt: skip
+    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+                 f"--user-data-dir={tmp_path}/profile",
+                                 "--virtual-time-budget=10000", "--dump-dom", check.as_uri()]  # fmt: skip
     done = subprocess.run([browser, *arguments], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout)

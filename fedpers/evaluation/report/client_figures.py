@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from fedpers.evaluation.report.contents import Clients, Floats, Method, paired
 from fedpers.evaluation.report.figures import MAX_ROWS, Figure, Styles
-from fedpers.evaluation.report.svg import WIDTH, Axis, Frame, picture, row_frame, share_axis, spread_axis
+from fedpers.evaluation.report.svg import WIDTH, Axis, Frame, picture, row_frame, series, share_axis, spread_axis
 
 MAX_BUBBLES = 1500
 _CELLS = 40
@@ -33,7 +33,7 @@ def ranked_clients(methods: Sequence[Method], styles: Styles, headline: str) -> 
     marks = []
     for method, _ in sorted(drawn, key=lambda pair: styles.get(pair[0].row.method) is not None):
         style, line = styles.get(method.row.method), lines[method.row.method]
-        marks.append(frame.line(shares, line, "other" if style is None else f"s{style}"))
+        marks.append(frame.line(shares, line, series(style)))
         if style is not None:
             marks.append(frame.marks(shares[style % 8 :: 12], line[style % 8 :: 12], style))
     yield Figure(
@@ -71,8 +71,8 @@ def gains(methods: Sequence[Method], reference: Method, name: str) -> Iterator[F
     yield Figure(
         frame.drawn(marks, f"Share of clients better and worse off than with {name}", rows=[m for m, _, _ in shares]),
         f"Who gains and who loses against {name}",
-        f"Percent of the clients that score higher (right, filled) and lower (left, striped) than the same clients "
-        f"with {name}; the rest are equal.",
+        f"Percent of the clients that score higher (right, solid) and lower (left, pale) than the same clients "
+        f"do with {name}; the rest are equal.",
     )
 
 

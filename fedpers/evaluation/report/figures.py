@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from fedpers.evaluation.leaderboard import Group
 from fedpers.evaluation.report.contents import COSTS, Floats, Method
-from fedpers.evaluation.report.svg import STYLES, Axis, Frame, row_frame, share_axis, spread_axis, swatch
+from fedpers.evaluation.report.svg import STYLES, Axis, Frame, row_frame, series, share_axis, spread_axis, swatch
 from fedpers.settings.groups import method_title
 
 Styles = Mapping[str, int | None]
@@ -54,11 +54,10 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
         marks = [frame.line([0, 0], [-0.6, len(drawn) - 0.4], "zero")]
         for place, (row, c) in enumerate(drawn):
             style = styles.get(row.method)
-            name = "other" if style is None else f"s{style} solid"
             if math.isfinite(c.low) and math.isfinite(c.high):
-                marks.append(frame.line([c.low, c.high], [place, place], f"interval {name}"))
+                marks.append(frame.line([c.low, c.high], [place, place], f"interval solid {series(style)}"))
             title = f"{row.label}: {points(c.difference)} points ({interval(c.low, c.high)})"
-            marks.append(frame.marks([c.difference], [place], 0 if style is None else style, [title]))
+            marks.append(frame.marks([c.difference], [place], style, [title]))
         cut = f"; the first {len(drawn)} of {len(found)} methods" if len(drawn) < len(found) else ""
         intervals = "bars: 95 % intervals" if any(math.isfinite(c.low) for _, c in drawn) else "one seed: no intervals"
         yield Figure(

@@ -87,7 +87,7 @@ def page(groups: Sequence[Group], runs: Sequence[RunRecord], left_out: Sequence[
         loader=PackageLoader("fedpers.evaluation.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"swatch": swatch, "points": points, "marked": _marked}
+    environment.filters |= {"swatch": swatch, "points": points}
     by_folder = {str(run.folder): run for run in runs}
     sections, shortened = [], 0
     colours: dict[str, int] = {}
@@ -252,8 +252,3 @@ def _harms(
                 harmed = client_figures.harmed(method, reference)
                 total = sum(len(clients.score) for _, clients, _ in pairs)
                 yield HarmList(method.row.label, method_title(name), len(harmed), total, harmed[:_HARMED])
-
-
-def _marked(row: Row) -> str:
-    """What kind of row it is, other than a method."""
-    return "no learning" if row.strategy == NO_LEARNING else "reference" if row.baseline else ""

@@ -86,7 +86,7 @@ def _data_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], manife
     samples = [f"{sizes[part]:,} {what}" for part, what in
                (("train", "training"), ("validation", "validation"), ("test", "test")) if part in sizes]  # fmt: skip
     clients = f"{summary['num_clients']:,} clients" if "num_clients" in summary else "clients"
-    text = f"{summary.get('dataset', 'The data')} "
+    text = f"The data set {summary.get('dataset', '')} "
     text += f"({', '.join(samples)} samples) " if samples else ""
     text += f"was divided among {clients} (partition {summary.get('partition', 'unknown')})"
     shifts = _shifts(config)
@@ -113,15 +113,14 @@ def _training_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], me
     text = f"All methods trained the network {summary.get('model', '?')} for {summary.get('rounds', '?')} rounds{share}"
     if training.get("budget") is not None and "budget" not in differ:
         text += f", ended once clients had computed {training['budget']} gradients each in the mean"
-    local = [f"{training[key]} local {key}" for key in ("steps", "epochs") if training.get(key) and key not in differ][
-        :1
-    ]
-    known = (("optimizer", "{}"), ("lr", "learning rate {}"), ("batch_size", "batches of {}"),
+    amounts = [key for key in ("steps", "epochs") if training.get(key) and key not in differ]
+    local = [f"{training[key]} local {key if training[key] != 1 else key[:-1]}" for key in amounts[:1]]
+    known = (("optimizer", "optimizer {}"), ("lr", "learning rate {}"), ("batch_size", "batches of {}"),
              ("momentum", "momentum {}"), ("weight_decay", "weight decay {}"))  # fmt: skip
     local += [form.format(training[key]) for key, form in known if training.get(key) and key not in differ]
     text += f" ({', '.join(local)})" if local else ""
     text += f"; {listed(sorted(differ), 20)} differ between methods and are listed with them" if differ else ""
-    low, high = (f([method.row.gradients for method in methods]) for f in (min, max))
+    low, high = (f([g for m in methods if (g := m.row.gradients) > 0] or [0.0]) for f in (min, max))
     if high > 1.05 * low:
         text += f". Methods differ in the gradients they computed ({low:,.0f} to {high:,.0f} per run)"
     return f"{text}."

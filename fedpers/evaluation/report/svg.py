@@ -137,7 +137,7 @@ class Frame:
         there, back = self.points(x, low), self.points(x, high)[::-1]
         return Markup('<path class="band {}" d="{}z"/>').format(style, _path(np.concatenate([there, back])))
 
-    def marks(self, x: ArrayLike, y: ArrayLike, style: int, titles: Sequence[str] = ()) -> Markup:
+    def marks(self, x: ArrayLike, y: ArrayLike, style: int | None, titles: Sequence[str] = ()) -> Markup:
         """Markers of a series; `titles` appear when a pointer rests on them."""
         drawn = []
         for place, (across, down) in enumerate(self.points(x, y)):
@@ -164,7 +164,7 @@ class Frame:
             x = self.points(value, self.y.low)[0, 0]
             parts.append(Markup('<path class="grid" d="M{0} {1}V{2}"/>').format(_n(x), _n(bottom), _TOP))
             number = Markup('<text x="{}" y="{}" text-anchor="middle">{}</text>')
-            parts.append(number.format(_n(min(x, WIDTH - 3.1 * len(text))), _n(bottom + 15), text))
+            parts.append(number.format(_n(min(x, WIDTH - 3.6 * len(text))), _n(bottom + 15), text))
         labels = self.y.ticks() if rows is None else list(enumerate(rows))
         for value, text in labels:
             y = self.points(self.x.low, value)[0, 1]
@@ -193,15 +193,20 @@ def picture(height: float, content: Markup, description: str) -> Markup:
     return opened.format(WIDTH, _n(height), description) + content + Markup("</svg>")
 
 
-def marker(style: int, x: float, y: float, title: str | Markup = "") -> Markup:
-    """One marker of a series."""
-    shape = Markup('<path class="mark s{}" transform="translate({} {})" d="{}">{}</path>')
-    return shape.format(style, _n(x), _n(y), _MARKERS[style], title)
+def marker(style: int | None, x: float, y: float, title: str | Markup = "") -> Markup:
+    """One marker of a series; None: a grey circle."""
+    shape = Markup('<path class="mark {}" transform="translate({} {})" d="{}">{}</path>')
+    return shape.format(series(style), _n(x), _n(y), _MARKERS[style or 0], title)
+
+
+def series(style: int | None) -> str:
+    """The class of a series; None: one of the others, which are grey."""
+    return "other" if style is None else f"s{style}"
 
 
 def swatch(style: int | None) -> Markup:
     """A line with its marker, as they stand in legends; None: the grey of the others."""
-    line = Markup('<path class="line {}" d="M0 7H26"/>').format("other" if style is None else f"s{style}")
+    line = Markup('<path class="line {}" d="M0 7H26"/>').format(series(style))
     drawn = line if style is None else line + marker(style, 13, 7)
     return Markup('<svg class="swatch" viewBox="0 0 26 14" aria-hidden="true">{}</svg>').format(drawn)
 

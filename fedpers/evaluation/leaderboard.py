@@ -155,18 +155,12 @@ def leaderboard_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     ]
 
 
-_NO_SHIFTS = ("none", None, "name", "strength", "groups")
-"""Values of ``heterogeneity.name`` and keys below ``heterogeneity`` that name no shift."""
-
-
 def _titles(runs: Sequence[RunRecord]) -> list[str]:
     """Name each group by what its runs share, and groups that would look alike by what tells them apart."""
     short = []
     for run in runs:
         s, config = run.summary, run.comparable
-        shifts = dict.fromkeys(key.split(".")[1] for key in config if key.startswith("heterogeneity."))
-        shifts = {name: None for name in (config.get("heterogeneity.name"), *shifts) if name not in _NO_SHIFTS}
-        parts = [s.get("dataset"), s.get("partition"), *shifts, s.get("model")]
+        parts = [s.get("dataset"), s.get("partition"), *run.shifts, s.get("model")]
         parts += [f"{s[name]} {name.removeprefix('num_')}" for name in ("num_clients", "rounds") if name in s]
         if config.get("fraction") is not None:
             parts.append(f"fraction {config['fraction']}")
@@ -246,7 +240,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     runs_used = [run for s in per_method for run in s.values()]
     spread = bool(first.get("spread", True))
     group = Group(title, rows, sentence(rows, runs[0], baselines), references, headline, tuple(also), spread)
-    group.notes.extend(notes(group, runs_used, older, baselines, problems))
+    group.notes.extend(notes(group, runs_used, older, problems))
     return group
 
 

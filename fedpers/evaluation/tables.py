@@ -16,7 +16,9 @@ from rich.text import Text
 
 from fedpers.errors import ConfigError, one_of
 from fedpers.evaluation.leaderboard import Group, Row
+from fedpers.evaluation.pivot import Pivot
 from fedpers.evaluation.statistics import Comparison
+from fedpers.evaluation.wording import ranks_over_tables
 from fedpers.settings.groups import method_title
 
 
@@ -53,11 +55,13 @@ def columns(group: Group) -> list[Column]:
     chosen += [_metric(key, label) for key, label in group.also]
     if any(not math.isnan(row.epsilon) for row in group.rows):
         chosen.append(Column("epsilon", "epsilon", lambda row: _plain(row.epsilon, "{:.3g}"), lambda row: row.epsilon))
+    seeds = Column("seeds", "seeds", lambda row: str(len(row.seeds)), lambda row: len(row.seeds), -1)
+    unequal = len({len(row.seeds) for row in group.rows}) > 1  # which the sentence does not say of each
+    chosen += [seeds] if unequal else []
     if group.spread:
-        chosen.append(
-            Column("worst", "worst\ntenth %", lambda r: _percent(r.worst_decile), lambda r: r.worst_decile, -1)
-        )
-    chosen.append(Column("seeds", "seeds", lambda row: str(len(row.seeds)), lambda row: len(row.seeds), -1))
+        worst = "worst\ntenth %"
+        chosen.append(Column("worst", worst, lambda row: _percent(row.worst_decile), lambda row: row.worst_decile, -1))
+    chosen += [] if unequal else [seeds]
     if group.spread:
         chosen.append(Column("std", "std over\nclients", lambda row: _percent(row.std), lambda row: row.std))
     return [
@@ -129,17 +133,15 @@ def print_leaderboard(
         if keys is None:
             shown = _fitting(console, group, shown, sort)
         table = _table(group, shown, sort)
-        # numbers that are too wide for the terminal wrap whole lines rather than losing digits
-        needed = _width(console, table)
-        if needed > console.width:
-            table.width = needed
-        console.print(table, crop=False)
+        _print_whole(console, table)
         hidden = [column.key for column in columns(group)[len(shown) :]] if keys is None else []
         for note in group.notes:
             console.print(Text(note, style="dim"))
         if hidden:
             console.print(Text(f"More columns (--columns): {', '.join(hidden)}.", style="dim"))
         console.print()
+    if across := ranks_over_tables(groups):
+        console.print(Text(across))
 
 
 def _fitting(console: Console, group: Group, available: Sequence[Column], sort: str) -> list[Column]:
@@ -152,6 +154,14 @@ def _fitting(console: Console, group: Group, available: Sequence[Column], sort: 
 
 def _width(console: Console, table: Table) -> int:
     return Measurement.get(console, console.options.update(max_width=1000), table).minimum
+
+
+def _print_whole(console: Console, table: Table) -> None:
+    """Numbers that are too wide for the terminal wrap whole lines rather than losing digits."""
+    needed = _width(console, table)
+    if needed > console.width:
+        table.width = needed
+    console.print(table, crop=False)
 
 
 def _table(group: Group, shown: Sequence[Column], sort: str) -> Table:
@@ -168,6 +178,71 @@ def _table(group: Group, shown: Sequence[Column], sort: str) -> Table:
     return table
 
 
+def print_pivots(pivots: Sequence[Pivot], console: Console | None = None) -> None:
+    """Print one table per pivot: methods by values, mean ± 95 % interval over seeds; what each leaderboard says below.
+
+    Parameters
+    ----------
+    pivots : sequence of Pivot
+    console : rich.console.Console, optional
+        Where to print; standard output if not given. Columns that find no room stand in further tables.
+    """
+    console = console or Console()
+    for pivot in pivots:
+        console.print(Text(_pivot_title(pivot), style="bold"))
+        values = list(pivot.groups)
+        while values:
+            count = len(values)
+            while count > 1 and _width(console, _pivot_table(pivot, values[:count])) > console.width:
+                count -= 1
+            _print_whole(console, _pivot_table(pivot, values[:count]))
+            del values[:count]
+        for name, group in pivot.groups.items():
+            console.print(Text(f"{name}: {group.sentence}"))
+        console.print()
+
+
+def _pivot_title(pivot: Pivot) -> str:
+    metrics = dict.fromkeys(f"{_spelled(group.headline)} %" for group in pivot.groups.values())
+    return f"{pivot.title}: {', '.join(metrics)} by {pivot.key}"
+
+
+def _pivot_cell(pivot: Pivot, label: str, value: str) -> str:
+    row = pivot.rows[label].get(value)
+    return "-" if row is None else _score(row)
+
+
+def _pivot_table(pivot: Pivot, values: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", overflow="fold", min_width=16, vertical="bottom")
+    for value in values:
+        width = max(len(_pivot_cell(pivot, label, value)) for label in pivot.rows)
+        table.add_column(Text(value), justify="right", overflow="fold", min_width=max(width, min(len(value), 12)))
+    for label, rows in pivot.rows.items():
+        cells = []
+        for value in values:
+            row = rows.get(value)
+            cells.append(Text(_pivot_cell(pivot, label, value), style="bold" if row is not None and row.best else ""))
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def pivot_markdown(pivots: Sequence[Pivot]) -> str:
+    """The same tables in Markdown."""
+    parts = []
+    for pivot in pivots:
+        lines = [["method", *pivot.groups]]
+        lines += [[label, *(_pivot_cell(pivot, label, value) for value in pivot.groups)] for label in pivot.rows]
+        sentences = [f"- {_escaped(f'{name}: {group.sentence}')}" for name, group in pivot.groups.items()]
+        parts += [f"**{_escaped(_pivot_title(pivot))}**", _markdown_table(lines), "\n".join(sentences)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = ("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
+    return "\n".join([head, "|---|" + "---:|" * (len(lines[0]) - 1), *body])
+
+
 def markdown(groups: Sequence[Group], keys: Sequence[str] | None = None, sort: str = "score") -> str:
     """The same tables with all columns, or the chosen ones, in Markdown."""
     parts = []
@@ -175,11 +250,8 @@ def markdown(groups: Sequence[Group], keys: Sequence[str] | None = None, sort: s
         shown = chosen_columns(group, keys)
         lines = [["method", *(column.title.replace("\n", " ") for column in shown)]]
         lines += [[_name(row), *(column.cell(row) for column in shown)] for row in sorted_rows(group, sort)]
-        head, *body = ("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
-        rule = "|---|" + "---:|" * len(shown)
         notes = "\n".join(f"- {_escaped(note)}" for note in group.notes)
-        parts.append("\n".join([f"**{_escaped(group.title)}**", "", _escaped(group.sentence), "", head, rule, *body]))
-        parts.append(notes)
+        parts += [f"**{_escaped(group.title)}**", _escaped(group.sentence), _markdown_table(lines), notes]
     return "\n\n".join(parts) + "\n"
 
 
@@ -199,15 +271,7 @@ def _flat(group: Group) -> list[dict[str, Any]]:
         line |= {"seeds": " ".join(map(str, row.seeds)), "metric": group.headline, "score": row.score}
         line |= {"interval": row.interval, "worst_decile": row.worst_decile, "std": row.std, "last": row.last}
         for c in row.comparisons:
-            values = {
-                "difference": c.difference,
-                "low": c.low,
-                "high": c.high,
-                "p_value": c.p_value,
-                "effect": c.effect,
-            }
-            values |= {"over": c.over, "verdict": c.verdict}
-            line |= {f"vs_{c.reference}_{key}": value for key, value in values.items()}
+            line |= {f"vs_{c.reference}_{key}": value for key, value in asdict(c).items() if key != "reference"}
         line |= {key: _shown(row, key) for key, _ in group.also}
         line |= {"megabytes": row.megabytes, "gradients": row.gradients, "seconds": row.seconds, "epsilon": row.epsilon}
         line |= {"interrupted": row.interrupted}
@@ -225,8 +289,8 @@ def _against(reference: str) -> Column:
         c = find(row)
         if c is None:
             return "reference" if row.strategy == reference else "-"
-        interval = "" if math.isnan(c.low) else f" ±{50 * (c.high - c.low):.1f}"
-        return f"{100 * c.difference:+.1f}{interval} {c.verdict}" if not math.isnan(c.difference) else c.verdict
+        difference = "" if math.isnan(c.difference) else f" {100 * c.difference:+.1f}"
+        return c.verdict + difference + ("" if math.isnan(c.low) else f" ±{50 * (c.high - c.low):.1f}")
 
     def value(row: Row) -> float:
         c = find(row)

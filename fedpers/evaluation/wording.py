@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedpers.evaluation.runs import RunRecord, differing, number
-from fedpers.evaluation.statistics import MIN_SEEDS, Comparison
+from fedpers.evaluation.statistics import LEVEL, MIN_CLIENTS, MIN_SEEDS, Comparison, average_ranks
 from fedpers.settings.groups import method_title
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 NAMED = 5
 """So many methods are named in a phrase, the best; the others are counted."""
+MIN_TABLES = 5
+"""With fewer tables methods are not ranked over them."""
 _VERDICTS = ("better", "undecided", "worse", "untested")
 _VERBS = {
     "better": ("beats", "beat"),
@@ -40,7 +42,7 @@ def sentence(rows: Sequence[Row], run: RunRecord, baselines: Sequence[str]) -> s
     """
     present = [name for name in baselines if any(row.strategy == name for row in rows)]
     absent = [method_title(name) for name in baselines if name not in present]
-    lacking = f"there is no {' and no '.join(absent)} run to compare with" if absent else ""
+    lacking = f"there is no run of {listed(absent, 'or')} to compare with" if absent else ""
     methods = [row for row in rows if row.strategy not in present]
     where = _setting(run)
     if not any(row.comparisons for row in rows):
@@ -64,9 +66,41 @@ def sentence(rows: Sequence[Row], run: RunRecord, baselines: Sequence[str]) -> s
     return f"{text}{f'; {lacking}' if lacking else ''}{_basis(rows, everything)}."
 
 
+def ranks_over_tables(groups: Sequence[Group]) -> str:
+    """Say how methods rank over tables, if at least :data:`MIN_TABLES` share three methods; else nothing.
+
+    The methods and tables are those with most scores in which each method has one in each table.
+    """
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    for table, group in enumerate(groups):
+        for row in group.rows:
+            if not math.isnan(row.score):
+                scores[row.label][table] = row.score
+    names = sorted(scores, key=lambda name: (-len(scores[name]), name))
+    best: tuple[int, list[str], list[int]] = (0, [], [])
+    shared = set(range(len(groups)))
+    for count, name in enumerate(names, start=1):
+        shared &= scores[name].keys()
+        if count >= 3 and len(shared) >= MIN_TABLES and count * len(shared) > best[0]:
+            best = (count * len(shared), names[:count], sorted(shared))
+    _, names, tables = best
+    if not names:
+        return ""
+    ranks = average_ranks({name: [scores[name][table] for table in tables] for name in names})
+    listing = listed(shortened([f"{name} {rank:.1f}" for name, rank in ranks.ranks.items()]))
+    text = f"Average ranks over {ranks.tables} tables: {listing}"
+    if ranks.p_value > LEVEL:
+        return f"{text}; Friedman's test tells none apart (p = {ranks.p_value:.2g})."
+    return (
+        f"{text}; ranks less than {ranks.critical_difference:.1f} apart cannot be told apart (Nemenyi's test after "
+        f"Friedman's with p = {ranks.p_value:.2g}, which take the tables as independent of each other)."
+    )
+
+
 def _setting(run: RunRecord) -> str:
     s = run.summary
     parts = [str(s["partition"])] if s.get("partition") else []
+    parts += run.shifts
     parts += [f"{s['num_clients']} clients"] if s.get("num_clients") else []
     details = f" ({', '.join(parts)})" if parts else ""
     return f"On {s['dataset']}{details}, " if s.get("dataset") else ""
@@ -123,7 +157,6 @@ def notes(
     group: Group,
     runs: Sequence[RunRecord],
     older: Sequence[RunRecord],
-    baselines: Sequence[str],
     problems: Sequence[str],
 ) -> list[str]:
     """Say what a reader of the table must know, in whole sentences.
@@ -136,8 +169,6 @@ def notes(
         Of its rows.
     older : sequence of RunRecord
         Left out for newer ones.
-    baselines : sequence of str
-        References, be there a row of them or not.
     problems : sequence of str
         Of :func:`fedpers.evaluation.comparisons.compare`.
     """
@@ -149,10 +180,6 @@ def notes(
             "adapted: at the end of the run, after training locally for one round, or for so many steps "
             "(strategy=pfedpg: for strategy.adapt_rounds)."
         )
-    absent = [name for name in baselines if not any(row.strategy == name for row in rows)]
-    if absent:
-        names = " and no ".join(map(method_title, absent))
-        notes.append(f"There is no {names} run to compare with.")
     if different := _training_notes(runs):
         notes.append(f"Rows differ in training settings (training.*): {'; '.join(different)}.")
     if private := [run for run in runs if run.summary.get("privacy_delta") is not None]:
@@ -160,7 +187,7 @@ def notes(
     stopped = [run for run in runs if run.summary.get("interrupted")]
     if stopped:
         ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
-        notes.append(f"! Interrupted: {', '.join(ends)}.")
+        notes.append(f"Interrupted: {', '.join(ends)}.")
     if any(run.selected_on == "test" for run in runs):
         chosen = {part: sorted({r.strategy for r in runs if r.selected_on == part}) for part in ("test", "validation")}
         phrases = [f"on {part} for {', '.join(names)}" for part, names in chosen.items() if names]
@@ -228,25 +255,19 @@ def _reading(group: Group) -> list[str]:
     notes = [f"Test {group.headline}: mean over clients at the selected round{interval}."]
     everything = [c for row in group.rows for c in row.comparisons]
     over = {c.over for c in everything if c.verdict != "untested"}
-    tests = []
-    if "seeds" in over:
-        tests.append("paired t-test over seeds")
-    if "clients" in over:
-        where = f", where fewer than {MIN_SEEDS} seeds are common or all differ alike," if "seeds" in over else ""
-        tests.append(
-            f"paired bootstrap over clients{where} which speaks of other clients like these, not of other seeds"
-        )
     if over:
-        names = listed([method_title(name) for name in group.references])
+        test = "paired t-test over seeds" if "seeds" in over else "paired bootstrap over clients"
+        if len(over) == 2:
+            test += f" (bootstrap over clients where fewer than {MIN_SEEDS} seeds are common, or all differ alike)"
         notes.append(
-            f"Differences from {names} in points ± 95 % interval; better and worse at 5 % after Holm's correction over "
-            f"the rows ({'; '.join(tests)}); undecided is not equal. Other rows are not compared with each other."
+            f"vs: difference in points ± 95 % interval; better or worse: {test}, p ≤ 5 % after Holm's correction over "
+            "the rows; undecided is not equal. Other rows are not compared with each other."
         )
     clear = [c for c in everything if c.verdict == "undecided" and c.low * c.high > 0]
     if clear:
         notes.append(
             f"{len(clear)} of the undecided differences {'has an interval' if len(clear) == 1 else 'have intervals'} "
-            "without 0: among so many comparisons that is to be expected by chance."
+            "without 0, which is not enough among so many comparisons."
         )
     if untested := [
         f"{row.label} with {method_title(c.reference)}"
@@ -256,7 +277,7 @@ def _reading(group: Group) -> list[str]:
     ]:
         notes.append(
             f"Not tested: {listed(shortened(untested))} (no seed in common, a seed without a score, "
-            "too few clients, or differences that are all the same)."
+            f"fewer than {MIN_CLIENTS} clients, or differences that are all the same)."
         )
     for reference in group.references:
         variants = [row for row in group.rows if row.strategy == reference]

@@ -18,6 +18,7 @@ from fedpers.evaluation.report.figures import Figure, Styles, points
 from fedpers.evaluation.report.svg import STYLES, swatch
 from fedpers.evaluation.runs import RunRecord
 from fedpers.evaluation.tables import Column, columns
+from fedpers.evaluation.wording import ranks_over_tables
 from fedpers.settings.groups import method_title
 
 MAX_ROWS = 200
@@ -106,8 +107,9 @@ def page(groups: Sequence[Group], runs: Sequence[RunRecord], left_out: Sequence[
     )  # neither holds anything of a run
     methods = {row.method for group in groups for row in group.rows}
     return environment.get_template("page.html").render(
-        groups=groups, sections=sections, shortened=shortened, left_out=left_out, methods=len(methods), runs=len(runs),
-        style=style, script=script, version=__version__, now=datetime.now().astimezone(),
+        groups=groups, ranks=ranks_over_tables(groups), sections=sections, shortened=shortened, left_out=left_out,
+        methods=len(methods), runs=len(runs), style=style, script=script, version=__version__,
+        now=datetime.now().astimezone(),
     )  # fmt: skip
 
 

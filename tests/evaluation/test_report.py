@@ -173,6 +173,19 @@ def test_bad_files_are_named_and_the_rest_is_drawn(tmp_path: Path) -> None:
     assert outline.count("svg", "figure") > 8
 
 
+def test_files_of_another_make(tmp_path: Path) -> None:
+    strange = {"num_clients": "many", "num_unseen": [1], "partition": None, "dataset": 3, "model": {}, "task": []}
+    folder = write_run(tmp_path / "a", config={"fraction": "half", "heterogeneity": "x", "training": None}, **strange)
+    (folder / "manifest.json").write_text('{"data": [], "versions": {"torch": 2}}')
+    (folder / "rounds.jsonl").write_text('[["round"]]\n')
+    folder = write_run(tmp_path / "b", config={"fraction": 2, "heterogeneity": {"name": None}}, partition=[2], model=1)
+    (folder / "manifest.json").write_text('{"data": {"samples": {"train": "x"}}}')
+    (folder / "rounds.jsonl").write_text('{"round": Infinity, "test/accuracy": 1}\n')
+    outline = Outline(report(tmp_path))
+    assert outline.count("section") == 2
+    assert len(outline.texts("p", "paragraph")) == 2
+
+
 def test_numbers_that_are_missing_or_not_finite(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "local")
     folder = write_run(tmp_path / "b", "fedper", selected={"test/accuracy": None}, last={"test/accuracy": None})

@@ -118,7 +118,7 @@ def read_methods(group: Group, runs: Mapping[str, RunRecord]) -> tuple[list[Meth
                 problems.append(f"Not drawn: {folder} has no usable clients.parquet ({_sentence(error)}).")
         try:
             curve, extra = _curve(rounds, f"test/{group.headline}"), dict(_extra(rounds))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             problems.append(f"Not drawn: the rounds of {row.label} hold something else than numbers ({error}).")
             curve, extra = None, {}
         methods.append(Method(row, [runs[folder] for folder in row.folders], curve, clients, extra))

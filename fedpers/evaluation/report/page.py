@@ -25,6 +25,7 @@ MAX_ROWS = 200
 """Rows of a table; further methods are in files only (``--csv``)."""
 MAX_DRAWN = 60
 """Methods whose run folders are read and drawn, besides the references."""
+MAX_PROBLEMS = 20
 FIGURES_BYTES, PAGE_BYTES = 3_000_000, 4_200_000
 """Once the page has so many, the groups that follow have no pictures, or are a sentence."""
 _SCATTERED = 3
@@ -43,12 +44,13 @@ class Part:
 
 @dataclass(frozen=True)
 class HarmList:
-    """Clients that a method serves worse than a reference does; `shown` of `total`."""
+    """Clients that a method serves worse than a reference does: `total` of `clients`, of which some are `shown`."""
 
     method: str
     reference: str
     total: int
     clients: int
+    seeds: int
     shown: list[Harm]
 
 
@@ -124,13 +126,14 @@ def _section(
     described = methods or [Method(row, [runs[f] for f in row.folders], None, {}) for row in kept]
     styles = _styles(group.rows, best, colours)
     compared = {name: next(m for m in methods if m.row is row) for name, row in best.items() if drawn and row}
+    shown, more = group.rows[:MAX_ROWS], len(problems) - MAX_PROBLEMS
     return Section(
         anchor=anchor,
         group=group,
         warnings=prose.warnings(described),
-        notes=[*group.notes, *problems[:20]],
+        notes=[*group.notes, *problems[:MAX_PROBLEMS], *([f"And {more} more files."] if more > 0 else [])],
         columns=list(_columns(group)),
-        rows=group.rows[:MAX_ROWS],
+        rows=[*shown, *(row for row in best.values() if row is not None and row not in shown)],
         styles=styles,
         parts=[part for part in _parts(group, methods, compared, styles) if part.figures or part.note],
         harms=list(_harms(group, methods, compared, styles)),
@@ -234,7 +237,7 @@ def _sample_note(methods: Sequence[Method], headline: str) -> str:
     if not sizes:
         return ""
     middle = float(np.median(np.concatenate(sizes)))
-    if "accuracy" not in headline or middle > 50:
+    if "accuracy" not in headline or not 1 <= middle <= 50:
         return ""
     return (
         f"Half of the clients have at most {middle:.0f} test samples, so that one sample is {100 / middle:.0f} points "
@@ -253,4 +256,4 @@ def _harms(
             if pairs and method is not reference:
                 harmed = client_figures.harmed(method, reference)
                 total = sum(len(clients.score) for _, clients, _ in pairs)
-                yield HarmList(method.row.label, method_title(name), len(harmed), total, harmed[:_HARMED])
+                yield HarmList(method.row.label, method_title(name), len(harmed), total, len(pairs), harmed[:_HARMED])

@@ -81,11 +81,10 @@ def paragraph(group: Group, methods: Sequence[Method]) -> str:
 
 
 def _data_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    data = manifest.get("data", {})
-    sizes = data.get("samples") or {}
-    samples = [f"{sizes[part]:,} {what}" for part, what in
+    sizes = _named_values(_named_values(manifest.get("data")).get("samples"))
+    samples = [f"{_count(sizes[part])} {what}" for part, what in
                (("train", "training"), ("validation", "validation"), ("test", "test")) if part in sizes]  # fmt: skip
-    clients = f"{summary['num_clients']:,} clients" if "num_clients" in summary else "clients"
+    clients = f"{_count(summary['num_clients'])} clients" if "num_clients" in summary else "clients"
     text = f"The data set {summary.get('dataset', '')} "
     text += f"({', '.join(samples)} samples) " if samples else ""
     text += f"was divided among {clients} (partition {summary.get('partition', 'unknown')})"
@@ -109,7 +108,8 @@ def _training_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], me
     training = trainings[0]
     differ = {item.partition("=")[0] for other in trainings for item in differing(other, trainings)}
     fraction = config.get("fraction")
-    share = "" if fraction in (None, 1, 1.0) else f" with {100 * float(fraction):g} % of the clients each"
+    partial = isinstance(fraction, float) and fraction < 1
+    share = f" with {100 * fraction:g} % of the clients each" if partial else ""
     text = f"All methods trained the network {summary.get('model', '?')} for {summary.get('rounds', '?')} rounds{share}"
     if training.get("budget") is not None and "budget" not in differ:
         text += f", ended once clients had computed {training['budget']} gradients each in the mean"
@@ -163,12 +163,12 @@ def _tests_sentence(group: Group, methods: Sequence[Method]) -> str:
 
 
 def _software_sentence(manifest: Mapping[str, Any]) -> str:
-    versions = manifest.get("versions") or {}
+    versions = _named_values(manifest.get("versions"))
     names = {"fedpers": "fedpers", "flwr": "Flower", "torch": "PyTorch"}
     software = [f"{text} {versions[key]}" for key, text in names.items() if key in versions]
     if not software:
         return ""
-    commit, checksum = manifest.get("commit"), (manifest.get("data") or {}).get("checksum")
+    commit, checksum = manifest.get("commit"), _named_values(manifest.get("data")).get("checksum")
     stated = [*([f"commit {str(commit)[:12]}"] if commit else []), *([f"data checksum {checksum}"] if checksum else [])]
     return f"Software: {', '.join(software)}{f' ({listed(stated, 5)})' if stated else ''}."
 
@@ -180,6 +180,14 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _named_values(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def listed(items: Iterable[str], most: int, last: str = "") -> str:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fedpers.evaluation.comparisons import compare
 from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, differing, number
-from fedpers.evaluation.statistics import half_interval, paired_p
+from fedpers.evaluation.statistics import Comparison, half_interval
+from fedpers.evaluation.wording import notes, sentence
+from fedpers.settings.groups import method_title
 
 BASELINES = ("local", "fedavg")
 """Strategies a personalized method has to beat, unless its runs name others (``baselines`` of ``summary.json``)."""
@@ -24,7 +27,6 @@ BASELINES = ("local", "fedavg")
 NO_LEARNING = "no_learning"
 """A baseline of every ranking table: it learns nothing and ranks items by how rarely they were drawn as negatives,
 which shows what a protocol gives away."""
-_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Row:
     ----------
     method : str
         Strategy and, where a group has it with several settings, the options that differ.
+    label : str
+        The same with the strategy's name as papers write it.
     strategy : str
     options : dict
         All options of the strategy.
@@ -60,11 +64,8 @@ class Row:
     selected, at_end : dict
         Every metric at the selected and at the last round.
     baseline, best : bool
-    p_value : float
-        Paired t-test against the best row over common seeds; NaN for the best row itself and where fewer than
-        two seeds with a score are common.
-    significant : bool or None
-        Whether the difference from the best row is (p <= 0.05); None where `p_value` is NaN.
+    comparisons : tuple of Comparison
+        With each of the group's references that is another strategy, in the order of :attr:`Group.references`.
     interrupted : bool
         Whether a run of it stopped before its last round.
     folders : tuple of str
@@ -72,6 +73,7 @@ class Row:
     """
 
     method: str
+    label: str
     strategy: str
     options: dict[str, Any]
     seeds: tuple[int, ...]
@@ -88,8 +90,7 @@ class Row:
     at_end: dict[str, float]
     baseline: bool
     best: bool
-    p_value: float
-    significant: bool | None
+    comparisons: tuple[Comparison, ...]
     interrupted: bool
     folders: tuple[str, ...]
 
@@ -102,6 +103,10 @@ class Group:
     ----------
     title : str
     rows : list of Row
+    sentence : str
+        What the table says, to be quoted: who beats the references, who cannot be told apart from them, who is worse.
+    references : tuple of str
+        Strategies all others are compared with: of its baselines those that it has.
     headline : str
         Metric the rows are ranked by.
     also : tuple of str
@@ -114,6 +119,8 @@ class Group:
 
     title: str
     rows: list[Row]
+    sentence: str = ""
+    references: tuple[str, ...] = ()
     headline: str = "accuracy"
     also: tuple[tuple[str, str], ...] = ()
     spread: bool = True
@@ -134,21 +141,18 @@ def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
     return [_group(title, group) for title, group in zip(titles, members, strict=True)]
 
 
-def leaderboard_rows(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def leaderboard_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Give all rows as JSON-ready dicts: the fields of :class:`Row` and ``group``, with None for NaN."""
     return [
         {
             "group": group.title,
+            "sentence": group.sentence,
             "headline": group.headline,
             **{key: _jsonable(value) for key, value in asdict(row).items()},
         }
-        for group in leaderboard(runs)
+        for group in groups
         for row in group.rows
     ]
-
-
-_NO_SHIFTS = ("none", None, "name", "strength", "groups")
-"""Values of ``heterogeneity.name`` and keys below ``heterogeneity`` that name no shift."""
 
 
 def _titles(runs: Sequence[RunRecord]) -> list[str]:
@@ -156,9 +160,7 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
     short = []
     for run in runs:
         s, config = run.summary, run.comparable
-        shifts = dict.fromkeys(key.split(".")[1] for key in config if key.startswith("heterogeneity."))
-        shifts = {name: None for name in (config.get("heterogeneity.name"), *shifts) if name not in _NO_SHIFTS}
-        parts = [s.get("dataset"), s.get("partition"), *shifts, s.get("model")]
+        parts = [s.get("dataset"), s.get("partition"), *run.shifts, s.get("model")]
         parts += [f"{s[name]} {name.removeprefix('num_')}" for name in ("num_clients", "rounds") if name in s]
         if config.get("fraction") is not None:
             parts.append(f"fraction {config['fraction']}")
@@ -183,29 +185,25 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         methods[key][run.seed] = run
 
     per_method = [dict(sorted(seeds.items())) for seeds in methods.values()]
-    labels = []
-    for seeds in per_method:
-        run = next(iter(seeds.values()))
-        same = [next(iter(s.values())) for s in per_method]
-        alike = [other for other in same if other.strategy == run.strategy]
-        settings = differing(run.options, [other.options for other in alike])
-        budget = differing(run.training, [other.training for other in alike])
-        labels.append(" ".join([run.strategy, *settings, *budget]))
+    labels = _labels([next(iter(seeds.values())) for seeds in per_method])
     first = next((run.summary for run in runs if "task" in run.summary), runs[0].summary)  # older runs name none
     headline = str(first.get("headline", "accuracy"))
     measured = f"test/{headline}"
     scores = [{seed: run.metric(measured) for seed, run in s.items()} for s in per_method]
     means = [float(np.mean(list(values.values()))) for values in scores]
 
+    baselines = tuple(first.get("baselines", BASELINES))
+    references = tuple(name for name in baselines if any(run.strategy == name for run in runs))
+    compared, problems = compare(per_method, scores, references, headline)
     order = sorted(range(len(means)), key=lambda i: (math.isnan(means[i]), -np.nan_to_num(means[i]), labels[i]))
     best = order[0]
     rows = []
     for i in order:
         repeats = list(per_method[i].values())
-        p_value = math.nan if i == best else paired_p(scores[best], scores[i])
         rows.append(
             Row(
                 method=labels[i],
+                label=method_title(repeats[0].strategy) + labels[i].removeprefix(repeats[0].strategy),
                 strategy=repeats[0].strategy,
                 options=repeats[0].options,
                 seeds=tuple(per_method[i]),
@@ -223,10 +221,9 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
                 epsilon=float(np.max([number(run.summary.get("privacy_epsilon")) for run in repeats])),
                 selected=_means(repeats, "selected"),
                 at_end=_means(repeats, "last"),
-                baseline=repeats[0].strategy in (*first.get("baselines", BASELINES), NO_LEARNING),
+                baseline=repeats[0].strategy in (*baselines, NO_LEARNING),
                 best=i == best and not math.isnan(means[i]),
-                p_value=p_value,
-                significant=None if math.isnan(p_value) else p_value <= _LEVEL,
+                comparisons=compared[i],
                 interrupted=any(run.summary.get("interrupted") for run in repeats),
                 folders=tuple(str(run.folder) for run in repeats),
             )
@@ -240,107 +237,25 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     ending = f"adapted/{headline}_after_"
     numbers = sorted(int(key.removeprefix(ending)) for key in keys if key.removeprefix(ending).isdigit())
     also.extend((f"{ending}{steps}", f"adapted {steps}") for steps in numbers)
-    group = Group(title, rows, headline, tuple(also), bool(first.get("spread", True)))
     runs_used = [run for s in per_method for run in s.values()]
-    group.notes.extend(_notes(group, runs_used, older, first.get("baselines", BASELINES)))
+    spread = bool(first.get("spread", True))
+    group = Group(title, rows, sentence(rows, runs[0], baselines), references, headline, tuple(also), spread)
+    group.notes.extend(notes(group, runs_used, older, problems))
     return group
 
 
-def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], baselines: Sequence[str]) -> list[str]:
-    """Say what a reader of the table must know, in whole sentences."""
-    rows = group.rows
-    spread = "std: over clients; worst: mean of the worst tenth of the clients; " if group.spread else ""
-    notes = [
-        f"Test {group.headline}: mean over clients at the selected round, ± 95 % interval over seeds; "
-        f"{spread}MB: up and down; kgrad: thousand gradients computed in training; s: seconds; n: seeds."
-    ]
-    others = [row for row in rows if not row.best]
-    if others and one_seed(rows):
-        notes.append("One seed cannot tell whether a difference is more than chance.")
-    else:
-        if any(row.significant is False for row in others):
-            notes.append(f"~ Not significantly different from the best (paired t-test, common seeds, p > {_LEVEL}).")
-        if any(row.significant is None for row in others):
-            notes.append("? Fewer than two seeds in common with the best have a score: the difference is not tested.")
-    if any(label == "unseen" for _, label in group.also):
-        notes.append(
-            "unseen: clients that never train, as they come, at the selected round; "
-            "adapted: at the end of the run, after training locally for one round, or for so many steps "
-            "(strategy=pfedpg: for strategy.adapt_rounds)."
-        )
-    absent = [name for name in baselines if not any(row.strategy == name for row in rows)]
-    if absent:
-        notes.append(f"There is no {' and no '.join(absent)} run to compare with.")
-    if different := _training_notes(runs):
-        notes.append(f"Rows differ in training settings (training.*): {'; '.join(different)}.")
-    if private := [run for run in runs if run.summary.get("privacy_delta") is not None]:
-        notes.append(_privacy_note(rows, private[0]))
-    stopped = [run for run in runs if run.summary.get("interrupted")]
-    if stopped:
-        ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
-        notes.append(f"! Interrupted: {', '.join(ends)}.")
-    if any(run.selected_on == "test" for run in runs):
-        chosen = {part: sorted({r.strategy for r in runs if r.selected_on == part}) for part in ("test", "validation")}
-        phrases = [f"on {part} for {', '.join(names)}" for part, names in chosen.items() if names]
-        notes.append(f"The round is chosen as the methods' authors do: {'; '.join(phrases)}.")
-    if unselected := [str(run.folder) for run in runs if run.summary.get("selected_round", 0) is None]:
-        notes.append(f"No round could be selected: {', '.join(unselected)}.")
-    for what, key in (
-        ("The network had diverged", "last_diverged"),
-        ("Not all clients were measured", "last_left_out"),
-    ):
-        if affected := [f"{r.folder} ({r.summary[key]} clients)" for r in runs if r.summary.get(key)]:
-            notes.append(f"{what} at the last round: {', '.join(affected)}.")
-    failures = sum(int(run.summary.get("failures") or 0) for run in runs)
-    if failures:
-        names = sorted({run.strategy for run in runs if run.summary.get("failures")})
-        notes.append(f"{failures} client replies were unusable and left out ({', '.join(names)}).")
-    if older:
-        folders = ", ".join(str(run.folder) for run in older)
-        notes.append(f"Left out because a newer or finished run has the same config and seed: {folders}.")
-    return notes
-
-
-def _privacy_note(rows: Sequence[Row], run: RunRecord) -> str:
-    """Say what is guaranteed in the runs of a group, of which `run` is one."""
-    privacy = run.config.get("privacy")
-    if isinstance(privacy, Mapping) and privacy.get("noise") == 0:
-        return "Privacy: changes are clipped and get no noise, which guarantees nothing."
-    spent = {row.method: "unknown" if math.isnan(row.epsilon) else f"{row.epsilon:.3g}" for row in rows}
-    if set(spent.values()) == {"unknown"}:
-        return (
-            "Privacy: epsilon is not known: it takes a library for it (pip install 'fedpers[privacy]'), and some noise."
-        )
-    alike = len(set(spent.values())) == 1
-    values = next(iter(spent.values())) if alike else ", ".join(f"{value} ({name})" for name, value in spent.items())
-    delta = f"{number(run.summary['privacy_delta']):g}"
-    return f"Privacy: epsilon {values} at delta {delta}, of a client's data in the arrays; metrics travel as they are."
-
-
-def _training_notes(runs: Sequence[RunRecord]) -> list[str]:
-    """What tells the training of a strategy's runs from that of most runs, a phrase for each strategy."""
-    keys = [json.dumps(run.training, sort_keys=True, default=str) for run in runs]
-    usual = runs[max(range(len(runs)), key=lambda i: (keys.count(keys[i]), -i))].training
-    trainings: dict[str, set[str]] = defaultdict(set)
-    for run, key in zip(runs, keys, strict=True):
-        trainings[run.strategy].add(key)
-    phrases: dict[str, None] = {}
+def _labels(runs: Sequence[RunRecord]) -> list[str]:
+    """Name each method, of which one run is given, by its strategy and what tells it from others of that strategy."""
+    by_strategy: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
-        if len(trainings[run.strategy]) > 1:
-            phrases["named beside the method"] = None
-            continue
-        changed = [f"{k}={run.training.get(k)}" for k in sorted({*usual, *run.training})
-               if run.training.get(k) != usual.get(k)]  # fmt: skip
-        if changed:
-            phrases[f"{run.strategy} has {' '.join(changed)}"] = None
-    if phrases.keys() - {"named beside the method"}:
-        phrases["the others " + " ".join(differing(usual, [run.training for run in runs]))] = None
-    return list(phrases)
-
-
-def one_seed(rows: Sequence[Row]) -> bool:
-    """Whether each row is of one seed."""
-    return all(len(row.seeds) == 1 for row in rows)
+        by_strategy[run.strategy].append(run)
+    labels = []
+    for run in runs:
+        alike = by_strategy[run.strategy]
+        settings = differing(run.options, [other.options for other in alike])
+        budget = differing(run.training, [other.training for other in alike])
+        labels.append(" ".join([run.strategy, *settings, *budget]))
+    return labels
 
 
 def _mean(values: Iterable[float]) -> float:

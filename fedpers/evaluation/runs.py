@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ what is compared, the others cannot change a number."""
 
 DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "none"}
 """What a run without these settings has; any other stands in a table of its own."""
+
+_NO_SHIFTS = ("none", None, "name", "strength", "groups")
+"""Values of ``heterogeneity.name`` and keys below ``heterogeneity`` that name no shift."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,12 @@ class RunRecord:
         """The run's seed."""
         return int(self.summary["seed"])
 
-    @property
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The config, nested keys joined by dots."""
+        return _flatten(self.config)
+
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Options of the strategy and a server optimizer, nested keys joined by dots."""
         strategy = self.config.get("strategy")
@@ -76,14 +85,14 @@ class RunRecord:
         changed = [f"{key}={settings[key]}" for key in defaults if settings.get(key, defaults[key]) != defaults[key]]
         return " ".join([settings["name"], *changed])
 
-    @property
+    @cached_property
     def training(self) -> dict[str, Any]:
         """Settings of local training, which a study may tune for each method; those not written are the defaults."""
         training = self.config.get("training")
         written = _flatten(training) if isinstance(training, Mapping) else {}
         return {key: value for key, value in {**asdict(Training()), **written}.items() if value is not None}
 
-    @property
+    @cached_property
     def comparable(self) -> dict[str, Any]:
         """What must be equal for two runs to stand in one table, nested keys joined by dots."""
         considered = {key: value for key, value in self.config.items() if key not in IGNORED}
@@ -97,6 +106,13 @@ class RunRecord:
         flat = {name: value for name, value in flat.items() if value is not None}  # as in runs of before it was there
         protocol = str(self.summary.get("protocol", "validation-selected"))
         return flat | {"protocol": protocol.partition(":")[0]}
+
+    @property
+    def shifts(self) -> list[str]:
+        """Names of what makes clients differ beyond the partition."""
+        below = (key.split(".")[1] for key in self.comparable if key.startswith("heterogeneity."))
+        names = dict.fromkeys([self.comparable.get("heterogeneity.name"), *below])
+        return [str(name) for name in names if name not in _NO_SHIFTS]
 
     @property
     def selected_on(self) -> str:

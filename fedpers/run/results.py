@@ -22,6 +22,7 @@ from fedpers import __version__
 from fedpers.data import FederatedData
 from fedpers.data.federated import EVALUATED_PARTS, PARTS
 from fedpers.errors import FedpersError
+from fedpers.evaluation.clients import describe_clients
 from fedpers.randomness import sample_clients
 from fedpers.run.progress import Evaluation, Progress
 from fedpers.run.rounds import METRIC_PREFIXES
@@ -164,15 +165,11 @@ def postprocessor_summary(config: Config, setup: Setup, rounds: int) -> dict[str
 
 
 def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
-    """Write one row per client: sizes, and metrics at the selected and the last evaluated round."""
+    """Write one row per client: sizes and labels, and metrics at the selected and the last evaluated round."""
     import pandas as pd
 
-    columns: dict[str, list[Any]] = {"client": list(range(data.num_clients))}
-    if data.client_names:
-        columns["name"] = list(data.client_names)
-    for part in PARTS:
-        columns[f"{part}_size"] = data.label_counts(part).sum(1).tolist()  # of ratings, without what is ranked beside
-    columns["unseen"] = [client in data.unseen for client in range(data.num_clients)]
+    sizes = {part: f"{part}_size" for part in PARTS}
+    columns = {sizes.get(str(name), str(name)): column.tolist() for name, column in describe_clients(data).items()}
     columns["rounds_trained"] = [progress.trained[client] for client in range(data.num_clients)]
     for when, evaluation in (("selected", progress.best), ("last", progress.last)):
         rows = {} if evaluation is None else {**evaluation[2].clients, **evaluation[2].unseen}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pkgutil
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def method_names() -> list[str]:
 def method_file(name: str) -> Path:
     """The file of a method."""
     return _PACKAGE / "strategies" / f"{name}.py"
+
+
+@functools.cache
+def method_title(name: str) -> str:
+    """Name of a method as papers write it, with which its file begins; of one's own, ``module:Class``, the class."""
+    if name not in method_names():
+        return name.rpartition(":")[2]
+    with method_file(name).open(encoding="utf-8") as file:
+        return file.readline().removeprefix('"""').partition(":")[0].partition(" (")[0].strip()
 
 
 def group_names(group: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A scorer that learns nothing: what a leave-one-out protocol gives away by itself.
+"""No learning: what a leave-one-out protocol gives away by itself.
 
 It ranks an item the higher the more seldom it was drawn as a training negative of this user so far. Where training
 negatives spare the held-out items while the items they are ranked among may be drawn (``dataset.protocol=official``,

@@ -1,0 +1,38 @@
+"""Leaderboards in LaTeX, to paste into a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fedpers.evaluation.leaderboard import Group
+from fedpers.evaluation.tables import columns
+
+_ESCAPED = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "·": r"$\cdot$", "<": r"$<$", ">": r"$>$",
+}  # fmt: skip
+
+
+def latex(groups: Sequence[Group]) -> str:
+    r"""A ``table`` for each group, for a document with ``\usepackage{booktabs}``; the best row is bold."""
+    return "\n".join(_table(group) for group in groups)
+
+
+def _table(group: Group) -> str:
+    shown = columns(group)
+    lines = [_line(["method", *(column.title for column in shown)]), r"\midrule"]
+    lines += [_line([row.label, *(column.cell(row) for column in shown)], bold=row.best) for row in group.rows]
+    return "\n".join([
+        r"\begin{table}", r"\centering", rf"\caption{{{_escaped(group.title)}. {_escaped(group.sentence)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(shown)}}}", r"\toprule", *lines, r"\bottomrule", r"\end{tabular}",
+        r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def _line(cells: Iterable[str], *, bold: bool = False) -> str:
+    texts = [_escaped(cell) for cell in cells]
+    return " & ".join(rf"\textbf{{{text}}}" if bold else text for text in texts) + r" \\"
+
+
+def _escaped(text: str) -> str:
+    return "".join(_ESCAPED.get(character, character) for character in " ".join(text.split()))

@@ -1,0 +1,289 @@
+"""What a leaderboard says in words: the sentence to be quoted, and notes on what changes a reading of the table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fedpers.evaluation.runs import RunRecord, differing, number
+from fedpers.evaluation.statistics import LEVEL, MIN_CLIENTS, MIN_SEEDS, Comparison, average_ranks
+from fedpers.settings.groups import method_title
+
+if TYPE_CHECKING:
+    from fedpers.evaluation.leaderboard import Group, Row
+
+NAMED = 5
+"""So many methods are named in a phrase, the best; the others are counted."""
+MIN_TABLES = 5
+"""With fewer tables methods are not ranked over them."""
+_VERDICTS = ("better", "undecided", "worse", "untested")
+_VERBS = {
+    "better": ("beats", "beat"),
+    "undecided": ("cannot be told apart from", "cannot be told apart from"),
+    "worse": ("is worse than", "are worse than"),
+    "untested": ("is not tested against", "are not tested against"),
+}
+
+
+def sentence(rows: Sequence[Row], run: RunRecord, baselines: Sequence[str]) -> str:
+    """Say who beats the references, who cannot be told apart from them and who is worse, in one sentence.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        Best first.
+    run : RunRecord
+        One of them, which says what the data are.
+    baselines : sequence of str
+        Strategies that are references where there is a row of them.
+    """
+    present = [name for name in baselines if any(row.strategy == name for row in rows)]
+    absent = [method_title(name) for name in baselines if name not in present]
+    lacking = f"there is no run of {listed(absent, 'or')} to compare with" if absent else ""
+    methods = [row for row in rows if row.strategy not in present]
+    where = _setting(run)
+    if not any(row.comparisons for row in rows):
+        best = next((row for row in rows if row.best), None)
+        if best is None:
+            return f"{where}no method has a score."
+        lead = "is the only method" if len(rows) == 1 else "comes first"
+        return f"{where}{best.label} {lead} with {100 * best.score:.1f} %; {lacking or 'nothing is tested'}."
+    # what a reference is to another matters where it beats it, and where there is nothing else
+    beating = [row for row in rows if row not in methods and any(c.verdict == "better" for c in row.comparisons)]
+    phrases = _clauses(methods or [row for row in rows if row.comparisons]) + _clauses(beating if methods else ())
+    everything = [c for row in rows for c in row.comparisons]
+    unbeaten = [
+        name for name in present
+        if not any(c.verdict == "better" for c in everything if c.reference == name)
+    ][:1]  # fmt: skip
+    lead = ""
+    if unbeaten and any(c.verdict != "untested" for c in everything if c.reference == unbeaten[0]):
+        lead = f"{method_title(unbeaten[0])} is not beaten by any method: "
+    text = f"{where}{lead}{'; '.join(phrases)}"
+    return f"{text}{f'; {lacking}' if lacking else ''}{_basis(rows, everything)}."
+
+
+def ranks_over_tables(groups: Sequence[Group]) -> str:
+    """Say how methods rank over tables, if at least :data:`MIN_TABLES` share three methods; else nothing.
+
+    The methods and tables are those with most scores in which each method has one in each table.
+    """
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    for table, group in enumerate(groups):
+        for row in group.rows:
+            if not math.isnan(row.score):
+                scores[row.label][table] = row.score
+    names = sorted(scores, key=lambda name: (-len(scores[name]), name))
+    best: tuple[int, list[str], list[int]] = (0, [], [])
+    shared = set(range(len(groups)))
+    for count, name in enumerate(names, start=1):
+        shared &= scores[name].keys()
+        if count >= 3 and len(shared) >= MIN_TABLES and count * len(shared) > best[0]:
+            best = (count * len(shared), names[:count], sorted(shared))
+    _, names, tables = best
+    if not names:
+        return ""
+    ranks = average_ranks({name: [scores[name][table] for table in tables] for name in names})
+    listing = listed(shortened([f"{name} {rank:.1f}" for name, rank in ranks.ranks.items()]))
+    text = f"Average ranks over {ranks.tables} tables: {listing}"
+    if ranks.p_value > LEVEL:
+        return f"{text}; Friedman's test tells none apart (p = {ranks.p_value:.2g})."
+    return (
+        f"{text}; ranks less than {ranks.critical_difference:.1f} apart cannot be told apart (Nemenyi's test after "
+        f"Friedman's with p = {ranks.p_value:.2g}, which take the tables as independent of each other)."
+    )
+
+
+def _setting(run: RunRecord) -> str:
+    s = run.summary
+    parts = [str(s["partition"])] if s.get("partition") else []
+    parts += run.shifts
+    parts += [f"{s['num_clients']} clients"] if s.get("num_clients") else []
+    details = f" ({', '.join(parts)})" if parts else ""
+    return f"On {s['dataset']}{details}, " if s.get("dataset") else ""
+
+
+def _clauses(rows: Sequence[Row]) -> list[str]:
+    """One phrase for all rows of which the same is said: first who beats most references, last who is worse."""
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
+    for row in rows:
+        alike[tuple((c.reference, c.verdict) for c in row.comparisons)].append(row.label)
+
+    def standing(said: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
+        ranks = [_VERDICTS.index(verdict) for _, verdict in said]
+        return (sum(ranks), *ranks)
+
+    return [_clause(alike[said], said) for said in sorted(alike, key=standing) if said]
+
+
+def _clause(names: Sequence[str], said: Sequence[tuple[str, str]]) -> str:
+    plural = int(len(names) > 1)
+    predicates = []
+    for verdict in _VERDICTS:
+        if references := [method_title(name) for name, what in said if what == verdict]:
+            joined = listed(references, "or" if verdict == "undecided" else "and")
+            predicates.append(f"{_VERBS[verdict][plural]} {joined}")
+    return f"{listed(shortened(names))} {listed(predicates)}"
+
+
+def _basis(rows: Sequence[Row], comparisons: Iterable[Comparison]) -> str:
+    """What the claims stand on, in brackets."""
+    over = {c.over for c in comparisons if c.verdict != "untested"}
+    seeds = sorted({len(row.seeds) for row in rows})
+    many = f"{seeds[0]} seed{'s' * (seeds[0] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    if not over:
+        return ""
+    if over == {"seeds"}:
+        return f" ({many})"
+    if over == {"clients"}:
+        return f" (over the clients of {many}, which says nothing of other seeds)"
+    return f" ({many}; some over clients only)"
+
+
+def listed(words: Sequence[str], conjunction: str = "and") -> str:
+    """``a, b and c``."""
+    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """The first :data:`NAMED`, and how many others; one other is named as well."""
+    return list(names) if len(names) <= NAMED + 1 else [*names[:NAMED], f"{len(names) - NAMED} others"]
+
+
+def notes(
+    group: Group,
+    runs: Sequence[RunRecord],
+    older: Sequence[RunRecord],
+    problems: Sequence[str],
+) -> list[str]:
+    """Say what a reader of the table must know, in whole sentences.
+
+    Parameters
+    ----------
+    group : Group
+        Without notes.
+    runs : sequence of RunRecord
+        Of its rows.
+    older : sequence of RunRecord
+        Left out for newer ones.
+    problems : sequence of str
+        Of :func:`fedpers.evaluation.comparisons.compare`.
+    """
+    rows = group.rows
+    notes = _reading(group)
+    if any(label == "unseen" for _, label in group.also):
+        notes.append(
+            "unseen: clients that never train, as they come, at the selected round; "
+            "adapted: at the end of the run, after training locally for one round, or for so many steps "
+            "(strategy=pfedpg: for strategy.adapt_rounds)."
+        )
+    if different := _training_notes(runs):
+        notes.append(f"Rows differ in training settings (training.*): {'; '.join(different)}.")
+    if private := [run for run in runs if run.summary.get("privacy_delta") is not None]:
+        notes.append(_privacy_note(rows, private[0]))
+    stopped = [run for run in runs if run.summary.get("interrupted")]
+    if stopped:
+        ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
+        notes.append(f"Interrupted: {', '.join(ends)}.")
+    if any(run.selected_on == "test" for run in runs):
+        chosen = {part: sorted({r.strategy for r in runs if r.selected_on == part}) for part in ("test", "validation")}
+        phrases = [f"on {part} for {', '.join(names)}" for part, names in chosen.items() if names]
+        notes.append(f"The round is chosen as the methods' authors do: {'; '.join(phrases)}.")
+    if unselected := [str(run.folder) for run in runs if run.summary.get("selected_round", 0) is None]:
+        notes.append(f"No round could be selected: {', '.join(unselected)}.")
+    for what, key in (
+        ("The network had diverged", "last_diverged"),
+        ("Not all clients were measured", "last_left_out"),
+    ):
+        if affected := [f"{r.folder} ({r.summary[key]} clients)" for r in runs if r.summary.get(key)]:
+            notes.append(f"{what} at the last round: {', '.join(affected)}.")
+    failures = sum(int(run.summary.get("failures") or 0) for run in runs)
+    if failures:
+        names = sorted({run.strategy for run in runs if run.summary.get("failures")})
+        notes.append(f"{failures} client replies were unusable and left out ({', '.join(names)}).")
+    notes.extend(problems)
+    if older:
+        folders = ", ".join(str(run.folder) for run in older)
+        notes.append(f"Left out because a newer or finished run has the same config and seed: {folders}.")
+    return notes
+
+
+def _privacy_note(rows: Sequence[Row], run: RunRecord) -> str:
+    """Say what is guaranteed in the runs of a group, of which `run` is one."""
+    privacy = run.config.get("privacy")
+    if isinstance(privacy, Mapping) and privacy.get("noise") == 0:
+        return "Privacy: changes are clipped and get no noise, which guarantees nothing."
+    spent = {row.method: "unknown" if math.isnan(row.epsilon) else f"{row.epsilon:.3g}" for row in rows}
+    if set(spent.values()) == {"unknown"}:
+        return (
+            "Privacy: epsilon is not known: it takes a library for it (pip install 'fedpers[privacy]'), and some noise."
+        )
+    alike = len(set(spent.values())) == 1
+    values = next(iter(spent.values())) if alike else ", ".join(f"{value} ({name})" for name, value in spent.items())
+    delta = f"{number(run.summary['privacy_delta']):g}"
+    return f"Privacy: epsilon {values} at delta {delta}, of a client's data in the arrays; metrics travel as they are."
+
+
+def _training_notes(runs: Sequence[RunRecord]) -> list[str]:
+    """What tells the training of a strategy's runs from that of most runs, a phrase for each strategy."""
+    keys = [json.dumps(run.training, sort_keys=True, default=str) for run in runs]
+    usual = runs[max(range(len(runs)), key=lambda i: (keys.count(keys[i]), -i))].training
+    trainings: dict[str, set[str]] = defaultdict(set)
+    for run, key in zip(runs, keys, strict=True):
+        trainings[run.strategy].add(key)
+    phrases: dict[str, None] = {}
+    for run in runs:
+        if len(trainings[run.strategy]) > 1:
+            phrases["named beside the method"] = None
+            continue
+        changed = [f"{k}={run.training.get(k)}" for k in sorted({*usual, *run.training})
+               if run.training.get(k) != usual.get(k)]  # fmt: skip
+        if changed:
+            phrases[f"{run.strategy} has {' '.join(changed)}"] = None
+    if phrases.keys() - {"named beside the method"}:
+        phrases["the others " + " ".join(differing(usual, [run.training for run in runs]))] = None
+    return list(phrases)
+
+
+def _reading(group: Group) -> list[str]:
+    """How scores and comparisons are to be read, as far as the table has them."""
+    many = any(not math.isnan(row.interval) for row in group.rows)
+    interval = " ± 95 % interval over seeds" if many else ""
+    notes = [f"Test {group.headline}: mean over clients at the selected round{interval}."]
+    everything = [c for row in group.rows for c in row.comparisons]
+    over = {c.over for c in everything if c.verdict != "untested"}
+    if over:
+        test = "paired t-test over seeds" if "seeds" in over else "paired bootstrap over clients"
+        if len(over) == 2:
+            test += f" (bootstrap over clients where fewer than {MIN_SEEDS} seeds are common, or all differ alike)"
+        notes.append(
+            f"vs: difference in points ± 95 % interval; better or worse: {test}, p ≤ 5 % after Holm's correction over "
+            "the rows; undecided is not equal. Other rows are not compared with each other."
+        )
+    clear = [c for c in everything if c.verdict == "undecided" and c.low * c.high > 0]
+    if clear:
+        notes.append(
+            f"{len(clear)} of the undecided differences {'has an interval' if len(clear) == 1 else 'have intervals'} "
+            "without 0, which is not enough among so many comparisons."
+        )
+    if untested := [
+        f"{row.label} with {method_title(c.reference)}"
+        for row in group.rows
+        for c in row.comparisons
+        if c.verdict == "untested"
+    ]:
+        notes.append(
+            f"Not tested: {listed(shortened(untested))} (no seed in common, a seed without a score, "
+            f"fewer than {MIN_CLIENTS} clients, or differences that are all the same)."
+        )
+    for reference in group.references:
+        variants = [row for row in group.rows if row.strategy == reference]
+        if len(variants) > 1:
+            notes.append(
+                f"{method_title(reference)} stands here with {len(variants)} settings; all are compared with the best "
+                f"of them ({variants[0].label})."
+            )
+    return notes

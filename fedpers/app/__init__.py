@@ -14,7 +14,8 @@ from typing import NoReturn
 from fedpers import __version__
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
 
-SUBCOMMANDS = {"compare": "compare", "list": "listing", "partition": "partition", "plot": "plot", "resume": "resume"}
+SUBCOMMANDS = {"compare": "compare", "list": "listing", "partition": "partition", "plot": "plot", "resume": "resume",
+               "tune": "tune"}  # fmt: skip
 """Subcommands, and the file of each."""
 
 

@@ -277,7 +277,11 @@ def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], 
         notes.append(_privacy_note(rows, private[0]))
     stopped = [run for run in runs if run.summary.get("interrupted")]
     if stopped:
-        ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
+        reasons = [f": {str(r.summary['error']).removesuffix('.')}" if r.summary.get("error") else "" for r in stopped]
+        ends = [
+            f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds{reason})"
+            for r, reason in zip(stopped, reasons, strict=True)
+        ]
         notes.append(f"! Interrupted: {', '.join(ends)}.")
     if any(run.selected_on == "test" for run in runs):
         chosen = {part: sorted({r.strategy for r in runs if r.selected_on == part}) for part in ("test", "validation")}

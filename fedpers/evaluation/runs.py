@@ -170,7 +170,8 @@ def _read(folder: Path) -> RunRecord:
             number(summary.get(key))
     except (TypeError, ValueError) as error:
         raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
-    summary["error"] = error or summary.get("error")
+    if error:
+        summary["error"] = error
     return RunRecord(folder, {str(k): v for k, v in config.items()}, summary, path.stat().st_mtime)
 
 

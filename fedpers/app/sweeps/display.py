@@ -5,6 +5,7 @@ The jobs may run in other processes or on other machines: what they do is read f
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -54,7 +55,7 @@ class Display:
 
     def __init__(self, total: int | None) -> None:
         self.total = total
-        self.done = self.failed = 0
+        self.done = self.failed = self._skipped = 0
         self._watched: list[Shown] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -86,21 +87,22 @@ class Display:
         self._stopped.set()
         self._thread.join()
         self.look()
+        self._print_skipped()
         if self._progress is not None:
             self._progress.stop()
 
     def skip(self, count: int) -> None:
         """Count jobs that are done already."""
-        if count:
-            with self._lock:
-                self.done += count
-            if self._progress is None:
-                print(f"{count} of {self.total or '?'} jobs are done already", flush=True)
+        with self._lock:
+            self.done += count
+            self._skipped += count
 
     def watch(self, jobs: Iterable[Shown]) -> None:
         """Show what becomes of jobs."""
         with self._lock:
             self._watched += jobs
+            if self._watched:
+                self._print_skipped()
 
     def look(self) -> None:
         """Look at the folders and show what has changed."""
@@ -121,6 +123,11 @@ class Display:
             if self._progress is not None:
                 self._show(self._progress, running)
 
+    def _print_skipped(self) -> None:
+        if self._skipped and self._progress is None:
+            print(f"{self._skipped} of {self.total or '?'} jobs are done already", flush=True)
+        self._skipped = 0
+
     def _show(self, progress: Progress, running: list[tuple[Shown, int]]) -> None:
         from rich.markup import escape
 
@@ -137,8 +144,11 @@ class Display:
         """Whether a job has written something since this display began."""
         if not folder.is_dir():
             return False
-        files = [folder / name for name in _TOUCHED]
-        return any(file.exists() and file.stat().st_mtime >= self._began for file in files)
+        times = []
+        for name in _TOUCHED:
+            with contextlib.suppress(OSError):
+                times.append((folder / name).stat().st_mtime)
+        return max(times, default=0.0) >= self._began
 
     def _look_again_and_again(self) -> None:
         while not self._stopped.wait(_SECONDS):

@@ -59,7 +59,10 @@ def outcome(folder: Path) -> Outcome:
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else {}
     if summary.get("interrupted") is not False:
         return Outcome("open")
-    return Outcome("done", _result(summary), score_of(summary), exit_code(summary))
+    try:
+        return Outcome("done", _result(summary), score_of(summary), exit_code(summary))
+    except (KeyError, TypeError, AttributeError):  # not a summary of ours
+        return Outcome("open")
 
 
 def score_of(summary: Mapping[str, Any]) -> float | None:

@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.result import shown
@@ -70,6 +70,7 @@ class Sweep(Launcher):
             if text.startswith("hydra.run.dir="):
                 raise ConfigError("hydra.run.dir", text.partition("=")[2], "hydra.sweep.dir, as -m makes a sweep")
         self._launcher, self._config, self._hydra_context = launcher, config, hydra_context
+        self._subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
         self._naming, varied = Naming.of(config), swept(config)
         self._searches = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
         self._tuning = Tuning(self._naming, varied, self.record.tuning_seed) if self.record.tunes else None
@@ -131,7 +132,7 @@ class Sweep(Launcher):
             self._context.enter_context(self._display)
         unique = list({job.folder: job for job in jobs}.values())
         waiting = [job for job in unique if self.outcome(job).state != "done"]
-        self._display.skip(sum(job not in waiting and job not in self._taken for job in unique))
+        self._display.skip(len(jobs) - len(waiting))
         self._taken += [job for job in unique if job not in self._taken]
         self._write()
         for job in waiting:
@@ -172,15 +173,14 @@ class Sweep(Launcher):
         job = Job(subfolder, overrides)
         path = self._path(job)
         if any(other.folder == subfolder for other in self.record.jobs):
-            subdir = self._config.hydra.sweep._get_node("subdir")._value()
-            raise ConfigError("hydra.sweep.subdir", subdir, "a folder for each job: two have the same")
+            raise ConfigError("hydra.sweep.subdir", self._subdir, "a folder for each job: two have the same")
         if path.is_dir() and any(path.iterdir()):
             raise FedpersError(f"{path} holds a run already; choose another folder.")
         self.record.jobs.append(job)
         return job
 
     def _subfolder(self, number: int, overrides: list[str]) -> str:
-        if self._config.hydra.sweep._get_node("subdir")._value() == _AUTO:
+        if self._subdir == _AUTO:
             return self._naming.folder(number, overrides)
         config = self._hydra_context.config_loader.load_sweep_config(self._config, overrides)
         with open_dict(config):
@@ -231,7 +231,10 @@ class Sweep(Launcher):
         ended = {job.folder: self.outcome(job) for job in self._taken}
         done = sum(result.state == "done" for result in ended.values())
         lines = [f"{done} of {len(ended)} jobs done; {shown(self.folder)}"]
-        if self._searches and (best := self._best(ended)):
+        best = self._best(ended) if self._searches else None
+        if self._searches and best is None:
+            lines.append("no run of the search has a validation score")
+        if best is not None:
             settings = self._naming.settings(best.overrides, self._naming.varied)
             score = ended[best.folder].score or 0.0
             lines.append(

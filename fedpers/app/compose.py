@@ -120,10 +120,11 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
         while parents and not _keys(cfg, parents):  # the mistake is further up
             parents.pop()
         return ConfigError(key, given, meant(key, _keys(cfg, parents)))
-    if match := re.search(r"Error merging override ([^=\s]+)=(.*)\n(.*)", text):
-        key, given, problem = match.groups()
+    if match := re.search(r"Error merging override ([^=\s]+)=(.*)", text):
+        problem = str(error.__cause__).partition("\n")[0]
         kind = re.search(r"could not be converted to (\w+)", problem)
-        return ConfigError(key, given, _KINDS.get(kind[1], kind[1]) if kind else f"something else ({problem.strip()})")
+        allowed = _KINDS.get(kind[1], kind[1]) if kind else f"something else ({problem})"
+        return ConfigError(match[1], match[2], allowed)
     if match := re.search(r"does not support sweep type : \w+", text):
         ranges = [a for a in arguments if "=" in a and re.match(r"(tag\(.*)?interval\(", a.partition("=")[2])]
         key, _, value = (ranges or ["the range"])[0].partition("=")

@@ -102,7 +102,7 @@ def test_a_killed_sweep_does_only_what_is_missing(tmp_path: Path, capsys: pytest
 
     assert _main(["resume", str(folder)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "1 of 4 jobs are done already"
+    assert printed[0] == "1 of 4 jobs were done before"
     assert printed[1].startswith("2 of 4  fedavg seed=1: test accuracy ")
     assert printed[-1].startswith("4 of 4 jobs done; ")
     assert moments(folder / "0_fedavg_digits_seed0") == before
@@ -355,7 +355,7 @@ def test_there_must_be_something_to_choose_from(tmp_path: Path, capsys: pytest.C
         (["hydra/launcher=rq"], ["hydra/launcher=rq: expected one of ", "basic", "pip install hydra-rq-launcher."]),
         (["hydra/sweeper=nevergrad"], ["one of basic", "pip install hydra-nevergrad-sweeper."]),
         (["hydra/launcher=jobblib"], ["hydra/launcher=jobblib: expected one of ", "(did you mean 'joblib'?)"]),
-        (["hydra/launcher=slurm"], ["submitit_slurm", "ray (pip install"]),
+        (["hydra/launcher=slurm"], ["submitit_slurm", "pip install hydra-ray-launcher brings ray"]),
         (["hydra/launcher=qwerty"], ["expected one of basic, joblib, "]),
         (["hydra/sweeper=optima"], ["(did you mean 'optuna'?)"]),
         (["hydra/job_logging=qwerty"], ["hydra/job_logging=qwerty: expected one of ", "fedpers"]),
@@ -488,7 +488,7 @@ def test_a_line_for_each_job_where_there_is_no_terminal(tmp_path: Path, capsys: 
         ended(tmp_path / "1")
         (tmp_path / "0").mkdir()
         (tmp_path / "0" / "error.json").write_text('{"error": "no data", "exit_code": 2}')
-    assert capsys.readouterr().out.splitlines()[0] == "1 of 4 jobs are done already"
+    assert capsys.readouterr().out.splitlines()[0] == "1 of 4 jobs were done before"
     assert (display.done, display.failed) == (2, 1)
 
 

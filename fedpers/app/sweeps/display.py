@@ -23,6 +23,8 @@ _SECONDS = 0.25
 """Between two looks at the folders."""
 _NAMED = 3
 """Running jobs that are named."""
+_BAR = 30
+"""Columns of a terminal that the bar needs at least."""
 _TOUCHED = (".hydra/hydra.yaml", "run.log", "rounds.jsonl")
 """What a job writes once it runs."""
 
@@ -55,7 +57,7 @@ class Display:
 
     def __init__(self, total: int | None) -> None:
         self.total = total
-        self.done = self.failed = self._skipped = 0
+        self.done = self.failed = self._skipped = self._skipped_before = 0
         self._watched: list[Shown] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -124,18 +126,21 @@ class Display:
                 self._show(self._progress, running)
 
     def _print_skipped(self) -> None:
-        if self._skipped and self._progress is None:
-            print(f"{self._skipped} of {self.total or '?'} jobs are done already", flush=True)
-        self._skipped = 0
+        if self._skipped > self._skipped_before and self._progress is None:
+            print(f"{self._skipped} of {self.total or '?'} jobs were done before", flush=True)
+        self._skipped_before = self._skipped
 
     def _show(self, progress: Progress, running: list[tuple[Shown, int]]) -> None:
         from rich.markup import escape
 
         named = ", ".join(f"{job.label} {rounds}/{job.rounds}" for job, rounds in running[:_NAMED])
-        counts = f"{self.done} of {self.total or '?'} done, {len(running)} running, {self.failed} failed"
+        text = f"{self.done} of {self.total or '?'} done, {len(running)} running, {self.failed} failed"
+        if named:
+            text += f": {named}"
+        room = max(40, progress.console.width - _BAR)
         progress.update(
             self._task,
-            description=escape(f"{counts}: {named}" if named else counts),
+            description=escape(text if len(text) <= room else f"{text[: room - 1]}…"),
             completed=self.done + self.failed + sum(rounds / job.rounds for job, rounds in running),
             total=self.total,
         )

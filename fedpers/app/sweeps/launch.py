@@ -73,6 +73,8 @@ class Sweep(Launcher):
         self._subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
         self._naming, varied = Naming.of(config), swept(config)
         self._searches = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
+        if self._searches:
+            logging.getLogger("optuna").setLevel(logging.WARNING)  # it would say that it begins, and each trial's end
         self._tuning = Tuning(self._naming, varied, self.record.tuning_seed) if self.record.tunes else None
         if self._tuning is not None and self._searches:
             raise FedpersError("fedpers tune compares all combinations: hydra/sweeper is for -m.")

@@ -96,7 +96,7 @@ class Naming:
         return [f"{self._short(key)}={_short_value(values[key])}" for key in shown]
 
     def _value(self, values: Mapping[str, str], key: str) -> str:
-        return _short_value(values.get(f"{key}.name", values.get(key, self.usual[key])))
+        return _short_value(values.get(f"{key}.name", values.get(key, self.usual.get(key, ""))))
 
     def _short(self, key: str) -> str:
         """Last part of a key, where no other has the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -49,18 +50,24 @@ def unknown(group: str, name: str, installed: Sequence[str]) -> ConfigError:
     plugins = _PLUGINS.get(group, {})
     if name in plugins:
         return ConfigError(group, name, f"one of {', '.join(sorted(installed))}; {name} {_lacks(group, name)}")
-    absent = sorted(set(plugins) - set(installed))
-    hint = f"; not installed are {', '.join(absent)} (pip install 'fedpers[sweeps]' brings the most used)"
-    return ConfigError(group, name, one_of({*plugins, *installed}, name) + hint * bool(absent))
+    brought: dict[str, list[str]] = defaultdict(list)
+    for absent in sorted(set(plugins) - set(installed)):
+        brought[_package(group, absent)].append(absent)
+    hints = [f"; pip install {package} brings {', '.join(names)}" for package, names in sorted(brought.items())]
+    return ConfigError(group, name, one_of({*plugins, *installed}, name) + "".join(hints))
+
+
+def _package(group: str, name: str) -> str:
+    """What to install for a choice."""
+    return "'fedpers[sweeps]'" if name in _EXTRA else _PLUGINS[group][name][0]
 
 
 def _lacks(group: str, name: str) -> str:
     package, module = _PLUGINS[group][name]
-    how = "'fedpers[sweeps]'" if name in _EXTRA else package
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"needs a plugin that is not installed: pip install {how}"
+        return f"needs a plugin that is not installed: pip install {_package(group, name)}"
     try:
         importlib.import_module(f"hydra_plugins.{module}")
     except Exception as error:  # whatever a package that does not fit raises

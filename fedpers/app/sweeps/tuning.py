@@ -102,7 +102,7 @@ class Tuning:
         values = values_of(overrides)
         others = [key for key in self.cases if key not in ("strategy", "dataset")]
         parts = [values.get("strategy", self._naming.usual["strategy"])]
-        parts += [values["dataset"]] * ("dataset" in self.cases)
+        parts += [values["dataset"]] if "dataset" in self.cases else []
         return " ".join(filter(None, [*parts, self._naming.settings(overrides, others)]))
 
 

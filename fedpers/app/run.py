@@ -19,6 +19,7 @@ from fedpers.app.keys import check_choices, with_open_keys
 from fedpers.app.result import exit_code, print_error, print_result
 from fedpers.app.sweeps.jobs import perform
 from fedpers.app.sweeps.launch import Sweep
+from fedpers.app.sweeps.names import as_typed
 from fedpers.app.sweeps.plugins import check_single, launching_through, not_instantiated, with_search_defaults
 from fedpers.app.sweeps.record import Record
 from fedpers.errors import ConfigError, FedpersError, one_of
@@ -48,7 +49,7 @@ class _Job:
         if context.mode == RunMode.MULTIRUN:
             return perform(resolved, folder)
         try:
-            check_single(context.overrides.hydra)
+            check_single(as_typed(context.overrides.hydra))
             summary = run(build(Config, resolved), folder, resolved)
             self.exit_code = exit_code(summary)
             return print_result(summary, folder)

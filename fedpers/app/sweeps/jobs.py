@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 from fedpers.app.result import exit_code
 from fedpers.app.sweeps.names import quoted
@@ -91,7 +91,7 @@ def perform(resolved: dict[str, Any], folder: Path) -> float | None:
         Validation score of the selected round.
     """
     try:
-        with contextlib.redirect_stderr(_NoTerminal()):
+        with contextlib.redirect_stderr(cast(TextIO, _NoTerminal())):
             summary = _begin_or_go_on(resolved, folder)
     except Exception as error:
         _write_error(folder, error)

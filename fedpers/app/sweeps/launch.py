@@ -15,13 +15,13 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.result import shown
 from fedpers.app.sweeps.display import Display, Shown
 from fedpers.app.sweeps.jobs import Outcome, outcome
-from fedpers.app.sweeps.names import Naming, count_of, quoted, swept, values_of
+from fedpers.app.sweeps.names import Naming, as_typed, count_of, quoted, swept, values_of
 from fedpers.app.sweeps.plugins import launcher_name
 from fedpers.app.sweeps.record import FILE, Job, Record, is_about_place
 from fedpers.app.sweeps.tuning import Tuning
@@ -66,11 +66,11 @@ class Sweep(Launcher):
         FedpersError
             If the sweep's folder holds another one, or another process works on it.
         """
-        for text in config.hydra.overrides.hydra:
+        for text in as_typed(config.hydra.overrides.hydra):
             if text.startswith("hydra.run.dir="):
                 raise ConfigError("hydra.run.dir", text.partition("=")[2], "hydra.sweep.dir, as -m makes a sweep")
         self._launcher, self._config, self._hydra_context = launcher, config, hydra_context
-        self._subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+        self._subdir = str(as_typed(config.hydra.sweep)["subdir"])
         self._naming, varied = Naming.of(config), swept(config)
         self._searches = config.hydra.runtime.choices["hydra/sweeper"] != "basic"
         if self._searches:
@@ -138,7 +138,9 @@ class Sweep(Launcher):
         self._taken += [job for job in unique if job not in self._taken]
         self._write()
         for job in waiting:
-            (self._path(job) / ERROR_FILE).unlink(missing_ok=True)
+            if self._path(job).is_dir():
+                with locked(self._path(job)):  # else a process that outlived its sweep is still at it
+                    (self._path(job) / ERROR_FILE).unlink(missing_ok=True)
         self._display.watch(self._shown(job) for job in waiting)
         if waiting:
             self._start(waiting)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 _LONGEST = 100
 """Characters of a job's folder, which file systems and screens bear."""
@@ -17,10 +17,15 @@ _BY_THEMSELVES = ("strategy", "strategy.name", "dataset", "dataset.name", "seed"
 """Keys whose values a name holds without saying which they are."""
 
 
+def as_typed(node: Any) -> Any:
+    """Values of a part of Hydra's configuration as they were typed, in which ``${...}`` stands for nothing yet."""
+    return {} if node is None else OmegaConf.to_container(node, resolve=False)
+
+
 def swept(config: DictConfig) -> dict[str, Override]:
     """What a sweep varies: the overrides with several values, typed or of a preset, by key."""
-    params = config.hydra.sweeper.get("params") or {}
-    texts = [*(f"{key}={value}" for key, value in params.items()), *config.hydra.overrides.task]
+    params = as_typed(config.hydra.sweeper.get("params"))
+    texts = [*(f"{key}={value}" for key, value in params.items()), *as_typed(config.hydra.overrides.task)]
     last = {override.key_or_group: override for override in OverridesParser.create().parse_overrides(texts)}
     return {key: override for key, override in last.items() if override.is_sweep_override()}
 

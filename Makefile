@@ -40,7 +40,6 @@ test: lint
 
 # README, docs/ and experiments/ as pages in build/docs; a warning is an error
 docs: setup
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/docs
 	@echo build/docs/docs/index.html
 

@@ -16,7 +16,7 @@ from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
 
 SUBCOMMANDS = {
     "compare": "compare", "list": "listing", "partition": "partition", "plot": "plot", "report": "report",
-    "resume": "resume",
+    "resume": "resume", "tune": "tune",
 }  # fmt: skip
 """Subcommands, and the file of each."""
 

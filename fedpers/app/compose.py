@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.keys import check_choices, meant, with_open_keys
+from fedpers.app.sweeps.plugins import unknown
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
 from fedpers.settings.base import CUSTOM, choices, options, plain
@@ -23,6 +24,8 @@ from fedpers.strategies.registry import default_options
 _CHOSEN = (*GROUPS, "strategy", "tracker")
 """Fields of a run's settings that are chosen by name."""
 _DEFAULT_METHOD = "fedavg"
+_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+"""What Hydra's own options may be, by the names that it gives their types."""
 # ``conf/config.yaml`` names folders by it: not every file system takes the colon of ``module:Name``
 OmegaConf.register_new_resolver("file_name", lambda name: str(name).replace(":", "."), replace=True)
 
@@ -105,6 +108,8 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     text = str(error)
     if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
         group, name = match.groups()
+        if group.startswith("hydra/"):
+            return unknown(group, name, getattr(error, "options", None) or [])
         custom = f", or {CUSTOM}" if group in ("dataset", "model", "strategy") else ""
         return ConfigError(group, name, one_of(group_names(group), name) + custom)
     if match := re.search(r"Could not override '([^']+)'", text):
@@ -115,6 +120,15 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
         while parents and not _keys(cfg, parents):  # the mistake is further up
             parents.pop()
         return ConfigError(key, given, meant(key, _keys(cfg, parents)))
+    if match := re.search(r"Error merging override ([^=\s]+)=(.*)", text):
+        problem = str(error.__cause__).partition("\n")[0]
+        kind = re.search(r"could not be converted to (\w+)", problem)
+        allowed = _KINDS.get(kind[1], kind[1]) if kind else f"something else ({problem})"
+        return ConfigError(match[1], match[2], allowed)
+    if match := re.search(r"does not support sweep type : \w+", text):
+        ranges = [a for a in arguments if "=" in a and re.match(r"(tag\(.*)?interval\(", a.partition("=")[2])]
+        key, _, value = (ranges or ["the range"])[0].partition("=")
+        return ConfigError(key, value, "a list of values, or hydra/sweeper=optuna to search in a range")
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return FedpersError(f"{match[1]} has several values; -m makes a run with each, and key=[a,b] is one list.")
     if isinstance(error, OverrideParseException):
@@ -129,12 +143,12 @@ def _without(offending: str, arguments: Sequence[str]) -> DictConfig:
     kept = [a for a in arguments if "=" in a and "," not in a and not a.startswith("-") and not a.startswith(offending)]
     with initialize_config_dir(str(conf_folder().resolve()), version_base="1.3"):
         try:
-            return compose("config", overrides=kept)
+            return compose("config", overrides=kept, return_hydra_config=offending.startswith("hydra"))
         except Exception:  # another override is wrong as well: the keys of the defaults are named
-            return compose("config")
+            return compose("config", return_hydra_config=offending.startswith("hydra"))
 
 
 def _keys(cfg: DictConfig, parents: Sequence[str]) -> list[str]:
     """Keys that exist under the last of the nested `parents`."""
     node = OmegaConf.select(cfg, ".".join(parents)) if parents else cfg
-    return [str(key) for key in node] if isinstance(node, DictConfig) else []
+    return [str(key) for key in node if not str(key).startswith("_")] if isinstance(node, DictConfig) else []

@@ -22,6 +22,8 @@ Run (settings are key=value, see below):
 
 Subcommands:
   fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
+  fedpers resume SWEEP [hydra/launcher=...]           go on with a sweep: what is open or missing of it
+  fedpers tune [--seed N] key=value,value ...         choose each method's settings on validation, then run all seeds
   fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
   fedpers report FOLDER... [--out FILE.html]          the same with pictures, as one page for a browser
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
@@ -54,6 +56,11 @@ Settings people change:
   checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1
   tracker     {tracker}, [wandb,tensorboard]
   +experiment {experiment}
+
+Sweeps in parallel, searches (pip install 'fedpers[sweeps]'):
+  fedpers -m hydra/launcher=joblib hydra.launcher.n_jobs=4 seed=0,1,2,3
+  fedpers -m hydra/launcher=submitit_slurm hydra.launcher.partition=NAME seed=0,1,2,3
+  fedpers -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 'training.lr=tag(log,interval(0.01,1))'
 
 All settings with their values:  fedpers --cfg job [key=value ...]
 Further options of Hydra:        fedpers --hydra-help

@@ -31,7 +31,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
         result = f"test {headline} {at_best}, {at_end}"
     print(
         f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: {result}{_unseen(last, headline)}; "
-        f"{summary['seconds']:.1f} s; {_shown(folder)}{_left_out(summary['failures'])}"
+        f"{summary['seconds']:.1f} s; {shown(folder)}{_left_out(summary['failures'])}"
     )
     if diverged := summary["last_diverged"]:
         print(
@@ -84,5 +84,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f} %"
 
 
-def _shown(folder: Path) -> Path:
+def shown(folder: Path) -> Path:
+    """A folder as it is printed: from the current one, where it lies below that."""
+    folder = folder.resolve()
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder

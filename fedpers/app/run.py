@@ -10,12 +10,18 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.compose import register_choices, sentence
 from fedpers.app.keys import check_choices, with_open_keys
 from fedpers.app.result import exit_code, print_error, print_result
+from fedpers.app.sweeps.jobs import perform
+from fedpers.app.sweeps.launch import Sweep
+from fedpers.app.sweeps.names import as_typed
+from fedpers.app.sweeps.plugins import check_single, launching_through, not_instantiated, with_search_defaults
+from fedpers.app.sweeps.record import Record
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.run import run
 from fedpers.settings import Config, build
@@ -24,51 +30,91 @@ from fedpers.settings.groups import conf_folder, group_names
 
 def command(arguments: list[str]) -> int:
     """Compose with Hydra and run, once or for every combination of a sweep."""
+    return execute(arguments, Record(arguments))
+
+
+class _Job:
+    """What Hydra calls for each run, in whichever process its launcher has chosen."""
+
+    def __init__(self) -> None:
+        self.composed = False
+        self.exit_code = 0
+
+    def __call__(self, cfg: Any) -> float | None:
+        """Run; the validation score of the selected round, for sweepers that optimize."""
+        self.composed = True
+        context = HydraConfig.get()
+        resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        folder = Path(context.runtime.output_dir)
+        if context.mode == RunMode.MULTIRUN:
+            return perform(resolved, folder)
+        try:
+            check_single(as_typed(context.overrides.hydra))
+            summary = run(build(Config, resolved), folder, resolved)
+            self.exit_code = exit_code(summary)
+            return print_result(summary, folder)
+        except Exception as error:  # printed at once: Hydra would add lines
+            self.exit_code = print_error(error)
+            return None
+
+
+def execute(arguments: list[str], record: Record) -> int:
+    """Run, or do what is not done yet of a sweep.
+
+    Parameters
+    ----------
+    arguments : list of str
+        For Hydra.
+    record : Record
+        Of the sweep, if it becomes one.
+    """
     check_choices(arguments)
-    arguments = with_open_keys(arguments)
+    arguments = with_search_defaults(with_open_keys(arguments))
     register_choices(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here
     before = sys.argv
     # options of Hydra, such as -m, may stand between settings: its parser takes settings in one piece only
     sys.argv = ["fedpers", *sorted(arguments, key=lambda a: not a.startswith("-") and ("=" in a or a.startswith("~")))]
-    exit_codes: list[int] = []
-    composed = False
-
-    def job(cfg: Any) -> float | None:  # the validation score of the selected round, for sweepers that optimize
-        nonlocal composed
-        composed = True
-        try:
-            summary, folder = _run(cfg)
-            score = print_result(summary, folder)
-            exit_codes.append(exit_code(summary))
-            return score
-        except Exception as error:  # printed at once: Hydra would add lines, and end a sweep at its first failure
-            exit_codes.append(print_error(error))
-            return None
-
+    job, sweep = _Job(), Sweep(record)
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+        with launching_through(sweep):
+            hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
+        if impossible := not_instantiated(error, arguments):
+            raise impossible from error
         raise sentence(error, arguments) from error
+    except ImportError as error:
+        if impossible := not_instantiated(error, arguments):
+            raise impossible from error
+        raise
     except (TypeError, ValueError) as error:
-        if composed:  # else Hydra's way of saying that it cannot make anything of an argument
+        if isinstance(error, FedpersError):
             raise
-        for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments):
-            names = group_names(key) if key else []
-            if names and value not in names:
-                raise ConfigError(key, value, one_of(names, value)) from error
-        raise FedpersError(f"the settings cannot be read: {str(error).splitlines()[0].removesuffix('.')}.") from error
+        if not sweep.has_failed_only():  # else of a search without a single score, and the reasons follow
+            _explain(error, arguments, job.composed or sweep.has_begun)
     except OSError as error:
         if error.filename is None:
             raise
         raise FedpersError(f"{error.filename}: {error.strerror}; choose another folder with output=.") from error
     finally:
         sys.argv = before
-    return max(exit_codes, default=0)
+        sweep.close()
+    if not sweep.has_begun:
+        return job.exit_code
+    results, failures = sweep.report()
+    print("\n".join(results))
+    sys.stdout.flush()
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+    return sweep.exit_code()
 
 
-def _run(cfg: Any) -> tuple[dict[str, Any], Path]:
-    """Run one job; its summary and folder."""
-    resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    return run(build(Config, resolved), folder, resolved), folder
+def _explain(error: Exception, arguments: list[str], composed: bool) -> None:
+    """Raise what Hydra means by an error when it cannot make anything of an argument."""
+    if composed:
+        raise error
+    for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments):
+        names = group_names(key) if key else []
+        if names and value not in names:
+            raise ConfigError(key, value, one_of(names, value)) from error
+    raise FedpersError(f"the settings cannot be read: {str(error).splitlines()[0].removesuffix('.')}.") from error

@@ -28,6 +28,9 @@ IGNORED = frozenset(
 """Top-level config keys in which comparable runs may differ, besides where a data set is found: methods and seeds are
 what is compared, the others cannot change a number."""
 
+ERROR_FILE = "error.json"
+"""Why a job of a sweep failed, in its folder."""
+
 DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "none"}
 """What a run without these settings has; any other stands in a table of its own."""
 
@@ -136,7 +139,7 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[RunRecord]:
         if not Path(path).is_dir():
             logger.warning("%s is not a folder and is left out.", path)
         for name, subfolders, files in os.walk(path):
-            if "summary.json" in files or "config.yaml" in files:
+            if not {"summary.json", "config.yaml", ERROR_FILE}.isdisjoint(files):
                 folders.setdefault(Path(name).resolve(), Path(name))
                 subfolders.clear()  # trackers keep files of the same names inside a run folder
             else:
@@ -154,13 +157,16 @@ def _read(folder: Path) -> RunRecord:
     from omegaconf import OmegaConf
 
     path = folder / "summary.json"
+    error = _error(folder)
+    if error and not path.exists():
+        raise FileNotFoundError(f"its run failed: {error}.")
     if not path.exists():
         remedy = f", after which 'fedpers resume {folder}' goes on" if (folder / "checkpoints").is_dir() else ""
         raise FileNotFoundError(f"it has no summary.json; the run is going on or was killed{remedy}.")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"its summary.json is damaged ({error}).") from error
+    except ValueError as damage:
+        raise ValueError(f"its summary.json is damaged ({damage}).") from damage
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     except Exception as error:
@@ -180,7 +186,17 @@ def _read(folder: Path) -> RunRecord:
             number(summary.get(key))
     except (TypeError, ValueError) as error:
         raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
+    if error:
+        summary["error"] = error
     return RunRecord(folder, {str(k): v for k, v in config.items()}, summary, path.stat().st_mtime)
+
+
+def _error(folder: Path) -> str:
+    """Why a job of a sweep failed; nothing if it did not, or nobody can say."""
+    try:
+        return str(json.loads((folder / ERROR_FILE).read_text(encoding="utf-8"))["error"]).removesuffix(".")
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def differing(settings: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -180,15 +180,24 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def check_contents(folder: Path) -> None:
-    """Refuse what would let writing into a run folder reach other places.
+    """Refuse a folder without a run, or in which :func:`check_links` refuses something.
 
     Raises
     ------
     FedpersError
-        If there is such a thing, or no run.
     """
     if not os.path.isfile(folder / "config.yaml"):
         raise FedpersError(f"{folder} holds no run: there is no config.yaml.")
+    check_links(folder)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links by which writing below a folder would reach other places, and what is neither file nor folder.
+
+    Raises
+    ------
+    FedpersError
+    """
     home = folder.resolve()
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):

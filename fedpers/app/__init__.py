@@ -14,7 +14,14 @@ from typing import NoReturn
 from fedpers import __version__
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
 
-SUBCOMMANDS = {"compare": "compare", "list": "listing", "partition": "partition", "plot": "plot", "resume": "resume"}
+SUBCOMMANDS = {
+    "compare": "compare",
+    "export": "export",
+    "list": "listing",
+    "partition": "partition",
+    "plot": "plot",
+    "resume": "resume",
+}
 """Subcommands, and the file of each."""
 
 

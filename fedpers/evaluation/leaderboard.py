@@ -279,6 +279,9 @@ def _notes(group: Group, runs: Sequence[RunRecord], older: Sequence[RunRecord], 
     if stopped:
         ends = [f"{r.folder} ({r.summary.get('rounds_done')} of {r.summary.get('rounds')} rounds)" for r in stopped]
         notes.append(f"! Interrupted: {', '.join(ends)}.")
+    if early := [run for run in runs if str(run.summary.get("ended_by")).startswith("stop.")]:
+        ends = [f"{r.folder} ({r.summary['rounds_done']} of {r.summary['rounds']} rounds)" for r in early]
+        notes.append(f"Ended early by stop.*, so that runs did different numbers of rounds: {', '.join(ends)}.")
     if any(run.selected_on == "test" for run in runs):
         chosen = {part: sorted({r.strategy for r in runs if r.selected_on == part}) for part in ("test", "validation")}
         phrases = [f"on {part} for {', '.join(names)}" for part, names in chosen.items() if names]

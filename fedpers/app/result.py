@@ -38,7 +38,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
         print(f"The run ended after round {summary['rounds_done']} of {summary['rounds']} by {summary['ended_by']}.")
     if summary["global_samples"] and f"global/{headline}" not in last:
         print(
-            f"There is no global/{headline}: clients of {summary['strategy']} are not all sent one whole network, which "
+            f"There is no global/{headline}: clients of {summary['strategy']} are not all sent one whole network that "
             f"could be tested on the {summary['global_samples']} samples of split.global_test."
         )
     if diverged := summary["last_diverged"]:

@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -70,5 +71,9 @@ def command(arguments: list[str]) -> int:
 def _run(cfg: Any) -> tuple[dict[str, Any], Path]:
     """Run one job; its summary and folder."""
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
+    wandb = resolved["tracker"].get("wandb")
+    if hydra_config.mode is RunMode.MULTIRUN and wandb is not None and wandb.get("group") is None:
+        wandb["group"] = "_".join(Path(hydra_config.sweep.dir).parts[-2:])
     return run(build(Config, resolved), folder, resolved), folder

@@ -119,9 +119,11 @@ class WithoutSamples(FederatedData):
     """Says of clients' samples that they are not there."""
 
     def samples(self, client: int, seed: int, round: int) -> NoReturn:
+        """Refuse."""
         raise SamplesNeededError(f"the samples of client {client} are needed.")
 
     def positions(self, part: Any, client: int, round: int) -> NoReturn:
+        """Refuse."""
         raise SamplesNeededError(f"the samples of client {client} are needed.")
 
     def sizes(self, part: Any = "train") -> Tensor:
@@ -129,6 +131,7 @@ class WithoutSamples(FederatedData):
         return torch.full((self.num_clients,), len(self.x))
 
     def label_counts(self, part: Any = "train") -> NoReturn:
+        """Refuse."""
         raise SamplesNeededError("the labels of all clients are needed.")
 
 

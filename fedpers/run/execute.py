@@ -34,6 +34,7 @@ from fedpers.run.results import (
     read_json,
     stopped_early_by,
     summarize,
+    values_of_clients,
     write_clients,
     write_text,
     writing,
@@ -297,7 +298,10 @@ class _Run:
                 log.info("the round under way is lost: %s", error)  # its machines were stopped too
             finally:
                 self._write_results()
-                trackers.summary({f"selected/{k}": v for k, v in self.summary["selected"].items() if v is not None})
+                trackers.summary(
+                    {f"{w}/{k}": v for w in ("selected", "last") for k, v in self.summary[w].items() if v is not None}
+                )
+                trackers.clients(values_of_clients(progress, headline))
         if signals.received is not None:
             raise Interrupted(signals.received, self._stopped())
 

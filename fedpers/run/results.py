@@ -186,6 +186,18 @@ def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
         pd.DataFrame(columns).to_parquet(path, index=False)
 
 
+def values_of_clients(progress: Progress, headline: str) -> dict[str, list[float]]:
+    """Headline of the clients that have one, ascending, as ``selected/test/accuracy``; of those that train."""
+    values: dict[str, list[float]] = {}
+    for when, evaluation in (("selected", progress.best), ("last", progress.last)):
+        rows = {} if evaluation is None else evaluation[2].clients
+        for part in EVALUATED_PARTS:
+            column = [row[f"{part}-{headline}"] for _, row in sorted(rows.items()) if f"{part}-{headline}" in row]
+            if finite := [value for value in column if math.isfinite(value)]:
+                values[f"{when}/{part}/{headline}"] = finite
+    return values
+
+
 def _add_metrics(columns: dict[str, list[Any]], rows: Mapping[int, Mapping[str, float]], when: str) -> None:
     """Add a column per metric, NaN for clients without it."""
     names = sorted({name for row in rows.values() for name in row if name.startswith(EVALUATED_PARTS)})

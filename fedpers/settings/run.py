@@ -149,7 +149,7 @@ class WandbConfig(Settings, group="tracker.wandb"):
 
     project: str = "fedpers"
     name: Annotated[str | None, Field(description="null: the run's own name")] = None
-    group: str | None = None
+    group: Annotated[str | None, Field(description="null: one for all runs of a sweep, none for a single run")] = None
     mode: Annotated[
         Literal["auto", "online", "offline"],
         Field(description="auto: as WANDB_MODE says, else offline where there is no login"),

@@ -22,7 +22,10 @@ def command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="fedpers resume", description="Go on with a run after its last checkpoint.")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="run folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="rounds, runtime, runtime.*, tracker, tracker.*, checkpoint.*"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="rounds, runtime, runtime.*, tracker, tracker.*, checkpoint.*, stop.*",
     )
     options = parser.parse_args(arguments)
     check_contents(options.folder)

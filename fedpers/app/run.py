@@ -73,7 +73,7 @@ def _run(cfg: Any) -> tuple[dict[str, Any], Path]:
     resolved: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    wandb = resolved["tracker"].get("wandb")
+    wandb = (resolved["tracker"] or {}).get("wandb")
     if hydra_config.mode is RunMode.MULTIRUN and wandb is not None and wandb.get("group") is None:
         wandb["group"] = "_".join(Path(hydra_config.sweep.dir).parts[-2:])
     return run(build(Config, resolved), folder, resolved), folder

@@ -43,7 +43,7 @@ class Predictor(nn.Module):
         values = self.network.state_dict(keep_vars=True)
         tensors = {name: values[name] for name in state_names(self.network)}
         samples = x if self._inputs is None else self._inputs(x)
-        return self._update.predict(Network(self.network, tensors, given=self.given.values()), samples)
+        return self._update.predict(Network(self.network, tensors, given=self.given.as_given()), samples)
 
 
 class _Buffers(nn.Module):
@@ -58,8 +58,8 @@ class _Buffers(nn.Module):
             else:
                 self.add_module(key, _Buffers(value))
 
-    def values(self) -> dict[str, Any]:
-        parts = {name: part.values() for name, part in self.named_children() if isinstance(part, _Buffers)}
+    def as_given(self) -> dict[str, Any]:
+        parts = {name: part.as_given() for name, part in self.named_children() if isinstance(part, _Buffers)}
         return {name.replace("/", "."): value for name, value in {**self._buffers, **parts}.items()}
 
 

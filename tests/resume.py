@@ -28,7 +28,8 @@ from fedpers.strategies import STRATEGIES
 SEQUENCES = (1,) * 14 + (2,) * 3
 """Kills in each run."""
 AIMED = 4  # every fourth kill waits for a checkpoint to be under way
-SETTINGS = ("fraction=0.5", "split.unseen=3", "evaluate_every=2", "checkpoint.every=1", "checkpoint.keep=2")
+SETTINGS = ("fraction=0.5", "split.unseen=3", "evaluate_every=2", "checkpoint.every=1", "checkpoint.keep=2",
+            "checkpoint.best=true")  # fmt: skip
 TIMED = ("seconds", "train_seconds")  # of summary.json
 PATIENCE = 300.0  # seconds that a command may take
 

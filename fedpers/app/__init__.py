@@ -15,8 +15,8 @@ from fedpers import __version__
 from fedpers.errors import ConfigError, FedpersError, TrainingError, one_of
 
 SUBCOMMANDS = {
-    "compare": "compare", "list": "listing", "partition": "partition", "plot": "plot", "report": "report",
-    "resume": "resume", "tune": "tune",
+    "compare": "compare", "export": "export", "list": "listing", "partition": "partition", "plot": "plot",
+    "report": "report", "resume": "resume", "tune": "tune",
 }  # fmt: skip
 """Subcommands, and the file of each."""
 

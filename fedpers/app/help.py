@@ -8,7 +8,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from fedpers.errors import ConfigError, one_of
-from fedpers.settings import CheckpointConfig, Training
+from fedpers.settings import CheckpointConfig, StopConfig, Training
 from fedpers.settings.base import Option, Settings, choice_options, choices, options, plain
 from fedpers.settings.groups import GROUPS, TRACKERS, conf_folder, group_names, method_file
 
@@ -24,6 +24,7 @@ Subcommands:
   fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
   fedpers resume SWEEP [hydra/launcher=...]           go on with a sweep: what is open or missing of it
   fedpers tune [--seed N] key=value,value ...         choose each method's settings on validation, then run all seeds
+  fedpers export FOLDER [--client 3] [--round best]   a client's network, or the common one, as safetensors
   fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
   fedpers report FOLDER... [--out FILE.html]          the same with pictures, as one page for a browser
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
@@ -53,7 +54,8 @@ Settings people change:
   runtime     {runtime}
               runtime.clients_at_once=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
               runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5
-  checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1
+  checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1  checkpoint.best=true
+  stop        stop.patience=10 (evaluations without a better score)  stop.target=0.9
   tracker     {tracker}, [wandb,tensorboard]
   +experiment {experiment}
 
@@ -67,7 +69,11 @@ Further options of Hydra:        fedpers --hydra-help
 """
 
 _GROUPS = (*GROUPS, "strategy", "tracker", "experiment")
-_WITHOUT_CHOICE: dict[str, type[Settings]] = {"training": Training, "checkpoint": CheckpointConfig}
+_WITHOUT_CHOICE: dict[str, type[Settings]] = {
+    "training": Training,
+    "checkpoint": CheckpointConfig,
+    "stop": StopConfig,
+}
 
 
 def command(arguments: list[str]) -> int:

@@ -30,9 +30,17 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
         at_best = f"{_percent(selected.get(measured))} at round {summary['selected_round']} (chosen on {chosen})"
         result = f"test {headline} {at_best}, {at_end}"
     print(
-        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: {result}{_unseen(last, headline)}; "
+        f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: {result}{_unseen(last, headline)}"
+        f"{_common(last, headline)}; "
         f"{summary['seconds']:.1f} s; {shown(folder)}{_left_out(summary['failures'])}"
     )
+    if str(summary["ended_by"]).startswith("stop."):
+        print(f"The run ended after round {summary['rounds_done']} of {summary['rounds']} by {summary['ended_by']}.")
+    if summary["global_samples"] and f"global/{headline}" not in last:
+        print(
+            f"There is no global/{headline}: clients of {summary['strategy']} are not all sent one whole network that "
+            f"could be tested on the {summary['global_samples']} samples of split.global_test."
+        )
     if diverged := summary["last_diverged"]:
         print(
             f"The network diverged: at round {summary['last_round']} the loss of {diverged} of {clients} clients is "
@@ -74,6 +82,11 @@ def _unseen(last: Mapping[str, float | None], headline: str) -> str:
     if by_steps:
         return come + "".join(f", {_percent(by_steps[n])} after {n} step{'s' * (n > 1)}" for n in sorted(by_steps))
     return f"{come}, {_percent(last.get(f'adapted/{headline}'))} after adapting"
+
+
+def _common(last: Mapping[str, float | None], headline: str) -> str:
+    shared = f"global/{headline}"
+    return f", the common network {_percent(last[shared])} on the global test set" if shared in last else ""
 
 
 def _left_out(failures: int) -> str:

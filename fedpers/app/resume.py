@@ -30,7 +30,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a run or of a sweep")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="of a run: rounds, runtime, runtime.*, tracker, tracker.*, "
-        "checkpoint.*; of a sweep: hydra/launcher, hydra.launcher.*",
+        "checkpoint.*, stop.*; of a sweep: hydra/launcher, hydra.launcher.*",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     if (options.folder / FILE).is_file():

@@ -47,6 +47,9 @@ class _Job:
         resolved: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         folder = Path(context.runtime.output_dir)
         if context.mode == RunMode.MULTIRUN:
+            wandb = (resolved["tracker"] or {}).get("wandb")
+            if wandb is not None and wandb.get("group") is None:
+                wandb["group"] = "_".join(Path(context.sweep.dir).parts[-2:])
             return perform(resolved, folder)
         try:
             check_single(as_typed(context.overrides.hydra))

@@ -15,6 +15,7 @@ from flwr.clientapp.typing import Mod
 from torch import Tensor, nn
 
 from fedpers.client.checks import check_groups, check_network, check_parts
+from fedpers.client.predictor import Inputs, predictor
 from fedpers.client.results import CohortResult
 from fedpers.client.update import EXTRA, LocalUpdate, Received
 from fedpers.cohort import Cohort, Reply, Tree, entries, has_role, leaves, model_tree, prepare, tree
@@ -292,6 +293,30 @@ class CohortApp(ClientApp):
         if trains and not config.get(ADAPTING):
             result.records, encoder_states = self._encoded(cohort, result.records, received, state)
         return result, self._stored_state(output.state, state, encoder_states, trains, cohort.size), finite
+
+    def network_of(
+        self,
+        client: int,
+        state: Tree,
+        received: Received,
+        config: Mapping[str, Any],
+        inputs: Inputs | None = None,
+    ) -> nn.Module:
+        """Network of a client as an evaluation with these values takes it, in evaluation mode, a copy.
+
+        Parameters
+        ----------
+        client : int
+        state : Tree ``[1]``
+            Its personal state.
+        received, config
+            As in :meth:`run`.
+        inputs : callable, optional
+            See :class:`~fedpers.client.predictor.Predictor`.
+        """
+        cohort = self.cohort([client], state, config)
+        networks = self.update.personalize(cohort, self._with_dtypes(received), config)
+        return predictor(self.module, self.update, networks, inputs)
 
     def _encoded(
         self, cohort: Cohort, records: dict[str, Tree], received: Received, state: Tree

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpers.client.app import CohortApp
+from fedpers.client.predictor import Inputs
 from fedpers.client.results import CohortResult
 from fedpers.client.update import Received
 from fedpers.cohort import Tree, entries, leaves, tree
@@ -107,6 +108,18 @@ class MixedApp(CohortApp):
     def initial_arrays(self) -> flower.ArrayRecord:
         """What the server starts from, the same for all kinds but for its values: those of the first."""
         return self.kinds[0].initial_arrays()
+
+    def network_of(
+        self,
+        client: int,
+        state: Tree,
+        received: Received,
+        config: Mapping[str, Any],
+        inputs: Inputs | None = None,
+    ) -> nn.Module:
+        """Network of a client, see :meth:`CohortApp.network_of`."""
+        number = self.kind_of[client]
+        return self.kinds[number].network_of(client, state.get(_role(number), tree({}, 1)), received, config, inputs)
 
     def run(
         self,

@@ -66,6 +66,9 @@ class FederatedData:
     fields : tuple of InputField
         What the columns of `x` ``[N, F]`` are where samples have several inputs: networks of a user's own are given a
         dictionary of them. Empty for one input.
+    global_test : Tensor ``[g]`` or None
+        Positions in `x` of samples that belong to no client, int64, on which a network that all clients have in common
+        is tested; None if there are none.
     drift_round : int
         First round in which clients have drifted, >= 1; 0 without a drift.
     drifted : Tensor ``[N]`` or None
@@ -104,6 +107,7 @@ class FederatedData:
     class_names: tuple[str, ...] = field(default=(), kw_only=True)
     num_tokens: int = field(default=0, kw_only=True)
     fields: tuple[InputField, ...] = field(default=(), kw_only=True)
+    global_test: Tensor | None = field(default=None, kw_only=True)
     drift_round: int = field(default=0, kw_only=True)
     drifted: Tensor | None = field(default=None, kw_only=True)
     task: Task = field(default=CLASSIFICATION, kw_only=True)
@@ -181,10 +185,9 @@ class FederatedData:
         for part in PARTS:
             lists = [_as_positions(positions, f"{self.name}: {part}") for positions in self.part(part)]
             object.__setattr__(self, part, lists)
-        if self.public is not None:
-            object.__setattr__(self, "public", _as_positions(self.public, f"{self.name}: public"))
-        if self.drifted is not None:
-            object.__setattr__(self, "drifted", _as_positions(self.drifted, f"{self.name}: drifted"))
+        for named in ("public", "global_test", "drifted"):
+            if (positions := getattr(self, named)) is not None:
+                object.__setattr__(self, named, _as_positions(positions, f"{self.name}: {named}"))
         self._check()
         object.__setattr__(self, "y", self.task.prepare_labels(self.y, self.num_classes, self.name))
         if self.x.dim() == 2 and not self.x.is_floating_point() and self.x.numel() and not self.x.is_meta:
@@ -212,8 +215,9 @@ class FederatedData:
                 raise DataError(f"{self.name}: there are {len(getattr(self, named))} {named} for {count}.")
         if self.fields and len(self.x) and sum(each.width for each in self.fields) != self.x[:1].numel():
             raise DataError(f"{self.name}: fields do not add up to the {self.x[:1].numel()} columns of x.")
-        if self.public is not None:
-            self._check_public(self.public)
+        for named in ("public", "global_test"):
+            if (positions := getattr(self, named)) is not None:
+                self._check_unowned(named, positions)
         for named in ("unseen", "anchors", "elsewhere"):
             clients = list(getattr(self, named))
             if clients != sorted(set(clients) & set(range(self.num_clients))):
@@ -260,15 +264,18 @@ class FederatedData:
                 f"samples must stand in one part, once."
             )
 
-    def _check_public(self, public: Tensor) -> None:
-        if len(public) == 0 or int(public.min()) < 0 or int(public.max()) >= len(self.x):
-            raise DataError(f"{self.name}: public must list positions in 0..{len(self.x) - 1}, at least one.")
+    def _check_unowned(self, named: str, positions: Tensor) -> None:
+        if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= len(self.x):
+            raise DataError(f"{self.name}: {named} must list positions in 0..{len(self.x) - 1}, at least one.")
         unassigned = torch.ones(len(self.x), dtype=torch.bool)
         for part in PARTS:
             unassigned[torch.cat(list(self.part(part))).cpu()] = False
-        if not bool(unassigned[public.cpu()].all()):
-            count = int((~unassigned[public.cpu()]).sum())
-            raise DataError(f"{self.name}: {count} public samples also belong to a client.")
+        if named == "global_test" and self.public is not None:
+            unassigned[self.public] = False
+        if not bool(unassigned[positions].all()):
+            count = int((~unassigned[positions]).sum())
+            owner = "a client" if named == "public" else "a client or are public"
+            raise DataError(f"{self.name}: {count} {named} samples also belong to {owner}.")
 
     def part(self, part: Part) -> Sequence[Tensor]:
         """Index lists of one part, one Tensor ``[n_k]`` per client."""
@@ -339,7 +346,7 @@ class FederatedData:
         return self if x is self.x and y is self.y else replace(self, x=x, y=y)
 
     def restrict(self, clients: Sequence[int]) -> Self:
-        """Keep the samples of some clients only, under the same client numbers; without the public ones."""
+        """Keep the samples of some clients only, under the same client numbers; without those of nobody."""
         selected = set(clients)
         nothing = torch.zeros(0, dtype=torch.int64)
         lists: dict[Part, list[Tensor]] = {
@@ -347,7 +354,7 @@ class FederatedData:
             for part in PARTS
         }
         elsewhere = tuple(client for client in range(self.num_clients) if client not in selected)
-        return replace(self, elsewhere=elsewhere, public=None, **self._compact(lists))
+        return replace(self, elsewhere=elsewhere, public=None, global_test=None, **self._compact(lists))
 
     def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
         """Fields of data with these index lists, without samples that are in none of them."""
@@ -378,6 +385,9 @@ class FederatedData:
         if self.public is not None:
             digest.update(f"public{len(self.public)}".encode())
             digest.update(np.ascontiguousarray(self.public.cpu().numpy()).data)
+        if self.global_test is not None:
+            digest.update(f"global{len(self.global_test)}".encode())
+            digest.update(np.ascontiguousarray(self.global_test.numpy()).data)
         if self.unseen:
             digest.update(f"unseen{self.unseen}".encode())
         if self.groups:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedpers.data.datasets import custom, load_dataset
 from fedpers.data.federated import PARTS, FederatedData, Part
@@ -12,7 +16,7 @@ from fedpers.data.partitions.label_sets import deal_label_sets
 from fedpers.data.ratings import leave_one_out
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings
-from fedpers.data.split import draw_unseen, hold_out, split_clients, strata, take_public, tested_owners
+from fedpers.data.split import draw_unseen, hold_out, split_clients, strata, take_global, take_public, tested_owners
 from fedpers.errors import DataError, check, one_of
 from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.partition import PartitionConfig
@@ -56,7 +60,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
     if ":" in dataset.name:
         made = custom(dataset, split, seed)
         if isinstance(made, FederatedData):
-            _check_divided(partition, f"because {dataset.name} divides its samples itself")
+            _check_divided(partition, split, f"because {dataset.name} divides its samples itself")
             return made
         data = made
     else:
@@ -67,12 +71,19 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         check(fits, "partition", partition.name, f"{one_of(WITHOUT_CLASSES, '')}, {why}")
         check(split.name != "official" or partition.name in BY_OWNER, "split", split.name, f"fractions, {why}")
     groups: tuple[int, ...]
+    tested: NDArray[np.int64] | None = None
     names: tuple[str, ...] = ()
     if partition.name == "label_sets":
         lists, unseen, groups = deal_label_sets(data, partition, split, seed)
     else:
         division = _division(data, partition, split, seed)
         groups, names = division.groups, division.names
+        if division.parts:
+            why = f"because partition={partition.name} has parts"
+            check(split.global_test == 0, "split.global_test", split.global_test, f"0, {why}")
+        else:
+            owned, tested = take_global(division.owned, split, seed)
+            division = replace(division, owned=owned)
         lists = _parts(data, division, partition, split, seed)
         unseen = draw_unseen(len(lists["train"]), split, seed)
     lists["train"], public = take_public(lists["train"], unseen, split, seed)
@@ -92,6 +103,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         client_names=names,
         class_names=data.class_names,
         num_tokens=data.num_tokens,
+        global_test=None if tested is None else torch.from_numpy(tested),
         task=data.task,
     )
 
@@ -103,6 +115,7 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
         check(partition.name == "user", "partition", partition.name, f"user, {why}")
         check(split.name == "leave_one_out", "split", split.name, f"leave_one_out, {why}")
         check(split.public == 0, "split.public", split.public, f"0, {why}")
+        check(split.global_test == 0, "split.global_test", split.global_test, f"0, {why}")
         return
     why = f"because {dataset.name} holds no ratings"
     check(partition.name != "user", "partition", partition.name, f"a division of samples, e.g. dirichlet, {why}")
@@ -110,14 +123,17 @@ def _check_kind(dataset: DatasetConfig, partition: PartitionConfig, split: Split
     if partition.name.startswith("pfllib_"):
         check(split.name != "official", "split", split.name, f"fractions, because partition={partition.name} has parts")
     if partition.name == "label_sets":
+        allowed = "0 with partition=label_sets, whose clients share samples"
+        check(split.global_test == 0, "split.global_test", split.global_test, allowed)
         allowed = "0 with partition=label_sets, where partition.unseen_label_sets counts unseen clients"
         check(split.unseen == 0, "split.unseen", split.unseen, allowed)
         check(not split.stratified, "split.stratified", True, "false with partition=label_sets, which deals by class")
 
 
-def _check_divided(partition: PartitionConfig, why: str) -> None:
+def _check_divided(partition: PartitionConfig, split: SplitConfig, why: str) -> None:
     """Refuse settings that have no effect on data which come divided."""
     check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
+    check(split.global_test == 0, "split.global_test", split.global_test, f"0, {why}")
     check(partition.num_clients is None, "partition.num_clients", partition.num_clients, f"null, {why}")
     least, usual = partition.min_samples, PartitionConfig("natural").min_samples
     check(least == usual, "partition.min_samples", least, f"{usual}, its default, {why}")

@@ -143,6 +143,40 @@ def take_public(
     return [positions[~np.isin(positions, public)] for positions in train], public
 
 
+def take_global(
+    owned: Sequence[NDArray[np.int64]], config: SplitConfig, seed: int
+) -> tuple[Lists, NDArray[np.int64] | None]:
+    """Take a share of the samples of each client out of the lists, before these are split.
+
+    Parameters
+    ----------
+    owned : sequence of int64 arrays ``[n_k]``
+    config : SplitConfig
+    seed : int
+        What is taken from a client depends on `seed`, its number and its own samples.
+
+    Returns
+    -------
+    owned : list of int64 arrays
+        What is left to the clients, in the order given.
+    taken : int64 array ``[g]`` or None
+        Ascending: ``config.global_test`` of the samples of each client, rounded half up; None if that is 0.
+
+    Raises
+    ------
+    ConfigError
+        If that is not one sample of any client.
+    """
+    share = config.global_test
+    if share == 0:
+        return list(owned), None
+    drawn = [generator(seed, "global test", client).permutation(positions) for client, positions in enumerate(owned)]
+    taken = np.sort(np.concatenate([order[: int(share * len(order) + 0.5)] for order in drawn]))
+    largest = max(len(positions) for positions in owned)
+    check(len(taken) > 0, "split.global_test", share, f"at least {0.5 / largest:.2g}, one sample of the largest client")
+    return [positions[~np.isin(positions, taken)] for positions in owned], taken
+
+
 def strata(dataset: Dataset, config: SplitConfig) -> NDArray[np.int64] | None:
     """Class of each sample ``[N]`` if parts are to have the classes in proportion, else None.
 

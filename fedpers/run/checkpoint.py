@@ -2,10 +2,11 @@
 
 ``checkpoints/round_000020/`` holds ``server.safetensors`` (``arrays/NAME``, and the strategy's state as
 ``state/ROLE/NAME``), ``clients-00000.safetensors`` and so on (personal state, see :mod:`fedpers.runtime.states`) and
-``checkpoint.json``: what the run has yielded so far, its settings, checksums of its data and network, and size and
-digest of every file. It is the state after a round as in the middle of a run: what is done after the last round only
-(an evaluation that is not due, adaptation of clients that never train) is not in it, so that a run that is extended
-equals one that was as long from the start.
+``checkpoint.json``: what the run has yielded so far, its settings, what its data are like, checksums of its data and
+network, and size and digest of every file. It is the state after a round as in the middle of a run: what is done after
+the last round only (an evaluation that is not due, adaptation of clients that never train) is not in it, so that a run
+that is extended equals one that was as long from the start. ``checkpoints/best_000012/`` holds the same of the best
+round so far (``checkpoint.best``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ FORMAT = 2
 INDEX = "checkpoint.json"
 SERVER = "server.safetensors"
 _NAME = re.compile(r"round_(\d{6,9})")
+_BEST = re.compile(r"best_(\d{6,9})")
 _FILE = re.compile(r"server\.safetensors|clients-\d{5,9}\.safetensors")
 _DRAFT = ".draft-"
 _ARRAYS, _STATE = "arrays/", "state/"
@@ -65,6 +67,11 @@ class Checkpoint:
     round: int
     content: dict[str, Any]
     roles: list[str]
+
+    @property
+    def is_best(self) -> bool:
+        """Whether it is kept as that of the best round."""
+        return _BEST.fullmatch(self.folder.name) is not None
 
     def read_server(self, app: CohortApp) -> tuple[Tree, dict[str, Tree]]:
         """The server's arrays and the strategy's state, on the app's device.
@@ -134,6 +141,8 @@ class Checkpoints:
         arrays: Tree,
         state: Mapping[str, Tree],
         blocks: Iterable[Block],
+        *,
+        best: bool = False,
     ) -> Path:
         """Write one checkpoint; it is there whole when this returns, and not at all if this raises.
 
@@ -148,6 +157,8 @@ class Checkpoints:
             The strategy's.
         blocks : iterable of (int64 ``[n]``, Tree ``[n]``)
             Personal state.
+        best : bool
+            As that of the best round so far, which :meth:`prune_best` removes and :meth:`prune` leaves alone.
 
         Returns
         -------
@@ -161,7 +172,7 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._clear()
-        target = self.folder / f"round_{round:06d}"
+        target = self.folder / f"{'best' if best else 'round'}_{round:06d}"
         draft = self.folder / f"{_DRAFT}{target.name}"
         try:
             draft.mkdir()
@@ -199,15 +210,22 @@ class Checkpoints:
             if path not in kept:
                 _remove(path)
 
-    def all(self) -> list[Path]:
-        """Folders of checkpoints, the newest first, whether whole or not."""
+    def prune_best(self, keep: Collection[int | None]) -> None:
+        """Remove those of best rounds, but of these rounds."""
+        for path in self.all(best=True):
+            if _number(path) not in keep:
+                _remove(path)
+
+    def all(self, *, best: bool = False) -> list[Path]:
+        """Folders of checkpoints, the newest first, whether whole or not; with `best` those of best rounds."""
         if not self.folder.is_dir():
             return []
-        return sorted((p for p in self.folder.iterdir() if _NAME.fullmatch(p.name)), key=_number, reverse=True)
+        pattern = _BEST if best else _NAME
+        return sorted((p for p in self.folder.iterdir() if pattern.fullmatch(p.name)), key=_number, reverse=True)
 
-    def whole(self) -> Iterator[Checkpoint]:
+    def whole(self, *, best: bool = False) -> Iterator[Checkpoint]:
         """Checkpoints whose files are as they were written, the newest first; others are named in a warning."""
-        for path in self.all():
+        for path in self.all(best=best):
             try:
                 yield _read(path)
             except OSError as error:
@@ -301,7 +319,7 @@ def _digest_of(path: Path) -> str:
 
 
 def _number(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name) or _BEST.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
 

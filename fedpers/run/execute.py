@@ -20,18 +20,21 @@ from omegaconf import OmegaConf
 
 from fedpers import __version__
 from fedpers.cohort import Tree
+from fedpers.data.outline import outline_of
 from fedpers.errors import ConfigError, FedpersError
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record, to_record
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
 from fedpers.run.progress import Progress, report_from_json, report_to_json
-from fedpers.run.reopen import FinishedError, clear_leftovers, locked, reopen
+from fedpers.run.reopen import FinishedError, check_made, clear_leftovers, locked, reopen
 from fedpers.run.results import (
     is_finished,
     make_manifest,
     postprocessor_summary,
     read_json,
+    stopped_early_by,
     summarize,
+    values_of_clients,
     write_clients,
     write_text,
     writing,
@@ -120,14 +123,16 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             rounds = config.rounds
             if rounds < checkpoint.round:
                 raise ConfigError("rounds", rounds, f"a whole number >= {checkpoint.round}, the rounds done")
-            if is_finished(folder, rounds, checkpoint.round):
+            stopped_by = stopped_early_by(folder)
+            changed = stopped_by is not None and any(text.startswith("stop.") for text in overrides)
+            if is_finished(folder, rounds, checkpoint.round) and not changed:
                 done = f"{folder} has done its {checkpoint.round} rounds"
+                if stopped_by is not None:
+                    done = f"{folder} has ended after round {checkpoint.round} by {stopped_by}"
+                    raise FinishedError(f"{done}; 'fedpers resume {folder} {stopped_by}=null' goes on.")
                 raise FinishedError(f"{done}; 'fedpers resume {folder} rounds=N' goes on to round N.")
             setup = prepare_run(config)
-            for name, checksum in (("data", setup.data.checksum), ("network", setup.network)):
-                if checkpoint.content.get(name) != checksum:
-                    what = "data made here differ" if name == "data" else "initial network made here differs"
-                    raise FedpersError(f"the {what} from the run's in {folder}, by checksum: it cannot be resumed.")
+            check_made(folder, checkpoint, setup)
             try:
                 start = _Start.read(checkpoint, setup.app, opened.tracker_ids(checkpoint))
                 progress = _progress(setup)
@@ -187,6 +192,7 @@ class _Run:
         self.summary: dict[str, Any] = {}
         self.began = began
         self.saved_round: int | None = None if start is None else start.report.round
+        self.saved_best: int | None = None if start is None else self._best_with(start.report)
         self.warned = False
 
     @property
@@ -245,10 +251,16 @@ class _Run:
             cast(Any, grid).stopping = stopping_now
             stopping = False
 
+            def stops(report: RoundReport) -> bool:
+                progress.ended_by = progress.ends_by(report, metrics_of(report, headline), config.stop)
+                return progress.ended_by is not None
+
             def after_round(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
                 nonlocal stopping
                 stopping = signals.received is not None
                 signals.round = report.round + 1
+                if config.checkpoint.best and progress.is_best(report, metrics_of(report, headline)):
+                    self._save(report, arrays, grid, trackers, best=True)
                 due = report.round and report.round % config.checkpoint.every == 0
                 if due or stopping or is_last:
                     self._save(report, arrays, grid, trackers)
@@ -265,6 +277,7 @@ class _Run:
                     timeout=config.runtime.timeout,
                     budget=gradient_budget(config, setup.data),
                     spent=spent,
+                    stops=stops if config.stop.is_on else None,
                     last_report=None if start is None else start.report,
                     state=None if start is None else start.state,
                     after_round=after_round if saves else None,
@@ -273,9 +286,11 @@ class _Run:
                     trackers.log(report.round, metrics)
                     progress.take(report, metrics)
                     if stopping:
+                        progress.ended_by = None
                         break
                 else:
-                    progress.ended = True
+                    all_done = progress.rounds_done == config.rounds
+                    progress.ended_by = "rounds" if all_done else progress.ended_by or "training.budget"
             except FedpersError as error:
                 if signals.received is None:
                     progress.error = str(error)
@@ -283,7 +298,10 @@ class _Run:
                 log.info("the round under way is lost: %s", error)  # its machines were stopped too
             finally:
                 self._write_results()
-                trackers.summary({f"selected/{k}": v for k, v in self.summary["selected"].items() if v is not None})
+                trackers.summary(
+                    {f"{w}/{k}": v for w in ("selected", "last") for k, v in self.summary[w].items() if v is not None}
+                )
+                trackers.clients(values_of_clients(progress, headline))
         if signals.received is not None:
             raise Interrupted(signals.received, self._stopped())
 
@@ -301,14 +319,29 @@ class _Run:
             return f"stopped after round {done}; there is no checkpoint"
         return f"stopped after round {done}; 'fedpers resume {self.folder}' goes on after round {self.saved_round}"
 
-    def _save(self, report: RoundReport, arrays: flower.ArrayRecord, grid: Grid, trackers: Trackers) -> None:
-        """Write a checkpoint; one that cannot be written is no reason to lose the run."""
+    def _best_with(self, report: RoundReport) -> int | None:
+        """The best round, with one that has not been taken in yet."""
+        if self.progress.is_best(report, metrics_of(report, self.setup.data.task.headline)):
+            return report.round
+        return None if self.progress.best is None else self.progress.best[0]
+
+    def _save(
+        self,
+        report: RoundReport,
+        arrays: flower.ArrayRecord,
+        grid: Grid,
+        trackers: Trackers,
+        *,
+        best: bool = False,
+    ) -> None:
+        """Write a checkpoint, or that of the best round; one that cannot be written is no reason to lose the run."""
         described: dict[str, Any] = getattr(grid, "described", dict)()
         content = {
             "versions": {"fedpers": __version__, "torch": torch.__version__},
             "settings": self.plain,
             "data": self.setup.data.checksum,
             "network": self.setup.network,
+            "outline": outline_of(self.setup.data),
             "runtime": {"name": self.config.runtime.name, "clients_at_once": described.get("clients_at_once")},
             "device": self.setup.app.device.type,
             "progress": self.progress.to_json(),  # without this round
@@ -319,11 +352,16 @@ class _Run:
         try:
             trackers.sync()
             blocks = cast(Any, grid).blocks()
-            saved = self.checkpoints.save(report.round, content, from_record(arrays), self.setup.strategy.state, blocks)
-            self.saved_round = report.round
+            state = self.setup.strategy.state
+            saved = self.checkpoints.save(report.round, content, from_record(arrays), state, blocks, best=best)
+            if best:  # that of the last checkpoint stays: a run that is killed goes on from there
+                self.checkpoints.prune_best({report.round, self.saved_best})
+                return
+            self.saved_round, self.saved_best = report.round, self._best_with(report)
             if hasattr(grid, "saved"):
                 grid.saved(saved)
             self.checkpoints.prune(saved)
+            self.checkpoints.prune_best({self.saved_best})
         except OSError as error:
             text = f"round {report.round}: no checkpoint could be written ({error.strerror or error})"
             if not self.warned:

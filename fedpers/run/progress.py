@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpers.settings import StopConfig
 from fedpers.strategies import RoundReport
 
 Evaluation = tuple[int, dict[str, float], RoundReport]
@@ -18,6 +19,8 @@ _TOTALS = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds",
 _FLOAT = "$float"
 _BY_CLIENT = ("clients", "unseen", "adapted")
 _REASONS = ("failures", "evaluation_failures")
+_LATER = ("common",)
+"""Fields that reports of earlier versions lack."""
 
 
 @dataclass
@@ -30,8 +33,11 @@ class Progress:
         The first that may be selected: before a drift clients have other samples than in the end.
     rounds_done : int
         Rounds trained, aggregated and, where due, evaluated.
-    ended : bool
-        Whether all rounds are done, or as many as the budget allows.
+    ended_by : str or None
+        Setting after which there are no more rounds: ``rounds``, ``training.budget``, ``stop.patience`` or
+        ``stop.target``; None as long as there are.
+    waited : int
+        Evaluations since the score by which rounds are selected was last better than ever before.
     selected_by : str or None
         Metric of the selection; None: there is no validation part, and the latest round is taken.
     best, last : tuple (round, metrics, report) or None
@@ -45,7 +51,8 @@ class Progress:
     unseen: tuple[int, ...] = ()
     first_round: int = 1
     rounds_done: int = 0
-    ended: bool = False
+    ended_by: str | None = None
+    waited: int = 0
     best: Evaluation | None = None
     last: Evaluation | None = None
     totals: dict[str, float] = field(default_factory=dict)
@@ -60,10 +67,38 @@ class Progress:
             self.totals[name] = self.totals.get(name, 0) + getattr(report, name)
         failures = len(report.failures) + len(report.evaluation_failures)
         self.totals["failures"] = self.totals.get("failures", 0) + failures
+        waited, is_best = self._waited(report, metrics), self.is_best(report, metrics)
         if report.clients and report.round:
             self.last = (report.round, metrics, report)
-            if report.round >= self.first_round and not self.left_out(report) and self._better(metrics):
-                self.best = self.last
+        self.waited = waited
+        if is_best:
+            self.best = self.last
+
+    def is_best(self, report: RoundReport, metrics: dict[str, float]) -> bool:
+        """Whether a round that has not been taken in yet is the best so far."""
+        return self._may_be_selected(report) and self._better(metrics)
+
+    def ends_by(self, report: RoundReport, metrics: dict[str, float], stop: StopConfig) -> str | None:
+        """Setting of `stop` that makes a round, which has not been taken in yet, the last; None if there is none."""
+        if self.selected_by is None or not report.clients:
+            return None
+        enough = stop.target is not None and metrics.get(self.selected_by, math.nan) >= stop.target
+        if enough and self._may_be_selected(report):
+            return "stop.target"
+        tired = stop.patience is not None and self._waited(report, metrics) >= stop.patience
+        return "stop.patience" if tired else None
+
+    def _may_be_selected(self, report: RoundReport) -> bool:
+        measured = bool(report.clients) and not self.left_out(report)
+        return measured and report.round >= max(1, self.first_round)
+
+    def _waited(self, report: RoundReport, metrics: dict[str, float]) -> int:
+        """:attr:`waited` after a round; where the data's protocol takes the latest of equals, they are no better."""
+        if self.selected_by is None or not report.clients or report.round < max(1, self.first_round):
+            return self.waited
+        best = -math.inf if self.best is None else self.best[1][self.selected_by]
+        better = metrics.get(self.selected_by, math.nan) > best
+        return 0 if better and self._may_be_selected(report) else self.waited + 1
 
     def left_out(self, report: RoundReport) -> list[int]:
         """Clients that train but could not be measured in a round, ascending."""
@@ -80,6 +115,7 @@ class Progress:
         """Everything that rounds add, for :meth:`restore`; reports that are both best and last only once."""
         return {
             "rounds_done": self.rounds_done,
+            "waited": self.waited,
             "totals": self.totals,
             "trained": {str(client): count for client, count in sorted(self.trained.items())},
             "best": None if self.best is None else self.best[0],
@@ -104,6 +140,7 @@ class Progress:
             for number, entry in saved["evaluations"].items()
         }
         self.rounds_done = whole(saved["rounds_done"])
+        self.waited = whole(saved.get("waited", 0))  # checkpoints of before it was counted lack it
         self.totals = _numbers(saved["totals"])
         self.trained = Counter({int(client): whole(count) for client, count in saved["trained"].items()})
         self.best = None if saved["best"] is None else evaluations[saved["best"]]
@@ -121,7 +158,7 @@ def report_to_json(report: RoundReport) -> dict[str, Any]:
 def report_from_json(saved: Mapping[str, Any]) -> RoundReport:
     """Undo :func:`report_to_json`; a KeyError, TypeError, ValueError or AttributeError says that it is none."""
     names = {f.name for f in fields(RoundReport)}
-    if set(saved) != names:
+    if not names - set(_LATER) <= set(saved) <= names:
         raise ValueError(f"a report has {sorted(names)}")
     values: dict[str, Any] = {}
     for name, value in saved.items():
@@ -131,7 +168,7 @@ def report_from_json(saved: Mapping[str, Any]) -> RoundReport:
             values[name] = {int(client): str(reason) for client, reason in value.items()}
         elif name == "sampled":
             values[name] = [whole(client) for client in value]
-        elif name == "extra":
+        elif name in ("extra", "common"):
             values[name] = _numbers(value)
         else:
             values[name] = _number(value)

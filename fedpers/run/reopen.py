@@ -23,14 +23,15 @@ import yaml
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
 from fedpers.run.progress import exactly
+from fedpers.run.setup import Setup
 from fedpers.settings import Config, RuntimeConfig, build
 from fedpers.settings.base import RENAMED
 from fedpers.settings.groups import choice_values, group_names
 
 GROUPS = ("runtime", "tracker")
 """Groups that may be replaced as a whole, by their files in ``conf/``."""
-CHANGEABLE = ("rounds", *GROUPS, "checkpoint")
-_MAY = "only rounds, runtime.*, tracker.* and checkpoint.* may be changed"
+CHANGEABLE = ("rounds", *GROUPS, "checkpoint", "stop")
+_MAY = "only rounds, runtime.*, tracker.*, checkpoint.* and stop.* may be changed"
 _LONGEST = 2**20
 """Bytes of a ``config.yaml``."""
 
@@ -112,15 +113,17 @@ class Reopened:
         return config
 
 
-def reopen(folder: Path, overrides: Sequence[str] = ()) -> Reopened:
+def reopen(folder: Path, overrides: Sequence[str] = (), command: str = "resume") -> Reopened:
     """Read the settings of a run.
 
     Parameters
     ----------
     folder : Path
+    command : str
+        Subcommand that does it, for messages.
     overrides : sequence of str
         ``key=value`` of what may change: ``rounds``, ``runtime=NAME``, ``runtime.KEY``, ``tracker``, ``tracker.KEY``,
-        ``checkpoint.KEY``. Others must say what the run has.
+        ``checkpoint.KEY``, ``stop.KEY``. Others must say what the run has.
 
     Raises
     ------
@@ -135,7 +138,7 @@ def reopen(folder: Path, overrides: Sequence[str] = ()) -> Reopened:
             group, _, key = former.rpartition(".")
             del _get(plain, group)[key]
     typed = _apply(plain, overrides)
-    _check_code(plain, typed, folder)
+    _check_code(plain, typed, folder, command)
     config = build(Config, plain)
     if config.dataset.root is not None:  # a folder that somebody else named
         config = replace(config, dataset=replace(config.dataset, download=False))
@@ -170,6 +173,19 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_made(folder: Path, checkpoint: Checkpoint, setup: Setup) -> None:
+    """Refuse data or a network that are not those of the run.
+
+    Raises
+    ------
+    FedpersError
+    """
+    for name, checksum in (("data", setup.data.checksum), ("network", setup.network)):
+        if checkpoint.content.get(name) != checksum:
+            what = "data made here differ" if name == "data" else "initial network made here differs"
+            raise FedpersError(f"the {what} from the run's in {folder}, by checksum: its state does not fit them.")
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -282,7 +298,7 @@ def _group(group: str, value: Any) -> dict[str, Any]:
     return merged
 
 
-def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path) -> None:
+def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path, command: str) -> None:
     """Refuse settings that lead to code, networks or servers from elsewhere unless they were typed."""
     parts = {f"{group}.name": _get(plain, f"{group}.name") for group in ("strategy", "dataset", "model")}
     path = _get(plain, "dataset.path")
@@ -303,7 +319,7 @@ def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path) -> None
         if matters and key not in typed:
             raise FedpersError(
                 f"{key}={value} in {folder / 'config.yaml'} {does}: it counts only when you type it, as in "
-                f"'fedpers resume {folder} {key}={value}'."
+                f"'fedpers {command} {folder} {key}={value}'."
             )
 
 

@@ -50,6 +50,7 @@ def make_manifest(setup: Setup) -> dict[str, Any]:
             "clients": setup.data.num_clients,
             "samples": {part: int(setup.data.label_counts(part).sum()) for part in PARTS},
             "public": 0 if setup.data.public is None else len(setup.data.public),
+            "global_test": 0 if setup.data.global_test is None else len(setup.data.global_test),
             "unseen": list(setup.data.unseen),
         },
         "pretrained_accuracy": setup.pretrained_accuracy,
@@ -130,10 +131,12 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
         **postprocessor_summary(config, setup, progress.rounds_done),
         "num_clients": setup.data.num_clients,
         "num_unseen": len(setup.data.unseen),
+        "global_samples": 0 if setup.data.global_test is None else len(setup.data.global_test),
         "seed": config.seed,
         "rounds": config.rounds,
         "rounds_done": progress.rounds_done,
-        "interrupted": not progress.ended and progress.rounds_done < config.rounds,
+        "interrupted": progress.ended_by is None and progress.rounds_done < config.rounds,
+        "ended_by": progress.ended_by,
         "error": progress.error,
         "task": task.name,
         "protocol": "last round" if progress.selected_by is None else task.protocol,
@@ -180,6 +183,18 @@ def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
         pd.DataFrame(columns).to_parquet(path, index=False)
 
 
+def values_of_clients(progress: Progress, headline: str) -> dict[str, list[float]]:
+    """Headline of the clients that have one, ascending, as ``selected/test/accuracy``; of those that train."""
+    values: dict[str, list[float]] = {}
+    for when, evaluation in (("selected", progress.best), ("last", progress.last)):
+        rows = {} if evaluation is None else evaluation[2].clients
+        for part in EVALUATED_PARTS:
+            column = [row[f"{part}-{headline}"] for _, row in sorted(rows.items()) if f"{part}-{headline}" in row]
+            if finite := [value for value in column if math.isfinite(value)]:
+                values[f"{when}/{part}/{headline}"] = finite
+    return values
+
+
 def _add_metrics(columns: dict[str, list[Any]], rows: Mapping[int, Mapping[str, float]], when: str) -> None:
     """Add a column per metric, NaN for clients without it."""
     names = sorted({name for row in rows.values() for name in row if name.startswith(EVALUATED_PARTS)})
@@ -193,6 +208,12 @@ def is_finished(folder: Path, rounds: int, done: int) -> bool:
     """Whether all results of a run of `rounds` that has done `done` are there: they follow the last checkpoint."""
     summary = read_json(folder / "summary.json")
     return summary.get("interrupted") is False and (summary.get("rounds"), summary.get("rounds_done")) == (rounds, done)
+
+
+def stopped_early_by(folder: Path) -> str | None:
+    """Setting of ``stop`` that ended the run in a folder; None if it goes on, or ended otherwise."""
+    ended_by = read_json(folder / "summary.json").get("ended_by")
+    return ended_by if ended_by in ("stop.patience", "stop.target") else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

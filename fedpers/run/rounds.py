@@ -17,8 +17,10 @@ from fedpers.strategies import PersonalizedStrategy, RoundReport
 
 TIMES = ("seconds", "train_seconds", "samples_per_second")
 """Metrics that differ between two runs of the same settings."""
-METRIC_PREFIXES = ("validation", "test", "unseen", "adapted")
-"""What the names of measured metrics begin with: parts of the clients that train, and the unseen ones' test part."""
+_CLIENT_PREFIXES = ("validation", "test", "unseen", "adapted")
+METRIC_PREFIXES = (*_CLIENT_PREFIXES, "global")
+"""What the names of measured metrics begin with: parts of the clients that train, the unseen ones' test part, and the
+global test set."""
 _SPREAD = {"mean": "", "weighted": "_weighted", "std": "_std", "worst_decile": "_worst_decile", "min": "_min"}
 
 
@@ -32,6 +34,7 @@ def run_rounds(
     timeout: float | None = None,
     budget: int | None = None,
     spent: float = 0.0,
+    stops: Callable[[RoundReport], bool] | None = None,
     last_report: RoundReport | None = None,
     state: Mapping[str, Tree] | None = None,
     after_round: Callable[[RoundReport, flower.ArrayRecord, bool], None] | None = None,
@@ -39,7 +42,7 @@ def run_rounds(
     """Train and evaluate round by round.
 
     Round 0 is an evaluation of the initial state; the last round is always evaluated, and then the unseen clients
-    once more, after they adapted.
+    once more, after they adapted. The last is number `rounds`, or an earlier one by `budget` or `stops`.
 
     Parameters
     ----------
@@ -54,6 +57,8 @@ def run_rounds(
         Gradients that all clients together may compute: the round that reaches it is the last.
     spent : float
         Those of the rounds that ran already.
+    stops : callable, optional
+        Whether an evaluated round is the last, by its report.
     last_report : RoundReport, optional
         Of the last round that ran already, as `after_round` was given it; `arrays`, `state` and the clients' personal
         state are those after it.
@@ -82,12 +87,12 @@ def run_rounds(
             arrays = arrays if new is None else new
             spent += strategy.report.gradients
         last = round == rounds or (budget is not None and spent >= budget)
-        if runs:
-            if round % strategy.evaluate_every == 0:
-                messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
-                strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
-            if after_round is not None:
-                after_round(strategy.report, arrays, last)
+        if runs and round % strategy.evaluate_every == 0:
+            messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
+            strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
+        last = last or (round > 0 and stops is not None and stops(strategy.report))
+        if runs and after_round is not None:
+            after_round(strategy.report, arrays, last)
         if last and round % strategy.evaluate_every:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
             strategy.aggregate_evaluate(round, grid.send_and_receive(messages, timeout=timeout))
@@ -117,7 +122,7 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
     if report.round:
         metrics["train/loss"] = report.train_loss
         metrics.update({f"train/{name}": value for name, value in report.extra.items()})
-    for group in METRIC_PREFIXES:
+    for group in _CLIENT_PREFIXES:
         rows = list({"unseen": report.unseen, "adapted": report.adapted}.get(group, report.clients).values())
         part = group if group in PARTS else "test"
         weights = np.array([row.get(f"{part}-examples", 0.0) for row in rows])
@@ -128,6 +133,7 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
             statistics = distribution(np.array([row.get(f"{part}-{name}", math.nan) for row in rows]), weights)
             for statistic, ending in (_SPREAD if name == headline else {"mean": ""}).items():
                 metrics[f"{group}/{name.replace('-', '_')}{ending}"] = statistics[statistic]
+    metrics.update({f"global/{name.replace('-', '_')}": value for name, value in report.common.items()})
     metrics["clients/sampled"] = len(report.sampled)
     metrics["clients/diverged"] = len(report.diverged)
     metrics["clients/failed"] = len(report.failures) + len(report.evaluation_failures)

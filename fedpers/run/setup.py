@@ -14,6 +14,7 @@ from torch import nn
 from fedpers.client.mixed import MixedApp
 from fedpers.client.update import LocalUpdate
 from fedpers.data import FederatedData, apply_heterogeneity, load_federated
+from fedpers.data.outline import WithoutSamples
 from fedpers.errors import ConfigError, check
 from fedpers.models import ModelConfig, Network, build_model
 from fedpers.process import reproducible_convolutions
@@ -37,8 +38,14 @@ class Setup:
     pretrained_accuracy: float | None = None
 
 
-def prepare_run(config: Config) -> Setup:
+def prepare_run(config: Config, outline: FederatedData | None = None) -> Setup:
     """Load data and make network, strategy and client app; all settings are checked here, before training.
+
+    Parameters
+    ----------
+    config : Config
+    outline : FederatedData, optional
+        In place of the data, see :mod:`fedpers.data.outline`.
 
     Raises
     ------
@@ -48,19 +55,18 @@ def prepare_run(config: Config) -> Setup:
     device = config.runtime.torch_device()
     reproducible_convolutions(device)
     strategy, update = make_halves(config)
-    data = load_federated(config.dataset, config.partition, config.split, config.seed)
-    shift_seed = config.seed if config.partition.seed is None else config.partition.seed
-    data = apply_heterogeneity(data, config.heterogeneity, shift_seed)
+    data = _load(config) if outline is None else outline
     allowed = f"at most rounds={config.rounds}, so that there is a round after the drift"
     check(data.drift_round <= config.rounds, "heterogeneity.drift.round", data.drift_round, allowed)
     allowed = "empty, because no client is unseen (split.unseen)"
     check(bool(data.unseen) or not config.split.adapt_steps, "split.adapt_steps", config.split.adapt_steps, allowed)
+    check_stop(config, data)
     strategy.unseen, strategy.adapt_steps = data.unseen, config.split.adapt_steps
     sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
     strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
     model = config.model.for_samples(data.x.shape[1:], data.num_tokens)
     kinds = model.of_kinds() or {model.name: model}
-    models = [_network(kind, config.seed, data, device) for kind in kinds.values()]
+    models = [initial_network(kind, config.seed, data, device) for kind in kinds.values()]
     apps = [
         update.client_app(network, data, seed=config.seed, device=device, postprocessors=strategy.postprocessors)
         for network in models
@@ -74,7 +80,28 @@ def prepare_run(config: Config) -> Setup:
     return Setup(data, strategy, app, network_checksum(initial), model, getattr(models[0], "pretrained_accuracy", None))
 
 
-def _network(config: ModelConfig, seed: int, data: FederatedData, device: torch.device) -> Network:
+def check_stop(config: Config, data: FederatedData) -> None:
+    """Refuse to end a run by a score that no part of the data gives.
+
+    Raises
+    ------
+    ConfigError
+    """
+    measured = isinstance(data, WithoutSamples) or any(len(positions) for positions in data.part(data.task.selected_on))
+    allowed = f"null, for no client has samples for {data.task.selected_on}"
+    for key in ("patience", "target"):
+        value = getattr(config.stop, key)
+        check(value is None or measured, f"stop.{key}", value, allowed)
+
+
+def _load(config: Config) -> FederatedData:
+    """Data with their shifts."""
+    data = load_federated(config.dataset, config.partition, config.split, config.seed)
+    shift_seed = config.seed if config.partition.seed is None else config.partition.seed
+    return apply_heterogeneity(data, config.heterogeneity, shift_seed)
+
+
+def initial_network(config: ModelConfig, seed: int, data: FederatedData, device: torch.device) -> Network:
     """Build a network for the data."""
     public = None if data.public is None else (data.x[data.public], data.y[data.public])
     shape, items = tuple(data.x.shape[1:]), data.num_items or None

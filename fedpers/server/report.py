@@ -34,6 +34,8 @@ class RoundReport:
         Metrics of each evaluated client, see :meth:`LocalUpdate.evaluate`; empty in rounds without evaluation.
     unseen, adapted : dict of int to dict
         Metrics of clients that never train, as they come, and (at the end of a run) after adapting locally.
+    common : dict of str to float
+        Metrics of the network that all clients are sent, on the data's global test set; empty where there is none.
     evaluation_failures : dict of int to str
     seconds : float
         From the start of training to the end of evaluation.
@@ -55,6 +57,7 @@ class RoundReport:
     unseen: dict[int, dict[str, float]] = field(default_factory=dict)
     adapted: dict[int, dict[str, float]] = field(default_factory=dict)
     evaluation_failures: dict[int, str] = field(default_factory=dict)
+    common: dict[str, float] = field(default_factory=dict, kw_only=True)
     seconds: float = 0.0
     train_seconds: float = 0.0
 

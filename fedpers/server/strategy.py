@@ -34,6 +34,7 @@ from fedpers.server.collect import (
     schema_of,
     validated_reply,
 )
+from fedpers.server.common import is_common, measure_common
 from fedpers.server.exchange import Exchange
 from fedpers.server.folding import folding
 from fedpers.server.postprocessors.base import Postprocessor
@@ -597,6 +598,9 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         tensors = from_record(arrays)
         self._evaluating_clients = self.prepare(server_round, tensors, connected, grid, "evaluate")
         sent = self.send(server_round, tensors, self._evaluating_clients)
+        app = None if self._work is None else self._work.app
+        if app is not None and app.data.global_test is not None and is_common(app, tensors, sent):
+            self.report.common = measure_common(app, tensors, auc=bool(config.get("auc")))
         return self.exchange.messages(flower.MessageType.EVALUATE, sent, config, self._evaluating_clients)[0]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:

@@ -113,6 +113,34 @@ class CheckpointConfig(Settings, group="checkpoint"):
 
     every: Annotated[int, Field(ge=0, description="rounds between checkpoints; 0 writes none at all")] = 10
     keep: Annotated[int, Field(ge=1, description="the last so many are kept")] = 1
+    best: Annotated[
+        bool, Field(description="also keep the state of the best round so far, written whenever a round is better")
+    ] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.every > 0 or not self.best, "checkpoint.best", self.best, "false with checkpoint.every=0")
+
+
+@dataclass(kw_only=True)
+class StopConfig(Settings, group="stop"):
+    """When a run ends before its last round, by the score that rounds are selected by: validation, where there is any.
+
+    Rounds are counted where clients are measured (``evaluate_every``), from the first that may be selected.
+    """
+
+    patience: Annotated[
+        int | None,
+        Field(ge=1, title="a whole number >= 1, or null", description="evaluations without a better score"),
+    ] = None
+    target: Annotated[
+        float | None, Field(title="a number, or null", description="score that is enough, e.g. an accuracy of 0.9")
+    ] = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is such a round."""
+        return self.patience is not None or self.target is not None
 
 
 @dataclass
@@ -121,7 +149,7 @@ class WandbConfig(Settings, group="tracker.wandb"):
 
     project: str = "fedpers"
     name: Annotated[str | None, Field(description="null: the run's own name")] = None
-    group: str | None = None
+    group: Annotated[str | None, Field(description="null: one for all runs of a sweep, none for a single run")] = None
     mode: Annotated[
         Literal["auto", "online", "offline"],
         Field(description="auto: as WANDB_MODE says, else offline where there is no login"),
@@ -171,6 +199,7 @@ class Config(RoundsConfig):
     ] = False
     output: Annotated[str, Field(min_length=1, title="a folder", description="run folders go below it")] = "runs"
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     training: Training = field(default_factory=Training)
     strategy: Mapping[str, Any] = field(default_factory=lambda: {"name": "fedavg"})
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

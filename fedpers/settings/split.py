@@ -44,6 +44,16 @@ class SplitConfig(Settings, group="split"):
         Field(ge=0, lt=1, description="share of all training samples that belongs to nobody, for pretraining"),
         OnlyFor("fractions", "official"),
     ] = 0.0
+    global_test: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of each client's samples, of its training samples (official), taken out before they are "
+            "split: a network that all clients are sent whole is also tested on all of these, as global/accuracy",
+        ),
+        OnlyFor("fractions", "official"),
+    ] = 0.0
     unseen: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | tuple[_Client, ...],
         Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,6 +46,15 @@ class Tracker(Protocol):
         ----------
         metrics : mapping of str to float
             By names such as ``selected/test/accuracy``.
+        """
+
+    def clients(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Take what single clients came to, once, after the summary.
+
+        Parameters
+        ----------
+        values : mapping of str to sequence of float
+            A finite number for each client that has one, by names such as ``selected/test/accuracy``.
         """
 
     def close(self) -> None:

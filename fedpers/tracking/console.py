@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class ConsoleTracker:
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Do nothing: the command prints the result itself."""
+
+    def clients(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Do nothing: ``clients.parquet`` holds it."""
 
     def close(self) -> None:
         """Leave the bar as it is and give the terminal back."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,6 +59,9 @@ class JsonlTracker:
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Do nothing: the run writes ``summary.json``."""
+
+    def clients(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Do nothing: the run writes ``clients.parquet``."""
 
     def close(self) -> None:
         """Close the file."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fedpers.settings.run import TensorBoardConfig
 from fedpers.tracking.base import Resumed
@@ -48,6 +50,11 @@ class TensorBoardTracker:
         """Add one scalar per metric, named ``summary/...``."""
         for name, value in metrics.items():
             self._writer.add_scalar(f"summary/{name}", float(value), 0)
+
+    def clients(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Add one histogram over clients per metric, named ``clients/...``."""
+        for name, column in values.items():
+            self._writer.add_histogram(f"clients/{name}", np.asarray(column, dtype=float), 0)
 
     def close(self) -> None:
         """Flush and close the event file."""

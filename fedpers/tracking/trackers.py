@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,6 +62,11 @@ class Trackers:
         """Give the final numbers to every tracker."""
         self._required.summary(metrics)
         self._each(lambda tracker: tracker.summary(metrics))
+
+    def clients(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Give what single clients came to to every tracker."""
+        self._required.clients(values)
+        self._each(lambda tracker: tracker.clients(values))
 
     def close(self) -> None:
         """Close every tracker."""

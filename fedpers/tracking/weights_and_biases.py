@@ -6,7 +6,7 @@ import configparser
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from netrc import NetrcParseError, netrc
 from pathlib import Path
@@ -102,6 +102,12 @@ class WandbTracker:
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Add to the run's summary."""
         self._run.summary.update({name: plain_number(value, math.nan) for name, value in metrics.items()})
+
+    def clients(self, values: Mapping[str, Sequence[float]]) -> None:
+        """Add one histogram over clients per metric to the run's summary, named ``clients/...``."""
+        from wandb import Histogram
+
+        self._run.summary.update({f"clients/{name}": Histogram(list(column)) for name, column in values.items()})
 
     def close(self) -> None:
         """Finish the run."""

@@ -168,8 +168,8 @@ def test_trackers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("training.lr=0.1", "training.lr=0.1: expected 0.05, which the run has; only rounds, runtime.*, tracker.* and "
-                            "checkpoint.* may be changed."),
+        ("training.lr=0.1", "training.lr=0.1: expected 0.05, which the run has; only rounds, runtime.*, tracker.*, "
+                            "checkpoint.* and stop.* may be changed."),
         ("strategy=ditto", "strategy=ditto: expected fedper, which the run has; "),
         ("seed=1", "seed=1: expected 0, which the run has; "),
         ("checkpoint=3", "checkpoint=3: expected "),
@@ -213,7 +213,7 @@ def test_a_config_that_was_edited_is_refused_with_the_difference(
     assert error_of(capsys, "resume", str(folder), "rounds=4") == (
         "the settings are not those of the run (auc: False in the checkpoint, True in config.yaml; split.public: 0.0 "
         "in the checkpoint, nothing in config.yaml; training.lr: 0.05 in the checkpoint, 0.1 in config.yaml): only "
-        "rounds, runtime.*, tracker.* and checkpoint.* may be changed."
+        "rounds, runtime.*, tracker.*, checkpoint.* and stop.* may be changed."
     )
 
 

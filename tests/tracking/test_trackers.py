@@ -52,6 +52,9 @@ class Recorder:
     def summary(self, metrics):
         self._take("summary", dict(metrics))
 
+    def clients(self, values):
+        self._take("clients", dict(values))
+
     def close(self):
         self._take("close")
 
@@ -167,9 +170,16 @@ def test_tensorboard_events_have_the_same_names(tmp_path):
         trackers.log(1, METRICS)
         trackers.log(2, METRICS | {"validation/accuracy": 0.75})
         trackers.summary({"test/accuracy": 0.5})
+        trackers.clients({"selected/test/accuracy": [0.25, 0.5, 0.75]})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {*METRICS, "summary/test/accuracy"}
     assert [(e.step, e.value) for e in events.Scalars("validation/accuracy")] == [(1, 0.5), (2, 0.75)]
+    (histogram,) = events.Histograms("clients/selected/test/accuracy")
+    assert (histogram.histogram_value.num, histogram.histogram_value.min, histogram.histogram_value.max) == (
+        3,
+        0.25,
+        0.75,
+    )
     (text,) = events.Tensors("config/text_summary")
     assert '"seed": 7' in text.tensor_proto.string_val[0].decode()
     assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 2
@@ -186,6 +196,7 @@ with make_trackers(config, Path(sys.argv[1]), "a-run", {"seed": 7}, 1) as tracke
     assert trackers.names == ["wandb", "console"], trackers.names
     trackers.log(1, {"validation/accuracy": 0.5, "loss": float("nan")})
     trackers.summary({"test/accuracy": 0.5})
+    trackers.clients({"selected/test/accuracy": [0.25, 0.5, 0.75]})
 """
 
 
@@ -209,7 +220,15 @@ def test_wandb_without_login_is_offline_silent_and_inside_the_run_folder(tmp_pat
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
     content = file.read_bytes()
-    for text in (b"a-project", b"a-group", b"a-run", b"validation/accuracy", b"test/accuracy"):
+    for text in (
+        b"a-project",
+        b"a-group",
+        b"a-run",
+        b"validation/accuracy",
+        b"test/accuracy",
+        b"clients/selected/test/accuracy",
+        b"histogram",
+    ):
         assert text in content
     assert not list((tmp_path / "home").rglob("*"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "run"]

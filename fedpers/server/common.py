@@ -1,0 +1,55 @@
+"""The one network that all clients of a method are sent whole, where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fedpers.cohort import Network, Records, Tree, View, entries
+from fedpers.cohort.prediction import predictions
+from fedpers.records import ARRAYS
+
+if TYPE_CHECKING:
+    from fedpers.client.app import CohortApp
+
+
+def is_common(app: CohortApp, arrays: Tree, sent: Records | Sequence[Records]) -> bool:
+    """Whether the server's arrays are a whole network, and are what all clients are sent.
+
+    Parameters
+    ----------
+    app : CohortApp
+    arrays : Tree
+        The server's, batch size [].
+    sent : mapping of record to Tree, or sequence of such
+        What ``PersonalizedStrategy.send`` made of them.
+    """
+    shapes = {name: value.shape for name, value in entries(app.template).items()}
+    whole = {name: value.shape for name, value in entries(arrays).items()} == shapes
+    to_all = isinstance(sent, Mapping) and sent.get(ARRAYS) is arrays
+    return whole and to_all and type(app.module).forward is not nn.Module.forward
+
+
+def measure_common(app: CohortApp, arrays: Tree, *, auc: bool = False) -> dict[str, float]:
+    """Metrics of a common network on the data's global test set (``FederatedData.global_test``), without ``examples``.
+
+    Parameters
+    ----------
+    app : CohortApp
+    arrays : Tree
+        A whole network, batch size [].
+    auc : bool
+    """
+    data = app.data
+    assert data.global_test is not None
+    app.module.eval()
+    outputs = predictions(app.module, data, View(dict(entries(arrays)), frozenset()), [data.global_test], _scores)
+    labels = [data.y[data.global_test.to(data.device)]]
+    columns = data.task.measure(outputs, labels, data.num_classes, auc=auc)
+    return {name: float(column[0]) for name, column in columns.items() if name != "examples"}
+
+
+def _scores(network: Network, x: Tensor) -> Tensor:
+    return network(x)

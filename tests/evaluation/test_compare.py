@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from fedpers.evaluation.leaderboard import leaderboard, leaderboard_rows
@@ -353,3 +354,20 @@ def test_import_is_cheap():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3", "1E5", "+2e+3", "1.5e3", ".5", "1.0e-08", "2026-11-27", "'1e-3'", "null", "on"]
+)
+def test_values_of_a_config_are_read_as_omegaconf_does(write, tmp_path, text):
+    folder = write("fedrep", 0, 0.9)
+    (folder / "config.yaml").write_text(f"training:\n  lr: {text}\ncopy: [{text}]\n")
+    (run,) = find_runs([tmp_path])
+    assert run.config == OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert type(run.config["training"]["lr"]) is type(OmegaConf.load(folder / "config.yaml").training.lr)
+
+
+def test_interpolations_of_a_config_are_resolved(write, tmp_path):
+    folder = write("fedrep", 0, 0.9)
+    (folder / "config.yaml").write_text("a: 1\nb: ${a}\n")
+    assert find_runs([tmp_path])[0].config == {"a": 1, "b": 1}

@@ -18,7 +18,7 @@ import numpy as np
 from fedpers.evaluation.comparisons import compare
 from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, assignments, number, varying
 from fedpers.evaluation.statistics import Comparison, half_interval
-from fedpers.evaluation.wording import notes, sentence
+from fedpers.evaluation.wording import claim, notes, subject
 from fedpers.settings.groups import method_title
 
 BASELINES = ("local", "fedavg")
@@ -105,6 +105,8 @@ class Group:
     rows : list of Row
     sentence : str
         What the table says, to be quoted: who beats the references, who cannot be told apart from them, who is worse.
+    claim : str
+        The sentence without what it is about.
     references : tuple of str
         Strategies all others are compared with: of its baselines those that it has.
     headline : str
@@ -120,6 +122,7 @@ class Group:
     title: str
     rows: list[Row]
     sentence: str = ""
+    claim: str = ""
     references: tuple[str, ...] = ()
     headline: str = "accuracy"
     also: tuple[tuple[str, str], ...] = ()
@@ -241,7 +244,8 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     also.extend((f"{ending}{steps}", f"adapted {steps}") for steps in numbers)
     runs_used = [run for s in per_method for run in s.values()]
     spread = bool(first.get("spread", True))
-    group = Group(title, rows, sentence(rows, runs[0], baselines), references, headline, tuple(also), spread)
+    said, about = claim(rows, baselines), subject(runs[0])
+    group = Group(title, rows, about + said, said, references, headline, tuple(also), spread)
     group.notes.extend(notes(group, runs_used, older, problems))
     return group
 

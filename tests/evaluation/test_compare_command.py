@@ -157,7 +157,7 @@ def test_a_sweep_is_one_table(write, tmp_path, compare):
         ["Local", "80.8", "±2.5", "79.0", "±2.5", "61.0", "±2.5"],
         ["FedAvg", "70.8", "±2.5", "69.0", "±2.5", "-"],
     ]
-    assert "0.1: On digits (dirichlet(alpha=0.1), 20 clients)" in text
+    assert "\n0.1: FedRep beats Local and FedAvg; Local beats FedAvg (3 seeds).\n" in text
     marked = compare(tmp_path, "--pivot", "partition.alpha", "--markdown")
     assert "| FedRep | 90.8 ±2.5 | 89.0 ±2.5 | 71.0 ±2.5 |" in marked
     narrow = compare(tmp_path, "--pivot", "partition.alpha", width=42)

@@ -120,10 +120,11 @@ def test_the_readme_shows_the_app_of_the_documentation() -> None:
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("quickstart", ["fedavg (baseline)", "image/png"]),
-        ("own_data", ["fedavg (baseline)", "Kiel"]),
-        ("own_method", ["strategy.mu", "mine:Anchored mu=1.0"]),
+        ("quickstart", ["vs FedAvg", "image/png"]),
+        ("own_data", ["vs FedAvg", "Kiel"]),
+        ("own_method", ["strategy.mu", "vs FedAvg", "mu=1.0"]),
         ("flower_app", ["FedPer", "image/png"]),
+        ("paper_figures", ["vs FedAvg", "image/png", "tabular"]),
     ],
 )
 def test_a_notebook_runs(name: str, shown: list[str], tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ Subcommands:
   fedpers resume SWEEP [hydra/launcher=...]           go on with a sweep: what is open or missing of it
   fedpers tune [--seed N] key=value,value ...         choose each method's settings on validation, then run all seeds
   fedpers export FOLDER [--client 3] [--round best]   a client's network, or the common one, as safetensors
-  fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
+  fedpers compare FOLDER... [--pivot KEY] [--csv]     leaderboard of the runs found in folders (compare --help: columns,
+                                                      sorting, Markdown, CSV, JSON, a picture)
   fedpers report FOLDER... [--out FILE.html]          the same with pictures, as one page for a browser
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
   fedpers partition [key=value ...] [--plot FILE]     what each client owns, without training

@@ -21,8 +21,9 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # unless it is one of the process: while tests are captured it would close what all of them are captured in
 absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
-LONGEST = ("test_superlink", "test_ray", "test_flower_runtime", "test_cli", "test_resume", "test_every_method",
-           "test_stopped_machines", "test_readme", "test_compression", "test_flower_wrappers")  # fmt: skip
+LONGEST = ("test_superlink", "test_ray", "test_flower_runtime", "test_cli", "test_resume", "test_sweeps",
+           "test_every_method", "test_stopped_machines", "test_readme", "test_compression",
+           "test_flower_wrappers")  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

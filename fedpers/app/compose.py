@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.keys import check_choices, meant, with_open_keys
-from fedpers.app.sweeps.plugins import unknown
+from fedpers.app.sweeps.plugins import setting_of_plugin, unknown
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
 from fedpers.settings.base import CUSTOM, choices, options, plain
@@ -106,7 +106,7 @@ def composed(overrides: Sequence[str]) -> Config:
 def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
     """One sentence for what Hydra says in several lines."""
     text = str(error)
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]+)'", text):
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
         group, name = match.groups()
         if group.startswith("hydra/"):
             return unknown(group, name, getattr(error, "options", None) or [])
@@ -117,6 +117,8 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
         given = next((a.partition("=")[2] for a in arguments if a.lstrip("+~").partition("=")[0] == key), "")
         cfg = _without(key, arguments)
         parents = key.split(".")[:-1]
+        if key.startswith(("hydra.launcher.", "hydra.sweeper.")):
+            return ConfigError(key, given, setting_of_plugin(key, _keys(cfg, parents)))
         while parents and not _keys(cfg, parents):  # the mistake is further up
             parents.pop()
         return ConfigError(key, given, meant(key, _keys(cfg, parents)))

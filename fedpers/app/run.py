@@ -20,7 +20,13 @@ from fedpers.app.result import exit_code, print_error, print_result
 from fedpers.app.sweeps.jobs import perform
 from fedpers.app.sweeps.launch import Sweep
 from fedpers.app.sweeps.names import as_typed
-from fedpers.app.sweeps.plugins import check_single, launching_through, not_instantiated, with_search_defaults
+from fedpers.app.sweeps.plugins import (
+    check_plugins,
+    check_single,
+    launching_through,
+    not_instantiated,
+    with_search_defaults,
+)
 from fedpers.app.sweeps.record import Record
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.run import run
@@ -72,6 +78,7 @@ def execute(arguments: list[str], record: Record) -> int:
         Of the sweep, if it becomes one.
     """
     check_choices(arguments)
+    check_plugins(arguments)
     arguments = with_search_defaults(with_open_keys(arguments))
     register_choices(arguments)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through; they become one sentence here

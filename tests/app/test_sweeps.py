@@ -363,7 +363,16 @@ def test_there_must_be_something_to_choose_from(tmp_path: Path, capsys: pytest.C
             ["training.lr=interval(0.01,0.1)"],
             ["training.lr=interval(0.01,0.1): expected a list", "hydra/sweeper=optuna"],
         ),
-        (["hydra.sweeper.n_trial=3"], ["hydra.sweeper.n_trial=3: expected a known key: one of max_batch_size, params"]),
+        (
+            ["hydra.sweeper.n_trial=3"],
+            ["n_trial=3: expected a setting of the hydra/sweeper that is chosen, one of max_batch_size, params; "],
+        ),
+        (["hydra.launcher.n_jobs=2"], ["none, as it has no settings; others have more (joblib, submitit_local, "]),
+        (["hydra/launcher="], ["hydra/launcher=: expected one of basic, joblib, "]),
+        (["hydra/launcher=null"], ["hydra/launcher=null: expected hydra/launcher=NAME, where NAME is one of basic, "]),
+        (["hydra.launcher=joblib"], ["hydra.launcher=joblib: expected hydra/launcher=NAME"]),
+        (["~hydra/sweeper"], ["expected hydra/sweeper=NAME, where NAME is one of basic, optuna"]),
+        (["hydra/launcher=joblib,basic"], ["Sweeping over Hydra's configuration is not supported"]),
         (["hydra.sweeper.max_batch_size=x"], ["hydra.sweeper.max_batch_size=x: expected a whole number."]),
         (["hydra.run.dir=x"], ["hydra.run.dir=x: expected hydra.sweep.dir, as -m makes a sweep."]),
         (["hydra.sweep.subdir=same", "seed=0,1"], ["hydra.sweep.subdir=same: expected a folder for each job"]),
@@ -384,7 +393,10 @@ def test_a_mistake_in_a_sweep_ends_in_one_sentence(
     ("arguments", "sentence"),
     [
         (["hydra.launcher.n_jobs=two"], "hydra.launcher.n_jobs=two: expected a whole number."),
-        (["hydra.launcher.n_job=2"], "hydra.launcher.n_job=2: expected a known key: one of "),
+        (
+            ["hydra.launcher.n_job=2"],
+            "hydra.launcher.n_job=2: expected a setting of the hydra/launcher that is chosen, one of backend, ",
+        ),
         (["hydra.launcher.n_jobs=0"], "hydra/launcher=joblib gave up (ValueError: n_jobs == 0 "),
     ],
 )

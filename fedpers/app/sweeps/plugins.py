@@ -36,6 +36,20 @@ OF_SWEEPS = ("hydra/launcher", "hydra.launcher", "hydra/sweeper", "hydra.sweeper
 """Keys that mean something in a sweep only."""
 
 
+def check_plugins(arguments: Iterable[str]) -> None:
+    """Refuse a launcher or sweeper that is typed as something else than a choice.
+
+    Raises
+    ------
+    ConfigError
+    """
+    for text in arguments:
+        key, _, value = text.lstrip("+").partition("=")
+        group = key.lstrip("~").replace(".", "/")
+        if group in _PLUGINS and (key != group or value == "null"):
+            raise ConfigError(key, value, f"{group}=NAME, where NAME is one of basic, {', '.join(_PLUGINS[group])}")
+
+
 def unknown(group: str, name: str, installed: Sequence[str]) -> ConfigError:
     """What to say of a choice of one of Hydra's groups that Hydra does not know.
 
@@ -55,6 +69,21 @@ def unknown(group: str, name: str, installed: Sequence[str]) -> ConfigError:
         brought[_package(group, absent)].append(absent)
     hints = [f"; pip install {package} brings {', '.join(names)}" for package, names in sorted(brought.items())]
     return ConfigError(group, name, one_of({*plugins, *installed}, name) + "".join(hints))
+
+
+def setting_of_plugin(key: str, siblings: Sequence[str]) -> str:
+    """What is allowed instead of a setting that the launcher or sweeper which was chosen does not have.
+
+    Parameters
+    ----------
+    key : str
+        E.g. ``hydra.launcher.n_jobs``.
+    siblings : sequence of str
+        Settings that it has.
+    """
+    group = "/".join(key.split(".")[:2])
+    known = one_of(siblings, key.rpartition(".")[2]) if siblings else "none, as it has no settings"
+    return f"a setting of the {group} that is chosen, {known}; others have more ({', '.join(_PLUGINS[group])})"
 
 
 def _package(group: str, name: str) -> str:

@@ -151,6 +151,14 @@ def test_the_notebook_on_a_method_has_the_code_of_the_documentation() -> None:
 
 
 @pytest.mark.slow
+def test_the_documentation_is_built_without_warnings(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", ".", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Reading results" in (tmp_path / "docs" / "index.html").read_text()
+
+
+@pytest.mark.slow
 def test_a_wheel_brings_its_configuration(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Sphinx settings: ``make docs`` writes the pages of this folder and the experiments' into ``build/docs``."""
+"""Sphinx settings: ``make docs`` writes README, these pages and the experiments into ``build/docs``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fedpers import __version__
 project = "fedpers"
 release = __version__
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "experiments/**/*.md", "CONTRIBUTING.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.md", "experiments/**/*.md"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"

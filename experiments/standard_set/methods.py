@@ -24,7 +24,7 @@ COLUMNS = (
     "other networks", "postprocessors", "traces",
 )  # fmt: skip
 
-PREFACE = """# Methods
+PREFACE = """# What methods send, keep and go with
 
 Made by `python -m experiments.standard_set.methods`. What a method shares and keeps is said by the file of the method.
 Messages, bytes and the server's state are measured in the second round of a small run in which half of the clients

@@ -108,7 +108,7 @@ def test_a_notebook_runs(name: str, shown: str, tmp_path: Path) -> None:
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}).execute()
     text = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
-    assert "fedavg (baseline)" in text
+    assert "vs FedAvg" in text
     assert shown in text
     assert "Traceback" not in text
 

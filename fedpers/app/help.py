@@ -22,7 +22,8 @@ Run (settings are key=value, see below):
 
 Subcommands:
   fedpers resume FOLDER [rounds=N] [runtime=...]      go on with a run that was stopped, after its last checkpoint
-  fedpers compare FOLDER... [--json] [--svg FILE]     leaderboard of the runs found in folders
+  fedpers compare FOLDER... [--pivot KEY] [--csv]     leaderboard of the runs found in folders (compare --help: columns,
+                                                      sorting, Markdown, CSV, JSON, a picture)
   fedpers report FOLDER... [--out FILE.html]          the same with pictures, as one page for a browser
   fedpers plot FOLDER --out FILE.svg                  curves of one run, and growth of its masks if it has any
   fedpers partition [key=value ...] [--plot FILE]     what each client owns, without training

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from fedpers.evaluation.comparisons import compare
-from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, differing, number
+from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, assignments, number, varying
 from fedpers.evaluation.statistics import Comparison, half_interval
-from fedpers.evaluation.wording import notes, sentence
+from fedpers.evaluation.wording import claim, notes, subject
 from fedpers.settings.groups import method_title
 
 BASELINES = ("local", "fedavg")
@@ -105,6 +105,8 @@ class Group:
     rows : list of Row
     sentence : str
         What the table says, to be quoted: who beats the references, who cannot be told apart from them, who is worse.
+    claim : str
+        The sentence without what it is about.
     references : tuple of str
         Strategies all others are compared with: of its baselines those that it has.
     headline : str
@@ -120,6 +122,7 @@ class Group:
     title: str
     rows: list[Row]
     sentence: str = ""
+    claim: str = ""
     references: tuple[str, ...] = ()
     headline: str = "accuracy"
     also: tuple[tuple[str, str], ...] = ()
@@ -168,11 +171,13 @@ def _titles(runs: Sequence[RunRecord]) -> list[str]:
         if config["protocol"] != "validation-selected":
             parts.append(f"protocol {config['protocol']}")
         short.append(" · ".join(str(part) for part in parts if part is not None))
-    titles = []
+    by_title: dict[str, list[RunRecord]] = defaultdict(list)
     for run, title in zip(runs, short, strict=True):
-        alike = [other.comparable for other, name in zip(runs, short, strict=True) if name == title]
-        titles.append(" · ".join([title, *differing(run.comparable, alike)]))
-    return titles
+        by_title[title].append(run)
+    keys = {title: varying([run.comparable for run in alike]) for title, alike in by_title.items()}
+    return [
+        " · ".join([title, *assignments(run.comparable, keys[title])]) for run, title in zip(runs, short, strict=True)
+    ]
 
 
 def _group(title: str, runs: Sequence[RunRecord]) -> Group:
@@ -239,7 +244,8 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     also.extend((f"{ending}{steps}", f"adapted {steps}") for steps in numbers)
     runs_used = [run for s in per_method for run in s.values()]
     spread = bool(first.get("spread", True))
-    group = Group(title, rows, sentence(rows, runs[0], baselines), references, headline, tuple(also), spread)
+    said, about = claim(rows, baselines), subject(runs[0])
+    group = Group(title, rows, about + said, said, references, headline, tuple(also), spread)
     group.notes.extend(notes(group, runs_used, older, problems))
     return group
 
@@ -249,13 +255,18 @@ def _labels(runs: Sequence[RunRecord]) -> list[str]:
     by_strategy: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
         by_strategy[run.strategy].append(run)
-    labels = []
-    for run in runs:
-        alike = by_strategy[run.strategy]
-        settings = differing(run.options, [other.options for other in alike])
-        budget = differing(run.training, [other.training for other in alike])
-        labels.append(" ".join([run.strategy, *settings, *budget]))
-    return labels
+    settings = {name: varying([run.options for run in alike]) for name, alike in by_strategy.items()}
+    budgets = {name: varying([run.training for run in alike]) for name, alike in by_strategy.items()}
+    return [
+        " ".join(
+            [
+                run.strategy,
+                *assignments(run.options, settings[run.strategy]),
+                *assignments(run.training, budgets[run.strategy]),
+            ]
+        )
+        for run in runs
+    ]
 
 
 def _mean(values: Iterable[float]) -> float:

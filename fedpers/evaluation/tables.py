@@ -198,7 +198,7 @@ def print_pivots(pivots: Sequence[Pivot], console: Console | None = None) -> Non
             _print_whole(console, _pivot_table(pivot, values[:count]))
             del values[:count]
         for name, group in pivot.groups.items():
-            console.print(Text(f"{name}: {group.sentence}"))
+            console.print(Text(f"{name}: {group.claim}"))
         console.print()
 
 
@@ -233,7 +233,7 @@ def pivot_markdown(pivots: Sequence[Pivot]) -> str:
     for pivot in pivots:
         lines = [["method", *pivot.groups]]
         lines += [[label, *(_pivot_cell(pivot, label, value) for value in pivot.groups)] for label in pivot.rows]
-        sentences = [f"- {_escaped(f'{name}: {group.sentence}')}" for name, group in pivot.groups.items()]
+        sentences = [f"- {_escaped(f'{name}: {group.claim}')}" for name, group in pivot.groups.items()]
         parts += [f"**{_escaped(_pivot_title(pivot))}**", _markdown_table(lines), "\n".join(sentences)]
     return "\n\n".join(parts) + "\n"
 

@@ -28,42 +28,47 @@ _VERBS = {
 }
 
 
-def sentence(rows: Sequence[Row], run: RunRecord, baselines: Sequence[str]) -> str:
+def subject(run: RunRecord) -> str:
+    """Begin a sentence with the data of a table, of which one run is given; empty if they are not known."""
+    s = run.summary
+    parts = [str(s["partition"])] if s.get("partition") else []
+    parts += run.shifts
+    parts += [f"{s['num_clients']} clients"] if s.get("num_clients") else []
+    details = f" ({', '.join(parts)})" if parts else ""
+    return f"On {s['dataset']}{details}, " if s.get("dataset") else ""
+
+
+def claim(rows: Sequence[Row], baselines: Sequence[str]) -> str:
     """Say who beats the references, who cannot be told apart from them and who is worse, in one sentence.
 
     Parameters
     ----------
     rows : sequence of Row
         Best first.
-    run : RunRecord
-        One of them, which says what the data are.
     baselines : sequence of str
         Strategies that are references where there is a row of them.
     """
     present = [name for name in baselines if any(row.strategy == name for row in rows)]
     absent = [method_title(name) for name in baselines if name not in present]
-    lacking = f"there is no run of {listed(absent, 'or')} to compare with" if absent else ""
-    methods = [row for row in rows if row.strategy not in present]
-    where = _setting(run)
-    if not any(row.comparisons for row in rows):
+    lacking = f"; there is no run of {listed(absent, 'or')} to compare with" if absent else ""
+    everything = [c for row in rows for c in row.comparisons]
+    if not everything:
         best = next((row for row in rows if row.best), None)
         if best is None:
-            return f"{where}no method has a score."
+            return "no method has a score."
         lead = "is the only method" if len(rows) == 1 else "comes first"
-        return f"{where}{best.label} {lead} with {100 * best.score:.1f} %; {lacking or 'nothing is tested'}."
+        return f"{best.label} {lead} with {100 * best.score:.1f} %{lacking}."
+    methods = [row for row in rows if row.strategy not in present]
     # what a reference is to another matters where it beats it, and where there is nothing else
-    beating = [row for row in rows if row not in methods and any(c.verdict == "better" for c in row.comparisons)]
-    phrases = _clauses(methods or [row for row in rows if row.comparisons]) + _clauses(beating if methods else ())
-    everything = [c for row in rows for c in row.comparisons]
-    unbeaten = [
-        name for name in present
-        if not any(c.verdict == "better" for c in everything if c.reference == name)
-    ][:1]  # fmt: skip
+    against = [row for row in rows if row.strategy in present and row.comparisons]
+    beating = [row for row in against if any(c.verdict == "better" for c in row.comparisons)]
+    phrases = _clauses(methods) + _clauses(beating or ([] if methods else against[-1:]))
     lead = ""
-    if unbeaten and any(c.verdict != "untested" for c in everything if c.reference == unbeaten[0]):
-        lead = f"{method_title(unbeaten[0])} is not beaten by any method: "
-    text = f"{where}{lead}{'; '.join(phrases)}"
-    return f"{text}{f'; {lacking}' if lacking else ''}{_basis(rows, everything)}."
+    for reference in present:
+        said = {c.verdict for c in everything if c.reference == reference}
+        if methods and not lead and said and not said & {"better", "untested"}:
+            lead = f"{method_title(reference)} is not beaten by any method: "
+    return f"{lead}{'; '.join(phrases)}{lacking}{_basis(rows, everything)}."
 
 
 def ranks_over_tables(groups: Sequence[Group]) -> str:
@@ -95,15 +100,6 @@ def ranks_over_tables(groups: Sequence[Group]) -> str:
         f"{text}; ranks less than {ranks.critical_difference:.1f} apart cannot be told apart (Nemenyi's test after "
         f"Friedman's with p = {ranks.p_value:.2g}, which take the tables as independent of each other)."
     )
-
-
-def _setting(run: RunRecord) -> str:
-    s = run.summary
-    parts = [str(s["partition"])] if s.get("partition") else []
-    parts += run.shifts
-    parts += [f"{s['num_clients']} clients"] if s.get("num_clients") else []
-    details = f" ({', '.join(parts)})" if parts else ""
-    return f"On {s['dataset']}{details}, " if s.get("dataset") else ""
 
 
 def _clauses(rows: Sequence[Row]) -> list[str]:

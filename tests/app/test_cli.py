@@ -174,8 +174,9 @@ def test_multirun_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     assert _main(["compare", str(tmp_path)]) == 0
     table = capsys.readouterr().out
-    assert "local (baseline)" in table
-    assert "fedavg (baseline)" in table
+    assert "On digits (" in table
+    assert "over the clients of 2 seeds" in " ".join(table.split())
+    assert all(f"\n {name} " in table for name in ("Local", "FedAvg", "FedRep"))
     assert _main(["compare", "--json", str(tmp_path)]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["strategy"]: row["seeds"] for row in rows} == {"local": [0, 1], "fedavg": [0, 1], "fedrep": [0, 1]}

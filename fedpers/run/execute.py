@@ -251,9 +251,12 @@ class _Run:
             cast(Any, grid).stopping = stopping_now
             stopping = False
 
+            ended_by: str | None = None
+
             def stops(report: RoundReport) -> bool:
-                progress.ended_by = progress.ends_by(report, metrics_of(report, headline), config.stop)
-                return progress.ended_by is not None
+                nonlocal ended_by
+                ended_by = progress.ends_by(report, metrics_of(report, headline), config.stop)
+                return ended_by is not None
 
             def after_round(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
                 nonlocal stopping
@@ -286,11 +289,10 @@ class _Run:
                     trackers.log(report.round, metrics)
                     progress.take(report, metrics)
                     if stopping:
-                        progress.ended_by = None
                         break
                 else:
                     all_done = progress.rounds_done == config.rounds
-                    progress.ended_by = "rounds" if all_done else progress.ended_by or "training.budget"
+                    progress.ended_by = "rounds" if all_done else ended_by or "training.budget"
             except FedpersError as error:
                 if signals.received is None:
                     progress.error = str(error)

@@ -23,11 +23,11 @@ from fedpers.client.predictor import Inputs, with_values
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Records, entries
 from fedpers.data.outline import SamplesNeededError, WithoutSamples, outlined
-from fedpers.errors import ConfigError, FedpersError, check, one_of
+from fedpers.errors import ConfigError, DataError, FedpersError, check, one_of
 from fedpers.flower_private import server_identity
 from fedpers.models.fields import take_fields
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
-from fedpers.run.progress import report_from_json, whole
+from fedpers.run.progress import report_from_json
 from fedpers.run.reopen import Reopened, check_made, reopen
 from fedpers.run.results import read_json
 from fedpers.run.setup import Setup, initial_network, prepare_run
@@ -132,13 +132,15 @@ def _export(folder: Path, round: Round, overrides: Sequence[str], make: Callable
     if isinstance(outline, Mapping):
         try:
             setup = prepare_run(config, outlined(outline, config.training.batch_size))
-            if setup.network == checkpoint.content.get("network"):
-                return make(_State(opened, checkpoint, setup))
+        except (ConfigError, DataError) as error:
+            reason = f"without them nothing can be made: {str(error).removesuffix('.')}"
+        else:
             reason = "the network's initial values do not follow from the seed alone"
-        except SamplesNeededError:
-            reason = f"{config.strategy['name']} computes something of them before a client predicts"
-        except ConfigError as error:
-            reason = f"without them it cannot be made: {str(error).removesuffix('.')}"
+            if setup.network == checkpoint.content.get("network"):
+                try:
+                    return make(_State(opened, checkpoint, setup))
+                except SamplesNeededError:
+                    reason = f"{config.strategy['name']} computes something of them before a client predicts"
     try:
         setup = prepare_run(config)
     except FedpersError as error:
@@ -180,7 +182,8 @@ class _State:
             self.arrays, self.state = checkpoint.read_server(setup.app)
             checkpoint.check_clients(setup.app)
             self.report = report_from_json(checkpoint.content["report"])
-            whole(self.report.round)
+            if self.report.round != self.round:
+                raise ValueError(f"a report of round {self.report.round}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedError(f"{checkpoint.folder} does not describe a run.") from error
 

@@ -73,12 +73,13 @@ class CwFedAvgUpdate(LocalUpdate):
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Loss of the samples, and the distance of the shares that the head stands for from those of the classes."""
         away = class_shares(network.tensors[WEIGHT]) - cast(Tensor, batch.given[SHARES])
-        return batch.mean(batch.losses(network(batch.x))) + self.lam / 2 * torch.linalg.vector_norm(away)
+        distance: Tensor = torch.linalg.vector_norm(away)
+        return batch.mean(batch.losses(network(batch.x))) + self.lam / 2 * distance
 
 
 def class_shares(weight: Tensor) -> Tensor:
     """Shares p ``[..., C]`` of the classes that a head with `weight` ``[..., C, F]`` stands for."""
-    lengths = torch.linalg.vector_norm(weight, dim=-1)
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=-1)
     return lengths / lengths.sum(-1, keepdim=True)
 
 

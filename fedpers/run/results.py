@@ -168,7 +168,7 @@ def write_clients(path: Path, data: FederatedData, progress: Progress) -> None:
     """Write one row per client: sizes and labels, and metrics at the selected and the last evaluated round."""
     import pandas as pd
 
-    sizes = {part: f"{part}_size" for part in PARTS}
+    sizes: dict[str, str] = {part: f"{part}_size" for part in PARTS}
     columns = {sizes.get(str(name), str(name)): column.tolist() for name, column in describe_clients(data).items()}
     columns["rounds_trained"] = [progress.trained[client] for client in range(data.num_clients)]
     for when, evaluation in (("selected", progress.best), ("last", progress.last)):

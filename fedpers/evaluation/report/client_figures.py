@@ -89,14 +89,12 @@ def scatter(method: Method, reference: Method, style: int, headline: str, name: 
     frame = Frame(Axis(shown.low, shown.high, f"{headline} with {name}", percent=True),
                   Axis(shown.low, shown.high, f"with {method.row.label}", percent=True), height=300)  # fmt: skip
     x, y = np.clip(x, shown.low, shown.high), np.clip(y, shown.low, shown.high)
+    if len(x) > _MANY_POINTS:  # to the middles of cells
+        width = (shown.high - shown.low) / _CELLS
+        x, y = (shown.low + (np.floor((v - shown.low) / width) + 0.5) * width for v in (x, y))
     counted: dict[tuple[float, float], list[int]] = defaultdict(list)
-    binned = len(x) > _MANY_POINTS
-    width = (shown.high - shown.low) / _CELLS
-    for i, (a, b) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-        key = (a, b)
-        if binned:
-            key = tuple(shown.low + (math.floor((v - shown.low) / width) + 0.5) * width for v in key)  # type: ignore[assignment]
-        counted[key].append(i)
+    for i, place in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        counted[place].append(i)
     most = max(map(len, counted.values()))
     marks = [frame.line([shown.low, shown.high], [shown.low, shown.high], "zero")]
     for (a, b), members in counted.items():

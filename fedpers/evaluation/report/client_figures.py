@@ -184,8 +184,8 @@ def _by(methods: Sequence[Method], styles: Styles, headline: str,
     return frame.drawn(marks, f"{headline} against {label}")
 
 
-def bubbles(names: Sequence[str], classes: Sequence[str], counts: Floats) -> Iterator[Figure]:
-    """Who owns what: a bubble for each client and class."""
+def bubbles(names: Sequence[str], classes: Sequence[str], counts: Floats, seed: int | None) -> Iterator[Figure]:
+    """Who owns what: a bubble for each client and class; of runs that differ, those with `seed`."""
     total, kinds = counts.shape
     labels = min(kinds, 40)
     clients = min(total, 60, max(1, MAX_BUBBLES // labels))
@@ -214,6 +214,7 @@ def bubbles(names: Sequence[str], classes: Sequence[str], counts: Floats) -> Ite
     parts.append(name.format(left + step * clients / 2, bottom + 31))
     part = [f"the first {clients} of {total:,} clients" if clients < total else "",
             f"the first {labels} of {kinds} classes" if labels < kinds else ""]  # fmt: skip
+    part.append("" if seed is None else f"in the runs of seed {seed}")
     cut = "".join(f"; {text}" for text in part if text)
     yield Figure(
         picture(height, Markup("").join(parts), "Samples of each class with each client"),

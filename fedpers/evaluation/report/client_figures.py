@@ -89,14 +89,12 @@ def scatter(method: Method, reference: Method, style: int, headline: str, name: 
     frame = Frame(Axis(shown.low, shown.high, f"{headline} with {name}", percent=True),
                   Axis(shown.low, shown.high, f"with {method.row.label}", percent=True), height=300)  # fmt: skip
     x, y = np.clip(x, shown.low, shown.high), np.clip(y, shown.low, shown.high)
+    if len(x) > _MANY_POINTS:  # to the middles of cells
+        width = (shown.high - shown.low) / _CELLS
+        x, y = (shown.low + (np.floor((v - shown.low) / width) + 0.5) * width for v in (x, y))
     counted: dict[tuple[float, float], list[int]] = defaultdict(list)
-    binned = len(x) > _MANY_POINTS
-    width = (shown.high - shown.low) / _CELLS
-    for i, (a, b) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
-        key = (a, b)
-        if binned:
-            key = tuple(shown.low + (math.floor((v - shown.low) / width) + 0.5) * width for v in key)  # type: ignore[assignment]
-        counted[key].append(i)
+    for i, place in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        counted[place].append(i)
     most = max(map(len, counted.values()))
     marks = [frame.line([shown.low, shown.high], [shown.low, shown.high], "zero")]
     for (a, b), members in counted.items():
@@ -186,8 +184,8 @@ def _by(methods: Sequence[Method], styles: Styles, headline: str,
     return frame.drawn(marks, f"{headline} against {label}")
 
 
-def bubbles(names: Sequence[str], classes: Sequence[str], counts: Floats) -> Iterator[Figure]:
-    """Who owns what: a bubble for each client and class."""
+def bubbles(names: Sequence[str], classes: Sequence[str], counts: Floats, seed: int | None) -> Iterator[Figure]:
+    """Who owns what: a bubble for each client and class; of runs that differ, those with `seed`."""
     total, kinds = counts.shape
     labels = min(kinds, 40)
     clients = min(total, 60, max(1, MAX_BUBBLES // labels))
@@ -216,6 +214,7 @@ def bubbles(names: Sequence[str], classes: Sequence[str], counts: Floats) -> Ite
     parts.append(name.format(left + step * clients / 2, bottom + 31))
     part = [f"the first {clients} of {total:,} clients" if clients < total else "",
             f"the first {labels} of {kinds} classes" if labels < kinds else ""]  # fmt: skip
+    part.append("" if seed is None else f"in the runs of seed {seed}")
     cut = "".join(f"; {text}" for text in part if text)
     yield Figure(
         picture(height, Markup("").join(parts), "Samples of each class with each client"),

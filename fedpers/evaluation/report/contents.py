@@ -202,7 +202,7 @@ def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Curve | N
     scores, costs = [], []
     for rows in seeds:
         spent = np.zeros(3)
-        by_round = {}
+        by_round: dict[int, tuple[Any, Floats]] = {}
         for row in rows:
             sent = float(row.get("bytes_up") or 0) + float(row.get("bytes_down") or 0)
             spent = np.add(spent, [float(row.get("gradients") or 0), sent / 1e6, float(row.get("seconds") or 0)])

@@ -44,11 +44,11 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
         drawn = [(row, c) for row, c in found if math.isfinite(c.difference)][:MAX_ROWS]
         if not drawn:
             continue
-        values = [comparison.difference for _, comparison in drawn]
-        reach = max(0.01, 1.6 * max(abs(value) for value in (*values, 0.0)))
-        ends = [end for _, c in drawn for end in (c.low, c.high) if abs(end) < reach]
-        low, high = min(0.0, *values, *ends), max(0.0, *values, *ends)
-        gap = 0.05 * max(high - low, 0.02)
+        values = [0.0, *(comparison.difference for _, comparison in drawn)]
+        ends = [end for _, c in drawn for end in (c.low, c.high) if math.isfinite(end)]
+        reach = max(0.02, 4 * max(map(abs, values)))  # two seeds may have intervals ten times as wide
+        low, high = min(*values, max(-reach, min(ends, default=0.0))), max(*values, min(reach, max(ends, default=0.0)))
+        gap = 0.05 * max(high - low, 0.01)
         axis = Axis(low - gap, high + gap, f"difference in test {headline} from {reference}", percent=True)
         frame = row_frame(axis, len(drawn))
         marks = [frame.line([0, 0], [-0.6, len(drawn) - 0.4], "zero")]

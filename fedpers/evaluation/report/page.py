@@ -219,14 +219,17 @@ def _parts(group: Group, methods: Sequence[Method], references: Mapping[str, Met
     else:
         why = f"A single client's {headline} says next to nothing, since it is measured on one held-out item"
         yield Part("Clients", [], note=f"{why}: clients are not shown one by one.")
-    kinds = [
+    by = [
         *client_figures.by_size(methods, styles, headline),
         *client_figures.by_divergence(methods, styles, headline),
     ]
-    owners = next((counts for method in methods if (counts := read_label_counts(method)) is not None), None)
-    yield Part(
-        "Data of the clients", [*kinds, *(client_figures.bubbles(*owners) if owners else ())], legend=bool(kinds)
-    )
+    kinds = list(by)
+    for method in methods:
+        if (owners := read_label_counts(method)) is not None:
+            several = len({seed for other in methods for seed in other.row.seeds}) > 1
+            kinds += client_figures.bubbles(*owners, method.row.seeds[0] if several else None)
+            break
+    yield Part("Data of the clients", kinds, legend=bool(by))
     yield Part("Inside the methods", [f for method in methods[:20] for f in figures.recorded(method)][:24])
 
 

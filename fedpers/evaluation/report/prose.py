@@ -108,8 +108,9 @@ def _training_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], me
     training = trainings[0]
     differ = {item.partition("=")[0] for other in trainings for item in differing(other, trainings)}
     fraction = config.get("fraction")
-    partial = isinstance(fraction, float) and fraction < 1
-    share = f" with {100 * fraction:g} % of the clients each" if partial else ""
+    share = ""
+    if isinstance(fraction, float) and fraction < 1:
+        share = f" with {100 * fraction:g} % of the clients each"
     text = f"All methods trained the network {summary.get('model', '?')} for {summary.get('rounds', '?')} rounds{share}"
     if training.get("budget") is not None and "budget" not in differ:
         text += f", ended once clients had computed {training['budget']} gradients each in the mean"

@@ -67,7 +67,7 @@ class Axis:
             values = [value for value in values if self.low <= value <= self.high]
             values = values[:: math.ceil(len(values) / 6)] if values else []
         else:
-            step = _round_step((self.high - self.low) / 4)
+            step = _round_step((self.high - self.low) / 5)
             first = math.ceil(self.low / step - 1e-9)
             values = [step * i for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
         return [(value, f"{100 * value:.4g} %" if self.percent else short(value)) for value in values]

@@ -141,16 +141,16 @@ def _read(folder: Path) -> RunRecord:
     from omegaconf import OmegaConf
 
     path = folder / "summary.json"
-    error = _error(folder)
-    if error and not path.exists():
-        raise FileNotFoundError(f"its run failed: {error}.")
+    failure = _failure(folder)
+    if failure and not path.exists():
+        raise FileNotFoundError(f"its run failed: {failure}.")
     if not path.exists():
         remedy = f", after which 'fedpers resume {folder}' goes on" if (folder / "checkpoints").is_dir() else ""
         raise FileNotFoundError(f"it has no summary.json; the run is going on or was killed{remedy}.")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as damage:
-        raise ValueError(f"its summary.json is damaged ({damage}).") from damage
+    except ValueError as error:
+        raise ValueError(f"its summary.json is damaged ({error}).") from error
     try:
         config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
     except Exception as error:
@@ -170,12 +170,12 @@ def _read(folder: Path) -> RunRecord:
             number(summary.get(key))
     except (TypeError, ValueError) as error:
         raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error
-    if error:
-        summary["error"] = error
+    if failure:
+        summary["error"] = failure
     return RunRecord(folder, {str(k): v for k, v in config.items()}, summary, path.stat().st_mtime)
 
 
-def _error(folder: Path) -> str:
+def _failure(folder: Path) -> str:
     """Why a job of a sweep failed; nothing if it did not, or nobody can say."""
     try:
         return str(json.loads((folder / ERROR_FILE).read_text(encoding="utf-8"))["error"]).removesuffix(".")

@@ -23,7 +23,7 @@ _SECONDS = 0.25
 """Between two looks at the folders."""
 _NAMED = 3
 """Running jobs that are named."""
-_BAR = 30
+_BAR = 20
 """Columns of a terminal that the bar needs at least."""
 _TOUCHED = (".hydra/hydra.yaml", "run.log", "rounds.jsonl")
 """What a job writes once it runs."""

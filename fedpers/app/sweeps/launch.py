@@ -149,6 +149,7 @@ class Sweep(Launcher):
 
     def _start(self, jobs: list[Job]) -> None:
         """Let the launcher do jobs."""
+        assert self.folder is not None
         overrides = [[*job.overrides, f"hydra.sweep.subdir={quoted(job.folder)}"] for job in jobs]
         try:
             with StopSignals(patient=False):

@@ -155,7 +155,7 @@ def launching_through(sweep: Any) -> Iterator[None]:
         launcher: Launcher = sweep.attach(make(**parts), parts["config"], parts["hydra_context"])
         return launcher
 
-    plugins.instantiate_launcher = instantiate_launcher  # type: ignore[method-assign]
+    plugins.instantiate_launcher = instantiate_launcher  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

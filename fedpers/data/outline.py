@@ -71,14 +71,14 @@ def outlined(outline: Mapping[str, Any], batch_size: int = 0) -> FederatedData:
         count = int(outline["clients"])
         if not 1 <= count <= _MOST_CLIENTS:
             raise ValueError(f"{count} clients")
-        names = {"name": str(outline["name"]), "client_names": tuple(map(str, outline["client_names"]))}
+        name, client_names = str(outline["name"]), tuple(map(str, outline["client_names"]))
         unseen = tuple(map(int, outline["unseen"]))
         if isinstance(task, Ranking):
             lists = [np.zeros(1, dtype=np.int64)] * count
             of_items = OutlinedRatings.of_items
             return of_items(
-                int(outline["items"]), lists, lists, lists, unseen=unseen, negatives=0, protocol=task.protocol_name,
-                top_k=task.top_k, **names,
+                int(outline["items"]), lists, lists, lists, name=name, unseen=unseen, negatives=0,
+                protocol=task.protocol_name, top_k=task.top_k, client_names=client_names,
             )  # fmt: skip
         size = max(_FEWEST, batch_size)
         first = next(client for client in range(count) if client not in unseen)  # it has all the samples there are
@@ -92,6 +92,7 @@ def outlined(outline: Mapping[str, Any], batch_size: int = 0) -> FederatedData:
             nothing,
             nothing,
             int(outline["classes"]),
+            name,
             unseen=unseen,
             anchors=tuple(map(int, outline["anchors"])),
             groups=tuple(map(int, outline["groups"])),
@@ -100,7 +101,7 @@ def outlined(outline: Mapping[str, Any], batch_size: int = 0) -> FederatedData:
             num_tokens=int(outline["tokens"]),
             fields=tuple(InputField(str(f["name"]), tuple(f["shape"]), bool(f["whole"])) for f in outline["fields"]),
             task=task,
-            **names,
+            client_names=client_names,
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration, DataError) as error:
         raise DataError(f"what a checkpoint says of its data cannot be used ({error}).") from error

@@ -61,7 +61,7 @@ METHODS = {
     "perfedavg": [],
     "fedavg_ft": [],
     "fedala": [],
-    "fedjets": ["strategy.experts=3"],
+    "fedjets": ["strategy.experts=3", "partition=dirichlet", "split=fractions"],
 }
 NEED_SAMPLES = {"ifca", "knnper", "perfedavg", "fedavg_ft", "fedjets", "pretrained"}
 """Methods whose clients choose, remember or adapt before they predict; a network pretrained on samples."""
@@ -223,7 +223,14 @@ def test_clients_go_by_their_names(tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["a,b,label,client", *rows]))
     folder = tmp_path / "run"
-    settings = ["dataset=csv", f"dataset.root={table}", "partition=natural", "rounds=1", "strategy=local"]
+    settings = [
+        "dataset=csv",
+        f"dataset.root={table}",
+        "dataset.client=client",
+        "partition=natural",
+        "rounds=1",
+        "strategy=local",
+    ]
     assert _main([*settings, f"hydra.run.dir={folder}"]) == 0
     by_name, by_number = fedpers.load_client(folder, "Ulm"), fedpers.load_client(folder, 1)
     assert all(torch.equal(a, b) for a, b in zip(by_name.parameters(), by_number.parameters(), strict=True))
@@ -257,7 +264,7 @@ def test_a_network_of_ones_own_counts_only_when_it_is_typed(
 
 
 def test_the_state_of_the_best_round_is_kept_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ("strategy=fedper", "rounds=8", "training.lr=0.5", "checkpoint.every=3")
+    settings = ("strategy=fedper", "rounds=8", "training.lr=1.5", "checkpoint.every=3")
     folder = run(tmp_path / "run", *settings, "checkpoint.best=true")
     summary = json.loads((folder / "summary.json").read_text())
     best = summary["selected_round"]

@@ -88,6 +88,7 @@ def test_rounds_that_may_not_be_selected_do_not_end_a_run() -> None:
     assert progress.ends_by(RoundReport(3), {}, stop) is None  # not evaluated
 
 
+@pytest.mark.slow
 def test_a_run_ends_early_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path / "run", "rounds=40", "stop.patience=2", "split.unseen=1")
     course, summary = scores(folder), summary_of(folder)
@@ -111,6 +112,7 @@ def test_a_run_ends_early_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (alone / "clients.parquet").read_bytes() == (folder / "clients.parquet").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_it_would_have(tmp_path: Path) -> None:
     settings = ["rounds=30", "stop.patience=3", "evaluate_every=2", "checkpoint.best=true"]
     whole = run(tmp_path / "whole", *settings)

@@ -12,6 +12,7 @@ from fedpers.app import _main
 from fedpers.settings import Config
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_are_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups: list[str | None] = []
 

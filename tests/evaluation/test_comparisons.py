@@ -218,3 +218,9 @@ def test_methods_are_ranked_over_five_tables_that_share_them(write, tmp_path):
     )
     assert "GPFL" not in said
     assert ranks_over_tables(groups[:4]) == ""
+
+
+def test_classes_of_the_same_name_keep_their_modules(write, tmp_path):
+    for name in ("mine:Method", "yours:Method", "mine:Other"):
+        write(name, 0, 0.5)
+    assert {row.label for row in board(tmp_path).rows} == {"mine:Method", "yours:Method", "Other"}

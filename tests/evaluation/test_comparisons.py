@@ -176,7 +176,7 @@ def test_the_best_of_several_local_rows_is_the_reference(write, tmp_path):
     group = board(tmp_path)
     row = next(row for row in group.rows if row.strategy == "fedrep")
     assert row.comparisons[0].difference == pytest.approx(0.75 + 5 / 300 - 0.81)
-    assert any(note.startswith("Local stands here with 2 settings") and "lr=0.01" in note for note in group.notes)
+    assert any(note.startswith("Local has 2 rows") and "lr=0.01" in note for note in group.notes)
 
 
 def test_without_a_baseline_nothing_is_claimed(write, tmp_path):

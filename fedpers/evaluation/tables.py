@@ -147,7 +147,7 @@ def print_leaderboard(
 def _fitting(console: Console, group: Group, available: Sequence[Column], sort: str) -> list[Column]:
     """As many columns, from the first, as the terminal has room for; at least one."""
     for count in range(len(available), 1, -1):
-        if _width(console, _table(group, available[:count], sort)) <= console.width:
+        if _width(console, _table(group, available[:count], sort, filled=False)) <= console.width:
             return list(available[:count])
     return list(available[:1])
 
@@ -164,17 +164,18 @@ def _print_whole(console: Console, table: Table) -> None:
     console.print(table, crop=False)
 
 
-def _table(group: Group, shown: Sequence[Column], sort: str) -> Table:
+def _table(group: Group, shown: Sequence[Column], sort: str, filled: bool = True) -> Table:
+    """The table, or one without rows that is as wide."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("method", overflow="fold", min_width=16, vertical="bottom")
     rows = sorted_rows(group, sort)
-    for column in shown:
-        texts = [column.cell(row) for row in rows]
+    cells = [[column.cell(row) for row in rows] for column in shown]
+    for column, texts in zip(shown, cells, strict=True):
         width = max(map(len, [*column.title.split("\n"), *texts]))  # rich breaks cells at their spaces otherwise
         table.add_column(Text(column.title), justify="right", no_wrap=True, min_width=width)
-    for row in rows:
+    for i, row in enumerate(rows if filled else ()):
         style = "bold" if row.best else "dim" if row.baseline else ""
-        table.add_row(Text(_name(row)), *(Text(column.cell(row)) for column in shown), style=style)
+        table.add_row(Text(_name(row)), *(Text(texts[i]) for texts in cells), style=style)
     return table
 
 

@@ -57,7 +57,7 @@ def test_a_table_by_hand(write, tmp_path):
 
 
 def test_training_alone_wins(write, tmp_path):
-    table = {"local": (0.9, 0.91, 0.92), "fedrep": (0.89, 0.92, 0.91), "ditto": (0.79, 0.81, 0.8)}
+    table = {"local": (0.9, 0.91, 0.92), "fedrep": (0.89, 0.92, 0.91), "ditto": (0.79, 0.81, 0.81)}
     write_table(write, table | {"fedavg": (0.5, 0.52, 0.51)})
     assert board(tmp_path).sentence.endswith(
         "Local is not beaten by any method: FedRep beats FedAvg and cannot be told apart from Local; Ditto beats "
@@ -176,7 +176,7 @@ def test_the_best_of_several_local_rows_is_the_reference(write, tmp_path):
     group = board(tmp_path)
     row = next(row for row in group.rows if row.strategy == "fedrep")
     assert row.comparisons[0].difference == pytest.approx(0.75 + 5 / 300 - 0.81)
-    assert any(note.startswith("Local stands here with 2 settings") and "lr=0.01" in note for note in group.notes)
+    assert any(note.startswith("Local has 2 rows") and "lr=0.01" in note for note in group.notes)
 
 
 def test_without_a_baseline_nothing_is_claimed(write, tmp_path):
@@ -218,3 +218,9 @@ def test_methods_are_ranked_over_five_tables_that_share_them(write, tmp_path):
     )
     assert "GPFL" not in said
     assert ranks_over_tables(groups[:4]) == ""
+
+
+def test_classes_of_the_same_name_keep_their_modules(write, tmp_path):
+    for name in ("mine:Method", "yours:Method", "mine:Other"):
+        write(name, 0, 0.5)
+    assert {row.label for row in board(tmp_path).rows} == {"mine:Method", "yours:Method", "Other"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -109,7 +110,8 @@ def test_clients_that_cannot_say_are_not_tested():
 def test_a_table_says_the_same_whenever_it_is_made_whatever_else_stands_in_it():
     d = np.random.default_rng(0).normal(0.01, 0.1, size=(30, 2))
     assert paired_bootstrap([d]) == paired_bootstrap([d])
-    assert paired_bootstrap([d[:, :1]]) == paired_bootstrap([d])[:1]
+    (alone,), (first, _) = paired_bootstrap([d[:, :1]]), paired_bootstrap([d])
+    assert asdict(alone) == pytest.approx(asdict(first))
 
 
 @pytest.mark.parametrize("unequal", [False, True])

@@ -40,8 +40,8 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
     rows, headline = group.rows, group.headline
     for strategy in group.references:
         reference = method_title(strategy)
-        found = [(row, c) for row in rows for c in row.comparisons if c.reference == strategy]
-        drawn = [(row, c) for row, c in found if math.isfinite(c.difference)][:MAX_ROWS]
+        compared = [(row, c) for row in rows for c in row.comparisons if c.reference == strategy]
+        drawn = [(row, c) for row, c in compared if math.isfinite(c.difference)][:MAX_ROWS]
         if not drawn:
             continue
         values = [0.0, *(comparison.difference for _, comparison in drawn)]
@@ -58,7 +58,7 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
                 marks.append(frame.line([c.low, c.high], [place, place], f"interval solid {series(style)} {c.verdict}"))
             title = f"{row.label}: {points(c.difference)} points ({interval(c.low, c.high)})"
             marks.append(frame.marks([c.difference], [place], style, [title]))
-        cut = f"; the first {len(drawn)} of {len(found)} methods" if len(drawn) < len(found) else ""
+        cut = f"; the first {len(drawn)} of {len(compared)} methods" if len(drawn) < len(compared) else ""
         known = any(math.isfinite(c.low) for _, c in drawn)
         intervals = "bars: 95 % intervals, thin where it is too close to call" if known else "too few for intervals"
         yield Figure(

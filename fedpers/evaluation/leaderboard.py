@@ -190,7 +190,11 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         methods[key][run.seed] = run
 
     per_method = [dict(sorted(seeds.items())) for seeds in methods.values()]
-    labels = _labels([next(iter(seeds.values())) for seeds in per_method])
+    firsts = [next(iter(seeds.values())) for seeds in per_method]
+    labels = _labels(firsts)
+    titles = [
+        method_title(run.strategy) + label.removeprefix(run.strategy) for run, label in zip(firsts, labels, strict=True)
+    ]
     first = next((run.summary for run in runs if "task" in run.summary), runs[0].summary)  # older runs name none
     headline = str(first.get("headline", "accuracy"))
     measured = f"test/{headline}"
@@ -208,7 +212,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
         rows.append(
             Row(
                 method=labels[i],
-                label=method_title(repeats[0].strategy) + labels[i].removeprefix(repeats[0].strategy),
+                label=titles[i] if titles.count(titles[i]) == 1 else labels[i],  # two modules may have such a class
                 strategy=repeats[0].strategy,
                 options=repeats[0].options,
                 seeds=tuple(per_method[i]),

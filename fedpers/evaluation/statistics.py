@@ -108,8 +108,8 @@ def paired_bootstrap(differences: Sequence[Floats], resamples: int = RESAMPLES) 
     """Two-sided paired hierarchical bootstrap: seeds are drawn, then clients within each.
 
     The mean difference is measured in standard errors over clients, in each resample in its own (bootstrap-t, Efron and
-    Tibshirani 1993, section 12.5), without which the tests of ten clients claim too much. All methods are resampled
-    alike. It speaks of other clients of the same seeds: of few seeds no resampling can learn how others would vary.
+    Tibshirani 1993, section 12.5). All methods are resampled alike. It speaks of other clients of the same seeds: of
+    few seeds no resampling can learn how others would vary.
 
     Parameters
     ----------

@@ -286,7 +286,7 @@ def _reading(group: Group) -> list[str]:
         variants = [row for row in group.rows if row.strategy == reference]
         if len(variants) > 1:
             notes.append(
-                f"{method_title(reference)} stands here with {len(variants)} settings; all are compared with the best "
+                f"{method_title(reference)} has {len(variants)} rows; the others are compared with the best "
                 f"of them ({variants[0].label})."
             )
     return notes

@@ -176,7 +176,7 @@ def test_the_best_of_several_local_rows_is_the_reference(write, tmp_path):
     group = board(tmp_path)
     row = next(row for row in group.rows if row.strategy == "fedrep")
     assert row.comparisons[0].difference == pytest.approx(0.75 + 5 / 300 - 0.81)
-    assert any(note.startswith("Local stands here with 2 settings") and "lr=0.01" in note for note in group.notes)
+    assert any(note.startswith("Local has 2 rows") and "lr=0.01" in note for note in group.notes)
 
 
 def test_without_a_baseline_nothing_is_claimed(write, tmp_path):
@@ -218,3 +218,9 @@ def test_methods_are_ranked_over_five_tables_that_share_them(write, tmp_path):
     )
     assert "GPFL" not in said
     assert ranks_over_tables(groups[:4]) == ""
+
+
+def test_classes_of_the_same_name_keep_their_modules(write, tmp_path):
+    for name in ("mine:Method", "yours:Method", "mine:Other"):
+        write(name, 0, 0.5)
+    assert {row.label for row in board(tmp_path).rows} == {"mine:Method", "yours:Method", "Other"}

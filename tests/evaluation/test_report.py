@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from fedpers.app import _main
@@ -404,6 +405,28 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert len(seen["before"]) == len(GAINS)
     assert seen["names"] == sorted(seen["names"])
     assert seen["small"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "titles", "absent"),
+    [
+        (["strategy=fedper"], ["Who owns what", "Clients from worst to best", "Test accuracy and unusual clients"], []),
+        (["strategy=fedmf"], ["Test hr@10 over rounds"], ["Who owns what", "Clients from worst to best"]),
+    ],
+)
+def test_real_runs(tmp_path: Path, settings: list[str], titles: list[str], absent: list[str]) -> None:
+    assert _main([*settings, "rounds=2", "runtime.workers=1", f"output={tmp_path}"]) == 0
+    (clients,) = tmp_path.rglob("clients.parquet")
+    rows = pd.read_parquet(clients)
+    labels = [column for column in rows if column.startswith("class ")]
+    if labels:
+        assert (rows[labels].sum(axis=1) == rows[["train_size", "validation_size", "test_size"]].sum(axis=1)).all()
+        assert rows["divergence"].between(0, 1).all()
+    assert run_command(tmp_path) == 0
+    shown = Outline((tmp_path / "report.html").read_text()).texts("h4")
+    assert set(titles) <= set(shown)
+    assert not set(absent) & set(shown)
 
 
 @pytest.mark.slow

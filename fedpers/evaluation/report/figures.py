@@ -40,8 +40,8 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
     rows, headline = group.rows, group.headline
     for strategy in group.references:
         reference = method_title(strategy)
-        found = [(row, c) for row in rows for c in row.comparisons if c.reference == strategy]
-        drawn = [(row, c) for row, c in found if math.isfinite(c.difference)][:MAX_ROWS]
+        compared = [(row, c) for row in rows for c in row.comparisons if c.reference == strategy]
+        drawn = [(row, c) for row, c in compared if math.isfinite(c.difference)][:MAX_ROWS]
         if not drawn:
             continue
         values = [0.0, *(comparison.difference for _, comparison in drawn)]
@@ -55,15 +55,16 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
         for place, (row, c) in enumerate(drawn):
             style = styles.get(row.method)
             if math.isfinite(c.low) and math.isfinite(c.high):
-                marks.append(frame.line([c.low, c.high], [place, place], f"interval solid {series(style)}"))
+                marks.append(frame.line([c.low, c.high], [place, place], f"interval solid {series(style)} {c.verdict}"))
             title = f"{row.label}: {points(c.difference)} points ({interval(c.low, c.high)})"
             marks.append(frame.marks([c.difference], [place], style, [title]))
-        cut = f"; the first {len(drawn)} of {len(found)} methods" if len(drawn) < len(found) else ""
-        intervals = "bars: 95 % intervals" if any(math.isfinite(c.low) for _, c in drawn) else "one seed: no intervals"
+        cut = f"; the first {len(drawn)} of {len(compared)} methods" if len(drawn) < len(compared) else ""
+        known = any(math.isfinite(c.low) for _, c in drawn)
+        intervals = "bars: 95 % intervals, thin where it is too close to call" if known else "too few for intervals"
         yield Figure(
             frame.drawn(marks, f"Difference of each method from {reference}", rows=[row.label for row, _ in drawn]),
             f"Better or worse than {reference}?",
-            f"Right of the line: better than {reference}; {intervals}; if one crosses the line, it is open{cut}.",
+            f"Right of the line: better than {reference}; {intervals}{cut}.",
         )
 
 

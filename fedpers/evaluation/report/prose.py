@@ -24,11 +24,11 @@ def warnings(methods: Sequence[Method]) -> list[str]:
     """What makes the numbers of a group worth less than they look."""
     runs = [run for method in methods for run in method.runs]
     said = []
-    absent = [method_title(name) for name in baselines_of(runs[0]) if not any(m.row.strategy == name for m in methods)]
+    absent = [name for name in baselines_of(runs[0]) if not any(method.row.strategy == name for method in methods)]
     if absent:
         said.append(
-            f"No run of {' and none of '.join(absent)}: whether personalization pays cannot be seen without. "
-            "Add it to the sweep."
+            f"No run of {' and none of '.join(map(method_title, absent))}: whether personalization pays cannot be seen "
+            f"without. Add strategy={','.join(absent)} to the sweep."
         )
     if names := sorted({run.strategy for run in runs if run.selected_on == "test"}):
         said.append(f"The round was selected on test data ({', '.join(names)}): these scores are too high by design.")

@@ -134,8 +134,8 @@ class Frame:
 
     def band(self, x: ArrayLike, low: ArrayLike, high: ArrayLike, style: str) -> Markup:
         """The area between two lines."""
-        there, back = self.points(x, low), self.points(x, high)[::-1]
-        return Markup('<path class="band {}" d="{}z"/>').format(style, _path(np.concatenate([there, back])))
+        bottom, top = self.points(x, low), self.points(x, high)[::-1]
+        return Markup('<path class="band {}" d="{}z"/>').format(style, _path(np.concatenate([bottom, top])))
 
     def marks(self, x: ArrayLike, y: ArrayLike, style: int | None, titles: Sequence[str] = ()) -> Markup:
         """Markers of a series; `titles` appear when a pointer rests on them."""

@@ -388,7 +388,8 @@ def test_nothing_is_downloaded_to_a_folder_that_a_stranger_named(folder: Path) -
 
 def started(folder: Path, *arguments: str, **more: Any) -> subprocess.Popen[str]:
     """Start a long run as a process of its own and wait until it has done some rounds."""
-    command = [sys.executable, "-m", "fedpers", *arguments, *SMALL, "rounds=100000", f"hydra.run.dir={folder}"]
+    place = [] if "-m" in arguments else [f"hydra.run.dir={folder}"]
+    command = [sys.executable, "-m", "fedpers", *arguments, *SMALL, "rounds=100000", *place]
 
     def with_signals() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -28,6 +28,7 @@ from fedpers.errors import FedpersError
 from fedpers.identity import identity_of
 from fedpers.records import from_record
 from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
+from fedpers.run.execute import progress_of
 from fedpers.run.rounds import gradient_budget
 from fedpers.runtime.flower import FlowerGrid, await_clients
 from fedpers.runtime.flower_clients import RemoteApp
@@ -54,7 +55,11 @@ def server_app() -> ServerApp:
         def keep_last(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
             last[:] = [arrays]
 
-        headline = setup.data.task.headline
+        headline, progress = setup.data.task.headline, progress_of(setup)
+
+        def stops(report: RoundReport) -> bool:
+            return progress.ends_by(report, metrics_of(report, headline), config.stop) is not None
+
         for report in run_rounds(
             setup.strategy,
             watched,
@@ -63,9 +68,11 @@ def server_app() -> ServerApp:
             auc=config.auc,
             timeout=config.runtime.timeout,
             budget=gradient_budget(config, setup.data),
+            stops=stops if config.stop.is_on else None,
             after_round=keep_last,
         ):
             metrics = metrics_of(report, headline)
+            progress.take(report, metrics)
             score = metrics.get(f"test/{headline}", math.nan)
             loss = metrics.get("train/loss", math.nan)
             if failures := report.failures | report.evaluation_failures:

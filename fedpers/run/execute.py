@@ -135,7 +135,7 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             check_made(folder, checkpoint, setup)
             try:
                 start = _Start.read(checkpoint, setup.app, opened.tracker_ids(checkpoint))
-                progress = _progress(setup)
+                progress = progress_of(setup)
                 progress.restore(checkpoint.content["progress"])
             except DamagedError as error:
                 log.warning("%s This checkpoint is not used.", error)
@@ -187,7 +187,7 @@ class _Run:
         progress: Progress | None = None,
     ) -> None:
         self.config, self.folder, self.plain, self.setup, self.start = config, folder, plain, setup, start
-        self.progress = _progress(setup) if progress is None else progress
+        self.progress = progress_of(setup) if progress is None else progress
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         self.summary: dict[str, Any] = {}
         self.began = began
@@ -385,7 +385,8 @@ class _Run:
         write_text(path, json.dumps(manifest, indent=1))
 
 
-def _progress(setup: Setup) -> Progress:
+def progress_of(setup: Setup) -> Progress:
+    """Of a run that begins: nothing yet."""
     task, data = setup.data.task, setup.data
     first = max(1, data.drift_round)  # before it clients had other samples
     if not any(len(positions) for positions in data.part(task.selected_on)):

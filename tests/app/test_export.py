@@ -63,7 +63,7 @@ METHODS = {
     "fedala": [],
     "fedjets": ["strategy.experts=3", "partition=dirichlet", "split=fractions"],
 }
-NEED_SAMPLES = {"ifca", "knnper", "perfedavg", "fedavg_ft", "fedjets", "pretrained"}
+NEED_SAMPLES = {"ifca", "knnper", "perfedavg", "fedavg_ft", "fedala", "gpfl", "fedjets", "pretrained", "head_only"}
 """Methods whose clients choose, remember or adapt before they predict; a network pretrained on samples."""
 QUICK = ("fedavg", "knnper", "fedjets")
 

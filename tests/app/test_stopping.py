@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedpers import simulate
 from fedpers.app import _main
+from fedpers.app.compose import composed
+from fedpers.flower_app import server_app
+from fedpers.run import prepare_run
 from fedpers.run.progress import Progress
 from fedpers.settings import StopConfig
 from fedpers.strategies import RoundReport
@@ -154,3 +159,13 @@ def test_tables_name_runs_of_fewer_rounds(tmp_path: Path, capsys: pytest.Capture
 def test_what_cannot_be_waited_for(setting: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main([*SMALL, *setting.split()]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_flower_app_of_the_same_settings_ends_with_the_same_round(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run", "rounds=30", "stop.patience=1")
+    typed = [*SMALL, "rounds=30", "stop.patience=1"]
+    client_app = prepare_run(composed(typed)).app
+    result = tmp_path / "result.json"
+    simulate(server_app(), client_app, 5, clients_at_once=3, workers=1,
+             run_config={"settings": shlex.join(typed), "result": str(result)})  # fmt: skip
+    assert json.loads(result.read_text())["round"] == summary_of(folder)["rounds_done"] < 30

@@ -22,9 +22,7 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="code of your own, e.g. model.name=mine:Net")
     parser.add_argument("--client", metavar="CLIENT", help="number or name; without it the common network")
     parser.add_argument("--round", choices=("last", "best"), default="last", help="of the last checkpoint, or selected")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="default client_N.safetensors or server.safetensors"
-    )
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default client_N.safetensors or server.safetensors")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

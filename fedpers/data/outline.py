@@ -22,7 +22,7 @@ from fedpers.tasks import Classification, NextToken, Ranking, Regression, Task
 _TASKS: dict[str, type[Task]] = {kind.name: kind for kind in (Classification, NextToken, Ranking, Regression)}
 _FEWEST = 3
 """Samples with which networks are tried."""
-_MOST_CLIENTS = 10**8
+_MOST_CLIENTS = 10**7
 
 
 class SamplesNeededError(DataError):

@@ -8,6 +8,7 @@ are refused.
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ class Reopened:
     typed: bool
 
     def checkpoints(self, folder: Path) -> Iterator[Checkpoint]:
-        """Whole checkpoints, the newest first.
+        """Whole checkpoints, also those of best rounds, the newest first.
 
         Raises
         ------
@@ -67,11 +68,12 @@ class Reopened:
             If there is none.
         """
         kept = Checkpoints(folder / "checkpoints")
-        if not kept.all():
+        if not kept.all() and not kept.all(best=True):
             never = self.config.checkpoint.every == 0
             reason = "checkpoint.every is 0" if never else "it was stopped before the first was written"
             raise FedpersError(f"{folder} holds no checkpoint ({reason}): start the run anew.")
-        yield from kept.whole()
+        both = (kept.whole(), kept.whole(best=True))
+        yield from heapq.merge(*both, key=lambda checkpoint: checkpoint.round, reverse=True)
 
     def tracker_ids(self, checkpoint: Checkpoint) -> dict[str, str]:
         """What services call the run; others than plain names are left out, as they become names of files."""

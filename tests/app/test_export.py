@@ -65,7 +65,7 @@ METHODS = {
 }
 NEED_SAMPLES = {"ifca", "knnper", "perfedavg", "fedavg_ft", "fedala", "gpfl", "fedjets", "pretrained", "head_only"}
 """Methods whose clients choose, remember or adapt before they predict; a network pretrained on samples."""
-QUICK = ("fedavg", "knnper", "fedjets")
+QUICK = ("fedavg", "knnper")
 
 
 def run(folder: Path, *arguments: str) -> Path:
@@ -263,6 +263,7 @@ def test_a_network_of_ones_own_counts_only_when_it_is_typed(
 # --------------------------------------------------------------- the best round
 
 
+@pytest.mark.slow
 def test_the_state_of_the_best_round_is_kept_if_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("strategy=fedper", "rounds=8", "training.lr=1.5", "checkpoint.every=3")
     folder = run(tmp_path / "run", *settings, "checkpoint.best=true")

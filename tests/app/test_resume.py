@@ -499,11 +499,11 @@ import resource, sys
 from fedpers.run import execute as module
 from fedpers.app import main
 save = module.Checkpoints.save
-def limited(self, round, *arguments):
+def limited(self, round, *arguments, **options):
     most = {4: 10_000, 6: 50_000}.get(round, resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     try:
-        return save(self, round, *arguments)
+        return save(self, round, *arguments, **options)
     finally:
         print(round, sorted(path.name for path in self.folder.iterdir()), file=sys.stderr)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

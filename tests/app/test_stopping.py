@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,22 @@ def test_a_resumed_run_ends_where_it_would_have(tmp_path: Path) -> None:
         assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == sorted(
             p.name for p in (whole / "checkpoints").iterdir()
         )
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_best_round_if_that_is_the_newest_checkpoint(tmp_path: Path) -> None:
+    settings = ["rounds=12", "evaluate_every=2", "checkpoint.best=true"]
+    whole = run(tmp_path / "whole", *settings)
+    best = summary_of(whole)["selected_round"]
+    assert 0 < best < 12
+    killed = Path(shutil.copytree(whole, tmp_path / "killed"))
+    shutil.rmtree(killed / "checkpoints" / "round_000012")
+    for name in ("summary.json", "clients.parquet"):
+        (killed / name).unlink()
+    assert _main(["resume", str(killed)]) == 0
+    assert results(killed) == results(whole)
+    manifest = json.loads((killed / "manifest.json").read_text())
+    assert [again["after_round"] for again in manifest["resumed"]] == [best]
 
 
 def test_a_budget_is_named_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,8 @@ class ConsoleTracker:
         from rich.markup import escape
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+        # rich takes FORCE_COLOR for a terminal, where a bar would be drawn into a log, or into that of a sweep
+        shown = sys.stderr.isatty() if console is None else console.is_terminal
         console = console or Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -46,7 +49,7 @@ class ConsoleTracker:
             TimeRemainingColumn(compact=True),
             console=console,
             expand=True,
-            disable=not console.is_terminal,
+            disable=not shown,
         )
         self._task = self._progress.add_task(escape(run_name), total=total_rounds, completed=done, score="", rate="")
         self._headline = headline

@@ -511,6 +511,20 @@ def test_a_line_for_each_job_where_there_is_no_terminal(tmp_path: Path, capsys: 
     assert (display.done, display.failed) == (2, 1)
 
 
+@pytest.mark.slow
+def test_runs_of_a_sweep_draw_no_bars_where_colours_are_forced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as in notebooks, and in many a service that runs tests
+    monkeypatch.setenv("COLUMNS", "100")
+    sweep = ["seed=0,1", "rounds=1", "partition.num_clients=3", f"hydra.sweep.dir={tmp_path / 'sweep'}"]
+    assert _main(["-m", *sweep]) == 0
+    captured = capsys.readouterr()
+    assert "2 of 2 jobs done" in captured.out
+    assert "rounds/s" not in captured.err
+
+
 def test_one_bar_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

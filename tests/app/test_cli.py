@@ -392,7 +392,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["strategy=dito"], "strategy=dito: expected one of apfl, clustered, ditto, "),
+        (["strategy=dito"], "strategy=dito: expected one of apfl, clustered, cwfedavg, ditto, "),
         (["strategy=dito"], "did you mean 'ditto'?"),
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
         (["strategy.mu=1"], "expected a known key: one of name, personal_layers, weighting; mu is an option of "),
@@ -448,7 +448,8 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["strategy=pfedpg", "model=mlp"], "model=MLP: expected a vision transformer with a class token: model=vit"),
         (
             ["stratgy"],
-            "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare, list, partition, plot",
+            "'stratgy' is neither a setting (key=value) nor a subcommand: one of compare, export, list, "
+            "partition, plot, report, resume, tune",
         ),
         (["plot", "no-such-folder", "--out", "a.svg"], "no run was found in no-such-folder."),
         (["compare", "no-such-folder"], "no finished run was found in no-such-folder."),

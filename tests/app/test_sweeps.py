@@ -523,6 +523,8 @@ def test_runs_of_a_sweep_draw_no_bars_where_colours_are_forced(
     captured = capsys.readouterr()
     assert "2 of 2 jobs done" in captured.out
     assert "rounds/s" not in captured.err
+    assert "2 of 2 done, 0 running, 0 failed" in captured.err  # as a bar wrote it, not as a bar printed above a bar
+    assert "[1m" not in captured.err
 
 
 def test_one_bar_on_a_terminal(

@@ -75,7 +75,7 @@ class Display:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
                 TimeRemainingColumn(compact=True),
-                console=Console(stderr=True),
+                console=Console(file=sys.stderr),  # as it is now: runs replace it, and write above the bar
                 expand=True,
                 speed_estimate_period=600,
             )

@@ -17,14 +17,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# runs side by side, one thread each
-DEMO := hydra/launcher=joblib hydra.launcher.n_jobs=-1 runtime.workers=1
 demo: setup
 	@rm -rf runs/demo
-	$(BIN)/fedpers +experiment=demo $(DEMO) hydra.sweep.dir=runs/demo/label_groups
-	$(BIN)/fedpers +experiment=pfedpg $(DEMO) hydra.sweep.dir=runs/demo/prompts rounds=9 strategy=local,fedavg,fedvpt,pfedpg seed=0,1
-	$(BIN)/fedpers +experiment=fedjets $(DEMO) hydra.sweep.dir=runs/demo/experts seed=0,1
-	$(BIN)/fedpers +experiment=ranking $(DEMO) hydra.sweep.dir=runs/demo/ratings rounds=15 seed=0,1
+	$(BIN)/fedpers +experiment=demo hydra.sweep.dir=runs/demo/label_groups
+	$(BIN)/fedpers +experiment=pfedpg hydra.sweep.dir=runs/demo/prompts rounds=9 strategy=local,fedavg,fedvpt,pfedpg seed=0,1
+	$(BIN)/fedpers +experiment=fedjets hydra.sweep.dir=runs/demo/experts seed=0,1
+	$(BIN)/fedpers +experiment=ranking hydra.sweep.dir=runs/demo/ratings rounds=15 seed=0,1
 	@echo
 	$(BIN)/fedpers compare runs/demo
 	$(BIN)/fedpers report runs/demo

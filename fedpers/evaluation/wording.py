@@ -66,7 +66,9 @@ def claim(rows: Sequence[Row], baselines: Sequence[str]) -> str:
     lead = ""
     for reference in present:
         said = {c.verdict for c in everything if c.reference == reference}
-        if methods and not lead and said and not said & {"better", "untested"}:
+        # a method that is ahead without being better for sure is no reason to praise the reference
+        ahead = any(c.difference > 0 for row in methods for c in row.comparisons if c.reference == reference)
+        if methods and not lead and said and not said & {"better", "untested"} and not ahead:
             lead = f"{method_title(reference)} is not beaten by any method: "
     return f"{lead}{'; '.join(phrases)}{lacking}{_basis(rows, everything)}."
 

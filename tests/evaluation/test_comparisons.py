@@ -65,6 +65,14 @@ def test_training_alone_wins(write, tmp_path):
     )
 
 
+def test_a_reference_that_varies_too_much_to_be_beaten_is_not_praised(write, tmp_path):
+    table = {"local": (0.93, 0.94, 0.92), "fedavg": (0.5, 0.9, 0.85), "ditto": (0.95, 0.97, 0.945)}
+    write_table(write, table)
+    sentence = board(tmp_path).sentence
+    assert "Ditto beats Local and cannot be told apart from FedAvg" in sentence
+    assert "not beaten" not in sentence
+
+
 def test_two_baselines_alone(write, tmp_path):
     write_table(write, {"local": (0.5, 0.52, 0.51), "fedavg": (0.9, 0.91, 0.93)})
     assert board(tmp_path).sentence.endswith("20 clients), FedAvg beats Local (3 seeds).")

@@ -162,9 +162,14 @@ def from_record(record: flower.ArrayRecord, device: torch.device | str | None = 
     return tree({n: t if device is None else t.to(device) for n, t in tensors.items()})
 
 
+def array_records(content: flower.RecordDict) -> dict[str, flower.ArrayRecord]:
+    """Array records of a message's content; Flower's property of that name checks and copies each into a new dict."""
+    return {name: record for name, record in content.items() if isinstance(record, flower.ArrayRecord)}
+
+
 def trees(content: flower.RecordDict, device: torch.device | str | None = None) -> dict[str, Tree]:
     """All array records of a message's content as trees."""
-    return {name: from_record(record, device) for name, record in content.array_records.items()}
+    return {name: from_record(record, device) for name, record in array_records(content).items()}
 
 
 def row(stacked: Tree, k: int) -> Tree:
@@ -183,7 +188,7 @@ def stack(parts: Sequence[Mapping[str, Tree]]) -> dict[str, Tree]:
 def num_bytes(content: flower.RecordDict) -> int:
     """Bytes of all arrays of a message, names and headers left out."""
     total = 0
-    for record in content.array_records.values():
+    for record in array_records(content).values():
         for array in record.values():
             if (live := _live(array)) is not None:
                 total += live.nbytes

@@ -16,6 +16,7 @@ from flwr.serverapp import ServerApp
 from nbclient import NotebookClient
 
 import fedpers
+from fedpers.app import _main
 from fedpers.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +59,9 @@ def test_flowers_tools_around_the_two_halves(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
+def test_a_new_method_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "mine.py").write_text(python_blocks(page("new_method"))[0])
     commands = re.findall(
         r"^fedpers (strategy(?:\.name)?=mine:.*?)\s*(?:#.*)?$", page("new_method"), flags=re.MULTILINE
@@ -67,15 +70,12 @@ def test_a_new_method_from_the_command_line(tmp_path: Path) -> None:
     clients, small = [], ["rounds=2", "partition.num_clients=5"]
     for number, command in enumerate(commands):
         runs = tmp_path / str(number)
-        done = subprocess.run(
-            [sys.executable, "-m", "fedpers", *command.split(), *small, f"output={runs}"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert _main([*command.split(), *small, f"output={runs}"]) == 0
         (summary,) = runs.rglob("summary.json")
         assert json.loads(summary.read_text())["rounds_done"] == 2
         clients.append(summary.with_name("clients.parquet").read_bytes())
     assert clients[0] == clients[1]
+    del sys.modules["mine"]
 
 
 def test_own_data_in_a_call() -> None:

@@ -65,7 +65,10 @@ def register_choices(overrides: Sequence[str] = ()) -> None:
 @cache
 def _register_groups() -> None:
     others = {name: plain(option.default) for name, option in options(Config).items() if name not in _CHOSEN}
-    ConfigStore.instance().store("settings", others)
+    store = ConfigStore.instance()
+    # Hydra copies it for each composition, which takes a third of the time, and copies again what it reads from it
+    store.__deepcopy__ = lambda memo: store  # type: ignore[attr-defined]
+    store.store("settings", others)
     for group, kind in GROUPS.items():
         for name in choices(kind):
             _store(group, name, choice_values(group, name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import inspect
 import pkgutil
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from fedpers import tasks
 from fedpers.settings.base import choices
-from fedpers.settings.groups import GROUPS, method_file, method_names
+from fedpers.settings.groups import GROUPS, method_docstring, method_names
 from fedpers.settings.model import KINDS as NETWORKS
 from fedpers.settings.sources import SOURCES
 from fedpers.tasks import Task
@@ -78,7 +77,7 @@ class MethodDescription(NamedTuple):
 
 def describe_method(name: str) -> MethodDescription:
     """Read what the docstring of a method's file says: its first line, source, and ``Shared: ... Personal: ...``."""
-    text = ast.get_docstring(ast.parse(method_file(name).read_text(encoding="utf-8"))) or ""
+    text = method_docstring(name)
     first, _, rest = text.partition("\n\n")
     source = rest.partition("\n\n")[0]
     years = re.findall(r"\b(?:19|20)\d\d\b(?!\.\d)", source)

@@ -223,11 +223,11 @@ def check_links(folder: Path) -> None:
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
                 if "checkpoints" in path.relative_to(folder).parts or not path.resolve().is_relative_to(home):
-                    raise FedpersError(f"{path} is a link that may lead elsewhere: the run is not resumed.")
+                    raise FedpersError(f"{path} is a link that may lead elsewhere: the run is not opened.")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise FedpersError(f"{path} is neither a file nor a folder: the run is not resumed.")
+                raise FedpersError(f"{path} is neither a file nor a folder: the run is not opened.")
     if (folder / "wandb" / "settings").exists():  # wandb would take the address of its server from there
-        raise FedpersError(f"{folder / 'wandb' / 'settings'} is no part of a run: the run is not resumed.")
+        raise FedpersError(f"{folder / 'wandb' / 'settings'} is no part of a run: the run is not opened.")
 
 
 class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]

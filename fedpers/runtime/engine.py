@@ -25,7 +25,7 @@ from fedpers.cohort import StateStore
 from fedpers.cohort.modules import copy_network
 from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
 from fedpers.process import keep_freed_memory, one_thread
-from fedpers.records import stack, trees
+from fedpers.records import array_records, stack, trees
 from fedpers.runtime.probe import Choice, probe
 from fedpers.server.collect import ReplyCollector
 from fedpers.settings import RuntimeConfig, options
@@ -274,7 +274,7 @@ def _form(content: flower.RecordDict) -> tuple[Any, ...]:
     """Names, shapes and configuration of a message."""
     arrays = tuple(
         (record, name, tuple(array.shape), array.dtype)
-        for record, values in content.array_records.items()
+        for record, values in array_records(content).items()
         for name, array in values.items()
     )
     return arrays, tuple(sorted((k, str(v)) for k, v in config_of(content).items()))

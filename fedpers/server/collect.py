@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpers.client.results import ClientResult, CohortResult
 from fedpers.client.update import EXTRA
 from fedpers.cohort import Fold, Records, Tree, entries
-from fedpers.records import trees
+from fedpers.records import array_records, trees
 from fedpers.server.postprocessors.base import Postprocessor
 
 
@@ -314,7 +314,7 @@ def validated_reply(result: ClientResult, schema: Schema) -> tuple[dict[str, Tre
     """
     metrics = metrics_of(result)
     assert result.content is not None
-    names = {(r, n) for r, values in result.content.array_records.items() for n in values}
+    names = {(r, n) for r, values in array_records(result.content).items() for n in values}
     if problem := _name_problem(names, schema):
         raise ValueError(problem)
     for name in _FINITE_METRICS:

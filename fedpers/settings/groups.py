@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import pkgutil
 from pathlib import Path
@@ -57,8 +58,12 @@ def method_title(name: str) -> str:
     """Name of a method as papers write it, with which its file begins; of one's own, ``module:Class``, the class."""
     if name not in method_names():
         return name.rpartition(":")[2]
-    with method_file(name).open(encoding="utf-8") as file:
-        return file.readline().removeprefix('"""').partition(":")[0].partition(" (")[0].strip()
+    return method_docstring(name).partition("\n")[0].partition(":")[0].partition(" (")[0].strip()
+
+
+def method_docstring(name: str) -> str:
+    """What a method's file begins with; the file is read, not imported."""
+    return ast.get_docstring(ast.parse(method_file(name).read_text(encoding="utf-8"))) or ""
 
 
 def group_names(group: str) -> list[str]:

@@ -23,6 +23,7 @@ from fedpers.run import TIMES, run
 from fedpers.settings import Config
 from fedpers.settings.groups import conf_folder
 from fedpers.strategies import STRATEGIES
+from tests.app import test_export
 
 SMALL = ["rounds=3", "partition.num_clients=6", "partition.alpha=1.0"]
 
@@ -51,6 +52,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 2)
 # ------------------------------------------------------------------- runs
 
 
+RUN_AND_EXPORTED = test_export.METHODS  # and their folders are read there
 RATED = ("fedmf", "fedncf", "fedrap", "no_learning", "pfedrec")  # methods for ratings alone
 
 
@@ -75,7 +77,7 @@ def test_ratings_are_ranked(strategy: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbn", "fedjets", *RATED}))
+@pytest.mark.parametrize("strategy", sorted(set(STRATEGIES) - {"fedbn", *RATED, *RUN_AND_EXPORTED}))
 def test_every_strategy_runs(strategy: str, tmp_path: Path) -> None:
     more = ["heterogeneity=rotation", "heterogeneity.groups=2"] if strategy == "group_perfl" else []
     if strategy in ("head_only", "fedvpt", "pfedpg"):  # whose network is a transformer

@@ -32,7 +32,10 @@ SMALL = [
     "rounds=2",
 ]
 MLP = ["model=mlp", "model.hidden=[8]"]
-RATINGS = ["dataset=synthetic_ratings", "rounds=2", "runtime.clients_at_once=8", "runtime.workers=1"]
+RATINGS = [
+    "dataset=synthetic_ratings", "dataset.num_users=40", "dataset.num_items=300", "rounds=2",
+    "runtime.clients_at_once=8", "runtime.workers=1",
+]  # fmt: skip
 METHODS = {
     "fedavg": [],
     "fedper": [],
@@ -116,6 +119,8 @@ def test_a_clients_network_scores_as_the_run_measured_it(
 ) -> None:
     folder = run(tmp_path / "run", f"strategy={method}", *METHODS[method])
     data, measured = data_of(folder), pd.read_parquet(folder / "clients.parquet")["test_accuracy_last"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["strategy"], summary["rounds_done"], summary["failures"]) == (method, 2, 0)
     moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
     with_data = {client: fedpers.load_client(moved, client) for client in range(data.num_clients)}
     assert {c: accuracy(module, data, c) for c, module in with_data.items()} == dict(measured)

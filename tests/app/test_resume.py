@@ -364,7 +364,7 @@ def test_links_out_of_the_folder_are_refused(
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(outside)
     assert error_of(capsys, "resume", str(folder), "rounds=4") == (
-        f"{folder / name} is a link that may lead elsewhere: the run is not resumed."
+        f"{folder / name} is a link that may lead elsewhere: the run is not opened."
     )
     assert outside.read_text() == "precious"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from fedpers.app import _main
 from fedpers.app.sweeps.display import Display, Shown
@@ -393,6 +394,34 @@ def test_a_mistake_in_a_sweep_ends_in_one_sentence(
     for sentence in sentences:
         assert sentence in text
     assert not list(tmp_path.rglob("summary.json"))
+
+
+@pytest.mark.slow
+def test_jobs_that_differ_in_values_alone_are_composed_beforehand_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composed = []
+
+    def load(self: ConfigLoaderImpl, master_config: Any, sweep_overrides: list[str]) -> Any:
+        composed.append([text for text in sweep_overrides if not text.startswith("hydra")])
+        return load_sweep_config(self, master_config, sweep_overrides)
+
+    load_sweep_config = ConfigLoaderImpl.load_sweep_config
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", load)
+    done = sweep(tmp_path / "right", "strategy=local,fedavg", "seed=0,1", "training.lr=0.1,0.2")
+    jobs = [
+        [*SMALL, f"strategy={name}", f"seed={seed}", f"training.lr={lr}"]
+        for name in ("local", "fedavg")
+        for seed in (0, 1)
+        for lr in (0.1, 0.2)
+    ]
+    assert composed == [jobs[0], jobs[4], *jobs]
+    assert len(done) == 8
+    composed.clear()
+    mistaken = ["seed=0,1", "strategy=fedrep,fedavg", "strategy.head_epochs=1,2", f"output={tmp_path / 'wrong'}"]
+    assert "strategy.head_epochs" in error_of(capsys, "-m", *SMALL, *mistaken)
+    assert len(composed) == 2
+    assert not list(tmp_path.glob("wrong/**/rounds.jsonl"))
 
 
 @needs("hydra_joblib_launcher")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 
 from fedpers.errors import ConfigError, one_of, reason
@@ -147,19 +149,48 @@ def with_search_defaults(arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def launching_through(sweep: Any) -> Iterator[None]:
-    """Let `sweep` stand between the sweeper that Hydra makes and the launcher that is chosen."""
+    """Let `sweep` stand between the sweeper that Hydra makes and the launcher that is chosen.
+
+    A sweeper composes every job before the first one starts, to find mistakes early; here those alone that
+    :func:`differing` gives.
+    """
     plugins = Plugins.instance()
-    make = plugins.instantiate_launcher
+    make_launcher, make_sweeper = plugins.instantiate_launcher, plugins.instantiate_sweeper
 
     def instantiate_launcher(**parts: Any) -> Launcher:
-        launcher: Launcher = sweep.attach(make(**parts), parts["config"], parts["hydra_context"])
+        launcher: Launcher = sweep.attach(make_launcher(**parts), parts["config"], parts["hydra_context"])
         return launcher
 
+    def instantiate_sweeper(**parts: Any) -> Sweeper:
+        sweeper, loader = make_sweeper(**parts), parts["hydra_context"].config_loader
+        check, is_group = sweeper.validate_batch_is_legal, cache(lambda key: bool(loader.get_group_options(key)))
+        sweeper.validate_batch_is_legal = lambda batch: check(differing(batch, is_group))  # type: ignore[method-assign]
+        return sweeper
+
     plugins.instantiate_launcher = instantiate_launcher  # type: ignore[method-assign, assignment]
+    plugins.instantiate_sweeper = instantiate_sweeper  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del plugins.instantiate_launcher
+        del plugins.instantiate_launcher, plugins.instantiate_sweeper
+
+
+def differing(batch: Sequence[Sequence[str]], is_group: Callable[[str], bool]) -> list[Sequence[str]]:
+    """Jobs of a sweep of which one may be composed and another not: those alike but for values of plain keys stay out.
+
+    Parameters
+    ----------
+    batch : sequence of jobs
+        The overrides of each.
+    is_group : callable
+        Whether a key chooses from a group, so that its value decides which keys there are.
+    """
+
+    def kind(override: str) -> str:
+        key = override.partition("=")[0]
+        return override if key.startswith("hydra") or is_group(key.lstrip("+~").partition("@")[0]) else key
+
+    return list({tuple(map(kind, job)): job for job in reversed(batch)}.values())[::-1]
 
 
 def launcher_name(config: DictConfig) -> str:

@@ -24,7 +24,6 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     ("settings", "actors"),
     [
         ("strategy=ditto fraction=0.5 split.unseen=2 partition.num_clients=8 aggregation=median", 2),
-        ("strategy=pfedrec dataset=synthetic_ratings dataset.num_users=30 dataset.num_items=300", 2),
         (
             "strategy=fedavg privacy=adaptive privacy.noise=0.5 strategy.weighting=uniform partition.num_clients=8",
             1,

@@ -64,10 +64,22 @@ def concluded(strategy: PersonalizedStrategy, collected: Collected) -> dict[str,
     return values
 
 
+def assert_little_but_arrays(strategy: PersonalizedStrategy) -> None:
+    """What goes to another machine to fold."""
+    pickled, buffers = pack(rules_of(strategy))
+    arrays = sum(value.nbytes for value in entries(strategy.sent_arrays).values())
+    assert len(pickled) + sum(buffer.nbytes for buffer in buffers) <= arrays + SMALL
+    # no tensor but the arrays: an actor's is a view of memory that others read, and must not be written
+    assert sum(buffer.nbytes for buffer in buffers) <= arrays
+    restored = pickle.loads(pickled, buffers=buffers)
+    assert vars(restored).keys() == {"arrays", "schema", "fold", "postprocessors", "weighting", "by_client"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_parts_that_travelled_give_what_one_collector_gives(method: str) -> None:
     strategy, results = round_of(method)
+    assert_little_but_arrays(strategy)
     parts = []
     for clients in (sorted(results)[::2], sorted(results)[1::2]):
         part = ReplyCollector(unpack(pack(rules_of(strategy))))
@@ -88,19 +100,6 @@ def test_parts_that_travelled_give_what_one_collector_gives(method: str) -> None
         torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-12, msg=name)
     assert strategy.report.steps == other.report.steps
     assert strategy.report.extra == pytest.approx(other.report.extra, rel=1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", STRATEGIES)
-def test_what_goes_to_another_machine_to_fold_is_the_arrays_and_little_else(method: str) -> None:
-    strategy, _ = round_of(method, torch.float32)
-    pickled, buffers = pack(rules_of(strategy))
-    arrays = sum(value.nbytes for value in entries(strategy.sent_arrays).values())
-    assert len(pickled) + sum(buffer.nbytes for buffer in buffers) <= arrays + SMALL
-    # no tensor but the arrays: an actor's is a view of memory that others read, and must not be written
-    assert sum(buffer.nbytes for buffer in buffers) <= arrays
-    restored = pickle.loads(pickled, buffers=buffers)
-    assert vars(restored).keys() == {"arrays", "schema", "fold", "postprocessors", "weighting", "by_client"}
 
 
 def with_other(result: ClientResult, name: str, array: Any) -> ClientResult:

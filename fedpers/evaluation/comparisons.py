@@ -107,7 +107,7 @@ class _Clients:
         self._read: dict[str, tuple[Floats, Floats]] = {}
 
     def differences(self, run: RunRecord, reference: RunRecord) -> Floats:
-        """Run minus reference of every client that both have a score of; empty if a file cannot be used."""
+        """Run minus reference of every client that trains and has both scores; empty if a file cannot be used."""
         (ids, values), (other_ids, others) = self._scores(run), self._scores(reference)
         _, rows, other_rows = np.intersect1d(ids, other_ids, assume_unique=True, return_indices=True)
         return np.asarray(values[rows] - others[other_rows])
@@ -130,12 +130,13 @@ class _Clients:
         if not path.exists():
             raise FileNotFoundError(path)
         with parquet.ParquetFile(path) as file:
-            missing = [name for name in ("client", self.column) if name not in file.schema_arrow.names]
+            columns = ["client", "unseen", self.column]
+            missing = [name for name in columns if name not in file.schema_arrow.names]
             if missing:
                 raise ValueError(f"it has no column {' and no column '.join(missing)}")
-            table = file.read(columns=["client", self.column])
-        ids, values = (table[name].to_numpy().astype(float) for name in ("client", self.column))
+            table = file.read(columns=columns)
+        ids, unseen, values = (table[name].to_numpy().astype(float) for name in columns)
         if len(np.unique(ids)) < len(ids):
             raise ValueError("a client has several rows")
-        measured = ~np.isnan(values)
+        measured = ~np.isnan(values) & (unseen == 0)  # the mean of a run, too, is over clients that train
         return ids[measured], values[measured]

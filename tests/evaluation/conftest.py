@@ -19,8 +19,10 @@ def metrics(accuracy):
     }
 
 
-def write_clients(folder, values, column="test_accuracy_selected"):
-    table = pyarrow.table({"client": list(range(len(values))), column: [float(value) for value in values]})
+def write_clients(folder, values, unseen=(), column="test_accuracy_selected"):
+    ids = list(range(len(values)))
+    columns = {"client": ids, "unseen": [i in unseen for i in ids], column: [float(value) for value in values]}
+    table = pyarrow.table(columns)
     parquet.write_table(table, folder / "clients.parquet")
 
 
@@ -29,7 +31,7 @@ def write(tmp_path):
     """Write one run folder; keyword arguments that are not named are keys of its summary."""
     count = 0
 
-    def write(strategy, seed, accuracy, last=0.5, options=None, config=None, clients=None, **summary):
+    def write(strategy, seed, accuracy, last=0.5, options=None, config=None, clients=None, unseen=(), **summary):
         nonlocal count
         count += 1
         folder = tmp_path / f"run{count:02d}"
@@ -56,7 +58,7 @@ def write(tmp_path):
         path = folder / "summary.json"
         path.write_text(json.dumps(base | summary))
         if clients is not None:
-            write_clients(folder, clients)
+            write_clients(folder, clients, unseen)
         os.utime(path, (1_000_000 + count,) * 2)
         return folder
 

@@ -125,6 +125,13 @@ def test_one_seed_is_tested_over_clients_and_says_so(write, tmp_path):
     assert any("paired bootstrap over clients" in note for note in group.notes)
 
 
+def test_clients_that_never_train_are_left_out_as_of_the_mean(write, tmp_path):
+    write("fedrep", 0, 0.9, clients=[*clients(0.9, step=0.004), 0.9, 0.9], unseen=(20, 21))
+    write("local", 0, 0.7, clients=[*clients(0.7), 0.1, 0.1], unseen=(20, 21))
+    (better,) = board(tmp_path).rows[0].comparisons
+    assert better.difference == pytest.approx(0.2)
+
+
 def test_two_seeds_with_the_same_difference_prove_nothing_by_themselves(write, tmp_path):
     for seed in (0, 1):
         write("fedrep", seed, 0.9)
@@ -173,7 +180,10 @@ def test_damaged_files_of_clients_are_named(write, tmp_path):
     }  # fmt: skip
     notes = "\n".join(group.notes)
     assert f"{damaged / 'clients.parquet'} cannot be used" in notes
-    assert f"{foreign / 'clients.parquet'} cannot be used (it has no column test_accuracy_selected)" in notes
+    assert (
+        f"{foreign / 'clients.parquet'} cannot be used (it has no column unseen and no column test_accuracy_selected)"
+        in notes
+    )
 
 
 def test_the_best_of_several_local_rows_is_the_reference(write, tmp_path):

@@ -285,6 +285,18 @@ def test_a_search_of_ten_trials_that_was_stopped_goes_on(tmp_path: Path, capsys:
 
 
 @needs("hydra_optuna_sweeper")
+@pytest.mark.slow
+def test_trials_with_the_same_settings_are_one_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1", "strategy=local,fedavg"]
+    done = sweep(tmp_path / "search", *search)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(done) == 2
+    assert printed[2] == "4 of 6 trials had the settings of an earlier one"
+    assert printed[3].startswith("2 of 2 jobs done; ")
+    assert not any("before" in line for line in printed)
+
+
+@needs("hydra_optuna_sweeper")
 def test_a_search_of_which_all_trials_fail_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "training.lr=interval(-2.0,-1.0)"]
     text = error_of(capsys, "-m", *SMALL, *search, f"hydra.sweep.dir={tmp_path / 'sweep'}")
@@ -531,7 +543,7 @@ def ended(folder: Path, **more: Any) -> None:
 
 def test_a_line_for_each_job_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Display(4) as display:
-        display.skip(1)
+        display.skip(1, 0)
         display.watch(Shown(f"fedavg seed={seed}", tmp_path / str(seed), 10) for seed in range(3))
         ended(tmp_path / "1")
         (tmp_path / "0").mkdir()

@@ -57,7 +57,7 @@ class Display:
 
     def __init__(self, total: int | None) -> None:
         self.total = total
-        self.done = self.failed = self._skipped = self._skipped_before = 0
+        self.done = self.failed = self._skipped = self._skipped_before = self._repeated = 0
         self._watched: list[Shown] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -92,12 +92,15 @@ class Display:
         self._print_skipped()
         if self._progress is not None:
             self._progress.stop()
+        elif self._repeated:
+            print(f"{self._repeated} of {self.total or '?'} trials had the settings of an earlier one", flush=True)
 
-    def skip(self, count: int) -> None:
-        """Count jobs that are done already."""
+    def skip(self, before: int, repeated: int) -> None:
+        """Count jobs that are done already: before this command, or as trials with the same settings."""
         with self._lock:
-            self.done += count
-            self._skipped += count
+            self.done += before + repeated
+            self._skipped += before
+            self._repeated += repeated
 
     def watch(self, jobs: Iterable[Shown]) -> None:
         """Show what becomes of jobs."""

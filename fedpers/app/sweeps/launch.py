@@ -134,7 +134,8 @@ class Sweep(Launcher):
             self._context.enter_context(self._display)
         unique = list({job.folder: job for job in jobs}.values())
         waiting = [job for job in unique if self.outcome(job).state != "done"]
-        self._display.skip(len(jobs) - len(waiting))
+        before = sum(job not in waiting and job not in self._taken for job in unique)
+        self._display.skip(before, len(jobs) - len(waiting) - before)
         self._taken += [job for job in unique if job not in self._taken]
         self._write()
         for job in waiting:

@@ -121,6 +121,16 @@ def test_larger_cohorts_are_tried_until_they_are_clearly_slower(
     assert len(module._measure(app, 7, math.inf).microseconds) == tried
 
 
+def test_a_size_that_was_interrupted_is_timed_again(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {1: [4e-6], 2: [9e-6, 8e-6, 3e-6], 3: [2e-6], 4: [9e-6, 8e-6, 7e-6], 5: [1e-6]}
+    monkeypatch.setattr(module, "TRIES", 3)
+    monkeypatch.setattr(module, "_sizes", lambda app, clients: list(times))
+    monkeypatch.setattr(module, "_time_per_client", lambda app, size, clients: times[size].pop(0))
+    measured = module._measure(app, 7, math.inf).microseconds
+    assert measured == pytest.approx({"1": 4, "2": 3, "3": 2, "4": 7})
+    assert times == {1: [], 2: [], 3: [], 4: [], 5: [1e-6]}
+
+
 def test_a_round_is_divided_into_cohorts_of_nearly_equal_size(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cores", lambda: 2)
     assert module._sizes(app, 50) == [1, 4, 13, 25, 50]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -87,7 +90,7 @@ def execute(arguments: list[str], record: Record) -> int:
     sys.argv = ["fedpers", *sorted(arguments, key=lambda a: not a.startswith("-") and ("=" in a or a.startswith("~")))]
     job, sweep = _Job(), Sweep(record)
     try:
-        with launching_through(sweep):
+        with launching_through(sweep), _mode_as_typed(arguments):
             hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         if impossible := not_instantiated(error, arguments):
@@ -117,6 +120,21 @@ def execute(arguments: list[str], record: Record) -> int:
     if failures:
         print("\n".join(failures), file=sys.stderr)
     return sweep.exit_code()
+
+
+@contextmanager
+def _mode_as_typed(arguments: list[str]) -> Iterator[None]:
+    """Spare Hydra a composition, to see whether ``hydra.mode`` is set, where nothing that is typed can set it."""
+    may_set_it = ("-", "+", "~", "hydra", "experiment")
+    if any(text.startswith(may_set_it) for text in arguments if text not in ("-m", "--multirun")):
+        yield
+        return
+    get_mode = Hydra.get_mode
+    Hydra.get_mode = lambda self, config_name, overrides: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode  # type: ignore[method-assign]
 
 
 def _explain(error: Exception, arguments: list[str], composed: bool) -> None:

@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
+SWEEP := hydra/launcher=joblib hydra.sweep.dir=runs/demo
 # the programs that tests start would compile this package anew each time
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -17,12 +18,13 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+# the launcher makes as many runs side by side as there are cores
 demo: setup
 	@rm -rf runs/demo
-	$(BIN)/fedpers +experiment=demo hydra.sweep.dir=runs/demo/label_groups
-	$(BIN)/fedpers +experiment=pfedpg hydra.sweep.dir=runs/demo/prompts rounds=9 strategy=local,fedavg,fedvpt,pfedpg seed=0,1
-	$(BIN)/fedpers +experiment=fedjets hydra.sweep.dir=runs/demo/experts seed=0,1
-	$(BIN)/fedpers +experiment=ranking hydra.sweep.dir=runs/demo/ratings rounds=15 seed=0,1
+	$(BIN)/fedpers +experiment=demo $(SWEEP)/1_label_groups
+	$(BIN)/fedpers +experiment=pfedpg $(SWEEP)/2_prompts rounds=3 strategy=local,fedavg,fedvpt,pfedpg seed=0,1
+	$(BIN)/fedpers +experiment=fedjets $(SWEEP)/3_experts rounds=50 strategy=local,fedavg,pretrained,fedjets seed=0,1
+	$(BIN)/fedpers +experiment=ranking $(SWEEP)/4_ratings rounds=8 strategy=local,fedavg,fedmf,fedrap,no_learning seed=0,1
 	@echo
 	$(BIN)/fedpers compare runs/demo
 	$(BIN)/fedpers report runs/demo

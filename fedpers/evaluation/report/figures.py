@@ -44,20 +44,21 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
         drawn = [(row, c) for row, c in compared if math.isfinite(c.difference)][:MAX_ROWS]
         if not drawn:
             continue
-        values = [0.0, *(comparison.difference for _, comparison in drawn)]
-        ends = [end for _, c in drawn for end in (c.low, c.high) if math.isfinite(end)]
-        reach = max(0.02, 4 * max(map(abs, values)))  # two seeds may have intervals ten times as wide
+        differences = [100 * c.difference for _, c in drawn]  # in points
+        values, ends = [0.0, *differences], [100 * e for _, c in drawn for e in (c.low, c.high) if math.isfinite(e)]
+        reach = max(2.0, 4 * max(map(abs, values)))  # two seeds may have intervals ten times as wide
         low, high = min(*values, max(-reach, min(ends, default=0.0))), max(*values, min(reach, max(ends, default=0.0)))
-        gap = 0.05 * max(high - low, 0.01)
-        axis = Axis(low - gap, high + gap, f"difference in test {headline} from {reference}", percent=True)
+        gap = 0.05 * max(high - low, 1.0)
+        axis = Axis(low - gap, high + gap, f"points of test {headline} above {reference}")
         frame = row_frame(axis, len(drawn))
         marks = [frame.line([0, 0], [-0.6, len(drawn) - 0.4], "zero")]
-        for place, (row, c) in enumerate(drawn):
+        for place, (difference, (row, c)) in enumerate(zip(differences, drawn, strict=True)):
             style = styles.get(row.method)
             if math.isfinite(c.low) and math.isfinite(c.high):
-                marks.append(frame.line([c.low, c.high], [place, place], f"interval solid {series(style)} {c.verdict}"))
+                kind = f"interval solid {series(style)} {c.verdict}"
+                marks.append(frame.line([100 * c.low, 100 * c.high], [place, place], kind))
             title = f"{row.label}: {points(c.difference)} points ({interval(c.low, c.high)})"
-            marks.append(frame.marks([c.difference], [place], style, [title]))
+            marks.append(frame.marks([difference], [place], style, [title]))
         cut = f"; the first {len(drawn)} of {len(compared)} methods" if len(drawn) < len(compared) else ""
         known = any(math.isfinite(c.low) for _, c in drawn)
         intervals = "bars: 95 % intervals, thin where it is too close to call" if known else "too few for intervals"

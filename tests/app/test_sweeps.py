@@ -65,6 +65,8 @@ def test_names_say_what_is_varied() -> None:
     overrides = ["strategy=fedprox", "strategy.mu=0.1", "training.lr=0.012345678", "seed=1", "rounds=2"]
     assert naming.folder(3, overrides) == "3_fedprox_digits_mu=0.1_lr=0.01235_seed1"
     assert naming.label(overrides) == "fedprox mu=0.1 lr=0.01235 seed=1"
+    assert naming.label(["strategy=mine\\:Rep", "seed=1"]) == "mine:Rep seed=1"  # as sweepers write it
+    assert naming.folder(4, ["strategy=mine\\:Rep", "seed=1"]) == "4_mine.Rep_digits_seed1"
 
 
 def test_names_are_short_and_of_safe_characters() -> None:

@@ -110,8 +110,8 @@ class Naming:
 
 
 def _short_value(value: Any) -> str:
-    """A value without quotes, and numbers that a search has drawn without digits that tell nothing."""
-    text = str(value).strip("'\"")
+    """A value without quotes and escapes, and numbers that a search has drawn without digits that tell nothing."""
+    text = re.sub(r"\\(.)", r"\1", str(value).strip("'\""))
     if re.fullmatch(r"-?\d+\.\d{5,}(e[+-]?\d+)?|-?\d\.\d+e[+-]?\d+", text):
         return f"{float(text):.4g}"
     return text

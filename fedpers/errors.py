@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+MANY = 20
+"""Names that are too many to be read in a sentence."""
+
 
 class FedpersError(Exception):
     """Base of all errors meant for the user; the command line prints its sentence and exits with 2."""
@@ -44,11 +47,15 @@ def check(ok: bool, key: str, value: Any, allowed: str) -> None:
 
 
 def one_of(names: Iterable[str], given: str) -> str:
-    """Say which names exist and which is nearest to `given`: ``"one of a, b (did you mean 'a'?)"``."""
+    """Say which names exist and which is nearest to `given`: ``"one of a, b (did you mean 'a'?)"``.
+
+    Of many, the nearest alone is shown, if there is one.
+    """
     options = sorted(names)
     near = difflib.get_close_matches(given, options, n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else ""
-    return f"one of {', '.join(options)}{hint}"
+    shown = f"{len(options)} names" if near and len(options) > MANY else ", ".join(options)
+    return f"one of {shown}{hint}"
 
 
 def reason(error: BaseException) -> str:

@@ -205,7 +205,8 @@ def check_contents(folder: Path) -> None:
     FedpersError
     """
     if not os.path.isfile(folder / "config.yaml"):
-        raise FedpersError(f"{folder} holds no run: there is no config.yaml.")
+        missing = "there is no config.yaml" if os.path.isdir(folder) else "there is no such folder"
+        raise FedpersError(f"{folder} holds no run: {missing}.")
     check_links(folder)
 
 

@@ -14,6 +14,7 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("fedpers needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "installing into $(VENV): 2.4 GB, some two minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -22,7 +23,7 @@ $(INSTALLED): pyproject.toml
 demo: setup
 	@rm -rf runs/demo
 	$(BIN)/fedpers +experiment=demo $(SWEEP)/1_label_groups
-	$(BIN)/fedpers +experiment=pfedpg $(SWEEP)/2_prompts rounds=3 strategy=local,fedavg,fedvpt,pfedpg seed=0,1
+	$(BIN)/fedpers +experiment=pfedpg $(SWEEP)/2_prompts rounds=3 evaluate_every=1 strategy=local,fedavg,fedvpt,pfedpg seed=0,1
 	$(BIN)/fedpers +experiment=fedjets $(SWEEP)/3_experts rounds=50 strategy=local,fedavg,pretrained,fedjets seed=0,1
 	$(BIN)/fedpers +experiment=ranking $(SWEEP)/4_ratings rounds=8 strategy=local,fedavg,fedmf,fedrap,no_learning seed=0,1
 	@echo

@@ -213,7 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one comparison."""
     parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=__doc__)
     parser.add_argument("comparison", choices=sorted(COMPARISONS))
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(STRATEGIES)} (default: all)")
+    parser.add_argument(
+        "methods", nargs="*", default=[], metavar="METHOD", help=f"of {', '.join(STRATEGIES)} (default: all)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
     if unknown := [m for m in options.methods if m not in STRATEGIES]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any
@@ -86,11 +88,23 @@ def command(arguments: list[str]) -> int:
         If there is no such group or choice.
     """
     if not arguments:
-        print(USAGE.format(**{group: ", ".join(group_names(group)) for group in _GROUPS}))
+        usage = USAGE.format(**{group: ", ".join(group_names(group)) for group in _GROUPS})
+        print("\n".join(_wrapped(line, 14) for line in usage.splitlines()))
     for argument in arguments:
         group, _, choice = argument.partition("=")
-        print("\n".join(_described(group, choice)))
+        print("\n".join(_wrapped(line, 6) for line in _described(group, choice)))
     return 0
+
+
+def _wrapped(line: str, indent: int) -> str:
+    """A line as wide as the terminal, or 120 characters; what goes on below is indented."""
+    width = max(shutil.get_terminal_size((120, 24)).columns, 60)
+    if len(line) <= width:
+        return line
+    return textwrap.fill(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False,
+        replace_whitespace=False,
+    )  # fmt: skip
 
 
 def _described(group: str, choice: str) -> Iterable[str]:

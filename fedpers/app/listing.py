@@ -26,6 +26,7 @@ KINDS = {
     "heterogeneity": "heterogeneity",
     "models": "model",
     "strategies": "strategy",
+    "methods": "strategy",  # as they are called everywhere else
     "tasks": "",
 }
 
@@ -43,7 +44,7 @@ def command(arguments: list[str]) -> int:
         table.add_row(name, Text(line))
         if kind == "datasets":
             table.add_row("", _origin(name), style="dim")
-        elif kind == "strategies":
+        elif KINDS[kind] == "strategy":
             table.add_row("", Text(str(describe_method(name))), style="dim")
     console = Console()
     console.print(table)

@@ -28,7 +28,8 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> float | None:
     else:
         chosen = f"{summary['selected_on']}{', as published' * (summary['protocol'] == 'official')}"
         at_best = f"{_percent(selected.get(measured))} at round {summary['selected_round']} (chosen on {chosen})"
-        result = f"test {headline} {at_best}, {at_end}"
+        is_last = summary["selected_round"] == summary["last_round"]
+        result = f"test {headline} " + (f"{at_end} (chosen on {chosen})" if is_last else f"{at_best}, {at_end}")
     print(
         f"{summary['strategy']} on {summary['dataset']}, seed {summary['seed']}: {result}{_unseen(last, headline)}"
         f"{_common(last, headline)}; "

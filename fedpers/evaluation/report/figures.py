@@ -62,6 +62,8 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
         cut = f"; the first {len(drawn)} of {len(compared)} methods" if len(drawn) < len(compared) else ""
         known = any(math.isfinite(c.low) for _, c in drawn)
         intervals = "bars: 95 % intervals, thin where it is too close to call" if known else "too few for intervals"
+        if known and (min(ends) < low or max(ends) > high):
+            intervals += "; those that reach the edge go on beyond it"
         yield Figure(
             frame.drawn(marks, f"Difference of each method from {reference}", rows=[row.label for row, _ in drawn]),
             f"Better or worse than {reference}?",

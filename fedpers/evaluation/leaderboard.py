@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fedpers.evaluation.comparisons import compare
-from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, assignments, number, varying
+from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, assignments, number, usual_values, varying
 from fedpers.evaluation.statistics import Comparison, half_interval
 from fedpers.evaluation.wording import claim, notes, subject
 from fedpers.settings.groups import method_title
@@ -36,7 +36,8 @@ class Row:
     Parameters
     ----------
     method : str
-        Strategy and, where a group has it with several settings, the options that differ.
+        Strategy and, where a group has it with several settings, the options that differ, without values that most of
+        its rows have (:func:`fedpers.evaluation.runs.usual_values`).
     label : str
         The same with the strategy's name as papers write it.
     strategy : str
@@ -260,17 +261,23 @@ def _labels(runs: Sequence[RunRecord]) -> list[str]:
     for run in runs:
         by_strategy[run.strategy].append(run)
     settings = {name: varying([run.options for run in alike]) for name, alike in by_strategy.items()}
+    usual = {name: usual_values([run.options for run in alike]) for name, alike in by_strategy.items()}
     budgets = {name: varying([run.training for run in alike]) for name, alike in by_strategy.items()}
     return [
         " ".join(
             [
                 run.strategy,
-                *assignments(run.options, settings[run.strategy]),
+                *assignments(run.options, _said(run.options, settings[run.strategy], usual[run.strategy])),
                 *assignments(run.training, budgets[run.strategy]),
             ]
         )
         for run in runs
     ]
+
+
+def _said(options: Mapping[str, Any], keys: Iterable[str], usual: Mapping[str, str]) -> list[str]:
+    """Those of the keys whose values are not the usual ones."""
+    return [key for key in keys if str(options.get(key)) != usual.get(key)]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -234,6 +235,18 @@ def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     first = settings[0]
     keys = set().union(*settings)
     return sorted(key for key in keys if any(other.get(key) != first.get(key) for other in settings))
+
+
+def usual_values(settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What most of a method's settings have in common, by key, as text: their names need not say it.
+
+    Empty where a single key varies, or all combinations of the values are there, as in a grid.
+    """
+    counts = {key: Counter(str(one.get(key)) for one in settings) for key in varying(settings)}
+    present = {tuple(str(one.get(key)) for key in counts) for one in settings}
+    if len(counts) < 2 or len(present) == math.prod(map(len, counts.values())):
+        return {}
+    return {key: max(count, key=lambda value: (count[value], value)) for key, count in counts.items()}
 
 
 def assignments(settings: Mapping[str, Any], keys: Iterable[str]) -> list[str]:

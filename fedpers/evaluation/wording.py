@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedpers.evaluation.runs import RunRecord, differing, number
+from fedpers.evaluation.runs import RunRecord, assignments, differing, number, usual_values
 from fedpers.evaluation.statistics import LEVEL, MIN_CLIENTS, MIN_SEEDS, Comparison, average_ranks
 from fedpers.settings.groups import method_title
 
@@ -178,6 +178,7 @@ def notes(
             "adapted: at the end of the run, after training locally for one round, or for so many steps "
             "(strategy=pfedpg: for strategy.adapt_rounds)."
         )
+    notes.extend(_usual_notes(rows))
     if different := _training_notes(runs):
         notes.append(f"Rows differ in training settings (training.*): {'; '.join(different)}.")
     if private := [run for run in runs if run.summary.get("privacy_delta") is not None]:
@@ -230,6 +231,19 @@ def _privacy_note(rows: Sequence[Row], run: RunRecord) -> str:
     values = next(iter(spent.values())) if alike else ", ".join(f"{value} ({name})" for name, value in spent.items())
     delta = f"{number(run.summary['privacy_delta']):g}"
     return f"Privacy: epsilon {values} at delta {delta}, of a client's data in the arrays; metrics travel as they are."
+
+
+def _usual_notes(rows: Sequence[Row]) -> list[str]:
+    """What rows of a method have where their names do not say it."""
+    by_strategy: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_strategy[row.strategy].append(row)
+    usual = {strategy: usual_values([row.options for row in alike]) for strategy, alike in by_strategy.items()}
+    return [
+        f"{method_title(strategy)} has {' '.join(assignments(values, values))} where the name does not say otherwise."
+        for strategy, values in usual.items()
+        if values
+    ]
 
 
 def _training_notes(runs: Sequence[RunRecord]) -> list[str]:

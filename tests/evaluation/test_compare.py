@@ -160,12 +160,18 @@ def test_options_that_differ_name_the_rows(write, tmp_path):
     write("ditto", 0, 0.8, options={"mu": 1.0, "server": {"momentum": 0.9}, "kept": 3})
     write("ditto", 0, 0.7, options={"mu": 1.0, "server": {"momentum": 0.0}, "kept": 3})
     write("fedrep", 0, 0.6, options={"mu": 5})
-    assert [row.method for row in board(tmp_path).rows] == [
+    group = board(tmp_path)  # what most have alike is said once
+    assert [row.method for row in group.rows] == ["ditto mu=0.1", "ditto", "ditto server.momentum=0.0", "fedrep"]
+    note = "Ditto has mu=1.0 server.momentum=0.9 where the name does not say otherwise."
+    assert note in group.notes
+    write("ditto", 0, 0.6, options={"mu": 0.1, "server": {"momentum": 0.0}, "kept": 3})
+    group = board(tmp_path)  # a grid
+    assert [row.method for row in group.rows[:3]] == [
         "ditto mu=0.1 server.momentum=0.9",
         "ditto mu=1.0 server.momentum=0.9",
         "ditto mu=1.0 server.momentum=0.0",
-        "fedrep",
     ]
+    assert note not in group.notes
 
 
 def test_only_comparable_runs_share_a_table(write, tmp_path):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-MANY = 20
+MANY = 30
 """Names that are too many to be read in a sentence."""
 
 

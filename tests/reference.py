@@ -30,7 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no traces are known for {', '.join(unknown)}; there are {', '.join(known)}")
     methods = options.methods or known
     reproducible_convolutions(options.device)
-    logging.disable(logging.WARNING)  # most traces have no samples for testing, which each would say
     cases = [(source, method, path) for source in SOURCES for method, path in source.cases(options.root, methods)]
     if not cases:
         print(f"no traces under {options.root}", file=sys.stderr)
@@ -50,4 +49,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # most traces have no samples for testing, which each would say
     sys.exit(main())

@@ -265,7 +265,9 @@ def test_runs_without_checkpoints_say_why(tmp_path: Path, capsys: pytest.Capture
     )
     edited(run_folder, lambda s: s["checkpoint"].update(every=5))
     assert "it was stopped before the first was written" in error_of(capsys, "resume", str(run_folder))
-    assert "there is no config.yaml" in error_of(capsys, "resume", str(tmp_path / "nowhere"))
+    assert "there is no such folder" in error_of(capsys, "resume", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "there is no config.yaml" in error_of(capsys, "resume", str(tmp_path / "empty"))
 
 
 def test_a_run_that_is_going_on_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

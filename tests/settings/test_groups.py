@@ -193,7 +193,11 @@ def test_help_lists_every_option_of_a_choice(capsys: pytest.CaptureFixture[str])
     assert "--help=strategi: expected one of aggregation, " in capsys.readouterr().err
 
 
-def test_help_says_what_is_on_and_what_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_what_is_on_and_what_must_be_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # a line each
+
     def shown(choice: str) -> list[str]:
         assert _main(["--help", choice]) == 0
         return capsys.readouterr().out.splitlines()
@@ -214,6 +218,8 @@ def test_help_says_what_is_on_and_what_must_be_given(capsys: pytest.CaptureFixtu
     assert "null: $FEDPERS_CACHE/data" in line
     assert any(line.startswith("  dataset.path=  ") and "[text]" in line for line in shown("dataset=hf"))
     assert any(line.startswith("  partition.file=  ") and "[text]" in line for line in shown("partition=index"))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, shown("dataset=mnist"))) <= 80
 
 
 OWN_CONFIGURATION = """

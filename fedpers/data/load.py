@@ -16,7 +16,16 @@ from fedpers.data.partitions.label_sets import deal_label_sets
 from fedpers.data.ratings import leave_one_out
 from fedpers.data.sets.base import Dataset
 from fedpers.data.sets.rating_files import read_ratings
-from fedpers.data.split import draw_unseen, hold_out, split_clients, strata, take_global, take_public, tested_owners
+from fedpers.data.split import (
+    draw_unseen,
+    hold_out,
+    keep_at_most,
+    split_clients,
+    strata,
+    take_global,
+    take_public,
+    tested_owners,
+)
 from fedpers.errors import DataError, check, one_of
 from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.partition import PartitionConfig
@@ -86,6 +95,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
             division = replace(division, owned=owned)
         lists = _parts(data, division, partition, split, seed)
         unseen = draw_unseen(len(lists["train"]), split, seed)
+    lists["train"] = keep_at_most(lists["train"], split, seed, strata(data, split))
     lists["train"], public = take_public(lists["train"], unseen, split, seed)
     train, validation, test = ([torch.from_numpy(positions) for positions in lists[part]] for part in PARTS)
     return FederatedData(
@@ -134,6 +144,7 @@ def _check_divided(partition: PartitionConfig, split: SplitConfig, why: str) -> 
     """Refuse settings that have no effect on data which come divided."""
     check(partition.name == "natural", "partition", partition.name, f"natural, {why}")
     check(split.global_test == 0, "split.global_test", split.global_test, f"0, {why}")
+    check(split.max_train is None, "split.max_train", split.max_train, f"null, {why}")
     check(partition.num_clients is None, "partition.num_clients", partition.num_clients, f"null, {why}")
     least, usual = partition.min_samples, PartitionConfig("natural").min_samples
     check(least == usual, "partition.min_samples", least, f"{usual}, its default, {why}")

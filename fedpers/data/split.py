@@ -177,6 +177,33 @@ def take_global(
     return [positions[~np.isin(positions, taken)] for positions in owned], taken
 
 
+def keep_at_most(
+    train: Sequence[NDArray[np.int64]], config: SplitConfig, seed: int, labels: NDArray[np.int64] | None = None
+) -> Lists:
+    """Leave each client ``config.max_train`` of its training samples, ascending.
+
+    Parameters
+    ----------
+    train : sequence of int64 arrays ``[n_k]``
+    config : SplitConfig
+    seed : int
+        What a client keeps depends on `seed`, its number and its own samples; what a smaller number leaves is among
+        what a larger one leaves, unless the split is stratified.
+    labels : int64 array ``[N]``, optional
+        Class of each sample of the data set, of a stratified split.
+    """
+    most = config.max_train
+    if most is None:
+        return list(train)
+    kept = []
+    for client, positions in enumerate(train):
+        rng = generator(seed, "max_train", client)
+        order = rng.permutation(positions)
+        few = slice(most) if labels is None or len(order) <= most else _in_proportion(labels[order], most, rng)
+        kept.append(np.sort(order[few]))
+    return kept
+
+
 def strata(dataset: Dataset, config: SplitConfig) -> NDArray[np.int64] | None:
     """Class of each sample ``[N]`` if parts are to have the classes in proportion, else None.
 

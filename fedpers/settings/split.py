@@ -54,6 +54,11 @@ class SplitConfig(Settings, group="split"):
         ),
         OnlyFor("fractions", "official"),
     ] = 0.0
+    max_train: Annotated[
+        int | None,
+        Field(ge=1, description="training samples of a client at most, drawn at random; the others are nobody's"),
+        OnlyFor("fractions", "official"),
+    ] = None
     unseen: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | tuple[_Client, ...],
         Field(

@@ -131,5 +131,5 @@ class CwFedAvg(PersonalizedStrategy):
 
     def _shares(self, arrays: Tree) -> ClientTable:
         """The p_k ``[C]`` of all clients that have trained."""
-        none = torch.zeros(len(arrays[WEIGHT]), dtype=torch.float64)
+        none = arrays[WEIGHT].new_zeros(len(arrays[WEIGHT]), dtype=torch.float64)
         return ClientTable(lambda client: {SHARES: none}, self.state.get(SHARES))

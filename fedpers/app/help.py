@@ -57,6 +57,7 @@ Settings people change:
   runtime     {runtime}
               runtime.clients_at_once=auto|N  runtime.workers=auto|N  runtime.device=auto|cpu|cuda[:i]
               runtime=ray runtime.address=HOST:PORT  runtime.actors=auto|N  runtime.gpus_per_actor=0.5
+  clock       {clock}      clock.samples_per_second=100  clock.download=20  clock.upload=5
   checkpoint  checkpoint.every=10 (rounds; 0: none)  checkpoint.keep=1  checkpoint.best=true
   stop        stop.patience=10 (evaluations without a better score)  stop.target=0.9
   tracker     {tracker}, [wandb,tensorboard]

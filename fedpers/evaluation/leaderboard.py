@@ -60,6 +60,8 @@ class Row:
         Gradients computed in training, of one client on one batch each.
     seconds : float
         Wall-clock time of the run.
+    simulated_seconds : float
+        That training would take on the clients' own devices; NaN without ``clock=devices``.
     epsilon : float
         Privacy spent in the rounds done, the most of all seeds; NaN without privacy, or where it is not bounded.
     selected, at_end : dict
@@ -86,6 +88,7 @@ class Row:
     megabytes: float
     gradients: float
     seconds: float
+    simulated_seconds: float
     epsilon: float
     selected: dict[str, float]
     at_end: dict[str, float]
@@ -228,6 +231,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
                 / 1e6,
                 gradients=_mean(number(run.summary.get("gradients")) for run in repeats),
                 seconds=_mean(number(run.summary.get("seconds")) for run in repeats),
+                simulated_seconds=_mean(number(run.summary.get("simulated_seconds")) for run in repeats),
                 epsilon=float(np.max([number(run.summary.get("privacy_epsilon")) for run in repeats])),
                 selected=_means(repeats, "selected"),
                 at_end=_means(repeats, "last"),

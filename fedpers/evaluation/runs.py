@@ -33,7 +33,7 @@ what is compared, the others cannot change a number."""
 ERROR_FILE = "error.json"
 """Why a job of a sweep failed, in its folder."""
 
-DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "none"}
+DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "none", "clock": "none"}
 """What a run without these settings has; any other stands in a table of its own."""
 
 _NO_SHIFTS = ("none", None, "name", "strength", "groups")
@@ -182,7 +182,16 @@ def _read(folder: Path) -> RunRecord:
         int(summary["seed"])
         for value in (*summary["selected"].values(), *summary["last"].values()):
             number(value)
-        for key in ("bytes_up", "bytes_down", "gradients", "seconds", "failures", "privacy_epsilon", "privacy_delta"):
+        for key in (
+            "bytes_up",
+            "bytes_down",
+            "gradients",
+            "seconds",
+            "simulated_seconds",
+            "failures",
+            "privacy_epsilon",
+            "privacy_delta",
+        ):
             number(summary.get(key))
     except (TypeError, ValueError) as error:
         raise ValueError(f"its summary.json holds something else where a number belongs ({error}).") from error

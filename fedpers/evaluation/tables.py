@@ -64,12 +64,20 @@ def columns(group: Group) -> list[Column]:
     chosen += [] if unequal else [seeds]
     if group.spread:
         chosen.append(Column("std", "std over\nclients", lambda row: _percent(row.std), lambda row: row.std))
-    return [
-        *chosen,
-        Column("last", "last\nround %", lambda row: _percent(row.last), lambda row: row.last, -1),
+    costs = [
         Column("sent", "sent", lambda row: _amount(1e6 * row.megabytes, "B"), lambda row: row.megabytes),
         Column("gradients", "gradients", lambda row: _amount(row.gradients), lambda row: row.gradients),
         Column("time", "time", lambda row: _time(row.seconds), lambda row: row.seconds),
+    ]
+    if any(not math.isnan(row.simulated_seconds) for row in group.rows):
+        clock = Column(
+            "simulated", "simulated\ntime", lambda r: _time(r.simulated_seconds), lambda r: r.simulated_seconds
+        )
+        costs.insert(0, clock)
+    return [
+        *chosen,
+        Column("last", "last\nround %", lambda row: _percent(row.last), lambda row: row.last, -1),
+        *costs,
     ]
 
 
@@ -274,7 +282,8 @@ def _flat(group: Group) -> list[dict[str, Any]]:
         for c in row.comparisons:
             line |= {f"vs_{c.reference}_{key}": value for key, value in asdict(c).items() if key != "reference"}
         line |= {key: _shown(row, key) for key, _ in group.also}
-        line |= {"megabytes": row.megabytes, "gradients": row.gradients, "seconds": row.seconds, "epsilon": row.epsilon}
+        line |= {"megabytes": row.megabytes, "gradients": row.gradients, "seconds": row.seconds}
+        line |= {"simulated_seconds": row.simulated_seconds, "epsilon": row.epsilon}
         line |= {"interrupted": row.interrupted}
         lines.append({k: "" if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()})
     return lines

@@ -25,6 +25,7 @@ from fedpers.errors import ConfigError, FedpersError
 from fedpers.randomness import sample_clients
 from fedpers.records import from_record, to_record
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
+from fedpers.run.clock import DeviceClock
 from fedpers.run.progress import Progress, report_from_json, report_to_json
 from fedpers.run.reopen import FinishedError, check_made, clear_leftovers, locked, reopen
 from fedpers.run.results import (
@@ -281,6 +282,7 @@ class _Run:
                     budget=gradient_budget(config, setup.data),
                     spent=spent,
                     stops=stops if config.stop.is_on else None,
+                    clock=None if config.clock.name == "none" else DeviceClock(config.clock, config.seed),
                     last_report=None if start is None else start.report,
                     state=None if start is None else start.state,
                     after_round=after_round if saves else None,

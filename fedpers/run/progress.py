@@ -15,11 +15,11 @@ from fedpers.strategies import RoundReport
 
 Evaluation = tuple[int, dict[str, float], RoundReport]
 """An evaluated round: its number, its metrics, its report."""
-_TOTALS = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds")
+_TOTALS = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds", "simulated_seconds")
 _FLOAT = "$float"
 _BY_CLIENT = ("clients", "unseen", "adapted")
 _REASONS = ("failures", "evaluation_failures")
-_LATER = ("common",)
+_LATER = ("common", "simulated_seconds")
 """Fields that reports of earlier versions lack."""
 
 

@@ -154,6 +154,7 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
         **{name: int(totals.get(name, 0)) for name in _COUNTED},
         "seconds": seconds,
         "train_seconds": totals.get("train_seconds", 0.0),
+        "simulated_seconds": None if config.clock.name == "none" else totals.get("simulated_seconds", 0.0),
     }
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from fedpers.cohort import Tree
 from fedpers.data.federated import PARTS, FederatedData
 from fedpers.evaluation.metrics import distribution
+from fedpers.run.clock import DeviceClock
 from fedpers.settings import Config
 from fedpers.strategies import PersonalizedStrategy, RoundReport
 
@@ -35,6 +36,7 @@ def run_rounds(
     budget: int | None = None,
     spent: float = 0.0,
     stops: Callable[[RoundReport], bool] | None = None,
+    clock: DeviceClock | None = None,
     last_report: RoundReport | None = None,
     state: Mapping[str, Tree] | None = None,
     after_round: Callable[[RoundReport, flower.ArrayRecord, bool], None] | None = None,
@@ -59,6 +61,8 @@ def run_rounds(
         Those of the rounds that ran already.
     stops : callable, optional
         Whether an evaluated round is the last, by its report.
+    clock : DeviceClock, optional
+        Says how long a round would take on the clients' own devices.
     last_report : RoundReport, optional
         Of the last round that ran already, as `after_round` was given it; `arrays`, `state` and the clients' personal
         state are those after it.
@@ -86,6 +90,8 @@ def run_rounds(
             new, _ = strategy.aggregate_train(round, grid.send_and_receive(messages, timeout=timeout))
             arrays = arrays if new is None else new
             spent += strategy.report.gradients
+            if clock is not None:
+                strategy.report.simulated_seconds = clock.seconds(strategy.report, strategy.reply_metrics)
         last = round == rounds or (budget is not None and spent >= budget)
         if runs and round % strategy.evaluate_every == 0:
             messages = strategy.evaluation_messages(round, arrays, evaluation, grid)
@@ -142,6 +148,8 @@ def metrics_of(report: RoundReport, headline: str) -> dict[str, float]:
         metrics["adaptation_gradients"] = sum(gradients)
     for name in ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds", "train_seconds"):
         metrics[name] = getattr(report, name)
+    if report.simulated_seconds:
+        metrics["simulated_seconds"] = report.simulated_seconds
     if report.train_seconds:
         metrics["samples_per_second"] = report.samples / report.train_seconds
     return metrics

@@ -41,6 +41,8 @@ class RoundReport:
         From the start of training to the end of evaluation.
     train_seconds : float
         Training and aggregation only.
+    simulated_seconds : float
+        That the training would take on the clients' own devices (:mod:`fedpers.run.clock`); 0 without such a clock.
     """
 
     round: int
@@ -60,6 +62,7 @@ class RoundReport:
     common: dict[str, float] = field(default_factory=dict, kw_only=True)
     seconds: float = 0.0
     train_seconds: float = 0.0
+    simulated_seconds: float = field(default=0.0, kw_only=True)
 
     @property
     def diverged(self) -> list[int]:

@@ -13,7 +13,7 @@ from fedpers.settings.dataset import DatasetConfig
 from fedpers.settings.heterogeneity import HeterogeneityConfig
 from fedpers.settings.model import ModelConfig
 from fedpers.settings.partition import PartitionConfig
-from fedpers.settings.run import RuntimeConfig, TensorBoardConfig, WandbConfig
+from fedpers.settings.run import ClockConfig, RuntimeConfig, TensorBoardConfig, WandbConfig
 from fedpers.settings.server import Aggregation, CompressionConfig, PrivacyConfig, ServerOptimizerConfig
 from fedpers.settings.split import SplitConfig
 
@@ -28,6 +28,7 @@ GROUPS: dict[str, type[Settings]] = {
     "aggregation": Aggregation,
     "server_optimizer": ServerOptimizerConfig,
     "runtime": RuntimeConfig,
+    "clock": ClockConfig,
 }
 """Groups with one choice in a run."""
 TRACKERS: dict[str, type[Settings]] = {"wandb": WandbConfig, "tensorboard": TensorBoardConfig}

@@ -184,6 +184,33 @@ class RoundsConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class ClockConfig(Settings, group="clock"):
+    """Time that training would take on the clients' own devices (the group ``clock``), see :mod:`fedpers.run.clock`."""
+
+    name: Annotated[
+        str,
+        Choices(
+            none="only the time that this computation takes is told",
+            devices="also the time on clients' own devices and links: the slowest client ends a round",
+        ),
+    ] = "none"
+    samples_per_second: Annotated[
+        float, Field(gt=0, description="gradients of samples that a client computes, at the median"), OnlyFor("devices")
+    ] = 100.0
+    download: Annotated[
+        float, Field(gt=0, description="megabits a second from the server, at the median"), OnlyFor("devices")
+    ] = 20.0
+    upload: Annotated[
+        float, Field(gt=0, description="megabits a second to the server, at the median"), OnlyFor("devices")
+    ] = 5.0
+    spread: Annotated[
+        float,
+        Field(ge=0, description="standard deviation over clients of the logarithm of each speed; 0: all alike"),
+        OnlyFor("devices"),
+    ] = 0.5
+
+
+@dataclass(kw_only=True)
 class Config(RoundsConfig):
     """All settings of one run, as composed from ``conf/``.
 
@@ -212,6 +239,7 @@ class Config(RoundsConfig):
     aggregation: Aggregation = field(default_factory=Aggregation)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    clock: ClockConfig = field(default_factory=ClockConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:

@@ -9,9 +9,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedpers.data import Dataset, SplitConfig, split_clients
+from fedpers.data import Dataset, FederatedData, SplitConfig, load_federated, split_clients
 from fedpers.data.split import deal_official
 from fedpers.errors import ConfigError, DataError
+from fedpers.settings import DatasetConfig, PartitionConfig
 from fedpers.tasks import Regression
 
 
@@ -249,3 +250,28 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SplitConfig(**values)
     assert SplitConfig("official", validation=0.9).test == 0.25  # not used there, so not compared
+
+
+def test_clients_keep_at_most_so_many_training_samples() -> None:
+    def load(most: int | None, stratified: bool = False) -> FederatedData:
+        split = SplitConfig(max_train=most, stratified=stratified)
+        return load_federated(DatasetConfig("digits"), PartitionConfig("iid", num_clients=5), split, 1)
+
+    every, many, few = load(None), load(100), load(10)
+    for client in range(5):
+        sets = [set(data.train[client].tolist()) for data in (few, many, every)]
+        assert [len(kept) for kept in sets[:2]] == [10, 100]
+        assert sets[0] < sets[1] < sets[2]
+        assert torch.equal(few.test[client], every.test[client])
+        assert torch.equal(few.validation[client], every.validation[client])
+    assert load(10_000).checksum == every.checksum
+    proportional = load(20, stratified=True)
+    for client in range(5):
+        counts = torch.bincount(proportional.y[proportional.train[client]], minlength=10)
+        assert counts.sum() == 20
+        assert set(counts.tolist()) <= {1, 2, 3}
+
+
+def test_a_client_keeps_one_training_sample_at_least() -> None:
+    with pytest.raises(ConfigError, match=r"split.max_train=0: expected a whole number >= 1"):
+        SplitConfig(max_train=0)

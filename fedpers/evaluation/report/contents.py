@@ -18,7 +18,7 @@ from fedpers.evaluation.runs import RunRecord
 logger = logging.getLogger(__name__)
 
 COSTS = {"round": "round", "gradients": "gradients of all clients", "megabytes": "megabytes up and down",
-         "seconds": "seconds"}  # fmt: skip
+         "seconds": "seconds", "simulated": "simulated hours on clients' devices"}  # fmt: skip
 """What a curve can be drawn over, and its name on the axis."""
 _USUAL = ("train/loss", "train/passes")
 
@@ -201,17 +201,19 @@ def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Curve | N
         return None
     scores, costs = [], []
     for rows in seeds:
-        spent = np.zeros(3)
+        spent = np.zeros(4)
         by_round: dict[int, tuple[Any, Floats]] = {}
         for row in rows:
             sent = float(row.get("bytes_up") or 0) + float(row.get("bytes_down") or 0)
-            spent = np.add(spent, [float(row.get("gradients") or 0), sent / 1e6, float(row.get("seconds") or 0)])
+            hours = float(row.get("simulated_seconds") or 0) / 3600
+            new = [float(row.get("gradients") or 0), sent / 1e6, float(row.get("seconds") or 0), hours]
+            spent = np.add(spent, new)
             by_round[int(row["round"])] = (row.get(name), spent)
         scores.append([float(by_round[r][0]) for r in common])
         costs.append([by_round[r][1] for r in common])
     mean = np.mean(costs, axis=0)
     drawn_over = {"round": np.array(common, dtype=np.float64)}
-    drawn_over |= {key: mean[:, i] for i, key in enumerate(("gradients", "megabytes", "seconds"))}
+    drawn_over |= {key: mean[:, i] for i, key in enumerate(("gradients", "megabytes", "seconds", "simulated"))}
     return Curve(np.array(scores), drawn_over)
 
 

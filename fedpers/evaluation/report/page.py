@@ -154,6 +154,7 @@ _MEANINGS = {
     "sent": "bytes up and down in all rounds",
     "gradients": "gradients computed in training, of one client on one batch each",
     "time": "wall-clock time of a run",
+    "simulated": "time that training would take on the clients' own devices (clock=devices): the slowest ends a round",
     "seeds": "seeds that the row is a mean of",
     "epsilon": "privacy spent, the most of all seeds",
 }

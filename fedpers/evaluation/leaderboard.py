@@ -49,7 +49,7 @@ class Row:
         Mean over clients of the group's headline metric on test, at the selected round, at most 1; NaN if a seed has
         none.
     interval : float
-        Half the width of its 95 % confidence interval over seeds (Student's t); NaN for one seed.
+        Half the width of its 95 % confidence interval over seeds (Student's t); NaN for fewer than three.
     std, worst_decile : float
         Spread over clients at the selected round, and mean of the worst tenth of them.
     last : float

@@ -209,11 +209,14 @@ def verdict(difference: float, p_value: float) -> Literal["better", "worse", "un
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % confidence interval of a mean (Student's t); NaN for one value."""
+    """Half the width of the 95 % confidence interval of a mean (Student's t).
+
+    NaN for fewer than :data:`MIN_SEEDS` values: of two it is 12.7 standard errors, which tells a reader nothing.
+    """
     from scipy.special import stdtrit
 
     n = len(values)
-    return math.nan if n < 2 else float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
+    return math.nan if n < MIN_SEEDS else float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
 
 
 @dataclass(frozen=True)

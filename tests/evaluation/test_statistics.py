@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
 from benchmarks.false_claims import Setting, against_the_best, over_clients, over_seeds, rates, simulate
-from fedpers.evaluation.statistics import average_ranks, holm, paired_bootstrap, paired_t, verdict
+from fedpers.evaluation.statistics import average_ranks, half_interval, holm, paired_bootstrap, paired_t, verdict
 
 
 def test_paired_t_by_hand():
@@ -136,3 +136,8 @@ def test_a_gap_is_seen_in_the_method_that_has_it():
     assert over_seeds(accuracies) == ["undecided", "undecided", "better"]
     assert over_seeds(accuracies[::-1])[-1] == "worse"
     assert against_the_best(accuracies)
+
+
+def test_two_seeds_have_no_interval() -> None:
+    assert math.isnan(half_interval([0.7, 0.9]))
+    assert half_interval([0.7, 0.8, 0.9]) == pytest.approx(4.302653 * 0.1 / math.sqrt(3))

@@ -57,7 +57,7 @@ def gains(methods: Sequence[Method], reference: Method, name: str) -> Iterator[F
         return
     shares = shares[:MAX_ROWS]
     reach = max(0.05, max(max(lose, gain) for _, lose, gain in shares))
-    frame = row_frame(Axis(-1.25 * reach, 1.25 * reach, "clients", percent=True), len(shares))
+    frame = row_frame(Axis(-1.25 * reach, 1.25 * reach, "clients", percent=True), [label for label, _, _ in shares])
     marks = []
     for place, (_, lose, gain) in enumerate(shares):
         for value, style in ((-lose, "lose"), (gain, "gain")):

@@ -50,7 +50,7 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
         low, high = min(*values, max(-reach, min(ends, default=0.0))), max(*values, min(reach, max(ends, default=0.0)))
         gap = 0.05 * max(high - low, 1.0)
         axis = Axis(low - gap, high + gap, f"points of test {headline} above {reference}")
-        frame = row_frame(axis, len(drawn))
+        frame = row_frame(axis, [row.label for row, _ in drawn])
         marks = [frame.line([0, 0], [-0.6, len(drawn) - 0.4], "zero")]
         for place, (difference, (row, c)) in enumerate(zip(differences, drawn, strict=True)):
             style = styles.get(row.method)
@@ -157,7 +157,7 @@ def _last_values(title: str, lines: Mapping[str, Floats], percent: bool) -> Figu
     shown = dict(list(lines.items())[:MAX_ROWS])
     values = [float(line[1, -1]) for line in shown.values()]
     high = 1.0 if percent else max(0.0, *values) or 1.0
-    frame = row_frame(Axis(min(0.0, *values), high, "at the last round", percent=percent), len(shown))
+    frame = row_frame(Axis(min(0.0, *values), high, "at the last round", percent=percent), list(shown))
     marks = []
     for place, value in enumerate(values):
         (x0, y), (x1, _) = frame.points([0, value], [place, place])

@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 WIDTH, HEIGHT = 380, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 10, 40
+_ROOM, _LETTER = 6.0, 6.3
+"""Units beside a name, and of a letter."""
 _MARKERS = (
     "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",  # circle
     "M-3.1 -3.1h6.2v6.2h-6.2z",  # square
@@ -211,14 +213,15 @@ def swatch(style: int | None) -> Markup:
     return Markup('<svg class="swatch" viewBox="0 0 26 14" aria-hidden="true">{}</svg>').format(drawn)
 
 
-def row_frame(x: Axis, count: int) -> Frame:
-    """A frame with a row for each of some methods, the first on top, and room for their names."""
-    return Frame(x, Axis(count - 0.4, -0.6, ""), height=_TOP + _BOTTOM + 19.0 * count, left=138)
+def row_frame(x: Axis, names: Sequence[str]) -> Frame:
+    """A frame with a row for each name, the first on top, and room for the names, up to some thirty letters."""
+    count, left = len(names), min(194.0, max(100.0, _ROOM + _LETTER * max(map(len, names))))
+    return Frame(x, Axis(count - 0.4, -0.6, ""), height=_TOP + _BOTTOM + 19.0 * count, left=left)
 
 
 def _shown(text: str, room: float) -> Markup:
     """A text that fits, with the whole of it for a pointer that rests on it."""
-    most = int((room - 6) / 6.3)
+    most = int((room - _ROOM) / _LETTER)
     if len(text) <= most:
         return escape(text)
     return Markup("<title>{}</title>{}…").format(text, text[: most - 1])

@@ -18,7 +18,7 @@ from fedpers.evaluation.runs import RunRecord
 logger = logging.getLogger(__name__)
 
 COSTS = {"round": "round", "gradients": "gradients of all clients", "megabytes": "megabytes up and down",
-         "seconds": "seconds", "simulated": "simulated hours on clients' devices"}  # fmt: skip
+         "seconds": "seconds", "simulated hours": "simulated hours on clients' devices"}  # fmt: skip
 """What a curve can be drawn over, and its name on the axis."""
 _USUAL = ("train/loss", "train/passes")
 
@@ -213,7 +213,7 @@ def _curve(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> Curve | N
         costs.append([by_round[r][1] for r in common])
     mean = np.mean(costs, axis=0)
     drawn_over = {"round": np.array(common, dtype=np.float64)}
-    drawn_over |= {key: mean[:, i] for i, key in enumerate(("gradients", "megabytes", "seconds", "simulated"))}
+    drawn_over |= {key: mean[:, i] for i, key in enumerate(("gradients", "megabytes", "seconds", "simulated hours"))}
     return Curve(np.array(scores), drawn_over)
 
 

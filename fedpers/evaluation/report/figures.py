@@ -72,7 +72,7 @@ def differences(group: Group, styles: Styles) -> Iterator[Figure]:
 
 
 def curves(methods: Sequence[Method], styles: Styles, headline: str) -> Iterator[Figure]:
-    """Scores over rounds, gradients, megabytes and seconds."""
+    """Scores over rounds, gradients, megabytes, seconds and simulated hours."""
     drawn = [(method, method.curve) for method in methods if method.curve is not None]
     drawn = [(method, curve) for method, curve in drawn if len(curve.costs["round"]) > 1]
     if not drawn:
@@ -96,7 +96,7 @@ def curves(methods: Sequence[Method], styles: Styles, headline: str) -> Iterator
         free = cost == "megabytes" and min(totals) <= 0
         yield Figure(
             frame.drawn(marks, f"{headline} over {label}"),
-            f"Test {headline} over {label.partition(' ')[0]}{'s' if cost == 'round' else ''}",
+            f"Test {headline} over {cost}{'s' if cost == 'round' else ''}",
             "Mean over clients"
             + ("; band: lowest to highest seed" if several else "; one seed")
             + ("; a level line: nothing is sent" if free else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import re
 import signal
 import sys
@@ -75,8 +76,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processor() -> str:
+    """Model of this machine's processor as the system names it, or its architecture."""
+    named = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
 def available_memory(device: torch.device) -> float:
-    """Bytes that this process can still take from the machine or the GPU; infinite where that is not known."""
+    """Bytes free on the machine or the GPU, at most the limit of a container; infinite where that is not known."""
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

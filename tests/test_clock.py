@@ -23,6 +23,8 @@ def test_the_slowest_client_ends_a_round() -> None:
     # 2 MB at 8 Mbit/s, 100 samples at 50 a second, 0.5 MB at 2 Mbit/s
     assert DeviceClock(ALIKE, 0).seconds(report, replies) == pytest.approx(2 + 2 + 2)
     assert DeviceClock(ALIKE, 0).seconds(RoundReport(1, [0]), {}) == 0
+    twice = {0: {"samples": 100.0, "steps": 10.0, "gradients": 20.0}}  # of each batch two gradients, nothing sent
+    assert DeviceClock(ALIKE, 0).seconds(RoundReport(1, [0]), twice) == pytest.approx(4)
 
 
 def test_speeds_are_drawn_for_each_client_of_a_seed() -> None:

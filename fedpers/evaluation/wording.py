@@ -74,9 +74,10 @@ def claim(rows: Sequence[Row], baselines: Sequence[str]) -> str:
 
 
 def ranks_over_tables(groups: Sequence[Group]) -> str:
-    """Say how methods rank over tables, if at least :data:`MIN_TABLES` share three methods; else nothing.
+    """Say how methods rank over tables, if at least :data:`MIN_TABLES` share the three methods with most scores.
 
-    The methods and tables are those with most scores in which each method has one in each table.
+    Methods are taken in the order of how many tables they are in, as long as the tables that have all of them, times
+    their number, grow; else nothing is said.
     """
     scores: dict[str, dict[int, float]] = defaultdict(dict)
     for table, group in enumerate(groups):
@@ -175,8 +176,8 @@ def notes(
     if any(label == "unseen" for _, label in group.also):
         notes.append(
             "unseen: clients that never train, as they come, at the selected round; "
-            "adapted: at the end of the run, after training locally for one round, or for so many steps "
-            "(strategy=pfedpg: for strategy.adapt_rounds)."
+            "adapted: at the end of the run, after training locally for one round, or for the steps that the column "
+            "names (strategy=pfedpg: for strategy.adapt_rounds)."
         )
     notes.extend(_usual_notes(rows))
     if different := _training_notes(runs):

@@ -2,8 +2,9 @@
 
 Rounds are synchronous: each sampled client receives, trains and replies, and the slowest ends the round. Speeds are
 those of a median device, times ``exp(spread * z)`` with z from N(0, 1) for each client's computation, download and
-upload, drawn from (seed, "device", client). A client computes the samples that its reply counts, and receives and sends
-the mean bytes of the round. The server's work, evaluation, and clients whose reply is left out take no time.
+upload, drawn from (seed, "device", client). A client computes the gradients that its reply counts, each of as many
+samples as a step has in the mean, and receives and sends the mean bytes of the round. The server's work, evaluation,
+and clients whose reply is left out take no time.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class DeviceClock:
         report : RoundReport
             Of the round, for the bytes.
         replies : mapping of int to mapping
-            Metrics of each usable reply, by client; ``samples`` counts gradients of samples.
+            Metrics of each usable reply, by client: ``samples`` of all ``steps``, for which a method may compute more
+            ``gradients`` than one each.
         """
         received = _BITS * report.bytes_down / max(1, len(report.sampled))
         sent = _BITS * report.bytes_up / max(1, len(replies))
         times = [0.0]
         for client, metrics in replies.items():
             samples, down, up = self.speeds(client)
-            times.append(received / down + metrics.get("samples", 0.0) / samples + sent / up)
+            per_step = metrics.get("gradients", 0.0) / steps if (steps := metrics.get("steps", 0.0)) else 1.0
+            times.append(received / down + per_step * metrics.get("samples", 0.0) / samples + sent / up)
         return max(times)

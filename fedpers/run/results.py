@@ -23,6 +23,7 @@ from fedpers.data import FederatedData
 from fedpers.data.federated import EVALUATED_PARTS, PARTS
 from fedpers.errors import FedpersError
 from fedpers.evaluation.clients import describe_clients
+from fedpers.process import processor
 from fedpers.randomness import sample_clients
 from fedpers.run.progress import Evaluation, Progress
 from fedpers.run.rounds import METRIC_PREFIXES
@@ -57,7 +58,7 @@ def make_manifest(setup: Setup) -> dict[str, Any]:
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "memory_bytes": memory,
             "device": str(device),

@@ -21,12 +21,12 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,17 +41,20 @@ from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
 from fedpers.failures import described
-from fedpers.process import available_memory, cores, one_thread
+from fedpers.process import available_memory, cores, one_thread, processor
 
 if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
 
 log = logging.getLogger(__name__)
 SECONDS_PER_SIZE = 0.04
+"""For which steps of a size are timed, at least two of them."""
 LONG_STEP = 0.25
+"""Seconds; steps that take longer are timed once."""
 TRIES = 3
 """Timings of a size that seems too slow: one alone may have been interrupted, and what it says is kept in the cache."""
 SIZES = (1, 4, 16, 64, 256, 1024)
+"""Cohort sizes that are tried, beside all clients of a round and a core's part of them."""
 MEMORY_SHARE = 0.25
 """Part of the available memory that cohorts may take together by the estimate. They take up to half as much again, for
 what is not kept until the backward pass, and received networks and replies need room beside them."""
@@ -125,6 +128,15 @@ def probe(
     part : float, optional
         Part of this machine, or of its GPU, that one cohort may count on, in (0, 1]; if not given, that of one core on
         a CPU and all of a GPU.
+
+    Returns
+    -------
+    Choice
+
+    Raises
+    ------
+    TrainingError
+        If one client alone does not fit into the memory of the GPU.
     """
     app = app.largest_kind
     size_of_method = app.update.cohort_size
@@ -219,11 +231,16 @@ def _threads(app: CohortApp) -> int:
 def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
     """Time ascending cohort sizes until they get clearly slower or do not fit into `memory`."""
     times: dict[str, float] = {}
+    size, sizes = 1, _sizes(app, num_clients)
     try:
-        one, sizes = bytes_per_client(app), _sizes(app, num_clients)
+        one = bytes_per_client(app)
         several = len(sizes) > 1 and _TWO * one <= memory  # layers of a single client need not be mapped
         if several:
-            one = bytes_per_client(app, 2)
+            try:
+                one = bytes_per_client(app, 2)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                several = False
         for size in sizes:
             if times and not (several and size * one <= memory):
                 log.info("cohorts of %d clients are not tried: a client takes %.3g MB", size, one / 1e6)
@@ -241,6 +258,7 @@ def _measure(app: CohortApp, num_clients: int, memory: float) -> _Sweep:
         torch.cuda.empty_cache()
         if not times:
             raise TrainingError("one client alone does not fit into the memory of the GPU.") from error
+        return _Sweep(max(one, int(memory / size) + 1), times, size)  # tried again only where there is more memory
     return _Sweep(one, times, None)
 
 
@@ -362,8 +380,8 @@ def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
     app = app.largest_kind
     if app.update.cohort_size is not None or not any(p.requires_grad for p in app.module.parameters()):
         return None
-    key = f"{_key(app, size)}:costs"
-    match _read_cache().get(key):
+    key = f"{_key(app, size)}_costs"
+    match _read_cache(key):
         case [float(base), float(step)] if base >= 0 and step > 0:
             return base, step
     module = copy_network(app.module)
@@ -456,16 +474,17 @@ def _time_together(steps: list[Callable[[], None]]) -> float:
 
 
 def _key(app: CohortApp, num_clients: int) -> str:
+    """Digest of all that a measurement depends on: machine, network, method, data and what a round consists of."""
     shapes = {str(n): list(v.shape) for n, v in app.template.items()}
-    device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else platform.processor()
+    device = torch.cuda.get_device_name(app.device) if app.device.type == "cuda" else processor()
     facts = [
         "rounds on all cores, means of steps",
         torch.__version__,
         str(app.device),
         device,
         cores(),
-        type(app.update).__name__,
-        type(app.module).__name__,
+        f"{type(app.update).__module__}.{type(app.update).__qualname__}",
+        f"{type(app.module).__module__}.{app.module!r}",
         shapes,
         list(app.data.x.shape[1:]),
         sum(p.numel() for p in app.module.parameters() if not p.requires_grad),
@@ -479,27 +498,31 @@ def _key(app: CohortApp, num_clients: int) -> str:
 
 def _read_sweep(key: str) -> _Sweep | None:
     """What the cache holds for a key; None if that is nothing, or damaged."""
-    match _read_cache().get(key):
+    match _read_cache(key):
         case {"bytes": int(one), "microseconds": dict(times), "beyond": None | int() as beyond} if one > 0 and times:
             if all(size.isdigit() and isinstance(us, float) and us > 0 for size, us in times.items()):
                 return _Sweep(one, times, beyond)
     return None
 
 
-def _read_cache() -> dict[str, Any]:
+def _cache_file(key: str) -> Path:
+    """A file for each key: runs side by side write at the same time."""
+    return cache_root() / "cohort_sizes" / f"{key}.json"
+
+
+def _read_cache(key: str) -> Any:
     try:
-        cached = json.loads((cache_root() / "probe.json").read_text())
+        return json.loads(_cache_file(key).read_text())
     except (OSError, ValueError):  # nothing kept yet, or damaged: measure again
-        return {}
-    return cached if isinstance(cached, dict) else {}
+        return None
 
 
 def _write_cache(key: str, value: Any) -> None:
-    path = cache_root() / "probe.json"
+    path = _cache_file(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps({**_read_cache(), key: value}, indent=1))
+        draft.write_text(json.dumps(value))
         draft.replace(path)
     except OSError as error:
         log.warning("the choice of cohort size could not be kept in %s: %s", path.parent, error)

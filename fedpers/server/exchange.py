@@ -28,8 +28,6 @@ class Exchange:
         Node id of each client that is connected, by client number; settled by :meth:`connect`.
     client_of : dict of int to int
         The other way round.
-    identities : list of ConfigRecord
-        What clients said of themselves, see :class:`~fedpers.server.nodes.Nodes`.
     """
 
     def __init__(self) -> None:
@@ -40,7 +38,7 @@ class Exchange:
 
     @property
     def identities(self) -> list[flower.ConfigRecord]:
-        """What clients said of themselves, each once."""
+        """What clients said of themselves, each once; see :class:`~fedpers.server.nodes.Nodes`."""
         return self._nodes.identities
 
     def connect(self, grid: Grid) -> dict[int, int]:
@@ -62,6 +60,20 @@ class Exchange:
             For all clients, or for each in their order.
         config : ConfigRecord
         clients : sequence of int
+
+        Returns
+        -------
+        list of Message
+            In the order of `clients`.
+        int
+            Bytes of the arrays of all messages.
+
+        Raises
+        ------
+        KeyError
+            If a client is not connected.
+        ValueError
+            If `sent` is a sequence of another length than `clients`.
         """
         each = [sent] * len(clients) if isinstance(sent, Mapping) else sent
         contents: dict[int, flower.RecordDict] = {}
@@ -92,7 +104,10 @@ class Exchange:
         config: flower.ConfigRecord,
         clients: Sequence[int],
     ) -> tuple[dict[int, ClientResult], int]:
-        """Send messages and wait for the answers; also the bytes that were sent."""
+        """Send messages and wait for the answers; also the bytes that were sent.
+
+        Parameters and exceptions are those of :meth:`messages`; `grid` carries them.
+        """
         messages, size = self.messages(kind, sent, config, clients)
         return self.answers(grid.send_and_receive(messages, timeout=self.timeout), clients), size
 

@@ -108,7 +108,8 @@ class FedPACUpdate(LocalUpdate):
         for x, y in zip(features, cohort.labels("train"), strict=True):
             table = class_sums(x, y, cohort.data.num_classes)
             h = table[:, :-1] / len(x)
-            rows.append((table, h, (x.square().sum() / len(x) - h.square().sum()) / len(x)))
+            spread = (x.square().sum() - h.square().sum() * len(x)) / len(x)
+            rows.append((table, h, spread.clamp(min=0) / len(x)))  # rounding must not make a variance negative
         sums, h, variance = (torch.stack(column) for column in zip(*rows, strict=True))
         return sums, h, variance
 

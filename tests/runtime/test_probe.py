@@ -63,8 +63,9 @@ def test_a_choice_is_measured_once_and_kept(app: CohortApp) -> None:
     assert all(us > 0 for us in first.microseconds.values())
     again = probe(app, 7, "auto", 1)
     assert again == Choice(first.clients_at_once, 1, "cached", first.microseconds)
-    assert json.loads((cache_root() / "probe.json").read_text())
-    assert [p.name for p in cache_root().iterdir()] == ["probe.json"]
+    (kept,) = (cache_root() / "cohort_sizes").iterdir()
+    assert json.loads(kept.read_text())["microseconds"] == first.microseconds
+    assert [p.name for p in cache_root().iterdir()] == ["cohort_sizes"]
 
 
 def test_workers_are_measured_for_real(app: CohortApp) -> None:
@@ -181,13 +182,13 @@ def test_no_more_workers_than_cohorts(app: CohortApp, measured: list[Any]) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"KEY": 5}', '{"KEY": {"cohort": 0, "microseconds": {}}}',
-             '{"KEY": {"cohort": "x"}}', '{"KEY": {"cohort": 4, "microseconds": 3}}', "\x00\xff"],
+    "text", ["", "{", "[]", "null", "5", '{"bytes": 0, "microseconds": {}, "beyond": null}', '{"bytes": "x"}',
+             '{"bytes": 4, "microseconds": 3, "beyond": null}', "\x00\xff"],
 )  # fmt: skip
 def test_a_damaged_cache_is_measured_again_and_repaired(text: str, app: CohortApp, measured: list[Any]) -> None:
-    key = module._key(app, 7)
-    cache_root().mkdir()
-    (cache_root() / "probe.json").write_bytes(text.replace("KEY", key).encode("latin-1"))
+    file = module._cache_file(module._key(app, 7))
+    file.parent.mkdir(parents=True)
+    file.write_bytes(text.encode("latin-1"))
     assert probe(app, 7, "auto", 1).how == "measured"
     assert probe(app, 7, "auto", 1).how == "cached"
     assert len(measured) == 3

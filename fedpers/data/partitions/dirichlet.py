@@ -44,5 +44,5 @@ def by_dirichlet(labels: NDArray[np.int64], clients: int, config: PartitionConfi
         name,
         remedy=f"raise partition.alpha={config.alpha}",
         tries=TRIES,
-        asked=True,
+        enforces_minimum=True,
     )

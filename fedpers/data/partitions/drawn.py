@@ -71,7 +71,7 @@ def draw(
     *,
     remedy: str = "",
     tries: int = 1,
-    asked: bool = False,
+    enforces_minimum: bool = False,
 ) -> Lists:
     """Divide at random, again and again until every client has enough; from the cache if it was done before.
 
@@ -91,7 +91,7 @@ def draw(
         What helps besides lowering ``num_clients`` and ``min_samples``, in the imperative.
     tries : int
         Divisions that the partitioner itself tries with one seed.
-    asked : bool
+    enforces_minimum : bool
         Whether the partitioner takes the least number of samples into account, and fails where it cannot have it.
 
     Returns
@@ -117,7 +117,7 @@ def draw(
             write_lists(key, lists)
             return lists
         best = max(best, smallest)
-    if asked:
+    if enforces_minimum:
 
         def possible(minimum: int) -> bool:
             return any(_succeeds(_given(partitioner(minimum, drawn), values, drawn)) for drawn in seeds)
@@ -145,7 +145,7 @@ def _key(values: NDArray[Any], clients: int, config: PartitionConfig, seed: int)
 
 
 def _given(partitioner: Any, values: NDArray[Any], seed: int) -> Any:
-    """The partitioner with its table; it divides when it is first asked for something."""
+    """The partitioner with its table; it divides when it is first enforces_minimum for something."""
     from datasets import Dataset as Table
 
     # The partitioners cut tables from top to bottom; which samples come where is drawn here.

@@ -74,7 +74,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10**9, help="look at rounds up to this one only")
     parser.add_argument("--json", type=Path, help="write the scores of all evaluated rounds here")
     options = parser.parse_args()
-    runs = {run.strategy: scores(run, options.rounds) for run in find_runs([options.folder])}
+    found = find_runs([options.folder])
+    runs = {run.strategy: scores(run, options.rounds) for run in found}
+    if len(runs) < len(found):
+        parser.error(
+            f"FOLDER={options.folder}: expected one run of each method, not {len(found)} of {len(runs)} methods."
+        )
     runs = {name: by_round for name, by_round in runs.items() if by_round}
     if not runs:
         parser.error(f"FOLDER={options.folder}: expected runs with evaluated rounds.")

@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from fedpers.evaluation.leaderboard import Group, Row, leaderboard_rows
-from fedpers.evaluation.pivot import Pivot, pivots
+from fedpers.evaluation.pivot import UNSET, Pivot, pivots
 from fedpers.evaluation.runs import find_runs
 
 KEY = "split.max_train"
@@ -38,8 +38,8 @@ MARKERS = "os^Dv<>P*X"
 
 
 def verdict(row: Row, reference: str) -> str:
-    """What the comparison of a method with a reference says."""
-    return next((c.verdict for c in row.comparisons if c.reference == reference), "reference")
+    """What the comparison of a method with a reference says; "untested" if there is none."""
+    return next((c.verdict for c in row.comparisons if c.reference == reference), "untested")
 
 
 def winners(group: Group) -> list[Row]:
@@ -57,8 +57,7 @@ def ahead(group: Group) -> str:
 
 def cell(group: Group) -> str:
     """Who is ahead, and by how much."""
-    score = {row.strategy: 100 * row.score for row in group.rows}
-    local, fedavg = (score[reference] for reference in REFERENCES)
+    local, fedavg = (next(100 * row.score for row in group.rows if row.strategy == name) for name in REFERENCES)
     best = winners(group)
     if best:
         others = f"Local {local:.1f}, FedAvg {fedavg:.1f}; {len(best)} beat both"
@@ -81,7 +80,7 @@ def panel(axes: Axes, title: str, pivot: Pivot, styles: dict[str, int]) -> None:
         line = {"color": "black", "lw": 2.2, "ls": "-" if strategy == "local" else "--"}
         if strategy not in REFERENCES:
             number = styles.setdefault(strategy, len(styles))
-            line = {"color": f"C{number}", "lw": 1.1, "marker": MARKERS[number], "ms": 4}
+            line = {"color": f"C{number}", "lw": 1.1, "marker": MARKERS[number % len(MARKERS)], "ms": 4}
         points = sorted((int(value), 100 * row.score) for value, row in rows.items())
         axes.plot(*zip(*points, strict=True), label=label, **line)
     axes.set(title=title, xscale="log", xlim=(edges[0], edges[-1]), xlabel="training samples of a client")
@@ -100,6 +99,9 @@ def main() -> None:
     for text in options.panels:
         title, _, folders = text.partition("=")
         found = pivots(find_runs(folders.split(",")), KEY)
+        names = {row.strategy for pivot in found for group in pivot.groups.values() for row in group.rows}
+        if not names.issuperset(REFERENCES) or UNSET in found[0].groups:
+            parser.error(f"{text}: expected runs of {' and '.join(REFERENCES)}, and {KEY} in all of them.")
         if len(found) != 1:
             parser.error(
                 f"{text}: expected runs that differ in {KEY}, method and seed, not {len(found)} kinds of runs."

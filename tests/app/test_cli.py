@@ -205,6 +205,7 @@ def test_every_preset_composes_and_runs_one_round(preset: str, tmp_path: Path) -
             "model.depth=1",
             "training.epochs=1",
         ],
+        "published": ["dataset=digits", "partition.num_clients=5", "model=mlp"],
         "ranking": ["strategy=fedmf,fedrap", "dataset.num_users=40", "dataset.num_items=300"],
     }
     assert _main([f"+experiment={preset}", "rounds=1", "seed=0", *shorter.get(preset, []), f"output={tmp_path}"]) == 0

@@ -60,10 +60,10 @@ def columns(group: Group) -> list[Column]:
     chosen += [seeds] if unequal else []
     if group.spread:
         worst = "worst\ntenth %"
-        chosen.append(Column("worst", worst, lambda row: _percent(row.worst_decile), lambda row: row.worst_decile, -1))
+        chosen.append(Column("worst", worst, lambda row: percent(row.worst_decile), lambda row: row.worst_decile, -1))
     chosen += [] if unequal else [seeds]
     if group.spread:
-        chosen.append(Column("std", "std over\nclients", lambda row: _percent(row.std), lambda row: row.std))
+        chosen.append(Column("std", "std over\nclients", lambda row: percent(row.std), lambda row: row.std))
     costs = [
         Column("sent", "sent", lambda row: _amount(1e6 * row.megabytes, "B"), lambda row: row.megabytes),
         Column("gradients", "gradients", lambda row: _amount(row.gradients), lambda row: row.gradients),
@@ -76,7 +76,7 @@ def columns(group: Group) -> list[Column]:
         costs.insert(0, clock)
     return [
         *chosen,
-        Column("last", "last\nround %", lambda row: _percent(row.last), lambda row: row.last, -1),
+        Column("last", "last\nround %", lambda row: percent(row.last), lambda row: row.last, -1),
         *costs,
     ]
 
@@ -312,7 +312,7 @@ def _against(reference: str) -> Column:
 def _metric(key: str, label: str) -> Column:
     title = label if label.endswith("%") else f"{label} %"
     name = label.removesuffix(" %").replace(" ", "_")
-    return Column(name, _spelled(title), lambda row: _percent(_shown(row, key)), lambda row: _shown(row, key), -1)
+    return Column(name, _spelled(title), lambda row: percent(_shown(row, key)), lambda row: _shown(row, key), -1)
 
 
 def _shown(row: Row, key: str) -> float:
@@ -325,14 +325,15 @@ def _name(row: Row) -> str:
 
 
 def _score(row: Row) -> str:
-    return _percent(row.score) + ("" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}")
+    return percent(row.score) + ("" if math.isnan(row.interval) else f" ±{100 * row.interval:.1f}")
 
 
 def _spelled(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share as percent with one digit; ``-`` for NaN."""
     return _plain(100 * value, "{:.1f}")
 
 

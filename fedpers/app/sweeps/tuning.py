@@ -29,6 +29,17 @@ class Tuning:
     seed : str, optional
         That of the candidates; the first of those given if None.
 
+    Attributes
+    ----------
+    chosen, cases : list of str
+        Keys that are chosen, and those for each of whose values (with the method) there is a choice.
+    seeds : list of str
+        Of the final runs.
+    seed : str
+        Of the candidates.
+    total : int or None
+        Runs in all, those that are taken over from the candidates too; None where it is not known.
+
     Raises
     ------
     FedpersError
@@ -58,9 +69,10 @@ class Tuning:
     def choose(
         self, candidates: Sequence[list[str]], scores: Sequence[float | None], before: Sequence[Choice]
     ) -> list[Choice]:
-        """For each case the candidate with the best score, the first of equals; none where all have failed.
+        """For each case the candidate with the highest score, the first of equals; none where all have failed.
 
-        What was chosen `before`, by the same command, stays.
+        `scores` are in the order of `candidates`, None of runs that failed. What was chosen `before`, by the same
+        command, stays.
         """
         choices = {choice.case: choice for choice in before}
         best: dict[str, tuple[float, Choice]] = {}
@@ -100,8 +112,8 @@ class Tuning:
 
     def _case(self, overrides: Sequence[str]) -> str:
         values = values_of(overrides)
-        others = [key for key in self.cases if key not in ("strategy", "dataset")]
-        parts = [values.get("strategy", self._naming.usual["strategy"])]
+        others = [key for key in self.cases if key not in ("strategy", "strategy.name", "dataset")]
+        parts = [values.get("strategy.name", values.get("strategy", self._naming.usual["strategy"]))]
         parts += [values["dataset"]] if "dataset" in self.cases else []
         return " ".join(filter(None, [*parts, self._naming.settings(overrides, others)]))
 

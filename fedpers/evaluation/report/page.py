@@ -17,7 +17,7 @@ from fedpers.evaluation.report.contents import Method, paired, read_label_counts
 from fedpers.evaluation.report.figures import Figure, Styles, points
 from fedpers.evaluation.report.svg import STYLES, swatch
 from fedpers.evaluation.runs import RunRecord
-from fedpers.evaluation.tables import Column, columns
+from fedpers.evaluation.tables import Column, columns, percent
 from fedpers.evaluation.wording import ranks_over_tables
 from fedpers.settings.groups import method_title
 
@@ -163,7 +163,7 @@ _MEANINGS = {
 def _columns(group: Group) -> Iterator[tuple[Column, str]]:
     """Columns of the table that say something of these rows, each with its meaning."""
     name = f"test/{group.headline}_weighted"
-    weighted = Column("weighted", "weighted %", lambda row: _percent(row.selected.get(name, math.nan)),
+    weighted = Column("weighted", "weighted %", lambda row: percent(row.selected.get(name, math.nan)),
                       lambda row: row.selected.get(name, math.nan), -1)  # fmt: skip
     score, *others = columns(group)
     place = 1 + len(group.references)
@@ -177,10 +177,6 @@ def _columns(group: Group) -> Iterator[tuple[Column, str]]:
                     f"clients that never train, after {column.key.removeprefix('adapted_')} local steps at the end"
                 )
             yield column, meaning
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def _styles(rows: Sequence[Row], references: Mapping[str, Row | None], colours: dict[str, int]) -> Styles:

@@ -86,8 +86,9 @@ class Exchange:
         return messages, sum(sizes[id(records)] for records in each)
 
     def answers(self, replies: Iterable[flower.Message], clients: Iterable[int]) -> dict[int, ClientResult]:
-        """What each of `clients` answered; a reply from a node that was not asked is none, and
-        of several from one node the last counts.
+        """What each of `clients` answered.
+
+        A reply from a node that was not asked is none, and of several from one node the last counts.
         """
         answered: dict[int, flower.Message] = {}
         for reply in replies:

@@ -55,7 +55,7 @@ bench: setup
 
 # on a machine with a GPU, at most 10 minutes: traces, cohorts of any size, checkpoints, and seconds of a round
 gpu: setup
-	timeout 150 $(BIN)/python -m tests.reference --device cuda
+	timeout 200 $(BIN)/python -m tests.reference --device cuda
 	$(BIN)/python -c 'from fedpers.strategies import STRATEGIES; print(*STRATEGIES)' | \
 		xargs -n 6 -P 9 timeout 240 $(BIN)/python -m tests.equivalence --device cuda cohort
 	timeout 60 $(PYTEST) --numprocesses=6 tests/test_checkpoint.py -k every_method --device cuda

@@ -412,3 +412,21 @@ def test_an_engine_stays_within_the_memory(app: CohortApp, monkeypatch: pytest.M
     assert engine.choose(7).clients_at_once in (1, 4)
     assert set(engine.choose(7).microseconds) <= {"1", "4"}
     engine.close()
+
+
+def test_a_size_that_a_gpu_could_not_hold_is_tried_again_only_with_more_memory(
+    app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def time_per_client(app: CohortApp, size: int, clients: int) -> float:
+        measured.append(size)
+        if size == 4:
+            raise torch.cuda.OutOfMemoryError
+        return 1e-6
+
+    monkeypatch.setattr(module, "_time_per_client", time_per_client)
+    bytes_free(monkeypatch, 100)
+    for _ in range(2):
+        assert probe(app, 7, "auto", 1).clients_at_once == 1
+    assert measured == [1, 4]
+    bytes_free(monkeypatch, 200)
+    assert probe(app, 7, "auto", 1).how == "measured"

@@ -11,7 +11,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedpers.cohort import entries, tree
+from fedpers.data import SplitConfig, load_federated
 from fedpers.errors import ConfigError
+from fedpers.models import ModelConfig, build_model
+from fedpers.settings import DatasetConfig, PartitionConfig
 from fedpers.strategies import FedPACUpdate
 from fedpers.strategies.fedpac import combination_weights
 from tests.cohort.helpers import assert_same
@@ -127,3 +130,14 @@ def test_what_has_no_features_or_classes_is_refused() -> None:
     for network, data, key in cases:
         with pytest.raises(ConfigError, match=rf"^{key}=\w+: expected "):
             FedPACUpdate().client_app(network, data)
+
+
+def test_the_spread_of_a_single_sample_is_never_negative() -> None:
+    """Sums in different orders differ by rounding, and the form of the combination then was not positive."""
+    data = load_federated(DatasetConfig("digits"), PartitionConfig("iid", num_clients=40), SplitConfig(max_train=1), 0)
+    model = build_model(ModelConfig("mlp", hidden=(84,)), data.x.shape[1:], data.num_classes, seed=0)
+    app = FedPACUpdate().client_app(model, data)
+    cohort = app.cohort(range(40), app.initial_state.expand(40), {})
+    _, h, variance = app.update._statistics(cohort, cohort.per_client(app.template))
+    assert bool((variance >= 0).all())
+    assert bool(combination_weights(h, variance).isfinite().all())

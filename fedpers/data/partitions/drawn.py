@@ -145,7 +145,7 @@ def _key(values: NDArray[Any], clients: int, config: PartitionConfig, seed: int)
 
 
 def _given(partitioner: Any, values: NDArray[Any], seed: int) -> Any:
-    """The partitioner with its table; it divides when it is first enforces_minimum for something."""
+    """The partitioner with its table; it divides when it is first asked for something."""
     from datasets import Dataset as Table
 
     # The partitioners cut tables from top to bottom; which samples come where is drawn here.

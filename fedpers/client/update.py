@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -11,7 +12,21 @@ from flwr.clientapp.typing import Mod
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedpers.cohort import ARRAYS, Batch, Cohort, Given, Network, Reply, Selection, Training, Tree, View, select, tree
+from fedpers.cohort import (
+    ARRAYS,
+    Batch,
+    Cohort,
+    Given,
+    Network,
+    Reply,
+    Selection,
+    Training,
+    Tree,
+    View,
+    entries,
+    select,
+    tree,
+)
 from fedpers.cohort.plan import smallest_batch
 from fedpers.data.federated import EVALUATED_PARTS, FederatedData, Part
 from fedpers.errors import check
@@ -57,13 +72,18 @@ class LocalUpdate(Settings, group="strategy"):
         Settings with which it does not, for the error of networks in which it does.
     training : Training
         Optimizer, rates and batches.
+    adapts_itself : bool
+        Whether the method itself settles how clients adapt before they predict, so that `finetune_epochs` must be 0.
     personal_layers : tuple of str, optional
         Parts of the network that stay with clients in place of :attr:`personal`; all others are shared.
+    finetune_epochs : int
+        Passes over a client's training samples before each evaluation, see :meth:`fine_tuned`.
 
     Raises
     ------
     ConfigError
-        If the method itself settles what is personal and `personal_layers` are given.
+        If the method itself settles what is personal and `personal_layers` are given, or how clients adapt and
+        `finetune_epochs` is.
     """
 
     shared: ClassVar[Selection] = "all"
@@ -73,6 +93,7 @@ class LocalUpdate(Settings, group="strategy"):
     settles_parts: ClassVar[bool] = False
     mixes_networks: ClassVar[bool] = False
     mixing_settings: ClassVar[str] = "model.features=N"
+    adapts_itself: ClassVar[bool] = False
     training: Training = field(default_factory=Training)
     personal_layers: Annotated[
         tuple[Annotated[str, Field(pattern="^[^-]", title="a part of the network")], ...] | None,
@@ -82,9 +103,17 @@ class LocalUpdate(Settings, group="strategy"):
             "shared; null: as the method has it",
         ),
     ] = None
+    finetune_epochs: Annotated[
+        int,
+        Field(ge=0, description="passes over a client's training samples before each evaluation, forgotten after it"),
+    ] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        allowed = "0, for the method itself settles how clients adapt before they predict"
+        check(
+            not (self.adapts_itself and self.finetune_epochs), "strategy.finetune_epochs", self.finetune_epochs, allowed
+        )
         if self.personal_layers is not None:
             allowed = "null, for the method itself settles what is shared and what is personal"
             check(not self.settles_parts, "strategy.personal_layers", self.personal_layers, allowed)
@@ -229,6 +258,36 @@ class LocalUpdate(Settings, group="strategy"):
         """
         return cohort.view(received[ARRAYS])
 
+    @property
+    def finetuned_parts(self) -> Selection:
+        """Parameters that fine-tuning moves."""
+        return "parameters"
+
+    def fine_tuned(self, cohort: Cohort, networks: Tree | View) -> Tree | View:
+        """Networks after :attr:`finetune_epochs` passes over each client's training samples; nothing of it is kept.
+
+        What is minimized is the task's loss of what the method predicts, with the training's optimizer started anew.
+
+        Parameters
+        ----------
+        cohort : Cohort
+        networks : Tree ``[K]`` or View
+            As :meth:`personalize` returns them.
+        """
+        if not self.finetune_epochs:
+            return networks
+        view = networks if isinstance(networks, View) else View(dict(entries(networks)), frozenset(entries(networks)))
+        params = cohort.copies(view)
+        cohort.fit(
+            params,
+            partial(LocalUpdate.loss, self),
+            only=self.finetuned_parts,
+            given=view.given,
+            epochs=self.finetune_epochs,
+            purpose="finetune",
+        )
+        return View(dict(entries(params)), frozenset(entries(params)), view.given)
+
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Class scores ``[B, C]`` of one client, or what else the data's task measures."""
         return network(x)
@@ -277,10 +336,11 @@ class LocalUpdate(Settings, group="strategy"):
         Returns
         -------
         list of dict
-            ``{part}-{metric}`` of :meth:`measure` for :meth:`personalize`, ``{part}-{name}-{metric}`` for those of
-            :meth:`extra_models`; and ``adaptation-gradients``, the gradients computed to personalize before predicting.
+            ``{part}-{metric}`` of :meth:`measure` for :meth:`personalize` and :meth:`fine_tuned`,
+            ``{part}-{name}-{metric}`` for those of :meth:`extra_models`; and ``adaptation-gradients``, the gradients
+            computed to personalize before predicting.
         """
-        networks = {"": self.personalize(cohort, received, config)}
+        networks = {"": self.fine_tuned(cohort, self.personalize(cohort, received, config))}
         networks.update({f"{name}-": network for name, network in self.extra_models(cohort, received, config).items()})
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
         for part in EVALUATED_PARTS:

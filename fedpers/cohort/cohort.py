@@ -114,11 +114,18 @@ class Cohort:
         The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
     max_steps : int, optional
         No plan takes more steps, whatever its epochs and steps: unseen clients are measured after so many.
+    precision : bool
+        Whether :meth:`reply` adds the metric ``precision``, 1 / :meth:`variance` of what it sends.
 
     Attributes
     ----------
     size : int
         K.
+    measures_variance : bool
+        Whether trainings are watched for :meth:`variance`; a method that asks for it sets it before it trains.
+    variances : list
+        Of each training so far (:class:`~fedpers.cohort.walk.Walk`), for each tree that it changed: the tree, and by
+        name the variances of all coordinates added up, ``[K]``.
     steps_taken, samples_seen, gradients_taken : Tensor ``[K]``
         Of each client so far in this call: steps of the optimizer, samples of their batches, and gradients, int64. A
         method that computes some without :meth:`fit` adds them itself.
@@ -149,6 +156,7 @@ class Cohort:
         shared: Selection = "all",
         personal: Selection = "none",
         max_steps: int | None = None,
+        precision: bool = False,
     ) -> None:
         self.module = module
         self.shared = shared
@@ -160,6 +168,8 @@ class Cohort:
         self.seed = seed
         self.round = round
         self.max_steps = max_steps
+        self.precision = self.measures_variance = precision
+        self.variances: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
         self.training = training
         self.size = len(self.clients)
         self.device = data.device
@@ -270,7 +280,10 @@ class Cohort:
         personal : Tree ``[K]``, optional
             Default ``state["model"]`` if there is one.
         """
-        view = self.view(received, personal)
+        return self.copies(self.view(received, personal))
+
+    def copies(self, view: View) -> Tree:
+        """Full networks ``[K]`` with the values of a view, to be trained."""
         return tree(
             {name: self._copies(name, value, stacked=name in view.stacked) for name, value in view.tensors.items()},
             self.size,
@@ -330,10 +343,14 @@ class Cohort:
         names = self.names(self.personal if keep is None else keep)
         if names and "model" not in personal_state:
             personal_state["model"] = params.select(*names)
+        sent = self.names(self.shared if share is None else share)
+        columns = dict(metrics or {})
+        if self.precision and "precision" not in columns:
+            columns["precision"] = 1 / self.variance(params, sent)
         return Reply(
-            records={ARRAYS: params.select(*self.names(self.shared if share is None else share)), **records},
+            records={ARRAYS: params.select(*sent), **records},
             state=tree(personal_state, self.size) if personal_state else None,
-            metrics=dict(metrics or {}),
+            metrics=columns,
         )
 
     # ------------------------------------------------------------- training
@@ -608,6 +625,32 @@ class Cohort:
                 hook(step, rows, grads)
             optimizer.update(rows, grads, None if mask is None else {n: step.take(m) for n, m in mask.items()})
             self.count_loss(step, losses)
+
+    def variance(self, params: Tree, only: Selection = "parameters") -> Tensor:
+        """How far parameters scattered over the second half of the steps of each training in this call.
+
+        Parameters
+        ----------
+        params : Tree ``[K]``
+            Networks that were trained (:meth:`fit`, :meth:`walk`) while :attr:`measures_variance` held: these very
+            tensors, not copies.
+        only : selection
+            Parameters that count, see :meth:`trainable`.
+
+        Returns
+        -------
+        Tensor ``[K]``
+            Variance of a coordinate over the networks before each of these steps and after the last, mean over
+            coordinates, float64; of several trainings the sum. 0 for a client that took no step.
+        """
+        values = {name: params[name] for name in self.trainable(only)}
+        total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        for trained, sums in self.variances:
+            for name, value in values.items():
+                if name in sums and trained[name] is value:
+                    total += sums[name]
+        mean: Tensor = total / max(1, sum(value[0].numel() for value in values.values()))
+        return mean
 
     # ----------------------------------------------------------- evaluation
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import BatchPlan
 from fedpers.cohort.step import Step
+from fedpers.cohort.variance import RunningVariance
 from fedpers.settings.training import Training
 
 if TYPE_CHECKING:
@@ -75,11 +76,16 @@ class Walk:
             work = [{name: value[order.to(value.device)] for name, value in stack.items()} for stack in work]
         rows: tuple[Rows, ...] = ()
         num_steps, active = 0, -1
+        variances = [self._variance_of(values) for values in self.trees]
+        client_steps = plan.client_steps  # in the order of the plan
         try:
             for step in self.cohort.steps(plan):
                 if step.active != active:
                     active = step.active
                     rows = tuple(_Rows({n: value[:active] for n, value in stack.items()}) for stack in work)
+                for variance, values in zip(variances, rows, strict=True):
+                    if variance is not None:
+                        variance.add(values, num_steps >= client_steps[:active] // 2, step)
                 num_steps += 1
                 yield step, rows[0] if len(rows) == 1 else rows
         finally:
@@ -88,3 +94,15 @@ class Walk:
                     for name, value in stack.items():
                         values[name].index_copy_(0, order.to(value.device), value)
             self.cohort.book(plan, num_steps)
+        for variance, values in zip(variances, self.trees, strict=True):
+            if variance is not None:
+                trained = client_steps > 0 if plan.order is None else (client_steps > 0)[plan.order.argsort()]
+                variance.add(values, trained)
+                self.cohort.variances.append((values, variance.sums()))
+
+    def _variance_of(self, values: Mapping[str, Tensor]) -> RunningVariance | None:
+        """For the trainable parameters among `values`; None if there are none, or nobody asks."""
+        if not self.cohort.measures_variance:
+            return None
+        names = [name for name in self.cohort.trainable() if name in values]
+        return RunningVariance({name: values[name] for name in names}) if names else None

@@ -230,8 +230,10 @@ class ReplyCollector:
 
     def _weight_problem(self, metrics: Mapping[str, float]) -> str:
         name = _WEIGHT_METRICS.get(self.rules.weighting)
-        wrong = name is not None and not 0 < metrics.get(name, math.nan) < math.inf
-        return f"{name} is {metrics.get(name)}" if name is not None and wrong else ""
+        value = metrics.get(name) if name else 1.0
+        if value is not None and 0 < value < math.inf:
+            return ""
+        return f"it has no weight by strategy.weighting={self.rules.weighting}: its {name} is {value}"
 
     def partial(self) -> Collected:
         """Copy for :meth:`Collected.merge` on another machine, without what that machine already has.

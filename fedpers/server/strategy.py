@@ -19,7 +19,7 @@ from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check
 from fedpers.failures import FirstOfEachKind, sentence_of
-from fedpers.identity import READS, check_config, check_halves, register
+from fedpers.identity import PRECISION, READS, check_config, check_halves, register
 from fedpers.process import one_thread
 from fedpers.randomness import sample_clients
 from fedpers.records import ARRAYS, CONFIG, from_record, to_record
@@ -46,10 +46,22 @@ log = logging.getLogger(__name__)
 Phase = Literal["train", "evaluate"]
 """What clients are asked to do."""
 Weighting = Annotated[
+    Literal["samples", "uniform", "inverse_variance"],
+    Field(
+        description="weight of a client in the average: its training samples, 1 for every client, or 1 / variance of "
+        "what it sends over the second half of its steps"
+    ),
+]
+"""Weight of a reply in the average: training samples of the client, 1, or 1 / :meth:`fedpers.cohort.Cohort.variance`.
+
+The latter gives most weight to clients whose training has come to rest, as a fixed-effect meta-analysis weights studies
+(Self-FL, arXiv:2111.11204, sees the variance so too, and adds that between clients).
+"""
+SampleWeighting = Annotated[
     Literal["samples", "uniform"],
     Field(description="weight of a client in the average: its training samples, or 1 for every client"),
 ]
-"""Weight of a reply in the average: training samples of the client, or 1."""
+"""Of methods whose clients do not train in steps, so that nothing has a variance."""
 _RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "adapt_steps", "postprocessors", "client_update")
 """Fields that no method has as an option of its own."""
 
@@ -65,8 +77,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     ----------
     fraction, min_replies, evaluate_every, seed
         Who is sampled, how many replies are needed, how often is evaluated: :class:`~fedpers.settings.RoundsConfig`.
-    weighting : {"samples", "uniform"}
-        Weight of a reply in the average: training samples of the client, or 1.
+    weighting : {"samples", "uniform", "inverse_variance"}
+        Weight of a reply in the average, see :data:`Weighting`.
     unseen : tuple of int
         Clients that are never asked to train (``FederatedData.unseen``).
     adapt_steps : tuple of int
@@ -482,6 +494,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.sent_arrays = from_record(arrays)
         self.check_arrays(self.sent_arrays, len(sampled))
         config["server-round"] = server_round
+        if self._weighting == "inverse_variance":
+            config[PRECISION] = True
         self.report = RoundReport(server_round, sampled)
         self._collector = None
         clients = self.training_clients = self.prepare(server_round, self.sent_arrays, sampled, grid, "train")
@@ -490,6 +504,11 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self._training, size = self.exchange.messages(flower.MessageType.TRAIN, sent, config, clients)
         self.report.bytes_down += size
         return self._training
+
+    @property
+    def _weighting(self) -> str:
+        """Weights of replies in this round: where the server has no arrays, there is no variance to weight by."""
+        return self.weighting if entries(self.sent_arrays) else "uniform"
 
     def _check_sent(self, sent: Records | Sequence[Records]) -> None:
         """Refuse postprocessors, which go by the server's arrays, where clients are sent others."""
@@ -524,7 +543,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             common,
             self.fold() if fold is None else fold,
             self.postprocessors,
-            self.weighting,
+            self._weighting,
             by_client,
         )
 

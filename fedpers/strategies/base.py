@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedpers.client.app import CohortApp
 from fedpers.client.update import LocalUpdate, Received
 from fedpers.server.report import RoundReport
-from fedpers.server.strategy import PersonalizedStrategy, Phase, Weighting
+from fedpers.server.strategy import PersonalizedStrategy, Phase, SampleWeighting, Weighting
 from fedpers.strategies.registry import method
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Phase",
     "Received",
     "RoundReport",
+    "SampleWeighting",
     "Weighting",
     "method",
 ]

@@ -76,6 +76,9 @@ class FedAMP(PersonalizedStrategy):
     update = FedAMPUpdate
     common_options = ("variant",)
     client_update: FedAMPUpdate = field(default_factory=FedAMPUpdate)
+    weighting: Annotated[
+        Literal["samples", "uniform"], Field(description="counts for nothing: networks are weighted by attention")
+    ] = "samples"
     alpha: Annotated[
         float | None, Field(gt=0, description="step towards similar networks; null: sigma over their number")
     ] = None

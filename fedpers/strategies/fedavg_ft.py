@@ -8,18 +8,18 @@ arXiv:2108.07313.
     prediction of client k: w_k <- w, then E_ft passes of SGD on f_k
 
 Shared: the whole network. Personal: nothing; the fine-tuned network is used for the prediction and then forgotten.
+
+Any other method is fine-tuned by the same option (:meth:`~fedpers.client.LocalUpdate.fine_tuned`), 0 there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
-from fedpers.cohort import Cohort, Tree
-from fedpers.strategies.base import PersonalizedStrategy, Received, method
+from fedpers.strategies.base import PersonalizedStrategy, method
 from fedpers.strategies.fedavg import FedAvgUpdate
 
 
@@ -27,13 +27,7 @@ from fedpers.strategies.fedavg import FedAvgUpdate
 class FedAvgFTUpdate(FedAvgUpdate):
     """FedAvg's training; fine-tuning before each evaluation."""
 
-    finetune_epochs: Annotated[int, Field(ge=1, description="passes before each prediction")] = 1
-
-    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """Fine-tune the received network on the client's training samples."""
-        params = cohort.assemble(received["arrays"])
-        cohort.fit(params, self.loss, epochs=self.finetune_epochs, purpose="finetune")
-        return params
+    finetune_epochs: Annotated[int, Field(ge=1, description="passes before each prediction, forgotten after it")] = 1
 
 
 @method("fedavg_ft")

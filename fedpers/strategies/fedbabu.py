@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedpers.cohort import Cohort, Reply, Tree
+from fedpers.cohort import Cohort, Reply, Selection
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -47,11 +47,10 @@ class FedBABUUpdate(LocalUpdate):
         cohort.fit(params, self.loss, only="body")
         return cohort.reply(params)
 
-    def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """Fine-tune the received body and the initial head on the client's training samples."""
-        params = cohort.assemble(received[ARRAYS])
-        cohort.fit(params, self.loss, only=self.finetune, epochs=self.finetune_epochs, purpose="finetune")
-        return params
+    @property
+    def finetuned_parts(self) -> Selection:
+        """Body, head or both."""
+        return self.finetune
 
 
 @method("fedbabu")

@@ -55,7 +55,7 @@ from fedpers.data.federated import FederatedData
 from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name, schema_of
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, SampleWeighting, method
 
 KNOWLEDGE, TARGETS = "knowledge", "targets"
 """Records: what a client sends (``features``, ``scores``, ``labels``), and the server's ``scores`` for its samples."""
@@ -255,6 +255,7 @@ class FedD2S(PersonalizedStrategy):
     update = FedD2SUpdate
     common_options = ("cuts", "rate", "alpha", "beta", "temperature", "variant")
     client_update: FedD2SUpdate = field(default_factory=FedD2SUpdate)
+    weighting: SampleWeighting = "samples"
     server_epochs: Annotated[int, Field(ge=1, description="passes of the server over what clients sent")] = 5
     server_lr: Annotated[float | None, Field(gt=0, description="of the server's head; null: training.lr")] = None
     server_batch_size: Annotated[int, Field(ge=1, description="samples in a batch of the server")] = 64

@@ -273,7 +273,7 @@ class FedJETsUpdate(LocalUpdate):
         """As inherited; with `evaluate_mixture` also the mixture instead of one expert for each sample."""
         rows = super().evaluate(cohort, received, config)
         if self.evaluate_mixture:
-            network = self.personalize(cohort, received, config)
+            network = self.fine_tuned(cohort, self.personalize(cohort, received, config))
             for part in EVALUATED_PARTS:
                 columns = self.measure(cohort, cohort.logits(network, part, self.mixed), part, config)
                 for name in columns.keys() - {"examples"}:

@@ -48,7 +48,7 @@ from fedpers.models import fresh
 from fedpers.models.factorization import require_factorization
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, SampleWeighting, method
 
 _REQUIRED_TRAINING = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
 Values = Mapping[str, Tensor]
@@ -231,7 +231,7 @@ class FedMF(PersonalizedStrategy):
     update: ClassVar[type[LocalUpdate]] = FedMFUpdate
     common_options = ("threshold",)
     client_update: FedMFUpdate = field(default_factory=FedMFUpdate)
-    weighting: Weighting = "uniform"
+    weighting: SampleWeighting = "uniform"
 
     @property
     def sent_table(self) -> tuple[str, Tensor] | None:

@@ -116,7 +116,7 @@ class PFedHNUpdate(LocalUpdate):
         cohort.fit(params, self.loss)
         reply = cohort.reply(params, share=generated, keep=kept)
         changes = tree({name: params[name] - value for name, value in before.items()}, cohort.size)
-        return Reply({ARRAYS: changes}, reply.state)
+        return Reply({ARRAYS: changes}, reply.state, reply.metrics)
 
 
 @method("pfedhn")

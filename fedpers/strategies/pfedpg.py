@@ -112,15 +112,9 @@ class PFedPGUpdate(FedVPTUpdate):
         before = params[PROMPTS].clone()
         cohort.fit(params, self.loss)
         change = params[PROMPTS] - before
-        personal_state = {
-            "model": params.select(*cohort.names(self.personal)),
-            "adapted": params.select(PROMPTS),
-        }
-        return Reply(
-            {ARRAYS: tree({PROMPTS: change}, cohort.size)},
-            tree(personal_state, cohort.size),
-            {"prompt_change": change.flatten(1).norm(dim=1)},
-        )
+        metrics = {"prompt_change": change.flatten(1).norm(dim=1)}
+        reply = cohort.reply(params, state={"adapted": params.select(PROMPTS)}, metrics=metrics)
+        return Reply({ARRAYS: tree({PROMPTS: change}, cohort.size)}, reply.state, reply.metrics)
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> View:
         """Own head with the prompts as adapted last, or as received before the first training."""

@@ -54,8 +54,8 @@ from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Records, Reply, Tree, entries, tree
 from fedpers.cohort.plan import batches_per_epoch
-from fedpers.cohort.step import Step
 from fedpers.cohort.tree import expand_rows, sum_rows
+from fedpers.cohort.variance import RunningVariance
 from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import reply_weight
@@ -76,40 +76,6 @@ InverseVariance = Annotated[
     Literal["inverse_variance", "samples", "uniform"],
     Field(description="weight of a client in the average: 1 / (s_0 + s_m), its training samples, or 1"),
 ]
-
-
-class RunningVariance:
-    """Variance over a sequence of networks ``[K]``, per coordinate, mean over coordinates (Welford's method).
-
-    Parameters
-    ----------
-    like : mapping of name to Tensor ``[K, ...]``
-        Tensors of the shapes that will be added.
-    """
-
-    def __init__(self, like: Mapping[str, Tensor]) -> None:
-        self.means = {name: torch.zeros_like(value) for name, value in like.items()}
-        first = next(iter(self.means.values()))
-        self.count = first.new_zeros(len(first))
-        self.squares = first.new_zeros(len(first), dtype=torch.float64)
-        self.size = sum(value[0].numel() for value in self.means.values())
-
-    def add(self, values: Mapping[str, Tensor], counted: Tensor, step: Step | None = None) -> None:
-        """Add `values` ``[a, ...]`` of a step's clients, or of all, for which `counted` (bool ``[a]``) holds."""
-        if not bool(counted.any()):
-            return
-        active = slice(0, len(self.count)) if step is None else slice(0, step.active)
-        rows = active if step is None or step.rows is None else step.rows.to(self.count.device)
-        self.count[rows] += counted
-        share = counted / self.count[rows].clamp(min=1)
-        for name, mean in self.means.items():
-            before = values[name] - mean[rows]
-            mean[rows] += expand_rows(share, before) * before
-            self.squares[rows] += sum_rows(before * (values[name] - mean[rows])).double() * counted
-
-    def result(self) -> Tensor:
-        """Variance ``[K]``, float64; 0 of fewer than two networks."""
-        return self.squares / (self.count - 1).clamp(min=1) / self.size
 
 
 @dataclass(kw_only=True)
@@ -162,20 +128,11 @@ class SelfFLUpdate(LocalUpdate):
             if self.start_from == "leave_one_out":
                 around_start = inter + self._leave_out(cohort, params, received[ARRAYS], known)
             steps = self._steps(cohort, inter, around_start, known["scale"])
-        trajectory = RunningVariance({name: params[name] for name in names})
-        taken, total = 0, torch.tensor(self._usual_steps(cohort) if steps is None else steps)
-
-        def record(step: Step, rows: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
-            nonlocal taken
-            trajectory.add(rows, taken >= step.take(total.to(cohort.device)) // 2, step)
-            taken += 1
-
+        cohort.measures_variance = self.intra == "trajectory"
+        cohort.fit(params, self.loss, steps=steps)
         if self.intra == "trajectory":
-            cohort.fit(params, self.loss, adjust=[record], steps=steps)
-            trajectory.add({name: params[name] for name in names}, total.to(cohort.device) > 0)
-            variance = trajectory.result()
+            variance = cohort.variance(params)
         else:
-            cohort.fit(params, self.loss, steps=steps)
             variance = self._sampling_variance(cohort, params, names)
         former = torch.where(cohort.trained.to(variance.device), cohort.state[MEMORY]["variance"].to(variance), 0)
         variance = torch.where(variance > 0, variance, former)
@@ -250,7 +207,7 @@ class SelfFL(PersonalizedStrategy):
     """Average by inverse variance, and the variance between clients."""
 
     update = SelfFLUpdate
-    weighting: InverseVariance = "inverse_variance"  # type: ignore[assignment]
+    weighting: InverseVariance = "inverse_variance"
     inter: Annotated[Literal["em", "empirical"], Field(description="how the variance between clients is seen")] = "em"
     inter_variance: Annotated[
         float | None, Field(gt=0, description="variance between clients; null: estimated in each round")

@@ -399,7 +399,10 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["strategy=xyzzy"], "strategy=xyzzy: expected one of apfl, clustered, cwfedavg, ditto, "),
         (["resume", "nowhere"], "nowhere holds no run: there is no such folder."),
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
-        (["strategy.mu=1"], "expected a known key: one of name, personal_layers, weighting; mu is an option of "),
+        (
+            ["strategy.mu=1"],
+            "expected a known key: one of finetune_epochs, name, personal_layers, weighting; mu is an option of ",
+        ),
         (["strategy.mu=1"], "strategy=ditto, "),
         (
             ["partition=iid", "partition.alpha=1"],

@@ -137,6 +137,17 @@ def test_a_clients_network_scores_as_the_run_measured_it(
     assert all(torch.equal(values[name], expected[name]) for name in values)
 
 
+def test_a_fine_tuned_network_is_exported_as_it_was_measured(tmp_path: Path, lose_data: Callable[[], None]) -> None:
+    folder = run(tmp_path / "run", "strategy=fedper", "strategy.finetune_epochs=1", "rounds=1")
+    data, measured = data_of(folder), pd.read_parquet(folder / "clients.parquet")["test_accuracy_last"]
+    for client in range(data.num_clients):
+        assert accuracy(fedpers.load_client(folder, client), data, client) == measured[client]
+    shutil.move(folder, tmp_path / "elsewhere")
+    lose_data()
+    with pytest.raises(FedpersError, match=r"samples of .* are needed .* is not on this machine"):
+        fedpers.load_client(tmp_path / "elsewhere", 0)
+
+
 def test_a_plain_network_is_itself_and_one_with_more_is_wrapped(finished: Path, tmp_path: Path) -> None:
     assert not isinstance(fedpers.load_client(finished, 0), Predictor)
     folder = run(tmp_path / "run", "strategy=knnper", "rounds=1")

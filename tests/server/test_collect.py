@@ -203,7 +203,7 @@ def test_a_client_without_samples_is_left_out_where_samples_weigh() -> None:
     taker, uniform = collector(), collector("uniform")
     taker.take_cohort(result)
     uniform.take_cohort(result)
-    assert taker.collected.failures == {2: "num-examples is 0"}
+    assert taker.collected.failures == {2: "it has no weight by strategy.weighting=samples: its num-examples is 0"}
     assert uniform.collected.failures == {}
 
 

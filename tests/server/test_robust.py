@@ -103,7 +103,7 @@ def test_no_replies_make_no_arrays() -> None:
     assert fold.result() == {}
 
 
-@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+@pytest.mark.parametrize("weighting", ["samples", "uniform", "inverse_variance"])
 def test_flowers_mean_is_our_mean(weighting: str) -> None:
     expected = trained(*both("fedavg", weighting=weighting)).arrays
     made = trained(*both("fedavg", Robust(FlowerFedAvg()), weighting=weighting)).arrays

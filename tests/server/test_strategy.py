@@ -135,6 +135,7 @@ def error(reply: flower.Message) -> flower.Message:
 
 
 NAN = [np.nan, 0.0, 0.0, 0.0]
+WITHOUT_WEIGHT = "it has no weight by strategy.weighting=samples: its num-examples is "
 BAD: dict[str, tuple[Tamper, str]] = {
     "missing": (lambda reply: None, "no reply"),
     "error": (error, "out of memory"),
@@ -148,10 +149,10 @@ BAD: dict[str, tuple[Tamper, str]] = {
     "more": (more_records, "'more/x' is in its reply, but the method declares no such entry"),
     "bytes": (replaced("head.bias", flower.Array("float32", (4,), "numpy.ndarray", b"")), "an array cannot be read"),
     "text": (replaced("head.bias", flower.Array(np.array(["a", "b", "c", "d"]))), "an array cannot be read"),
-    "no samples": (metric("num-examples", 0), "num-examples is 0"),
-    "negative": (metric("num-examples", -5), "num-examples is -5"),
-    "infinite": (metric("num-examples", float("inf")), "num-examples is inf"),
-    "nan samples": (metric("num-examples", float("nan")), "num-examples is nan"),
+    "no samples": (metric("num-examples", 0), f"{WITHOUT_WEIGHT}0"),
+    "negative": (metric("num-examples", -5), f"{WITHOUT_WEIGHT}-5"),
+    "infinite": (metric("num-examples", float("inf")), f"{WITHOUT_WEIGHT}inf"),
+    "nan samples": (metric("num-examples", float("nan")), f"{WITHOUT_WEIGHT}nan"),
     "nan loss": (metric("train-loss", float("nan")), "train-loss is nan"),
     "nan steps": (metric("steps", float("nan")), "steps is nan"),
 }  # fmt: skip

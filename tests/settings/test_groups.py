@@ -268,6 +268,7 @@ def test_a_method_of_ones_own_is_a_choice_like_others(
         "name": "own_method:Mine",
         "weighting": "samples",
         "personal_layers": None,
+        "finetune_epochs": 0,
         "mu": 3,
     }
     assert _main(["--help", "strategy=own_method:Mine"]) == 0

@@ -54,6 +54,7 @@ class Finished:
         config = {"server-round": self.round}
         cohort = self.app.cohort(clients, self.grid.engine.store.gather(clients), config)
         networks: Tree | View = self.app.update.personalize(cohort, {"arrays": _tree(self.arrays)}, config)
+        networks = self.app.update.fine_tuned(cohort, networks)
         tensors = networks.tensors if isinstance(networks, View) else entries(networks)
         stacked = networks.stacked if isinstance(networks, View) else frozenset(tensors)
         rows = {c: {n: v[k] if n in stacked else v for n, v in tensors.items()} for k, c in enumerate(clients)}

@@ -352,7 +352,7 @@ def test_anchors_teach_the_gate_whose_labels_are_whose() -> None:
     routed = {}
     for share in (0.0, 0.5):
         options = {**OPTIONS, "gate_hidden": 32, "anchor_share": share}
-        finished = run("fedjets", options, rounds=25, network=network, data=data, batch_size=8, lr=0.05)
+        finished = run("fedjets", options, rounds=15, network=network, data=data, batch_size=8, lr=0.05)
         values = {n: v.double() for n, v in finished.arrays.items()}
         with torch.no_grad():
             scores = [

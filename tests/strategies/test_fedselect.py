@@ -180,9 +180,10 @@ def plain_update(client: Client, rate: float, limit: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interval", [1, 2])
-@pytest.mark.parametrize("batchnorm", ["official", "fixed"])
-@pytest.mark.parametrize("weighting", ["uniform", "samples"])
+@pytest.mark.parametrize(
+    ("interval", "batchnorm", "weighting"),  # each pair of values at least once
+    [(1, "official", "uniform"), (2, "official", "samples"), (1, "fixed", "samples"), (2, "fixed", "uniform")],
+)
 def test_official_with_partial_participation(interval: int, batchnorm: str, weighting: str) -> None:
     rate, limit, rounds = 0.3, 0.6, 7
     options = {"rate": rate, "limit": limit, "interval": interval, "batchnorm": batchnorm, "weighting": weighting}
@@ -442,7 +443,7 @@ def test_unseen_clients_adapt() -> None:
 
 @pytest.mark.slow
 def test_metrics_land_in_the_run_folder(tmp_path: Path) -> None:
-    assert _main(["strategy=fedselect", "rounds=4", "partition.num_clients=5", f"output={tmp_path}"]) == 0
+    assert _main(["strategy=fedselect", "rounds=4", "partition.num_clients=2", f"output={tmp_path}"]) == 0
     (file,) = tmp_path.rglob("rounds.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     shares = [row["train/personal_share/head.weight"] for row in rows[1:]]
@@ -497,9 +498,7 @@ def test_errors_as_a_user_sees_them(tmp_path: Path, capsys: pytest.CaptureFixtur
         ("a_alt_mlp", "after_phase1/fc.weight"),
         ("b_delta_update", "case05/new_mask/fc.weight"),
         ("c_merge", "after_c1/count/fc.weight"),
-        ("c_merge", "average/bn.weight"),
         ("d_full_mlp", "r2/c1/mask_new/fc1.weight"),
-        ("d_full_mlp", "r1/c2/delta_previous/fc.weight"),
         ("d_full_convbn", "r2/c3/after/bn.running_var"),
         ("d_interval2_mlp", "r3/accuracy"),
     ],

@@ -95,14 +95,14 @@ def _compare_finetuned(
         return
     app = strategy.work.app
     clients = sorted(range(trace.clients), key=lambda c: (-app.sizes[c], c))
-    update = replace(app.update, finetune_epochs=trace.meta["hyper"]["fine_tuning_epochs"])  # type: ignore[call-arg]
+    update = replace(app.update, finetune_epochs=trace.meta["hyper"]["fine_tuning_epochs"])
     cohort = app.cohort(clients, tree({}, len(clients)), {"server-round": trace.rounds + 1})
     held = trace.group("out/client/trained/model")
     body = tree({n: torch.from_numpy(held[n][r][clients]) for n in cohort.names(update.shared)}, len(clients))
-    tuned = update.personalize(cohort, {ARRAYS: body}, {})
-    assert isinstance(tuned, Tree)
+    tuned = update.fine_tuned(cohort, update.personalize(cohort, {ARRAYS: body}, {}))
+    assert isinstance(tuned, View)
     for name, values in trace.group("out/client/finetuned/model").items():
-        comparison.add("finetuned model", tuned[name], values[clients])
+        comparison.add("finetuned model", tuned.tensors[name], values[clients])
     for client, scores in zip(clients, cohort.logits(tuned, "test", update.predict), strict=True):
         comparison.add("finetuned scores", scores, trace.arrays[f"out/eval/final/test_scores/c{client}"][0])
 

@@ -31,9 +31,9 @@ MAX_STEPS = "max-steps"
 head and body)."""
 PHASE_STEPS = "phase-steps"
 """Metric of such a training: the steps of the longest phase."""
-PRECISION = "precision"
-"""Key that asks replies for the metric ``train/precision``, by which ``weighting=inverse_variance`` weights them."""
-COMMON_KEYS = ("server-round", "auc", ADAPTING, MAX_STEPS, PRECISION)
+INVERSE_VARIANCE = "inverse-variance"
+"""Key that asks replies for the metric ``train/inverse_variance``, by which that weighting weights them."""
+COMMON_KEYS = ("server-round", "auc", ADAPTING, MAX_STEPS, INVERSE_VARIANCE)
 """Keys of a message's configuration that the clients of every method read."""
 _CLIENT_HALVES: set[str] = set()
 """Client halves that belong to a server half, by name."""

@@ -24,7 +24,7 @@ from fedpers.cohort.modules import copy_network
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, TrainingError, check
-from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS, PRECISION, READS, check_config, identity_of
+from fedpers.identity import ADAPTING, INVERSE_VARIANCE, MAX_STEPS, PHASE_STEPS, READS, check_config, identity_of
 from fedpers.models import with_head
 from fedpers.models.fields import take_fields
 from fedpers.records import ARRAYS, CONFIG, METRICS, flatten_state, to_record, trees, unflatten_state
@@ -216,7 +216,7 @@ class CohortApp(ClientApp):
             shared=self.update.shared,
             personal=self.update.personal,
             max_steps=config.get(MAX_STEPS),
-            precision=bool(config.get(PRECISION)),
+            inverse_variance=bool(config.get(INVERSE_VARIANCE)),
         )
 
     def check_config(self, config: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         if not _fails_alone(update, network, data):
             return Traits(needs_two_samples=False, draws=draws)
     for client, size in enumerate(data.sizes("train").tolist()):
-        if update.smallest_batch(size) == 1:
+        if 1 in (update.smallest_batch(size), update.finetune_epochs and LocalUpdate.smallest_batch(update, size)):
             raise lonely_sample_error(update.training.batch_size, client)
     return Traits(needs_two_samples=True, draws=draws)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -28,6 +27,7 @@ from fedpers.cohort import (
     tree,
 )
 from fedpers.cohort.plan import smallest_batch
+from fedpers.cohort.prediction import Predict
 from fedpers.data.federated import EVALUATED_PARTS, FederatedData, Part
 from fedpers.errors import check
 from fedpers.settings.base import Settings
@@ -72,8 +72,8 @@ class LocalUpdate(Settings, group="strategy"):
         Settings with which it does not, for the error of networks in which it does.
     training : Training
         Optimizer, rates and batches.
-    adapts_itself : bool
-        Whether the method itself settles how clients adapt before they predict, so that `finetune_epochs` must be 0.
+    can_finetune : bool
+        Whether plain steps fit how the method trains and what it predicts with; if not, `finetune_epochs` must be 0.
     personal_layers : tuple of str, optional
         Parts of the network that stay with clients in place of :attr:`personal`; all others are shared.
     finetune_epochs : int
@@ -82,8 +82,8 @@ class LocalUpdate(Settings, group="strategy"):
     Raises
     ------
     ConfigError
-        If the method itself settles what is personal and `personal_layers` are given, or how clients adapt and
-        `finetune_epochs` is.
+        If the method itself settles what is personal and `personal_layers` are given, or it cannot be fine-tuned and
+        `finetune_epochs` is not 0.
     """
 
     shared: ClassVar[Selection] = "all"
@@ -93,7 +93,7 @@ class LocalUpdate(Settings, group="strategy"):
     settles_parts: ClassVar[bool] = False
     mixes_networks: ClassVar[bool] = False
     mixing_settings: ClassVar[str] = "model.features=N"
-    adapts_itself: ClassVar[bool] = False
+    can_finetune: ClassVar[bool] = True
     training: Training = field(default_factory=Training)
     personal_layers: Annotated[
         tuple[Annotated[str, Field(pattern="^[^-]", title="a part of the network")], ...] | None,
@@ -110,10 +110,8 @@ class LocalUpdate(Settings, group="strategy"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        allowed = "0, for the method itself settles how clients adapt before they predict"
-        check(
-            not (self.adapts_itself and self.finetune_epochs), "strategy.finetune_epochs", self.finetune_epochs, allowed
-        )
+        epochs, allowed = self.finetune_epochs, "0, since plain steps do not fit how the method trains or adapts"
+        check(self.can_finetune or not epochs, "strategy.finetune_epochs", epochs, allowed)
         if self.personal_layers is not None:
             allowed = "null, for the method itself settles what is shared and what is personal"
             check(not self.settles_parts, "strategy.personal_layers", self.personal_layers, allowed)
@@ -232,6 +230,10 @@ class LocalUpdate(Settings, group="strategy"):
         """Loss of one client on one batch, a scalar; the default is the mean of the task's losses."""
         return batch.mean(batch.losses(self.predict(network, batch.x)))
 
+    def effective_training(self, training: Training) -> Training:
+        """Settings that training takes effect with; a method with rates of its own for some parts adds them."""
+        return training
+
     def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
         """Form in which one client's records travel, e.g. without zeros; see :meth:`fedpers.cohort.Fold.decode`."""
         return records
@@ -243,7 +245,9 @@ class LocalUpdate(Settings, group="strategy"):
     # ------------------------------------------------------------------ evaluation
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
-        """Networks the clients predict with; the default puts personal and received entries together.
+        """Networks the clients predict with, before :meth:`fine_tuned`.
+
+        The default puts personal and received entries together.
 
         Parameters
         ----------
@@ -258,6 +262,10 @@ class LocalUpdate(Settings, group="strategy"):
         """
         return cohort.view(received[ARRAYS])
 
+    def finetune_loss(self, network: Network, batch: Batch) -> Tensor:
+        """Loss that fine-tuning minimizes, a scalar; the default is the task's of what the method predicts."""
+        return LocalUpdate.loss(self, network, batch)
+
     @property
     def finetuned_parts(self) -> Selection:
         """Parameters that fine-tuning moves."""
@@ -266,7 +274,8 @@ class LocalUpdate(Settings, group="strategy"):
     def fine_tuned(self, cohort: Cohort, networks: Tree | View) -> Tree | View:
         """Networks after :attr:`finetune_epochs` passes over each client's training samples; nothing of it is kept.
 
-        What is minimized is the task's loss of what the method predicts, with the training's optimizer started anew.
+        Unseen clients are fine-tuned too; networks of :meth:`extra_models` and a common network are not. The optimizer
+        starts anew, with the settings of this round's training.
 
         Parameters
         ----------
@@ -280,7 +289,8 @@ class LocalUpdate(Settings, group="strategy"):
         params = cohort.copies(view)
         cohort.fit(
             params,
-            partial(LocalUpdate.loss, self),
+            self.finetune_loss,
+            training=self.effective_training(cohort.training),
             only=self.finetuned_parts,
             given=view.given,
             epochs=self.finetune_epochs,
@@ -305,6 +315,10 @@ class LocalUpdate(Settings, group="strategy"):
         mapping of str to Tree ``[K]`` or View
             Full networks as :meth:`personalize` returns them, by a name that goes before their metrics.
         """
+        return {}
+
+    def further_predictions(self) -> Mapping[str, Predict]:
+        """Other ways to predict with the same networks, by a name that goes before their metrics; none by default."""
         return {}
 
     def measure(
@@ -337,15 +351,18 @@ class LocalUpdate(Settings, group="strategy"):
         -------
         list of dict
             ``{part}-{metric}`` of :meth:`measure` for :meth:`personalize` and :meth:`fine_tuned`,
-            ``{part}-{name}-{metric}`` for those of :meth:`extra_models`; and ``adaptation-gradients``, the gradients
-            computed to personalize before predicting.
+            ``{part}-{name}-{metric}`` for those of :meth:`extra_models` and :meth:`further_predictions`; and
+            ``adaptation-gradients``, the gradients computed to personalize before predicting.
         """
-        networks = {"": self.fine_tuned(cohort, self.personalize(cohort, received, config))}
-        networks.update({f"{name}-": network for name, network in self.extra_models(cohort, received, config).items()})
+        networks = self.fine_tuned(cohort, self.personalize(cohort, received, config))
+        measured: dict[str, tuple[Tree | View, Predict]] = {"": (networks, self.predict)}
+        extra = self.extra_models(cohort, received, config)
+        measured.update({f"{name}-": (others, self.predict) for name, others in extra.items()})
+        measured.update({f"{name}-": (networks, predict) for name, predict in self.further_predictions().items()})
         rows: list[dict[str, float]] = [{} for _ in cohort.clients]
         for part in EVALUATED_PARTS:
-            for prefix, params in networks.items():
-                columns = self.measure(cohort, cohort.logits(params, part, self.predict), part, config)
+            for prefix, (params, predict) in measured.items():
+                columns = self.measure(cohort, cohort.logits(params, part, predict), part, config)
                 for name, column in columns.items():
                     if prefix and name == "examples":
                         continue

@@ -31,6 +31,8 @@ from fedpers.settings.training import Training
 warnings.filterwarnings(
     "ignore", message="There is a performance drop because we have not yet implemented the batching"
 )
+SMALLEST_VARIANCE = 1e-12
+"""A variance below this counts as this where clients are weighted by it."""
 TRAINED = "trained"
 """Role in personal state that counts a client's trainings, int64; kept by whoever runs cohorts, not by methods."""
 
@@ -114,15 +116,16 @@ class Cohort:
         The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
     max_steps : int, optional
         No plan takes more steps, whatever its epochs and steps: unseen clients are measured after so many.
-    precision : bool
-        Whether :meth:`reply` adds the metric ``precision``, 1 / :meth:`variance` of what it sends.
+    inverse_variance : bool
+        Whether :meth:`reply` adds the metric ``inverse_variance``, 1 / :meth:`variance` of the parameters it sends.
 
     Attributes
     ----------
     size : int
         K.
     measures_variance : bool
-        Whether trainings are watched for :meth:`variance`; a method that asks for it sets it before it trains.
+        Whether the shared parameters are watched in training, for :meth:`variance`; a method that asks for it itself
+        sets it before it trains.
     variances : list
         Of each training so far (:class:`~fedpers.cohort.walk.Walk`), for each tree that it changed: the tree, and by
         name the variances of all coordinates added up, ``[K]``.
@@ -156,7 +159,7 @@ class Cohort:
         shared: Selection = "all",
         personal: Selection = "none",
         max_steps: int | None = None,
-        precision: bool = False,
+        inverse_variance: bool = False,
     ) -> None:
         self.module = module
         self.shared = shared
@@ -168,7 +171,7 @@ class Cohort:
         self.seed = seed
         self.round = round
         self.max_steps = max_steps
-        self.precision = self.measures_variance = precision
+        self.inverse_variance = self.measures_variance = inverse_variance
         self.variances: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
         self.training = training
         self.size = len(self.clients)
@@ -345,8 +348,9 @@ class Cohort:
             personal_state["model"] = params.select(*names)
         sent = self.names(self.shared if share is None else share)
         columns = dict(metrics or {})
-        if self.precision and "precision" not in columns:
-            columns["precision"] = 1 / self.variance(params, sent)
+        if self.inverse_variance and "inverse_variance" not in columns:
+            weights = 1 / self.variance(params, sent).clamp(min=SMALLEST_VARIANCE)
+            columns["inverse_variance"] = weights.where(self.steps_taken.to(weights.device) > 0, torch.nan)
         return Reply(
             records={ARRAYS: params.select(*sent), **records},
             state=tree(personal_state, self.size) if personal_state else None,
@@ -642,13 +646,19 @@ class Cohort:
         Tensor ``[K]``
             Variance of a coordinate over the networks before each of these steps and after the last, mean over
             coordinates, float64; of several trainings the sum. 0 for a client that took no step.
+
+        Raises
+        ------
+        RuntimeError
+            If one of them was in no training that was watched.
         """
         values = {name: params[name] for name in self.trainable(only)}
         total = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-        for trained, sums in self.variances:
-            for name, value in values.items():
-                if name in sums and trained[name] is value:
-                    total += sums[name]
+        for name, value in values.items():
+            known = [sums[name] for trained, sums in self.variances if name in sums and trained[name] is value]
+            if not known:
+                raise RuntimeError(f"'{name}' has no variance: expected the tensor that fit or walk trained")
+            total += torch.stack(known).sum(0)
         mean: Tensor = total / max(1, sum(value[0].numel() for value in values.values()))
         return mean
 

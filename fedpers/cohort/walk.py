@@ -101,8 +101,8 @@ class Walk:
                 self.cohort.variances.append((values, variance.sums()))
 
     def _variance_of(self, values: Mapping[str, Tensor]) -> RunningVariance | None:
-        """For the trainable parameters among `values`; None if there are none, or nobody asks."""
+        """For the shared parameters that training may move among `values`; None if there are none, or nobody asks."""
         if not self.cohort.measures_variance:
             return None
-        names = [name for name in self.cohort.trainable() if name in values]
+        names = [name for name in self.cohort.trainable(self.cohort.shared) if name in values]
         return RunningVariance({name: values[name] for name in names}) if names else None

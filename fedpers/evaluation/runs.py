@@ -78,9 +78,10 @@ class RunRecord:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Options of the strategy and a server optimizer, nested keys joined by dots."""
+        """Options of the strategy and a server optimizer, nested keys joined by dots, defaults too."""
         strategy = self.config.get("strategy")
-        flat = _flatten(strategy) if isinstance(strategy, Mapping) else {}
+        written = _flatten(strategy) if isinstance(strategy, Mapping) else {}
+        flat = {**_flatten(_defaults("strategy", self.strategy) or {}), **written}
         return {key: value for key, value in flat.items() if key != "name"} | {"server_optimizer": self._server()}
 
     def _server(self) -> str:

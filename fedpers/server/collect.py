@@ -47,7 +47,7 @@ Schema = dict[tuple[str, str], Entry]
 log = logging.getLogger(__name__)
 UNBOUNDED = ("loss", "mse", "perplexity")
 """Endings of metrics that are infinite where a client's network has diverged; no other may be."""
-_WEIGHT_METRICS = {"samples": "num-examples", "inverse_variance": f"{EXTRA}precision"}
+_WEIGHT_METRICS = {"samples": "num-examples", "inverse_variance": f"{EXTRA}inverse_variance"}
 _FINITE_METRICS = ("steps", "samples", "gradients", "train-loss")
 NO_REPLY = ClientResult(None, "no reply")
 """Result of a client whose reply did not come."""
@@ -233,7 +233,8 @@ class ReplyCollector:
         value = metrics.get(name) if name else 1.0
         if value is not None and 0 < value < math.inf:
             return ""
-        return f"it has no weight by strategy.weighting={self.rules.weighting}: its {name} is {value}"
+        missing = "; cohort.reply adds it, else declare weighting: SampleWeighting" if value is None else ""
+        return f"it has no weight by strategy.weighting={self.rules.weighting}: its {name} is {value}{missing}"
 
     def partial(self) -> Collected:
         """Copy for :meth:`Collected.merge` on another machine, without what that machine already has.
@@ -245,7 +246,7 @@ class ReplyCollector:
 
 
 def reply_weight(weighting: str, metrics: Mapping[str, float]) -> float:
-    """Weight of a reply in an average: its training samples, its metric ``train/precision``, or 1 (``uniform``)."""
+    """Weight of a reply in an average: its training samples, ``train/inverse_variance``, or 1 (``uniform``)."""
     name = _WEIGHT_METRICS.get(weighting)
     return 1.0 if name is None else float(metrics[name])
 

@@ -19,7 +19,7 @@ from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
 from fedpers.errors import TrainingError, check
 from fedpers.failures import FirstOfEachKind, sentence_of
-from fedpers.identity import PRECISION, READS, check_config, check_halves, register
+from fedpers.identity import INVERSE_VARIANCE, READS, check_config, check_halves, register
 from fedpers.process import one_thread
 from fedpers.randomness import sample_clients
 from fedpers.records import ARRAYS, CONFIG, from_record, to_record
@@ -49,19 +49,21 @@ Weighting = Annotated[
     Literal["samples", "uniform", "inverse_variance"],
     Field(
         description="weight of a client in the average: its training samples, 1 for every client, or 1 / variance of "
-        "what it sends over the second half of its steps"
+        "the shared parameters over the second half of its steps"
     ),
 ]
 """Weight of a reply in the average: training samples of the client, 1, or 1 / :meth:`fedpers.cohort.Cohort.variance`.
 
-The latter gives most weight to clients whose training has come to rest, as a fixed-effect meta-analysis weights studies
-(Self-FL, arXiv:2111.11204, sees the variance so too, and adds that between clients).
+The variance is the one that Self-FL (arXiv:2111.11204) sees in a client's network, without that between clients, which
+it adds. Clients whose training has come to rest count most. A network that still moves scatters the more, the more
+steps it takes, so that with ``training.epochs`` clients with few samples count more than others; with
+``training.steps`` all take equally many.
 """
 SampleWeighting = Annotated[
     Literal["samples", "uniform"],
     Field(description="weight of a client in the average: its training samples, or 1 for every client"),
 ]
-"""Of methods whose clients do not train in steps, so that nothing has a variance."""
+"""Of methods whose clients do not send parameters that :meth:`Cohort.fit` or :meth:`Cohort.walk` trained."""
 _RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "adapt_steps", "postprocessors", "client_update")
 """Fields that no method has as an option of its own."""
 
@@ -495,7 +497,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.check_arrays(self.sent_arrays, len(sampled))
         config["server-round"] = server_round
         if self._weighting == "inverse_variance":
-            config[PRECISION] = True
+            config[INVERSE_VARIANCE] = True
         self.report = RoundReport(server_round, sampled)
         self._collector = None
         clients = self.training_clients = self.prepare(server_round, self.sent_arrays, sampled, grid, "train")
@@ -508,7 +510,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     @property
     def _weighting(self) -> str:
         """Weights of replies in this round: where the server has no arrays, there is no variance to weight by."""
-        return self.weighting if entries(self.sent_arrays) else "uniform"
+        without = self.weighting == "inverse_variance" and not entries(self.sent_arrays)
+        return "uniform" if without else self.weighting
 
     def _check_sent(self, sent: Records | Sequence[Records]) -> None:
         """Refuse postprocessors, which go by the server's arrays, where clients are sent others."""

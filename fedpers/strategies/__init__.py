@@ -8,7 +8,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from fedpers.strategies.base import CohortApp, LocalUpdate, PersonalizedStrategy, Received, RoundReport, Weighting
+from fedpers.strategies.base import (
+    CohortApp,
+    LocalUpdate,
+    PersonalizedStrategy,
+    Received,
+    RoundReport,
+    SampleWeighting,
+    Weighting,
+)
 from fedpers.strategies.registry import (
     STRATEGIES,
     default_options,
@@ -47,6 +55,7 @@ __all__ = [
     "PersonalizedStrategy",
     "Received",
     "RoundReport",
+    "SampleWeighting",
     "Weighting",
     "default_options",
     "make_strategy",

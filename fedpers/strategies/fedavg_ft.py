@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor
 
+from fedpers.cohort import Batch, Network
 from fedpers.strategies.base import PersonalizedStrategy, method
 from fedpers.strategies.fedavg import FedAvgUpdate
 
@@ -28,6 +30,10 @@ class FedAvgFTUpdate(FedAvgUpdate):
     """FedAvg's training; fine-tuning before each evaluation."""
 
     finetune_epochs: Annotated[int, Field(ge=1, description="passes before each prediction, forgotten after it")] = 1
+
+    def finetune_loss(self, network: Network, batch: Batch) -> Tensor:
+        """That of training."""
+        return self.loss(network, batch)
 
 
 @method("fedavg_ft")

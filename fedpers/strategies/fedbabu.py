@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from fedpers.cohort import Cohort, Reply, Selection
+from fedpers.cohort import Batch, Cohort, Network, Reply, Selection
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -46,6 +47,10 @@ class FedBABUUpdate(LocalUpdate):
         params = cohort.assemble(received[ARRAYS])
         cohort.fit(params, self.loss, only="body")
         return cohort.reply(params)
+
+    def finetune_loss(self, network: Network, batch: Batch) -> Tensor:
+        """That of training."""
+        return self.loss(network, batch)
 
     @property
     def finetuned_parts(self) -> Selection:

@@ -72,7 +72,8 @@ from fedpers.cohort import (
     model_tree,
     tree,
 )
-from fedpers.data.federated import EVALUATED_PARTS, PARTS, FederatedData, Part
+from fedpers.cohort.prediction import Predict
+from fedpers.data.federated import PARTS, FederatedData, Part
 from fedpers.errors import ConfigError, check
 from fedpers.models.frozen import featured
 from fedpers.models.initial import drawing, fresh
@@ -208,7 +209,7 @@ class FedJETsUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train gate and held experts together; an anchor trains the gate and its expert, each for itself."""
         params = cohort.assemble(received[ARRAYS])
-        held, training = cohort.per_client(received[HELD]), self._training(cohort.training)
+        held, training = cohort.per_client(received[HELD]), self.effective_training(cohort.training)
         if ANCHOR in held:
             trained = ("gate", "experts.0")
             cohort.fit(params, self.anchor_loss, only=trained, training=training, given={SLOTS: held[ANCHOR]})
@@ -216,7 +217,7 @@ class FedJETsUpdate(LocalUpdate):
         cohort.fit(params, self.loss, training=training, given={SLOTS: held[SLOTS]})
         return cohort.reply(params)
 
-    def _training(self, training: Training) -> Training:
+    def effective_training(self, training: Training) -> Training:
         """Settings with the rate of the gate; as the first group it gives way to the user's."""
         if self.gate_lr is None:
             return training
@@ -269,17 +270,9 @@ class FedJETsUpdate(LocalUpdate):
         """Gate and experts as received, and which experts they are."""
         return replace(cohort.view(received[ARRAYS]), given={SLOTS: cohort.per_client(received[HELD])[SLOTS]})
 
-    def evaluate(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> list[dict[str, float]]:
-        """As inherited; with `evaluate_mixture` also the mixture instead of one expert for each sample."""
-        rows = super().evaluate(cohort, received, config)
-        if self.evaluate_mixture:
-            network = self.fine_tuned(cohort, self.personalize(cohort, received, config))
-            for part in EVALUATED_PARTS:
-                columns = self.measure(cohort, cohort.logits(network, part, self.mixed), part, config)
-                for name in columns.keys() - {"examples"}:
-                    for row, value in zip(rows, columns[name].tolist(), strict=True):
-                        row[f"{part}-mixture-{name}"] = value
-        return rows
+    def further_predictions(self) -> Mapping[str, Predict]:
+        """With `evaluate_mixture` also the mixture instead of one expert for each sample."""
+        return {"mixture": self.mixed} if self.evaluate_mixture else {}
 
 
 @method("fedjets")

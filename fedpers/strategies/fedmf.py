@@ -67,6 +67,7 @@ class FedMFUpdate(LocalUpdate):
     shared = "body"
     personal = "head"
     settles_parts = True
+    can_finetune = False
     cohort_size = 16  # set here, because timing the steps of Cohort.fit says nothing about this update
     shared_table_name: ClassVar[str] = "body.weight"
     threshold: Annotated[

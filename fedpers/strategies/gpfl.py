@@ -192,7 +192,7 @@ class GPFLUpdate(LocalUpdate):
         """Train everything at once; the table trained here gives the next conditional inputs."""
         params = cohort.assemble(received[ARRAYS])
         given = {**self._conditions(cohort, received, cohort.round - 1), TARGET: params[TABLE].clone()}
-        cohort.fit(params, self.loss, training=self._training(cohort.training), given=given)
+        cohort.fit(params, self.loss, training=self.effective_training(cohort.training), given=given)
         state: dict[str, Tensor | Tree] = {}
         if self.variant == "official":
             state[CONDITIONS] = tree(self._inputs(cohort, params[TABLE]), cohort.size)
@@ -238,7 +238,7 @@ class GPFLUpdate(LocalUpdate):
         norms: Tensor = torch.linalg.vector_norm(valve_parameters) + torch.linalg.vector_norm(tensors[TABLE])
         return self.mu * norms
 
-    def _training(self, training: Training) -> Training:
+    def effective_training(self, training: Training) -> Training:
         """Settings with mu as the weight decay of table and valve; as the last groups they win over the user's."""
         if self.variant == "paper":
             return training

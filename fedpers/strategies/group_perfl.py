@@ -56,7 +56,7 @@ GLOBAL = "global"
 class GroupPerFLUpdate(LocalUpdate):
     """Train the received network; before a prediction, adapt it."""
 
-    adapts_itself = True
+    can_finetune = False
     global_rounds: Annotated[
         int, Field(ge=0, description="T_1: rounds over all clients; in later rounds each group trains its own network")
     ] = 25

@@ -54,7 +54,7 @@ SHARES = tuple(tenth / 10 for tenth in range(11))
 class KNNPerUpdate(FedAvgUpdate):
     """FedAvg's training; neighbours in a memory before each prediction."""
 
-    adapts_itself = True
+    can_finetune = False
     neighbours: Annotated[int, Field(ge=1, description="nearest samples that count, k in the paper")] = 10
     capacity: Annotated[
         float, Field(gt=0, le=1, description="share of a client's training samples that it remembers, at least one")

@@ -49,7 +49,7 @@ class NoLearningUpdate(LocalUpdate):
     shared = "none"
     personal = "all"
     settles_parts = True
-    adapts_itself = True
+    can_finetune = False
     cohort_size = 64  # there is no step to be measured
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:

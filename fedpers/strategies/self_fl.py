@@ -145,7 +145,11 @@ class SelfFLUpdate(LocalUpdate):
         return cohort.reply(
             params,
             state={MEMORY: tree(memory, cohort.size)},
-            metrics={"intra_variance": variance, "precision": weight, "squared_distance": torch.stack(squares).sum(0)},
+            metrics={
+                "intra_variance": variance,
+                "inverse_variance": weight,
+                "squared_distance": torch.stack(squares).sum(0),
+            },
         )
 
     def _usual_steps(self, cohort: Cohort) -> list[int]:

@@ -87,7 +87,8 @@ def test_trainings_of_one_call_add_up_over_the_parameters_each_has_moved() -> No
         parts.append(alone.variance(begun))
     torch.testing.assert_close(cohort.variance(params), parts[0] + parts[1])
     assert (cohort.variance(params, "head") > 0).all()
-    assert torch.equal(cohort.variance(params.clone()), torch.zeros(cohort.size, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="has no variance: expected the tensor that fit or walk trained"):
+        cohort.variance(params.clone())
 
 
 def test_alone_and_together_give_the_same() -> None:

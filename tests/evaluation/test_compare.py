@@ -215,6 +215,17 @@ def test_training_settings_that_an_older_run_did_not_write_are_the_defaults(writ
     assert row.seeds == (0, 1)
 
 
+def test_options_that_an_older_run_did_not_write_are_the_defaults(write, tmp_path):
+    write("fedrep", 0, 0.8)
+    write("fedrep", 1, 0.7, options={"finetune_epochs": 0, "weighting": "uniform"})
+    write("fedrep", 0, 0.6, options={"finetune_epochs": 1})
+    rows = board(tmp_path).rows
+    assert {row.method: row.seeds for row in rows} == {
+        "fedrep finetune_epochs=0": (0, 1),
+        "fedrep finetune_epochs=1": (0,),
+    }
+
+
 def test_a_method_with_a_training_of_its_own_is_told_apart_in_a_note(write, tmp_path):
     for seed in (0, 1):
         write("fedrep", seed, 0.9)

@@ -11,10 +11,10 @@ import torch
 from fedpers.errors import ConfigError
 from fedpers.strategies import STRATEGIES, make_strategy
 from tests.cohort.helpers import assert_same
-from tests.problems import problem
+from tests.problems import SmallNetwork, gaussian_data, problem
 from tests.strategies.helpers import Finished, copied, passes, run, sgd
 
-ADAPT_THEMSELVES = {"group_perfl", "knnper", "no_learning"}
+WITHOUT = {"group_perfl", "knnper", "no_learning", "fedmf", "fedrap", "pfedrec"}
 
 
 def finished(method: str, epochs: int, cohort: int = 100) -> Finished:
@@ -23,14 +23,14 @@ def finished(method: str, epochs: int, cohort: int = 100) -> Finished:
     return run(method, {**given.options, "finetune_epochs": epochs}, rounds=1, cohort=cohort, **arguments)
 
 
-def test_methods_that_adapt_themselves_say_so() -> None:
-    assert {name for name, strategy in STRATEGIES.items() if strategy.update.adapts_itself} == ADAPT_THEMSELVES
-    for method in ADAPT_THEMSELVES:
-        with pytest.raises(ConfigError, match=r"^strategy\.finetune_epochs=2: expected 0, for the method itself"):
+def test_methods_that_plain_steps_do_not_fit_say_so() -> None:
+    assert {name for name, strategy in STRATEGIES.items() if not strategy.update.can_finetune} == WITHOUT
+    for method in WITHOUT:
+        with pytest.raises(ConfigError, match=r"^strategy\.finetune_epochs=2: expected 0, since plain steps"):
             make_strategy(method, {"finetune_epochs": 2})
 
 
-@pytest.mark.parametrize("method", sorted(STRATEGIES.keys() - ADAPT_THEMSELVES))
+@pytest.mark.parametrize("method", sorted(STRATEGIES.keys() - WITHOUT))
 def test_it_changes_predictions_and_nothing_else_alone_and_in_cohorts(method: str) -> None:
     plain, tuned = finished(method, 1 if method == "fedavg_ft" else 0), finished(method, 2)
     alone = finished(method, 2, cohort=1)
@@ -59,3 +59,26 @@ def test_a_personal_head_is_tuned_from_what_the_client_keeps() -> None:
         expected = copied(kept)
         sgd(expected, passes(client, 2, 2, purpose="finetune"))
         assert_same(tuned, expected)
+
+
+def test_a_batch_of_one_sample_in_fine_tuning_is_refused_before_training() -> None:
+    network = SmallNetwork(dropout=0.0).double()  # with batch normalization
+    data = gaussian_data((20, 16, 10, 15), dtype=torch.float64)
+    run(
+        "perfedavg", rounds=1, network=network, data=data, batch_size=5
+    )  # trains on pairs of batches: 11 samples at once
+    with pytest.raises(ConfigError, match=r"client 1"):
+        run("perfedavg", {"finetune_epochs": 1}, rounds=1, network=network, data=data, batch_size=5)
+
+
+def test_a_mixture_is_that_of_the_tuned_experts() -> None:
+    given = problem("fedjets", torch.float64)
+    arguments: dict[str, Any] = {"network": given.network, "data": given.data, **asdict(given.training)}
+    options = {**given.options, "finetune_epochs": 1}
+    mixed, plain = (
+        run("fedjets", {**options, "evaluate_mixture": on}, rounds=1, **arguments).strategy.report.clients
+        for on in (True, False)
+    )
+    for client, metrics in plain.items():
+        assert {n: v for n, v in mixed[client].items() if "mixture" not in n} == metrics
+        assert mixed[client]["test-mixture-loss"] != metrics["test-loss"]

@@ -89,13 +89,15 @@ def test_the_server_weighs_by_inverse_variance_and_starts_with_a_uniform_round()
     former = run("self_fl", rounds=2).strategy.state[UNCERTAINTY]["inter"]
     mean = torch.zeros_like(result.arrays["head.weight"])
     for client, row in rows.items():
-        assert row["train/precision"] == pytest.approx(1 / (float(former) + row["train/intra_variance"]), rel=1e-12)
-        mean += row["train/precision"] * result.state(client)["model/head.weight"]
-    total = sum(row["train/precision"] for row in rows.values())
+        assert row["train/inverse_variance"] == pytest.approx(
+            1 / (float(former) + row["train/intra_variance"]), rel=1e-12
+        )
+        mean += row["train/inverse_variance"] * result.state(client)["model/head.weight"]
+    total = sum(row["train/inverse_variance"] for row in rows.values())
     torch.testing.assert_close(result.arrays["head.weight"], mean / total, rtol=1e-10, atol=1e-12)
     last, inter = result.strategy.state[AGGREGATE], float(result.strategy.state[UNCERTAINTY]["inter"])
     assert last["clients"].tolist() == list(rows)
-    weights = torch.tensor([row["train/precision"] for row in rows.values()], dtype=torch.float64)
+    weights = torch.tensor([row["train/inverse_variance"] for row in rows.values()], dtype=torch.float64)
     torch.testing.assert_close(last["share"], weights / total)
     variances = [inter + row["train/intra_variance"] for row in rows.values()]
     scatter = [float(w) ** 2 * v for w, v in zip(weights[1:], variances[1:], strict=True)]
@@ -137,11 +139,11 @@ def test_the_variance_between_clients_is_the_em_rule() -> None:
     for client, row in rows.items():
         state, intra = after.state(client), row["train/intra_variance"]
         away = sum(float((state[f"model/{n}"] - after.arrays[n]).square().sum()) for n in names)
-        weight = row["train/precision"]
+        weight = row["train/inverse_variance"]
         expected += weight * former * intra / (former + intra)
         squares += weight * away / size
         total += weight
-    shares = [row["train/precision"] / total for row in rows.values()]
+    shares = [row["train/inverse_variance"] / total for row in rows.values()]
     expected = expected / total + squares / total / (1 - sum(share**2 for share in shares))
     assert after.strategy.report.extra["inter_variance"] == pytest.approx(expected, rel=1e-9)
 

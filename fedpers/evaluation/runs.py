@@ -39,6 +39,9 @@ DEFAULT_CHOICES = {"aggregation": "mean", "privacy": "none", "compression": "non
 _NO_SHIFTS = ("none", None, "name", "strength", "groups")
 """Values of ``heterogeneity.name`` and keys below ``heterogeneity`` that name no shift."""
 
+_LATER_OPTIONS = {"personal_layers": None, "finetune_epochs": 0}
+"""Options of any method that older runs did not write, with the values that they had."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -78,10 +81,10 @@ class RunRecord:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Options of the strategy and a server optimizer, nested keys joined by dots, defaults too."""
+        """Options of the strategy and a server optimizer, nested keys joined by dots."""
         strategy = self.config.get("strategy")
         written = _flatten(strategy) if isinstance(strategy, Mapping) else {}
-        flat = {**_flatten(_defaults("strategy", self.strategy) or {}), **written}
+        flat = {**_LATER_OPTIONS, **written}
         return {key: value for key, value in flat.items() if key != "name"} | {"server_optimizer": self._server()}
 
     def _server(self) -> str:

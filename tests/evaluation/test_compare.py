@@ -217,7 +217,7 @@ def test_training_settings_that_an_older_run_did_not_write_are_the_defaults(writ
 
 def test_options_that_an_older_run_did_not_write_are_the_defaults(write, tmp_path):
     write("fedrep", 0, 0.8)
-    write("fedrep", 1, 0.7, options={"finetune_epochs": 0, "weighting": "uniform"})
+    write("fedrep", 1, 0.7, options={"finetune_epochs": 0, "personal_layers": None})
     write("fedrep", 0, 0.6, options={"finetune_epochs": 1})
     rows = board(tmp_path).rows
     assert {row.method: row.seeds for row in rows} == {

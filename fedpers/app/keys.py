@@ -129,6 +129,12 @@ def meant(key: str, siblings: Iterable[str]) -> str:
         last_parts = {full.rpartition(".")[2]: full for full in known}
         near = _ELSEWHERE.get(name, name)
         if near not in last_parts:
+            group = key.partition(".")[0]
+            of_group = {f.partition(".")[2]: choices for f, choices in known.items() if f.startswith(f"{group}.")}
+            if close := difflib.get_close_matches(name, of_group, n=1):  # before names that resemble it elsewhere
+                choices = [] if close[0] in siblings else of_group[close[0]]
+                only = f"; {close[0]} is an option of {group}={', '.join(choices)} only" if choices else ""
+                return f"a known key: {one_of(siblings, name)}{only}"
             near = next(iter(difflib.get_close_matches(name, [*last_parts, *_ELSEWHERE], n=1, cutoff=0.8)), name)
             near = _ELSEWHERE.get(near, near)
         if places := [full for full in known if full.rpartition(".")[2] == near and full != key]:

@@ -59,7 +59,7 @@ def _cache_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _quick_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sizes be compared by a few steps: tests need no good choice."""
-    monkeypatch.setattr("fedpers.runtime.probe.SECONDS_PER_SIZE", 0.002)
+    monkeypatch.setattr("fedpers.runtime.steps.SECONDS_PER_SIZE", 0.002)
     monkeypatch.setattr("fedpers.runtime.probe.TRIES", 1)
 
 

@@ -21,34 +21,27 @@ import json
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from fedpers.cohort import Batch, Cohort, Loss, Network, Step, Tree, entries, leaves, tree
+from fedpers.cohort import Step, entries
 from fedpers.cohort.modules import copy_network
-from fedpers.cohort.optim import Optimizer
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
 from fedpers.failures import described
 from fedpers.process import available_memory, cores, one_thread, processor
+from fedpers.runtime.steps import by_size, bytes_per_client, seconds_per_step, seconds_side_by_side, stepper, untrained
 
 if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
 
 log = logging.getLogger(__name__)
-SECONDS_PER_SIZE = 0.04
-"""For which steps of a size are timed, at least two of them."""
 LONG_STEP = 0.25
 """Seconds; steps that take longer are timed once."""
 TRIES = 3
@@ -155,7 +148,7 @@ def probe(
             size, how, times = _cohort_size(app, num_clients, part * memory)
         else:
             size, how = min(int(clients_at_once), app.data.num_clients), "given"
-        most = -(-len(_clients(app)) // size)  # more workers than cohorts would have nothing to do
+        most = -(-len(by_size(app)) // size)  # more workers than cohorts would have nothing to do
         if workers != "auto":
             return Choice(size, min(int(workers), most), how, times)
         most = min(cores(), most) if on_cpu else 1
@@ -174,7 +167,7 @@ def _one_at_a_time(app: CohortApp, num_clients: int, clients_at_once: int | str)
     """
     if app.traits.draws:
         return "the network draws from PyTorch's global generator"
-    if app.update.cohort_size is not None or len(_clients(app)) < 2 or (num_clients < 2 and clients_at_once == "auto"):
+    if app.update.cohort_size is not None or len(by_size(app)) < 2 or (num_clients < 2 and clients_at_once == "auto"):
         return ""
     sweep = _read_sweep(_key(app, num_clients)) if clients_at_once == "auto" else None
     if sweep is not None and any(int(size) > 1 for size in sweep.microseconds):  # it was tried before
@@ -191,7 +184,7 @@ def _one_at_a_time(app: CohortApp, num_clients: int, clients_at_once: int | str)
 
 def _try(app: CohortApp, size: int) -> None:
     """Let a cohort of `size` compute gradients on its first samples and predict; nothing is drawn."""
-    cohort, given = _untrained(app, size)
+    cohort, given = untrained(app, size)
     rows = entries(cohort.per_client(app.template))
     lists = [app.data.train[client][:2] for client in cohort.clients]
     index = torch.stack([positions[: min(map(len, lists))] for positions in lists]).to(app.device)
@@ -274,10 +267,10 @@ def _time_per_client(app: CohortApp, size: int, num_clients: int) -> float:
 
     def step() -> float:
         if threads == 1:
-            return _time_steps(_stepper(app, size, module), app.device)
-        return _time_together([_stepper(app, size) for _ in range(threads)])
+            return seconds_per_step(stepper(app, size, module), app.device)
+        return seconds_side_by_side([stepper(app, size) for _ in range(threads)])
 
-    begin = _time_steps(lambda: _stepper(app, size, module), app.device)
+    begin = seconds_per_step(lambda: stepper(app, size, module), app.device)
     seconds = step()
     if seconds < LONG_STEP:
         seconds = min(seconds, step())
@@ -287,7 +280,7 @@ def _time_per_client(app: CohortApp, size: int, num_clients: int) -> float:
 def _steps_of_a_round(app: CohortApp, num_clients: int) -> list[int]:
     """Steps of `num_clients` clients, descending, who stand for all of them."""
     training = app.update.training
-    sizes = [app.sizes[client] for client in _clients(app)]
+    sizes = [app.sizes[client] for client in by_size(app)]
     chosen = [sizes[i * len(sizes) // num_clients] for i in range(num_clients)]
     if training.steps is not None:
         return [max(1, training.steps)] * num_clients
@@ -321,55 +314,9 @@ def _useful_workers(app: CohortApp, size: int, most: int, memory: float) -> int:
         most = most if fit >= most else int(fit)
     if most <= 1:
         return 1
-    alone = _time_steps(_stepper(app, size), app.device)
-    together = _time_together([_stepper(app, size) for _ in range(most)])
+    alone = seconds_per_step(stepper(app, size), app.device)
+    together = seconds_side_by_side([stepper(app, size) for _ in range(most)])
     return most if alone * most > 1.05 * together else 1
-
-
-def bytes_per_client(app: CohortApp, size: int = 1) -> int:
-    """Estimate what a client takes while it trains, from one step of a cohort of `size`.
-
-    Parameters, buffers and personal state, what the loss is given, gradients, the optimizer's moments, the batch, and
-    what automatic differentiation keeps between the forward and the backward pass: the storages of its saved tensors,
-    each once.
-    """
-    trial = _begin(app, size)
-    common = [*trial.cohort.module.parameters(), *trial.cohort.module.buffers()]
-    stacked = [*trial.rows.values(), *leaves(trial.cohort.state).values(), *leaves(trial.given).values()]
-
-    def plain(network: Network, batch: Batch) -> Tensor:
-        return app.update.predict(network, batch.x).sum()
-
-    try:
-        saved_bytes = _kept_bytes(
-            partial(trial.gradients, app.update.loss), [*common, *stacked], [trial.step.x, trial.step.y]
-        )
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except RuntimeError:  # transforms of torch.func, such as a gradient inside the loss, allow no hooks: two passes
-        saved_bytes = 2 * _kept_bytes(
-            partial(trial.gradients, plain), [*common, *stacked], [trial.step.x, trial.step.y]
-        )
-    grads = {name: torch.zeros_like(trial.rows[name]) for name in trial.cohort.trainable()}
-    trial.optimizer.update(trial.rows, grads)
-    moments = [moment for pair in trial.optimizer.moments.values() for moment in pair]
-    return -(-(saved_bytes + sum(value.nbytes for value in [*stacked, *grads.values(), *moments])) // size)
-
-
-def _kept_bytes(compute: Callable[[], object], held: Iterable[Tensor], batch: Iterable[Tensor]) -> int:
-    """Bytes of `batch` and of all that is saved for a backward pass in `compute`, without what lies in `held`."""
-    held_pointers = {value.untyped_storage().data_ptr() for value in held}
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in batch}
-
-    def note(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in held_pointers:
-            storages[storage.data_ptr()] = storage  # held on to, so that no other takes its place
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
-        compute()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
@@ -388,89 +335,12 @@ def costs(app: CohortApp, size: int) -> tuple[float, float] | None:
     with one_thread():
 
         def begin() -> None:
-            _stepper(app, size, module)
+            stepper(app, size, module)
 
-        base = _time_steps(begin, app.device) / size
-        step = _time_steps(_stepper(app, size, module), app.device) / size
+        base = seconds_per_step(begin, app.device) / size
+        step = seconds_per_step(stepper(app, size, module), app.device) / size
     _write_cache(key, [base, step])
     return base, step
-
-
-def _clients(app: CohortApp) -> list[int]:
-    """Clients with samples, the largest first."""
-    return sorted((c for c, size in enumerate(app.sizes) if size), key=lambda c: (-app.sizes[c], c))
-
-
-@dataclass
-class _Trial:
-    """A cohort's first step, to be measured."""
-
-    cohort: Cohort
-    step: Step
-    rows: dict[str, Tensor]
-    given: Tree
-    optimizer: Optimizer
-
-    def gradients(self, loss: Loss) -> dict[str, Tensor]:
-        """Gradients of all trainable parameters."""
-        given: dict[str, Any] = dict(self.given.items())
-        return self.cohort.gradients(self.step, self.rows, loss, self.cohort.trainable(), given=given)[1]
-
-
-def _untrained(app: CohortApp, size: int, module: nn.Module | None = None) -> tuple[Cohort, Tree]:
-    """A cohort of `size` that has not trained, and what its losses are given."""
-    by_size = _clients(app)
-    clients = [by_size[k % len(by_size)] for k in range(size)]
-    clients.sort(key=lambda c: (-app.sizes[c], c))
-    state = app.initial_state.expand(size).clone()
-    given = tree(app.update.example_given(app.template, app.data)).expand(size).clone()
-    return app.cohort(clients, state, {}, copy_network(app.module) if module is None else module), given
-
-
-def _begin(app: CohortApp, size: int, module: nn.Module | None = None) -> _Trial:
-    """Prepare the first step of a cohort of `size`, on a network of its own unless there is one."""
-    cohort, given = _untrained(app, size, module)
-    rows = entries(cohort.per_client(app.template))
-    walk = cohort.walk(rows, steps=1)
-    return _Trial(cohort, next(cohort.steps(walk.plan)), rows, given, walk.optimizer(cohort.trainable()))
-
-
-def _stepper(app: CohortApp, size: int, module: nn.Module | None = None) -> Callable[[], None]:
-    """One training step of a cohort of `size`."""
-    trial = _begin(app, size, module)
-
-    def run() -> None:
-        trial.optimizer.update(trial.rows, trial.gradients(app.update.loss))
-
-    return run
-
-
-def _time_steps(step: Callable[[], object], device: torch.device) -> float:
-    """Seconds per call, the mean of as many as fit into the time after a first one, at least two.
-
-    Not their median: beside other programs most short steps are not interrupted and most long ones are, so that small
-    cohorts would seem the faster ones.
-    """
-
-    def once() -> float:
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    once()
-    times = [once(), once()]
-    while sum(times) < SECONDS_PER_SIZE:
-        times.append(once())
-    return sum(times) / len(times)
-
-
-def _time_together(steps: list[Callable[[], None]]) -> float:
-    """Seconds per call when all run on threads side by side: their mean."""
-    with ThreadPoolExecutor(len(steps), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        times = list(pool.map(lambda step: _time_steps(step, torch.device("cpu")), steps))
-    return sum(times) / len(times)
 
 
 def _key(app: CohortApp, num_clients: int) -> str:

@@ -32,7 +32,7 @@ def app() -> CohortApp:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "SECONDS_PER_SIZE", 0.002)
+    monkeypatch.setattr("fedpers.runtime.steps.SECONDS_PER_SIZE", 0.002)
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append(size)
         return {1: 9.0, 4: 12.0}.get(size, 4.0 * size) * 1e-6
 
-    monkeypatch.setattr(module, "_stepper", lambda app, size: size)
+    monkeypatch.setattr(module, "stepper", lambda app, size: size)
     monkeypatch.setattr(module, "bytes_per_client", lambda app, size=1: 100)
-    monkeypatch.setattr(module, "_time_steps", time_steps)
+    monkeypatch.setattr(module, "seconds_per_step", time_steps)
     monkeypatch.setattr(module, "_time_per_client", lambda app, size, clients: time_steps(size, app.device) / size)
-    monkeypatch.setattr(module, "_time_together", lambda sizes: 1e-6)
+    monkeypatch.setattr(module, "seconds_side_by_side", lambda sizes: 1e-6)
     monkeypatch.setattr(module, "cores", lambda: 2)
     return calls
 
@@ -85,10 +85,10 @@ def test_other_questions_are_measured_anew(app: CohortApp, measured: list[Any]) 
 def test_a_round_takes_as_long_as_the_core_with_most_cohorts(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
     together: list[list[Any]] = []
     alone: list[Any] = []
-    monkeypatch.setattr(module, "_stepper", lambda app, size, network=None: size)
+    monkeypatch.setattr(module, "stepper", lambda app, size, network=None: size)
     monkeypatch.setattr(module, "_steps_of_a_round", lambda app, clients: [2] * clients)
     monkeypatch.setattr(module, "cores", lambda: 3)
-    monkeypatch.setattr(module, "_time_together", lambda sizes: together.append(sizes) or 6.0)
+    monkeypatch.setattr(module, "seconds_side_by_side", lambda sizes: together.append(sizes) or 6.0)
 
     def time_steps(step: Any, device: torch.device) -> float:
         if callable(step):
@@ -96,7 +96,7 @@ def test_a_round_takes_as_long_as_the_core_with_most_cohorts(app: CohortApp, mon
         alone.append(step)
         return 5.0
 
-    monkeypatch.setattr(module, "_time_steps", time_steps)
+    monkeypatch.setattr(module, "seconds_per_step", time_steps)
     times = [7 * module._time_per_client(app, size, 7) for size in (1, 4, 7)]
     assert times == pytest.approx([3 * 7.0, 7.0, 6.0])
     assert together == [[1, 1, 1], [4, 4]]  # seven clients fill two cohorts of four, and one of seven
@@ -105,8 +105,8 @@ def test_a_round_takes_as_long_as_the_core_with_most_cohorts(app: CohortApp, mon
 
 def test_short_steps_are_timed_twice(app: CohortApp, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.2, 0.1])
-    monkeypatch.setattr(module, "_stepper", lambda app, size, network=None: size)
-    monkeypatch.setattr(module, "_time_steps", lambda step, device: 0.0 if callable(step) else next(times))
+    monkeypatch.setattr(module, "stepper", lambda app, size, network=None: size)
+    monkeypatch.setattr(module, "seconds_per_step", lambda step, device: 0.0 if callable(step) else next(times))
     assert module._time_per_client(app, 7, 7) == pytest.approx(0.1 / 7)
 
 
@@ -172,7 +172,7 @@ def test_the_cohort_does_not_depend_on_the_workers(app: CohortApp, measured: lis
 
 def test_a_second_worker_must_be_faster(app: CohortApp, measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert probe(app, 7, 1, "auto").workers == 2
-    monkeypatch.setattr(module, "_time_together", lambda sizes: 17.5e-6)  # two clients in the time of 1.94
+    monkeypatch.setattr(module, "seconds_side_by_side", lambda sizes: 17.5e-6)  # two clients in the time of 1.94
     assert probe(app, 7, 1, "auto").workers == 1
 
 

@@ -25,6 +25,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedpers.app.compose import composed
 from fedpers.cohort import Tree, leaves
 from fedpers.errors import FedpersError
+from fedpers.files import whole_file
 from fedpers.identity import identity_of
 from fedpers.records import from_record
 from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
@@ -126,9 +127,8 @@ def _write(
         "arrays": numbers(arrays),
         "state": {role: numbers(values) for role, values in state.items()},
     }
-    draft = path.with_name(path.name + ".tmp")
     try:
-        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        draft.replace(path)
+        with whole_file(path) as draft:
+            draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
     except OSError as error:
         raise FedpersError(f"{path} cannot be written ({error.strerror}); choose another file with result.") from error

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedpers.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +61,7 @@ def write_lists(key: str, lists: Sequence[NDArray[np.int64]]) -> None:
     path = _path(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, positions=np.concatenate(lists), sizes=np.array([len(part) for part in lists]))
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with whole_file(path) as draft, draft.open("wb") as file:
+            np.savez(file, positions=np.concatenate(lists), sizes=np.array([len(part) for part in lists]))
     except OSError as error:
         logger.info("The partition is not cached, %s cannot be written (%s).", path, error)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -20,6 +18,7 @@ from torch.nn import functional as F
 
 from fedpers.data.cache import cache_root
 from fedpers.errors import check
+from fedpers.files import whole_file
 from fedpers.models.networks import Network
 from fedpers.process import one_thread
 from fedpers.randomness import generator
@@ -176,13 +175,7 @@ def _write(path: Path, values: Mapping[str, Tensor], accuracy: float) -> None:
     facts = {"accuracy": repr(accuracy), "digest": _digest(values)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(descriptor)
-        try:
-            save_file({n: v.contiguous() for n, v in values.items()}, name, metadata=facts)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        with whole_file(path) as draft:
+            save_file({n: v.contiguous() for n, v in values.items()}, draft, metadata=facts)
     except (OSError, SafetensorError) as error:
         logger.info("The pretrained network is not cached, %s cannot be written (%s).", path, error)

@@ -23,6 +23,7 @@ from fedpers.data import FederatedData
 from fedpers.data.federated import EVALUATED_PARTS, PARTS
 from fedpers.errors import FedpersError
 from fedpers.evaluation.clients import describe_clients
+from fedpers.files import whole_file
 from fedpers.process import processor
 from fedpers.randomness import sample_clients
 from fedpers.run.progress import Evaluation, Progress
@@ -95,10 +96,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path), whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
 
 
 def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) -> dict[str, Any]:

@@ -20,7 +20,6 @@ import heapq
 import json
 import logging
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from fedpers.cohort.prediction import View, predictions
 from fedpers.data.cache import cache_root
 from fedpers.errors import TrainingError
 from fedpers.failures import described
+from fedpers.files import whole_file
 from fedpers.process import available_memory, cores, one_thread, processor
 from fedpers.runtime.steps import by_size, bytes_per_client, seconds_per_step, seconds_side_by_side, stepper, untrained
 
@@ -391,8 +391,7 @@ def _write_cache(key: str, value: Any) -> None:
     path = _cache_file(key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{os.getpid()}.tmp")
-        draft.write_text(json.dumps(value))
-        draft.replace(path)
+        with whole_file(path) as draft:
+            draft.write_text(json.dumps(value))
     except OSError as error:
         log.warning("the choice of cohort size could not be kept in %s: %s", path.parent, error)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedpers.files import whole_file
+
+
+def interrupted(path: Path) -> None:
+    with whole_file(path) as draft:
+        draft.write_text("half of")
+        raise KeyboardInterrupt
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("before")
+    with whole_file(path) as draft:
+        draft.write_text("after")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(path)
+    assert path.read_text() == "after"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_drafts_of_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    with whole_file(path) as first:
+        first.write_text("first")
+        assert first != path
+        assert first.parent == path.parent
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "missing" / "x.json") as second:
+        second.write_text("x")

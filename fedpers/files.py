@@ -13,8 +13,8 @@ from pathlib import Path
 def whole_file(path: Path) -> Iterator[Path]:
     """Draft beside `path` that takes its place after the block, or is removed if the block raises.
 
-    Who reads `path` meanwhile sees the former file or the new one, never a part. Each thread of each process has its own
-    draft; one that is killed leaves it behind.
+    Who reads `path` meanwhile sees the former file or the new one, never a part. Each thread of each process has
+    its own draft; one that is killed leaves it behind.
 
     Yields
     ------

@@ -2,13 +2,16 @@
 
 One round of FedAvg (one epoch, batch size 10, 100 clients of 50 made-up samples) for an MLP, the two-convolution CNN
 and a narrow ResNet-18, with different cohort sizes and workers; beside it the ordinary loop of ``torch.nn`` and
-``torch.optim``, one client after another on all threads. Prints seconds per round, the median of several after a first.
+``torch.optim``, one client after another on all threads. Prints seconds per round, the median of several after a first,
+and which share that is of the peak: the operations of matrix products and convolutions in a round, over those that a
+product of two large matrices does in the same time on as many threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,13 +19,14 @@ import flwr.app as flower
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedpers.cohort import Training
 from fedpers.data.federated import FederatedData
 from fedpers.flower_private import server_identity
 from fedpers.models import ModelConfig, build_model
+from fedpers.process import cores
 from fedpers.runtime.local import LocalGrid
-from fedpers.runtime.probe import cores
 from fedpers.strategies import FedAvg, FedAvgUpdate
 
 CLIENTS, SAMPLES, BATCH = 100, 50, 10
@@ -52,8 +56,8 @@ def median(call: Callable[[], object], device: str, rounds: int) -> float:
 
 def cohort_round(
     model: nn.Module, data: FederatedData, device: str, cohort: int | str, workers: int | str, rounds: int
-) -> tuple[float, str]:
-    """Seconds per round in the in-process runtime."""
+) -> tuple[float, int, int]:
+    """Seconds per round in the in-process runtime, clients computed together, and workers."""
     update = FedAvgUpdate(training=Training(lr=0.05, batch_size=BATCH))
     app = update.client_app(model, data, device=device)
     grid = LocalGrid(app, data.num_clients, clients_at_once=cohort, workers=workers)
@@ -72,7 +76,7 @@ def cohort_round(
     assert not strategy.report.failures
     choice = grid.engine.choice
     assert choice is not None
-    return seconds, f"K={choice.clients_at_once} workers={choice.workers}"
+    return seconds, choice.clients_at_once, choice.workers
 
 
 def plain_round(model: nn.Module, data: FederatedData, device: str, rounds: int) -> float:
@@ -92,6 +96,25 @@ def plain_round(model: nn.Module, data: FederatedData, device: str, rounds: int)
     return median(one, device, rounds)
 
 
+def operations(model: nn.Module, data: FederatedData) -> int:
+    """Floating-point operations of a round, as PyTorch counts them: products and convolutions, forward and backward."""
+    positions = data.train[0][:BATCH]
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(copy.deepcopy(model)(data.x[positions]), data.y[positions]).backward()
+    batches: int = len(data.train) * (SAMPLES // BATCH)
+    return int(counter.get_total_flops()) * batches
+
+
+def peak(device: str, threads: int, size: int = 2048) -> float:
+    """Operations per second in the product of two square float32 matrices on `threads` threads."""
+    a, b = torch.randn(2, size, size, device=device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    seconds = median(lambda: a @ b, device, 5)
+    torch.set_num_threads(before)
+    return 2 * size**3 / seconds
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,8 +122,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    logging.getLogger("fedpers").setLevel(logging.ERROR)  # nobody has samples for testing
     sizes = (1, 20, options.clients)
     print(f"{options.clients} clients, {SAMPLES} samples each, batches of {BATCH}, {options.device}, {cores()} cores")
+    peaks = {threads: peak(options.device, threads) for threads in range(1, cores() + 1)}
+    print("peak: " + ", ".join(f"{value / 1e9:.0f} GFLOP/s with threads={n}" for n, value in peaks.items()))
     for name, config, shape in (
         ("mlp 64-64-10", ModelConfig("mlp"), (1, 8, 8)),
         ("cnn 28x28", ModelConfig("cnn"), (1, 28, 28)),
@@ -108,15 +134,18 @@ def main() -> None:
     ):
         data = made_up(shape, 10, options.clients)
         model = build_model(config, shape, 10, 0)
-        plain = plain_round(model, data, options.device, options.rounds)
-        print(f"\n{name}: plain loop, one client after another{plain:10.3f} s")
+        plain, flops = plain_round(model, data, options.device, options.rounds), operations(model, data)
+        share = flops / plain / peaks[cores()]
+        title = f"{name}, {flops / 1e9:.2f} GFLOP: plain loop, one client after another"
+        print(f"\n{title}{plain:10.3f} s{share:8.1%} of the peak")
         settings: list[tuple[int | str, int | str]] = [(k, 1) for k in sizes]
         if options.device == "cpu":
             settings.append((1, cores()))
         for cohort, workers in [*dict.fromkeys(settings), ("auto", "auto")]:
-            seconds, used = cohort_round(model, data, options.device, cohort, workers, options.rounds)
-            label = f"{used}{' (auto)' if cohort == 'auto' else ''}"
-            print(f"  {label:<36}{seconds:10.3f} s{plain / seconds:8.1f} times the plain loop")
+            seconds, size, threads = cohort_round(model, data, options.device, cohort, workers, options.rounds)
+            label = f"K={size} workers={threads}{' (auto)' if cohort == 'auto' else ''}"
+            share = flops / seconds / peaks[threads]
+            print(f"  {label:<36}{seconds:10.3f} s{plain / seconds:8.1f} times the plain loop{share:8.1%} of the peak")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a mistyped key may have meant."""
+"""Arguments as Hydra needs them, and what a mistyped key may have meant."""
 
 from __future__ import annotations
 
@@ -52,18 +52,20 @@ _OF_ONES_OWN = {
     "model": "; a network of your own is model=module:Class",
     "strategy": "; a method of your own is strategy=module:Class",
 }
+"""By group, what to type for parts of one's own; ends an error."""
 
 
 def with_open_keys(arguments: Iterable[str]) -> list[str]:
     """Arguments in which names below open keys are added (``++``): Hydra takes none that it does not know.
 
     A list of shifts becomes the keys of each, with its defaults, ahead of what is typed for one of them: Hydra would
-    keep the name of the last alone.
+    keep the name of the last alone. ``dataset.name=module:function`` and ``model.name=module:Class`` become the choice
+    of their group, without the options of another.
 
     Raises
     ------
     ConfigError
-        If a list names something else than shifts.
+        If a list names something else than shifts, names one twice, or is one of several values.
     """
     arguments = list(arguments)
     arguments = [
@@ -126,18 +128,19 @@ def meant(key: str, siblings: Iterable[str]) -> str:
         group = key.partition(".")[0]
         return f"a known key: {one_of(siblings, name)}; {name} is an option of {group}={', '.join(choices)} only"
     if not difflib.get_close_matches(name, siblings, n=1, cutoff=0.8):
-        last_parts = {full.rpartition(".")[2]: full for full in known}
-        near = _ELSEWHERE.get(name, name)
-        if near not in last_parts:
+        last_parts = {full.rpartition(".")[2] for full in known}
+        meanings = [part for part in (_ELSEWHERE.get(name), name) if part in last_parts]
+        if not meanings:
             group = key.partition(".")[0]
             of_group = {f.partition(".")[2]: choices for f, choices in known.items() if f.startswith(f"{group}.")}
             if close := difflib.get_close_matches(name, of_group, n=1):  # before names that resemble it elsewhere
                 choices = [] if close[0] in siblings else of_group[close[0]]
                 only = f"; {close[0]} is an option of {group}={', '.join(choices)} only" if choices else ""
                 return f"a known key: {one_of(siblings, name)}{only}"
-            near = next(iter(difflib.get_close_matches(name, [*last_parts, *_ELSEWHERE], n=1, cutoff=0.8)), name)
-            near = _ELSEWHERE.get(near, near)
-        if places := [full for full in known if full.rpartition(".")[2] == near and full != key]:
+            words = [*sorted(last_parts), *_ELSEWHERE]
+            near = next(iter(difflib.get_close_matches(name, words, n=1, cutoff=0.8)), name)
+            meanings = [_ELSEWHERE.get(near, near)]
+        if places := [f for m in meanings for f in known if f.rpartition(".")[2] == m and f != key]:
             of_all = [full for full in places if not known[full]]  # rather than of some choice that is not on
             return f"{' or '.join(of_all or places)}, the whole name of that key"
     return f"a known key: {one_of(siblings, name)}"

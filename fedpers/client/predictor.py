@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpers.client.update import LocalUpdate
-from fedpers.cohort import Given, Network, Tree, View, entries
+from fedpers.cohort import Given, Network, Tree, View
 from fedpers.cohort.tree import map_tensors, state_names
 
 Inputs = Callable[[Tensor], Tensor]
@@ -72,11 +72,11 @@ def predictor(module: nn.Module, update: LocalUpdate, networks: Tree | View, inp
         Prepared; copied.
     update : LocalUpdate
     networks : Tree ``[1]`` or View
-        As ``update.personalize`` returns them.
+        As ``update.fine_tuned`` returns them.
     inputs : callable, optional
         See :class:`Predictor`.
     """
-    view = networks if isinstance(networks, View) else View(dict(entries(networks)), frozenset(entries(networks)))
+    view = View.of(networks)
     values = {name: value[0] if name in view.stacked else value for name, value in view.tensors.items()}
     network = with_values(module, values)
     given = map_tensors(view.given, itemgetter(0))

@@ -22,7 +22,6 @@ from fedpers.cohort import (
     Training,
     Tree,
     View,
-    entries,
     select,
     tree,
 )
@@ -282,10 +281,14 @@ class LocalUpdate(Settings, group="strategy"):
         cohort : Cohort
         networks : Tree ``[K]`` or View
             As :meth:`personalize` returns them.
+
+        Returns
+        -------
+        Tree ``[K]`` or View
         """
         if not self.finetune_epochs:
             return networks
-        view = networks if isinstance(networks, View) else View(dict(entries(networks)), frozenset(entries(networks)))
+        view = View.of(networks)
         params = cohort.copies(view)
         cohort.fit(
             params,
@@ -296,10 +299,10 @@ class LocalUpdate(Settings, group="strategy"):
             epochs=self.finetune_epochs,
             purpose="finetune",
         )
-        return View(dict(entries(params)), frozenset(entries(params)), view.given)
+        return View.of(params, view.given)
 
     def predict(self, network: Network, x: Tensor) -> Tensor:
-        """Class scores ``[B, C]`` of one client, or what else the data's task measures."""
+        """Class scores ``[B, C]`` of one client for inputs `x` ``[B, ...]``, or what else the data's task measures."""
         return network(x)
 
     def extra_models(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Mapping[str, Tree | View]:

@@ -674,7 +674,7 @@ class Cohort:
         predict : callable (network, x) -> logits ``[B, C]``
         """
         self._mode(training=False)
-        view = params if isinstance(params, View) else View(entries(params), frozenset(entries(params)))
+        view = View.of(params)
         lists = [self.data.positions(part, client, self.round) for client in self.clients]
         return predictions(self.module, self.data, view, lists, predict)
 

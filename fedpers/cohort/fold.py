@@ -166,10 +166,7 @@ class GroupedMean(Fold):
     def merge(self, other: Self) -> None:
         """Merge group by group."""
         for group, mean in other.means.items():
-            if group in self.means:
-                self.means[group].merge(mean)
-            else:
-                self.means[group] = mean
+            self.means.setdefault(group, WeightedMean()).merge(mean)
 
     def result(self) -> dict[str, Tree]:
         """Means ``[n, ...]`` of n groups by record, and in ``groups`` their numbers ``group`` ``[n]``, ascending.
@@ -217,7 +214,13 @@ class Collect(Fold):
         return torch.tensor([self.kept[client][1] for client in self.clients], dtype=torch.float64)
 
     def stacked(self) -> dict[str, Tree]:
-        """All replies by record, batch size [n], in the order of :attr:`clients`; they hold the same entries."""
+        """All replies by record, batch size [n], in the order of :attr:`clients`.
+
+        Raises
+        ------
+        ValueError
+            If they do not hold the same entries.
+        """
         rows = [self.kept[client][0] for client in self.clients]
         names = [{(record, n) for record, values in row.items() for n in entries(values)} for row in rows]
         for client, held in zip(self.clients, names, strict=True):

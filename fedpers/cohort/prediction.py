@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from fedpers.cohort.step import Given, Network
-from fedpers.cohort.tree import map_tensors
+from fedpers.cohort.tree import Tree, entries, map_tensors
 from fedpers.data.federated import FederatedData
 
 EVALUATION_SAMPLES = 2048
@@ -44,6 +44,14 @@ class View:
     tensors: dict[str, Tensor]
     stacked: frozenset[str]
     given: Given = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, networks: Tree | View, given: Given | None = None) -> View:
+        """View of networks ``[K]`` that are all stacked, with what predictions may see; a view as it is."""
+        if isinstance(networks, View):
+            return networks
+        values = entries(networks)
+        return cls(values, frozenset(values), {} if given is None else given)
 
 
 def predictions(

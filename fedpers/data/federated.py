@@ -332,7 +332,7 @@ class FederatedData:
     def label_counts(self, part: Part = "train") -> Tensor:
         """Count samples per client and class, int64 ``[num_clients, num_classes]`` on the CPU.
 
-        Samples whose labels are numbers are counted per client, ``[num_clients, 1]``.
+        For a task without classes (:attr:`Task.classes`), samples per client, ``[num_clients, 1]``.
         """
         if not self.task.classes:
             return self.sizes(part).unsqueeze(1)
@@ -346,7 +346,16 @@ class FederatedData:
         return self if x is self.x and y is self.y else replace(self, x=x, y=y)
 
     def restrict(self, clients: Sequence[int]) -> Self:
-        """Keep the samples of some clients only, under the same client numbers; without those of nobody."""
+        """Keep the samples of some clients only.
+
+        Client numbers stay, the lists of all others become empty (`elsewhere`), `public` and `global_test` become None,
+        and positions in `x` are numbered anew where a copy takes only what is used.
+
+        Parameters
+        ----------
+        clients : sequence of int
+            Of which the data are here: not `elsewhere` already.
+        """
         selected = set(clients)
         nothing = torch.zeros(0, dtype=torch.int64)
         lists: dict[Part, list[Tensor]] = {

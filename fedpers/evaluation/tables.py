@@ -35,7 +35,7 @@ class Column:
     cell : callable
         Text of a row.
     value : callable
-        Number (or text) of a row by which it is sorted; NaN comes last.
+        Number of a row by which it is sorted; NaN comes last.
     order : {1, -1}
         1: less is better and comes first.
     """
@@ -43,7 +43,7 @@ class Column:
     key: str
     title: str
     cell: Callable[[Row], str]
-    value: Callable[[Row], Any]
+    value: Callable[[Row], float]
     order: Literal[1, -1] = 1
 
 
@@ -84,17 +84,19 @@ def columns(group: Group) -> list[Column]:
 def chosen_columns(group: Group, keys: Sequence[str] | None) -> list[Column]:
     """The columns with these keys, in this order; all that a group has for None.
 
-    Raises
-    ------
-    ConfigError
-        If a key names no column of any leaderboard; one that another group would have is left out.
+    Keys that this group lacks are left out; :func:`check_keys` refuses those that no group has.
     """
     available = {column.key: column for column in columns(group)}
     return list(available.values()) if keys is None else [available[key] for key in keys if key in available]
 
 
 def check_keys(groups: Sequence[Group], option: str, keys: Iterable[str]) -> None:
-    """Refuse a key that names no column of any group."""
+    """Refuse a key that names no column of any group.
+
+    Raises
+    ------
+    ConfigError
+    """
     known = {column.key for group in groups for column in columns(group)}
     for key in keys:
         if key not in known:
@@ -102,7 +104,10 @@ def check_keys(groups: Sequence[Group], option: str, keys: Iterable[str]) -> Non
 
 
 def sorted_rows(group: Group, key: str) -> list[Row]:
-    """Rows in the order of a column, the best first (the least, of costs), those without a value last."""
+    """Rows in the order of a column, the best first (the least, of costs), those without a value last.
+
+    They stay in the group's order where it lacks the column.
+    """
     by_key = {column.key: column for column in columns(group)}
     if key not in by_key:
         return group.rows

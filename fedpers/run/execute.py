@@ -134,15 +134,17 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 raise FinishedError(f"{done}; 'fedpers resume {folder} rounds=N' goes on to round N.")
             setup = prepare_run(config)
             check_made(folder, checkpoint, setup)
+            progress = progress_of(setup)
             try:
                 start = _Start.read(checkpoint, setup.app, opened.tracker_ids(checkpoint))
-                progress = progress_of(setup)
                 progress.restore(checkpoint.content["progress"])
             except DamagedError as error:
                 log.warning("%s This checkpoint is not used.", error)
                 continue
-            except (KeyError, TypeError, ValueError, AttributeError):
-                log.warning("%s does not describe a run. This checkpoint is not used.", checkpoint.folder)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                log.warning("%s does not describe a run (%s). This checkpoint is not used.", checkpoint.folder, reason)
+                log.debug("%s", checkpoint.folder, exc_info=True)
                 continue
             clear_leftovers(folder)
             if opened.typed:
@@ -261,7 +263,7 @@ class _Run:
 
             def after_round(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
                 nonlocal stopping
-                stopping = signals.received is not None
+                stopping = signals.received is not None and not is_last  # else there is nothing left to do
                 signals.round = report.round + 1
                 if config.checkpoint.best and progress.is_best(report, metrics_of(report, headline)):
                     self._save(report, arrays, grid, trackers, best=True)
@@ -317,7 +319,7 @@ class _Run:
 
     def _stopped(self) -> str:
         done = self.progress.rounds_done
-        if done == self.config.rounds:
+        if self.progress.ended_by is not None:
             return f"stopped after the last round, {done}; the run is complete"
         if self.saved_round is None:
             return f"stopped after round {done}; there is no checkpoint"

@@ -49,14 +49,17 @@ POLL = 0.1
 SAVE_AFTER = 32
 """Messages of a shard that are kept for computing them again before the grid saves personal state by itself."""
 SAVE_AFTER_BYTES = 2**30
-"""What these messages may hold."""
+"""Bytes that these messages may hold."""
 MEASURED = 64
 """Clients, the largest ones, whose data an actor gets to measure cohort sizes and costs."""
 
 
 @dataclass(eq=False)
 class _Shard:
-    """Clients that are computed by one actor; and the messages to them, in order, that their saved state is without."""
+    """Clients that are computed by one actor; and the messages to them, in order, that their saved state is without.
+
+    `cost` is in seconds, or in steps where nothing was measured; `deaths` counts actors that died since an answer came.
+    """
 
     number: int
     clients: list[int]
@@ -68,9 +71,11 @@ class _Shard:
 
 @dataclass(eq=False)
 class _Job:
-    """Messages of one kind to clients of one shard; `arguments` is what its actor is called with.
+    """Messages of one kind to clients of one shard.
 
-    Its answer is kept until `unread` replies have been taken from it.
+    `arguments` is what its `actor` is called with, `size` the bytes of arrays that they hold, and `future` the actor's
+    pending answer; None: not sent, or done. After the first answer it is `done`: if it is sent again, only the state of
+    its clients is brought up to date. The `answer` is kept until `unread` replies have been taken from it.
     """
 
     shard: _Shard
@@ -78,7 +83,7 @@ class _Job:
     size: int
     unread: int
     actor: Actor | None = None
-    answers: Future[Packed] | None = None
+    future: Future[Packed] | None = None
     done: bool = False
     answer: Answer | None = None
 
@@ -118,6 +123,15 @@ class RayGrid(ClientGrid):
         of its machine's memory if not given.
     folder : str, optional
         Where an actor makes these files; default is its machine's folder for temporary files.
+
+    Attributes
+    ----------
+    shards : list
+        Clients by the actor that computes them.
+    choice : Choice or None
+        Cohort size, once it is chosen.
+    costs : tuple of float or None
+        Seconds of a client in a round: beside its steps, and for each of them; None: not measured.
 
     Raises
     ------
@@ -294,12 +308,12 @@ class RayGrid(ClientGrid):
         """Send a job to its shard's actor; the answer of one that is done is not wanted again."""
         job.actor = job.shard.actor
         reference = job.actor.remote.run.remote(job.shard.number, *job.arguments, not job.done)
-        job.answers = None if job.done else reference.future()
+        job.future = None if job.done else reference.future()
 
     def _collect(self, jobs: Sequence[_Job], timeout: float | None) -> None:
         """Wait for the answers of jobs, at most `timeout` seconds; what a dead actor owes is computed again."""
         end = math.inf if timeout is None else time.monotonic() + timeout
-        while waiting := {job.answers: job for job in jobs if job.answers is not None}:
+        while waiting := {job.future: job for job in jobs if job.future is not None}:
             left = max(0.0, end - time.monotonic())
             # not with ray.wait: in it a signal is not seen, and it ends this process when Ray's own are stopped
             ready, _ = wait(waiting, timeout=min(left, POLL), return_when=FIRST_COMPLETED)
@@ -308,18 +322,19 @@ class RayGrid(ClientGrid):
             if not ready and left <= POLL:
                 return
             for future in ready:
-                self._take(waiting[future])
+                if waiting[future].future is future:  # else its actor died meanwhile and it was sent anew
+                    self._take(waiting[future])
 
     def _take(self, job: _Job) -> None:
         """Take a job's answer; if its actor died, others take its shards over and compute it again."""
         shard = job.shard
         assert job.actor is not None
         try:
-            packed: Packed = get(job.answers, shard.clients)
+            packed: Packed = get(job.future, shard.clients)
         except ActorDied as reason:
             self._died(shard, job.actor, reason)
             return
-        job.answer, job.done, job.answers, shard.deaths = unpack(packed), True, None, 0
+        job.answer, job.done, job.future, shard.deaths = unpack(packed), True, None, 0
         if not job.answer.changed:
             shard.jobs.remove(job)
 

@@ -64,6 +64,8 @@ SampleWeighting = Annotated[
     Field(description="weight of a client in the average: its training samples, or 1 for every client"),
 ]
 """Of methods whose clients do not send parameters that :meth:`Cohort.fit` or :meth:`Cohort.walk` trained."""
+NOT_ADDRESSED = "it could not be addressed"
+"""Why a client is left out that :meth:`PersonalizedStrategy.prepare` has left out without a word."""
 _RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "adapt_steps", "postprocessors", "client_update")
 """Fields that no method has as an option of its own."""
 
@@ -184,7 +186,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """Run Flower's rounds from the beginning; see Flower's ``Strategy.start``.
 
         What the server knows beside the arrays it returns (:attr:`state`, e.g. a generator, control variates) starts
-        anew, and is there afterwards. `timeout` holds for every exchange, those before a round too.
+        anew, and is there afterwards. `timeout` holds for every exchange, those before a round too. Only rounds that
+        `evaluate_every` divides are evaluated, the last one too.
 
         Raises
         ------
@@ -212,7 +215,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         timeout : float, optional
             Seconds that each exchange with clients may take; None waits for as long as they take.
         """
-        self.state = {}
+        self.state, self.sent_arrays, self._failures = {}, tree({}), FirstOfEachKind(log)
         for postprocessor in self.postprocessors:
             postprocessor.reset()
         self.exchange, self._identities_checked = Exchange(), 0  # whoever was there before may be somebody else now
@@ -320,7 +323,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         Returns
         -------
         Fold
-            It takes records of batch size [] (one client) or [K], and its result has batch size [].
+            It takes records of batch size [] (one client) or [K]; :meth:`combine` gets its result, batch size [] of a
+            mean, [n] of :class:`GroupedMean` and :class:`Collect`.
         """
         return WeightedMean()
 
@@ -332,9 +336,14 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         arrays : Tree
             Before the round.
         means : mapping of record to Tree
-            Result of the fold.
+            Result of the fold after all postprocessors.
         clients : list of int
             Whose replies are in it.
+
+        Returns
+        -------
+        Tree
+            Batch size [].
         """
         return means.get(ARRAYS, arrays)
 
@@ -603,6 +612,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     ) -> Iterable[flower.Message]:
         """Address all clients, also those that were not sampled, every `evaluate_every` rounds."""
         if server_round % self.evaluate_every:
+            self._evaluating_clients = []  # Flower's loop asks for the aggregate of no replies all the same
             return []
         return self.evaluation_messages(server_round, arrays, config, grid)
 
@@ -619,6 +629,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         config["server-round"] = server_round
         tensors = from_record(arrays)
         self._evaluating_clients = self.prepare(server_round, tensors, connected, grid, "evaluate")
+        for client in sorted(set(connected) - {*self._evaluating_clients, *self.report.evaluation_failures}):
+            self.leave_out(client, NOT_ADDRESSED, "evaluate")
         sent = self.send(server_round, tensors, self._evaluating_clients)
         app = None if self._work is None else self._work.app
         if app is not None and app.data.global_test is not None and is_common(app, tensors, sent):
@@ -643,7 +655,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         report.seconds = time.perf_counter() - self._started
         if not report.clients:
             return None
-        names = sorted({name for metrics in report.clients.values() for name in metrics if name != "num-examples"})
+        names = sorted({n for metrics in report.clients.values() for n in metrics if not n.endswith("examples")})
         values = {name: [m[name] for m in report.clients.values() if name in m] for name in names}
         return flower.MetricRecord({name: sum(column) / len(column) for name, column in values.items()})
 

@@ -401,6 +401,7 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
         (["clock.speed=3"], "expected a known key: one of name; spread is an option of clock=devices only."),
         (["clock=devices", "clock.speed=3"], "samples_per_second, spread, upload (did you mean 'spread'?)."),
+        (["path=mnist"], "expected dataset.root or dataset.path, the whole name of that key."),
         (["training.worker=3"], "expected runtime.workers, the whole name of that key."),
         (
             ["strategy.mu=1"],

@@ -466,6 +466,36 @@ main(sys.argv[1:])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "done", "ended_by"),
+    [(["rounds=2"], 2, "rounds"), (["rounds=100", "stop.patience=1", "training.lr=1e-9"], 2, "stop.patience")],
+)
+def test_a_signal_in_the_last_round_leaves_a_complete_run(
+    arguments: list[str], done: int, ended_by: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    script = f"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from fedpers.app import main
+from fedpers.strategies import FedAvg
+aggregate = FedAvg.aggregate_train
+def interrupted(self, round, replies):
+    if round == {done}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return aggregate(self, round, replies)
+FedAvg.aggregate_train = interrupted
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", script, *SMALL, "strategy=fedavg", *arguments, f"hydra.run.dir={folder}"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert process.returncode == 130
+    assert process.stderr.splitlines()[-1] == (f"fedpers: stopped after the last round, {done}; the run is complete.")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["rounds_done"], summary["ended_by"], summary["interrupted"]) == (done, ended_by, False)
+
+
+@pytest.mark.slow
 def test_without_checkpoints_a_signal_stops_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = started(folder, "checkpoint.every=0")

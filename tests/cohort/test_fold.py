@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpers.cohort import Tree, WeightedMean, tree
+from fedpers.cohort import GroupedMean, Tree, WeightedMean, tree
 
 
 def records(value: float, count: int = 0, extra: float | None = None) -> dict[str, Tree]:
@@ -92,3 +92,16 @@ def test_any_split_and_order_of_merging_agrees(
                 assert fold.weights[record][name] == pytest.approx(whole.weights[record][name], rel=1e-12)
         for record, mean in whole.result().items():
             assert fold.result()[record].keys() == mean.keys()
+
+
+def test_merged_parts_of_groups_are_left_as_they_are() -> None:
+    parts = []
+    for value in (1.0, 3.0):
+        part = GroupedMean({0: 5})
+        part.add({"arrays": tree({"w": torch.tensor([value])})}, 1.0, 0)
+        parts.append(part)
+    whole = GroupedMean({0: 5})
+    for part in parts:
+        whole.merge(part)
+    assert whole.result()["arrays"]["w"].tolist() == [[2.0]]
+    assert [part.result()["arrays"]["w"].tolist() for part in parts] == [[[1.0]], [[3.0]]]

@@ -89,7 +89,7 @@ def test_actors_give_what_this_process_gives(pair: RayGrid) -> None:
     assert sum(described["clients_per_actor"]) == 5
     jobs = [job for shard in pair.shards for job in shard.jobs]
     assert jobs
-    assert all(job.answer is None and job.answers is None for job in jobs)  # answers are let go of
+    assert all(job.answer is None and job.future is None for job in jobs)  # answers are let go of
     assert not pair._waiting
     assert not pair._known
 

@@ -471,6 +471,12 @@ def test_all_clients_are_evaluated_every_so_many_rounds() -> None:
     assert all(m["validation-examples"] == m["test-examples"] == 5 for m in report.clients.values())
     assert means is not None
     assert means["test-accuracy"] == pytest.approx(sum(m["test-accuracy"] for m in report.clients.values()) / 3)
+    assert not [name for name in means if name.endswith("examples")]
+    one.ask()
+    one.aggregate()
+    assert list(one.strategy.configure_evaluate(3, one.arrays, one.config, one.grid)) == []
+    assert one.strategy.aggregate_evaluate(3, []) is None  # as Flower's loop does
+    assert one.strategy.report.evaluation_failures == {}
 
 
 @pytest.mark.parametrize(("what", "reason"), [("missing", "no reply"), ("error", "out of memory")])

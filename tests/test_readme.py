@@ -28,6 +28,12 @@ def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
 
 
+def test_results_name_no_folder_of_a_machine() -> None:
+    files = sorted((ROOT / "experiments").rglob("*.json"))
+    assert len(files) > 10
+    assert not [(file.name, path) for file in files for path in re.findall(r'"(/[^"]+)"', file.read_text())]
+
+
 def python_blocks(text: str) -> list[str]:
     """Code in a text."""
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
+def draft_name(path: Path) -> str:
+    with whole_file(path) as draft:
+        draft.write_text("second")
+        return draft.name
+
+
 def test_drafts_of_two_writers_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    with whole_file(path) as first:
+    with ThreadPoolExecutor(1) as pool, whole_file(path) as first:
         first.write_text("first")
-        assert first != path
-        assert first.parent == path.parent
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "missing" / "x.json") as second:
-        second.write_text("x")
+        assert pool.submit(draft_name, path).result() != first.name
+        assert (path.read_text(), first.read_text()) == ("second", "first")
+    assert path.read_text() == "first"
+
+
+def test_a_folder_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "missing" / "x.json") as draft:
+        draft.write_text("x")

@@ -2,8 +2,9 @@
 
 Clients whose ``train`` does nothing and a network of 580,000 float32 parameters: what is left is the runtime. FedAvg of
 this package on Ray actors, seconds per round, and bytes that went through Ray's object store in a round beside clients
-times model size; then Flower's FedAvg with an empty Flower app under Flower's own simulation, in the same run. Printed
-is the median over the rounds after the first.
+times model size; then Flower's FedAvg with an empty Flower app under Flower's own simulation, in the same run. With
+``--train`` instead rounds that compute, of ``benchmarks.cohort``'s two-convolution CNN: in this process with 1 and with
+`actors` workers, and on 1 and on `actors` Ray actors. Printed is the median over the rounds after the first.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
+from benchmarks.cohort import BATCH, cohort_round, made_up
 from benchmarks.local_grid import empty_client, seconds
 from fedpers.cohort import Cohort, Reply, Training
 from fedpers.data import FederatedData
 from fedpers.flower_private import server_identity
-from fedpers.models import MLP
+from fedpers.models import MLP, ModelConfig, build_model
 from fedpers.runtime.ray import RayGrid, _Job
 from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate, Received
 
@@ -57,8 +59,8 @@ class CountingGrid(RayGrid):
         super()._submit(job)
 
     def _take(self, job: _Job) -> None:
-        assert job.answers is not None
-        pickled, arrays = job.answers.result()
+        assert job.future is not None
+        pickled, arrays = job.future.result()
         self.up += len(pickled) + sum(array.nbytes for array in arrays)
         super()._take(job)
 
@@ -105,6 +107,33 @@ def ray_seconds(grid: CountingGrid, app: CohortApp, rounds: int, evaluate: bool)
     return took, (grid.down - down) / (rounds - 1), (grid.up - up) / (rounds - 1)
 
 
+def training_rounds(clients: int, actors: int, rounds: int, turns: int) -> None:
+    """Print seconds of a round of training by runtime: the median over `turns`, and the least and the most."""
+    shape, classes = (1, 28, 28), 10
+    data, model = made_up(shape, classes, clients), build_model(ModelConfig("cnn"), shape, classes, 0)
+    app = FedAvgUpdate(training=Training(lr=0.05, batch_size=BATCH)).client_app(model, data)
+
+    def in_process(workers: int) -> float:
+        return cohort_round(model, data, "cpu", "auto", workers, rounds - 1)[0]
+
+    def on_ray(number: int) -> float:
+        with CountingGrid(app, actors=number) as grid:
+            return ray_seconds(grid, app, rounds, evaluate=False)[0]
+
+    measured = {
+        f"{title}={number}": partial(run, number)
+        for number in sorted({1, actors})
+        for title, run in (("in this process, workers", in_process), ("Ray, actors", on_ray))
+    }
+    took: dict[str, list[float]] = {title: [] for title in measured}
+    for _ in range(turns):
+        for title, run in measured.items():
+            took[title].append(run())
+    print(f"{clients} clients, CNN 28x28, one pass in batches of {BATCH}; medians of {turns} turns (least to most)")
+    for title, values in took.items():
+        print(f"{title:<40}{statistics.median(values):8.3f} s a round ({min(values):.3f} to {max(values):.3f})")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,8 +141,14 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=580_000)
     parser.add_argument("--actors", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--train", action="store_true", help="rounds that compute, by runtime")
+    parser.add_argument("--turns", type=int, default=3, help="of --train")
     options = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    if options.train:
+        logging.getLogger("fedpers").setLevel(logging.ERROR)  # nobody has samples for testing
+        training_rounds(options.clients, options.actors, options.rounds, options.turns)
+        return
     app = empty_app(options.clients, options.parameters)
     size = sum(value.nbytes for value in app.template.values())
     print(f"{options.clients} clients, {size / 4:,.0f} float32 parameters, {options.actors} actors")

@@ -47,6 +47,11 @@ def command(arguments: list[str]) -> int:
         raise FedpersError(f"no finished run was found in {', '.join(options.folders)}.")
     if options.pivot:
         return _pivot(options, runs)
+    shown_only = {"--columns": options.columns is not None, "--sort": options.sort != "score"}
+    for name in [name for name, used in shown_only.items() if used and (options.csv or options.json)]:
+        raise FedpersError(
+            f"{name} cannot be combined with --{'csv' if options.csv else 'json'}, which has all columns."
+        )
     groups = leaderboard(runs)
     keys = None if options.columns is None else [key.strip() for key in options.columns.split(",")]
     check_keys(groups, "--columns", keys or ())

@@ -13,7 +13,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedpers.app.keys import check_choices, meant, with_open_keys
+from fedpers.app.keys import SERVER_OPTIMIZERS, check_choices, meant, with_open_keys
 from fedpers.app.sweeps.plugins import setting_of_plugin, unknown
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.settings import Config, build
@@ -114,6 +114,8 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
         if group.startswith("hydra/"):
             return unknown(group, name, getattr(error, "options", None) or [])
         custom = f", or {CUSTOM}" if group in ("dataset", "model", "strategy") else ""
+        if group == "strategy" and name in SERVER_OPTIMIZERS:
+            return ConfigError(group, name, f"fedavg, with server_optimizer={SERVER_OPTIMIZERS[name]}")
         return ConfigError(group, name, one_of(group_names(group), name) + custom)
     if match := re.search(r"Could not override '([^']+)'", text):
         key = match.group(1)

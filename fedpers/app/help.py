@@ -10,7 +10,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from fedpers.errors import ConfigError, one_of
-from fedpers.settings import CheckpointConfig, StopConfig, Training
+from fedpers.settings import CheckpointConfig, Config, StopConfig, Training
 from fedpers.settings.base import Option, Settings, choice_options, choices, options, plain
 from fedpers.settings.groups import GROUPS, TRACKERS, conf_folder, group_names, method_file
 
@@ -113,7 +113,11 @@ def _described(group: str, choice: str) -> Iterable[str]:
     if group in _WITHOUT_CHOICE:
         return [group, *_lines(options(_WITHOUT_CHOICE[group]))]
     if group not in _GROUPS:
-        raise ConfigError("--help", group, one_of((*_GROUPS, *_WITHOUT_CHOICE), group))
+        known = {name: option for name, option in options(Config).items() if not option.nested and name not in _GROUPS}
+        if group in known:
+            return [group, *_table([known[group]])]
+        method = f"; {group} is strategy={group}" if group in group_names("strategy") else ""
+        raise ConfigError("--help", group, one_of((*_GROUPS, *_WITHOUT_CHOICE, *known), group) + method)
     names = group_names(group)
     if not choice:
         return [f"{group}=", *(f"  {name:<18} {_summary(group, name)}".rstrip() for name in names)]

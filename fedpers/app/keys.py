@@ -46,6 +46,8 @@ _ELSEWHERE = {
 """What other libraries call a key, and its last part here."""
 
 
+SERVER_OPTIMIZERS = {"fedavgm": "momentum", "fedadam": "adam", "fedyogi": "yogi"}
+"""What papers call a method, and the server optimizer with which FedAvg is it."""
 _OF_ONES_OWN = {
     "dataset": "; data of your own are dataset=npz, csv, parquet or images with dataset.root=PATH, ratings "
     "dataset=ratings dataset.root=FILE, a function dataset=module:function",
@@ -126,7 +128,9 @@ def meant(key: str, siblings: Iterable[str]) -> str:
     known = dict(_known_keys())
     if choices := known.get(key):
         group = key.partition(".")[0]
-        return f"a known key: {one_of(siblings, name)}; {name} is an option of {group}={', '.join(choices)} only"
+        only = f"{name} is an option of {group}={', '.join(choices)} only"
+        apart = ": give it in a command of its own, fedpers compare puts the runs of several into one table"
+        return f"a known key: {one_of(siblings, name)}; {only}{apart if group == 'strategy' else ''}"
     if not difflib.get_close_matches(name, siblings, n=1, cutoff=0.8):
         last_parts = {full.rpartition(".")[2] for full in known}
         meanings = [part for part in (_ELSEWHERE.get(name), name) if part in last_parts]

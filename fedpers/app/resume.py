@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from fedpers.app.result import exit_code, print_error, print_result
 from fedpers.app.sweeps.names import quoted
-from fedpers.app.sweeps.record import FILE, Record, check_arguments, is_about_place
+from fedpers.app.sweeps.record import FILE, Record, check_arguments, is_about_place, without_place
 from fedpers.errors import FedpersError
 from fedpers.evaluation.runs import ERROR_FILE
 from fedpers.run import resume
@@ -29,7 +29,8 @@ def command(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of a run or of a sweep")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of a run: rounds, runtime, runtime.*, tracker, tracker.*, "
+        "overrides", nargs="*", metavar="KEY=VALUE", default=[],
+        help="what is to change; of a run: rounds, runtime, runtime.*, tracker, tracker.*, "
         "checkpoint.*, stop.*; of a sweep: hydra/launcher, hydra.launcher.*",
     )  # fmt: skip
     options = parser.parse_args(arguments)
@@ -64,9 +65,9 @@ def _resume_sweep(folder: Path, typed: list[str]) -> int:
             raise FedpersError(
                 f"{text} is not what the sweep in {folder} has: only hydra/launcher and hydra.launcher.* may change."
             )
-    arguments = [text for text in record.arguments if not text.startswith(("output=", "hydra.sweep.dir="))]
+    arguments = [text for text in record.arguments if not text.startswith("hydra.sweep.dir=")]
     if any(text not in arguments for text in typed):
-        arguments = [text for text in arguments if not is_about_place(text)]
+        arguments = without_place(arguments)
         arguments += [text for text in typed if is_about_place(text)]
     check_arguments(replace(record, arguments=arguments), typed, folder)
     sweeping = ["-m"] if record.tunes else []

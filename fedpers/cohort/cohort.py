@@ -16,7 +16,7 @@ from torch.func import vmap
 
 from fedpers.cohort.fold import ARRAYS
 from fedpers.cohort.modules import has_dropout, linear_weights, seeded
-from fedpers.cohort.plan import BatchPlan, lonely_sample_error, plan_batches
+from fedpers.cohort.plan import BatchPlan, batches_per_epoch, lonely_sample_error, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
 from fedpers.cohort.tensordicts import TensorDict
@@ -79,6 +79,9 @@ class PlanOptions(TypedDict, total=False):
         enough for all of them.
     purpose : str
         Name of the draw of the batch order.
+    phase : str
+        Name of the phase of training that this plan is a part of, where a method makes a plan for each pass:
+        `max_steps` and `longest_phase` are of all plans of a phase together.
     """
 
     epochs: int | None
@@ -89,6 +92,7 @@ class PlanOptions(TypedDict, total=False):
     samples: Sequence[NDArray[np.int64]] | None
     frozen: bool
     purpose: str
+    phase: str
 
 
 class Cohort:
@@ -115,7 +119,8 @@ class Cohort:
     shared, personal : selection
         The method's (``LocalUpdate.shared``, ``personal``), which :meth:`reply` divides networks by.
     max_steps : int, optional
-        No plan takes more steps, whatever its epochs and steps: unseen clients are measured after so many.
+        No phase of a training (:class:`PlanOptions`; each plan by itself if none is named) takes more steps, whatever
+        its epochs and steps: unseen clients are measured after so many.
     inverse_variance : bool
         Whether :meth:`reply` adds the metric ``inverse_variance``, 1 / :meth:`variance` of the parameters it sends.
 
@@ -133,7 +138,7 @@ class Cohort:
         Of each client so far in this call: steps of the optimizer, samples of their batches, and gradients, int64. A
         method that computes some without :meth:`fit` adds them itself.
     longest_phase : Tensor ``[K]``
-        Steps of the longest of each client's plans, int64.
+        Steps of the longest of each client's phases of training, int64.
     loss_sum : Tensor ``[K]``
         Sum of the losses of all its samples.
 
@@ -181,6 +186,7 @@ class Cohort:
         self.longest_phase = torch.zeros(self.size, dtype=torch.int64)
         self.gradients_taken = torch.zeros(self.size, dtype=torch.int64)
         self.loss_sum = torch.zeros(self.size, device=self.device)
+        self._phase_steps: dict[str | None, Tensor] = {}
         self._passes = [0] * self.size
         self._samples: dict[int, NDArray[np.int64]] = {}
         self._offsets: Tensor | None = None
@@ -237,6 +243,12 @@ class Cohort:
         """Samples of each client, int64 ``[K]`` on the CPU."""
         lists = self.data.part(part)
         return torch.tensor([len(lists[c]) for c in self.clients])
+
+    def batches_per_pass(self) -> list[int]:
+        """Batches ``[K]`` of each client in one pass over what it trains on in this round."""
+        training = self.training
+        sizes = [len(self.samples(client)) for client in self.clients]
+        return [batches_per_epoch(size, training.batch_size, training.drop_last) for size in sizes]
 
     def samples(self, client: int) -> NDArray[np.int64]:
         """Positions a client trains on in this round, int64 ``[n]``; what is drawn for it is drawn once."""
@@ -388,15 +400,20 @@ class Cohort:
             self._passes[k] = first[k] + epoch + 1
             return generator(self.seed, purpose, self.clients[k], self.round, first[k] + epoch)
 
+        phase = options.get("phase")
+        most: int | list[int] | None = self.max_steps
+        if self.max_steps is not None and phase in self._phase_steps:
+            most = (self.max_steps - self._phase_steps[phase]).tolist()
         plan = plan_batches(
             [self.samples(client) for client in self.clients] if samples is None else samples,
             batch_size=batch_size,
             epochs=epochs,
             steps=steps,
-            most=self.max_steps,
+            most=most,
             drop_last=training.drop_last if drop_last is None else drop_last,
             draw=draw if training.shuffle else None,
             device=self.device,
+            phase=phase,
         )
         if self._needs_two_samples and not options.get("frozen") and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
@@ -548,12 +565,14 @@ class Cohort:
         network = Network(self.module, tensors, weight, extra.get("key"), given)
         return loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
 
-    def class_counts(self, outputs: int = 0) -> Tensor:
+    def class_counts(self, outputs: int = 0, samples: Sequence[NDArray[np.int64]] | None = None) -> Tensor:
         """Training samples of each class in this round, int64 ``[K, C]``, for data with classes.
 
         C is the larger of the number of classes and `outputs`: a network may have outputs that stand for no class.
+        `samples` are positions ``[n_k]`` of each client's, if not all (:meth:`samples`) are to be counted.
         """
-        labels = (self.data.y[torch.from_numpy(self.samples(c)).to(self.device)] for c in self.clients)
+        counted = [self.samples(c) for c in self.clients] if samples is None else samples
+        labels = (self.data.y[torch.from_numpy(positions).to(self.device)] for positions in counted)
         return torch.stack([torch.bincount(y, minlength=max(outputs, self.data.num_classes)) for y in labels])
 
     def _class_offsets(self) -> Tensor:
@@ -580,6 +599,10 @@ class Cohort:
         rows = slice(None) if plan.order is None else plan.order
         steps = (count > 0).sum(0)
         self.steps_taken[rows] += steps
+        if plan.phase is not None:
+            taken = self._phase_steps.setdefault(plan.phase, torch.zeros_like(self.longest_phase))
+            taken[rows] += steps
+            steps = taken[rows]
         self.longest_phase[rows] = torch.maximum(self.longest_phase[rows], steps)
         self.samples_seen[rows] += count.sum(0)
 

@@ -33,6 +33,8 @@ class BatchPlan:
         Whether the batches of a step differ in size, length S.
     order : Tensor ``[K]`` or None
         Position in the cohort of each row of the plan; None when they are the same.
+    phase : str or None
+        Name of the phase of training that it is a part of.
     """
 
     index: Tensor
@@ -41,6 +43,7 @@ class BatchPlan:
     width: list[int]
     ragged: list[bool]
     order: Tensor | None
+    phase: str | None = None
 
     @property
     def steps(self) -> int:
@@ -78,10 +81,11 @@ def plan_batches(
     batch_size: int,
     epochs: int | None = None,
     steps: int | Sequence[int] | None = None,
-    most: int | None = None,
+    most: int | Sequence[int] | None = None,
     drop_last: bool = False,
     draw: Callable[[int, int], np.random.Generator] | None = None,
     device: torch.device | str = "cpu",
+    phase: str | None = None,
 ) -> BatchPlan:
     """Cut each client's samples into batches.
 
@@ -95,14 +99,16 @@ def plan_batches(
         Passes over the data; exactly one of `epochs` and `steps` is given.
     steps : int or sequence of int ``[K]``, optional
         Steps of every client or of each; passes follow one another until they are reached.
-    most : int, optional
-        Steps of a client at most, >= 0.
+    most : int or sequence of int ``[K]``, optional
+        Steps of a client, or of each, at most, >= 0.
     drop_last : bool
         Leave out the incomplete last batch of a pass. A client smaller than one batch keeps its single batch.
     draw : callable (client's position, pass) -> Generator, optional
         Source of the order of each pass; None keeps the given order.
     device : torch.device or str
         Where `index` goes.
+    phase : str, optional
+        Noted in the plan.
 
     Raises
     ------
@@ -122,7 +128,8 @@ def plan_batches(
         raise ConfigError("epochs, steps", (epochs, steps), "numbers >= 0")
 
     if most is not None:
-        num_steps = [min(n, most) for n in num_steps]
+        limits = [most] * clients if isinstance(most, int) else most
+        num_steps = [min(n, limit) for n, limit in zip(num_steps, limits, strict=True)]
     total = max(num_steps)
     width = max(min(batch_size, len(s)) if batch_size else len(s) for s in samples)
     index = np.zeros((total, clients, width), dtype=np.int64)
@@ -153,4 +160,4 @@ def plan_batches(
     smallest = np.where(count > 0, count, largest[:, None]).min(1, initial=np.iinfo(np.int64).max)
     ragged = (smallest < largest).tolist()
     placed = torch.from_numpy(index).to(device)
-    return BatchPlan(placed, torch.from_numpy(count), active.tolist(), largest.tolist(), ragged, order_rows)
+    return BatchPlan(placed, torch.from_numpy(count), active.tolist(), largest.tolist(), ragged, order_rows, phase)

@@ -18,7 +18,6 @@ from torch import Tensor
 from fedpers.cohort.cohort import Cohort
 from fedpers.cohort.fold import ARRAYS, Fold, Records
 from fedpers.cohort.optim import Optimizer
-from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.step import Step
 from fedpers.cohort.tree import Tree, entries, expand_rows, tree
 
@@ -51,7 +50,7 @@ class VisitedRows:
         drawn = [cohort.samples(client) for client in cohort.clients]
         sizes = torch.tensor([len(positions) for positions in drawn])
         batch = training.batch_size
-        self.batches = [batches_per_epoch(size, batch, training.drop_last) for size in sizes.tolist()]
+        self.batches = cohort.batches_per_pass()
         self.whole = batch == 0 or int(sizes.max()) <= batch
         self.training = replace(training, shuffle=False) if self.whole else training
         visited = torch.full((cohort.size, data.num_items), everything, device=device)

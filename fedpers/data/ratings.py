@@ -64,7 +64,7 @@ class RankingData(FederatedData):
         if len(self.x) != 2 * self.num_items:
             raise DataError(f"{self.name}: x has {len(self.x)} entries, expected 2 for each of {self.num_items} items.")
         for user in range(self.num_clients):
-            left = self.num_items - len(self.excluded(user))
+            left = self.num_items - len(np.unique(self.excluded(user)))
             if left < self.negatives:
                 raise DataError(
                     f"{self.name}: for user {user} only {left} of {self.num_items} items can be training negatives, "

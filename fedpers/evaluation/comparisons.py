@@ -31,7 +31,7 @@ def compare(
     """Compare every method with every reference of another strategy.
 
     Of several rows of a reference's strategy (with different settings) the one with the highest score is the
-    reference, which makes it harder for the methods.
+    reference, which makes it harder for the methods; of those with at least :data:`MIN_SEEDS` seeds, if there are any.
 
     Parameters
     ----------
@@ -57,15 +57,22 @@ def compare(
     for name in references:
         rows = [i for i, strategy in enumerate(strategies) if strategy == name]
         means = {i: float(np.mean(list(scores[i].values()))) for i in rows}
-        reference = max(rows, key=lambda i: -math.inf if math.isnan(means[i]) else means[i])
+        reference = max(rows, key=lambda i: as_reference(len(scores[i]), means[i]))
         others = [i for i, strategy in enumerate(strategies) if strategy != name]
         estimates = _estimates(methods, scores, reference, others, clients)
         corrected = holm([estimates[i][0].p_value for i in others])
         for i, p_value in zip(others, corrected, strict=True):
             e, over = estimates[i]
             said = verdict(e.difference, float(p_value))
-            compared[i].append(Comparison(name, e.difference, e.low, e.high, float(p_value), over, e.effect, said))
+            seeds = len(scores[i].keys() & scores[reference].keys())
+            row = Comparison(name, e.difference, e.low, e.high, float(p_value), over, seeds, e.effect, said)
+            compared[i].append(row)
     return [tuple(row) for row in compared], sorted(set(clients.problems.values()))
+
+
+def as_reference(seeds: int, mean: float) -> tuple[bool, float]:
+    """Order the rows of one strategy, the reference last: enough seeds to test over, then the mean score (or NaN)."""
+    return seeds >= MIN_SEEDS, -math.inf if math.isnan(mean) else mean
 
 
 def _estimates(

@@ -6,7 +6,6 @@ Runs are comparable when their settings differ only in the strategy, the seed, a
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from fedpers.evaluation.comparisons import compare
-from fedpers.evaluation.runs import DEFAULT_CHOICES, RunRecord, assignments, number, usual_values, varying
+from fedpers.evaluation.runs import (
+    DEFAULT_CHOICES,
+    RunRecord,
+    assignments,
+    number,
+    settings_key,
+    usual_values,
+    varying,
+)
 from fedpers.evaluation.statistics import Comparison, half_interval
 from fedpers.evaluation.wording import claim, notes, subject
 from fedpers.settings.groups import method_title
@@ -142,7 +149,7 @@ def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
     """
     by_config: dict[str, list[RunRecord]] = defaultdict(list)
     for run in runs:
-        by_config[json.dumps(run.comparable, sort_keys=True, default=str)].append(run)
+        by_config[settings_key(run.comparable)].append(run)
     members = sorted(by_config.values(), key=lambda group: min(str(run.folder) for run in group))
     titles = _titles([group[0] for group in members])
     return [_group(title, group) for title, group in zip(titles, members, strict=True)]
@@ -188,7 +195,7 @@ def _group(title: str, runs: Sequence[RunRecord]) -> Group:
     methods: dict[str, dict[int, RunRecord]] = defaultdict(dict)
     older = []
     for run in sorted(runs, key=lambda run: (not run.summary.get("interrupted"), run.finished)):
-        key = json.dumps([run.strategy, run.options, run.training], sort_keys=True, default=str)
+        key = settings_key([run.strategy, run.options, run.training])
         if run.seed in methods[key]:
             older.append(methods[key][run.seed])
         methods[key][run.seed] = run

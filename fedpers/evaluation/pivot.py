@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from fedpers.errors import ConfigError, one_of
 from fedpers.evaluation.leaderboard import Group, Row, leaderboard
-from fedpers.evaluation.runs import RunRecord, differing
+from fedpers.evaluation.runs import RunRecord, differing, settings_key
 
 UNSET = "not set"
 """Column of methods that do not have the setting."""
@@ -62,14 +61,15 @@ def pivots(runs: Sequence[RunRecord], key: str) -> list[Pivot]:
         raise ConfigError("--pivot", key, one_of(swept - {"seed", "output"}, key) if swept else "a swept setting")
     names = _names(list(within.values()), key)
     by_rest: dict[str, dict[str, list[RunRecord]]] = defaultdict(lambda: defaultdict(list))
+    rests: dict[str, dict[str, Any]] = {}
     for run, name in zip(runs, names, strict=True):
         rest = {k: v for k, v in run.comparable.items() if not _belongs(k, key)}
-        by_rest[json.dumps(rest, sort_keys=True, default=str)][name].append(run)
+        by_rest[settings_key(rest)][name].append(run)
+        rests.setdefault(settings_key(rest), rest)
     made = [_pivot(key, by_value) for by_value in by_rest.values()]
-    rests = [json.loads(rest) for rest in by_rest]
     titles = []
-    for (title, _, _), rest in zip(made, rests, strict=True):
-        alike = [other for other, (name, _, _) in zip(rests, made, strict=True) if name == title]
+    for (title, _, _), rest in zip(made, rests.values(), strict=True):
+        alike = [other for other, (name, _, _) in zip(rests.values(), made, strict=True) if name == title]
         titles.append(" · ".join([title, *differing(rest, alike)]))
     return [Pivot(title, key, groups, rows) for title, (_, groups, rows) in zip(titles, made, strict=True)]
 
@@ -84,15 +84,16 @@ def _setting(run: RunRecord, key: str) -> dict[str, Any]:
 
 
 def _values(runs: Sequence[RunRecord], name: str) -> set[str]:
-    return {json.dumps(run.settings.get(name), default=str) for run in runs}
+    return {settings_key(run.settings.get(name)) for run in runs}
 
 
 def _names(settings: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Name the column of each run: the value, of a group the choice and what else tells it apart."""
-    names = []
+    names: list[str] = []
+    texts: dict[str, str] = {}  # of equal values one: 1 and 1.0 are one column
     for values in settings:
         if key in values or not values:
-            names.append(str(values[key]) if values else UNSET)
+            names.append(texts.setdefault(settings_key(values[key]), str(values[key])) if values else UNSET)
             continue
         choice = values.get(f"{key}.name")
         alike = [other for other in settings if other and other.get(f"{key}.name") == choice]

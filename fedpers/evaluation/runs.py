@@ -141,11 +141,12 @@ def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[RunRecord]:
     named in a logged warning and left out.
     """
     folders: dict[Path, Path] = {}
+    marks = {"summary.json", "manifest.json", ERROR_FILE}
     for path in paths:
         if not Path(path).is_dir():
             logger.warning("%s is not a folder and is left out.", path)
         for name, subfolders, files in os.walk(path):
-            if not {"summary.json", "config.yaml", ERROR_FILE}.isdisjoint(files):
+            if not marks.isdisjoint(files):
                 folders.setdefault(Path(name).resolve(), Path(name))
                 subfolders.clear()  # trackers keep files of the same names inside a run folder
             else:
@@ -285,6 +286,19 @@ def _usual_training() -> Mapping[str, Any]:
 def _defaults(group: str, name: str) -> Mapping[str, Any] | None:
     """Default values of a choice; None if there is no such choice."""
     return choice_values(group, name) if group in GROUPS and name in choices(GROUPS[group]) else None
+
+
+def settings_key(settings: Any) -> str:
+    """JSON text that is the same for equal settings, also where one has ``1`` and the other ``1.0``."""
+    return json.dumps(_whole_numbers_as_ints(settings), sort_keys=True, default=str)
+
+
+def _whole_numbers_as_ints(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _whole_numbers_as_ints(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole_numbers_as_ints(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Comparison:
     difference : float
         Mean over common seeds of (method - reference), in the unit of the score; NaN if there is none.
     low, high : float
-        95 % interval of the difference by itself, not corrected for the other methods of the table; NaN if untested.
+        95 % interval of the difference by itself, not corrected for the other methods of the table; NaN if untested,
+        and over clients where so few of them differ that more than one resample in twenty has none of those.
     p_value : float
         Two-sided, after Holm's correction over all methods of the table that are compared with this reference; NaN if
         untested.
@@ -45,6 +46,8 @@ class Comparison:
         What carries the claim. ``"seeds"``: a paired t-test over at least :data:`MIN_SEEDS` common seeds, which speaks
         of other seeds. ``"clients"``: a paired bootstrap over the clients of one or two seeds, which speaks of other
         clients like these, not of other seeds.
+    seeds : int
+        Seeds that method and reference have in common, over which or over whose clients is tested.
     effect : float
         Difference in standard deviations: mean over standard deviation of the paired differences (Cohen's d_z), of
         seeds or, over clients, of the clients within a seed. NaN if untested or if the differences are all the same.
@@ -58,6 +61,7 @@ class Comparison:
     high: float
     p_value: float
     over: Literal["seeds", "clients"]
+    seeds: int
     effect: float
     verdict: Literal["better", "worse", "undecided", "untested"]
 
@@ -134,10 +138,10 @@ def paired_bootstrap(differences: Sequence[Floats], resamples: int = RESAMPLES) 
     ]
     chosen = np.flatnonzero(varying)
     if len(chosen):
-        drawn = _studentized([d[:, chosen] for d in differences], means[chosen], resamples)
+        drawn, alike = _studentized([d[:, chosen] for d in differences], means[chosen], resamples)
         observed = np.abs(means[chosen]) / error[chosen]
         p_values = (1 + np.sum(drawn >= observed * (1 - 1e-12), axis=0)) / (resamples + 1)
-        half = np.quantile(drawn, 1 - LEVEL, axis=0) * error[chosen]
+        half = np.where(alike > LEVEL, math.nan, np.quantile(drawn, 1 - LEVEL, axis=0) * error[chosen])
         for j, i in enumerate(chosen):
             mean = float(means[i])
             low, high = mean - float(half[j]), mean + float(half[j])
@@ -151,12 +155,15 @@ def _standard_error(variances: Sequence[Floats], sizes: Sequence[int]) -> Floats
     return np.asarray(np.sqrt(np.sum(parts, axis=0)) / len(parts))
 
 
-def _studentized(differences: Sequence[Floats], means: Floats, resamples: int) -> Floats:
-    """Distances of resampled means from the `means`, in standard errors of the resample: [resamples, M]."""
+def _studentized(differences: Sequence[Floats], means: Floats, resamples: int) -> tuple[Floats, Floats]:
+    """Distances of resampled means from the `means`, in standard errors of the resample: [resamples, M].
+
+    And the share of resamples in which all drawn clients are alike, [M], so that there is no standard error.
+    """
     rng = np.random.default_rng(0)  # a table shows the same whenever it is printed
     seeds, widest = len(differences), max(len(d) for d in differences)
     step = max(1, _CHUNK // (widest * seeds))
-    chunks = []
+    chunks, alike = [], np.zeros(len(means))
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
         drawn_seeds = rng.integers(seeds, size=(count, seeds))
@@ -173,9 +180,10 @@ def _studentized(differences: Sequence[Floats], means: Floats, resamples: int) -
                 variance[rows] += np.maximum(second - first**2, 0) / (size - 1)
         error = np.sqrt(variance) / seeds
         distance = np.abs(total / seeds - means)
-        error[error < 1e-12] = 1e-12  # clients that were drawn are all alike: as far from the mean as can be
+        alike += np.sum(error < 1e-12, axis=0)
+        error[error < 1e-12] = 1e-12  # as far from the mean as can be
         chunks.append(distance / error)
-    return np.concatenate(chunks)
+    return np.concatenate(chunks), alike / resamples
 
 
 def holm(p_values: ArrayLike) -> Floats:

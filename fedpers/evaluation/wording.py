@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedpers.evaluation.runs import RunRecord, assignments, differing, number, usual_values
+from fedpers.evaluation.comparisons import as_reference
+from fedpers.evaluation.runs import RunRecord, assignments, differing, number, settings_key, usual_values
 from fedpers.evaluation.statistics import LEVEL, MIN_CLIENTS, MIN_SEEDS, Comparison, average_ranks
 from fedpers.settings.groups import method_title
 
@@ -70,7 +70,7 @@ def claim(rows: Sequence[Row], baselines: Sequence[str]) -> str:
         ahead = any(c.difference > 0 for row in methods for c in row.comparisons if c.reference == reference)
         if methods and not lead and said and not said & {"better", "untested"} and not ahead:
             lead = f"{method_title(reference)} is not beaten by any method: "
-    return f"{lead}{'; '.join(phrases)}{lacking}{_basis(rows, everything)}."
+    return f"{lead}{'; '.join(phrases)}{lacking}{_basis(everything)}."
 
 
 def ranks_over_tables(groups: Sequence[Group]) -> str:
@@ -128,13 +128,13 @@ def _clause(names: Sequence[str], said: Sequence[tuple[str, str]]) -> str:
     return f"{listed(shortened(names))} {listed(predicates)}"
 
 
-def _basis(rows: Sequence[Row], comparisons: Iterable[Comparison]) -> str:
+def _basis(comparisons: Iterable[Comparison]) -> str:
     """What the claims stand on, in brackets."""
-    over = {c.over for c in comparisons if c.verdict != "untested"}
-    seeds = sorted({len(row.seeds) for row in rows})
-    many = f"{seeds[0]} seed{'s' * (seeds[0] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
-    if not over:
+    tested = [c for c in comparisons if c.verdict != "untested"]
+    over, seeds = {c.over for c in tested}, sorted({c.seeds for c in tested})
+    if not tested:
         return ""
+    many = f"{seeds[0]} seed{'s' * (seeds[0] > 1)}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
     if over == {"seeds"}:
         return f" ({many})"
     if over == {"clients"}:
@@ -249,7 +249,7 @@ def _usual_notes(rows: Sequence[Row]) -> list[str]:
 
 def _training_notes(runs: Sequence[RunRecord]) -> list[str]:
     """What tells the training of a strategy's runs from that of most runs, a phrase for each strategy."""
-    keys = [json.dumps(run.training, sort_keys=True, default=str) for run in runs]
+    keys = [settings_key(run.training) for run in runs]
     usual = runs[max(range(len(runs)), key=lambda i: (keys.count(keys[i]), -i))].training
     trainings: dict[str, set[str]] = defaultdict(set)
     for run, key in zip(runs, keys, strict=True):
@@ -283,11 +283,16 @@ def _reading(group: Group) -> list[str]:
             f"vs: difference in points ± 95 % interval; better or worse: {test}, p ≤ 5 % after Holm's correction over "
             "the rows; undecided is not equal. Other rows are not compared with each other."
         )
-    clear = [c for c in everything if c.verdict == "undecided" and c.low * c.high > 0]
+    clear = [
+        f"{row.label} with {method_title(c.reference)}"
+        for row in group.rows
+        for c in row.comparisons
+        if c.verdict == "undecided" and c.low * c.high > 0
+    ]
     if clear:
         notes.append(
-            f"{len(clear)} of the undecided differences {'has an interval' if len(clear) == 1 else 'have intervals'} "
-            "without 0, which is not enough among so many comparisons."
+            f"Undecided though the interval by itself is without 0, which is not enough among so many comparisons: "
+            f"{listed(shortened(clear))}."
         )
     if untested := [
         f"{row.label} with {method_title(c.reference)}"
@@ -302,8 +307,10 @@ def _reading(group: Group) -> list[str]:
     for reference in group.references:
         variants = [row for row in group.rows if row.strategy == reference]
         if len(variants) > 1:
+            compared = max(variants, key=lambda row: as_reference(len(row.seeds), row.score))
+            least = "" if compared is variants[0] else f" that have at least {MIN_SEEDS} seeds"
             notes.append(
                 f"{method_title(reference)} has {len(variants)} rows; the others are compared with the best "
-                f"of them ({variants[0].label})."
+                f"of those{least} ({compared.label})."
             )
     return notes

@@ -206,7 +206,9 @@ def check_contents(folder: Path) -> None:
     """
     if not os.path.isfile(folder / "config.yaml"):
         missing = "there is no config.yaml" if os.path.isdir(folder) else "there is no such folder"
-        raise FedpersError(f"{folder} holds no run: {missing}.")
+        sweeps = sorted(path.parent for path in folder.rglob("sweep.json"))
+        below = f"; below it lies the sweep {sweeps[-1]}" if sweeps else ""
+        raise FedpersError(f"{folder} holds no run: {missing}{below}.")
     check_links(folder)
 
 

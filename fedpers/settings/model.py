@@ -26,6 +26,8 @@ KINDS: dict[str, dict[str, Any]] = {
 _WITH_FEATURES = ("auto", "mlp", "cnn", "cnn1d", "lstm", "transformer", "resnet18", "vit")
 _MIXING = ("name", "kinds", "kind_file", "features")
 _PRETRAINED = ("auto", "mlp", "cnn", "cnn1d", "resnet18", "vit", "vit_b16")
+SMALLEST_PICTURE, LARGEST_PICTURE = 28, 64
+"""Pixels a side of pictures for which ``auto`` means ``cnn``: what its two convolutions are made for."""
 _Size = Annotated[int, Field(ge=1)]
 
 
@@ -36,7 +38,8 @@ class ModelConfig(Settings, group="model"):
     name: Annotated[
         str,
         OpenChoices(
-            auto="by the shape of a sample: lstm for tokens, cnn1d for series [channels, steps], else mlp",
+            auto="by the shape of a sample: lstm for tokens, cnn1d for series [channels, steps], cnn for pictures "
+            "of 28 to 64 pixels a side, else mlp",
             mlp="fully connected layers",
             cnn="two convolutions, as in the federated learning literature",
             cnn1d="two convolutions over time, for series",
@@ -134,7 +137,7 @@ class ModelConfig(Settings, group="model"):
     ] = None
     pretrain_epochs: Annotated[int, Field(ge=1, description="passes at most"), OnlyFor(*_PRETRAINED)] = 20
     pretrain_lr: Annotated[float, Field(gt=0, description="of AdamW at the start"), OnlyFor(*_PRETRAINED)] = 1e-3
-    pretrain_batch_size: Annotated[int, Field(ge=1), OnlyFor(*_PRETRAINED)] = 32
+    pretrain_batch_size: Annotated[int, Field(ge=1, description="samples of a batch"), OnlyFor(*_PRETRAINED)] = 32
     pretrain_accuracy: Annotated[
         float | None,
         Field(gt=0, le=1, description="stop at this accuracy on a held-out tenth of the share"),
@@ -192,7 +195,8 @@ class ModelConfig(Settings, group="model"):
         if self.name != "auto" or self.kinds is not None:
             return self
         series = len(shape) == 2 and shape[1] >= 4
-        name = "lstm" if num_tokens else "cnn1d" if series else "mlp"
+        pictures = len(shape) == 3 and all(SMALLEST_PICTURE <= side <= LARGEST_PICTURE for side in shape[1:])
+        name = "lstm" if num_tokens else "cnn1d" if series else "cnn" if pictures else "mlp"
         allowed = f"null, because {name}, the network for such samples, is not pretrained"
         check(self.pretrained is None or name in _PRETRAINED, "model.pretrained", self.pretrained, allowed)
         return replace(self, name=name)

@@ -220,7 +220,7 @@ class Config(RoundsConfig):
         ``name`` and the method's own settings (:func:`fedpers.strategies.default_options`).
     """
 
-    rounds: Annotated[int, Field(ge=1)] = 50
+    rounds: Annotated[int, Field(ge=1, description="of training")] = 50
     auc: Annotated[
         bool, Field(description="also measure each client's area under the ROC curve (one against the rest)")
     ] = False

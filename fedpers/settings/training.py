@@ -39,7 +39,7 @@ class Training(Settings, group="training"):
     batch_size: Annotated[int, Field(ge=0, description="samples in a batch; 0: all of a client's at once")] = 10
     shuffle: Annotated[bool, Field(description="a new order in every pass, else that of the data")] = True
     drop_last: Annotated[bool, Field(description="leave out the incomplete last batch of a pass")] = False
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], Field(description="of clients, anew in every round")] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1, description="of sgd")] = 0.0
     nesterov: Annotated[bool, Field(description="of sgd, with momentum")] = False
     weight_decay: Annotated[float, Field(ge=0, description="decoupled in adamw, else added to the gradient")] = 0.0

@@ -16,7 +16,7 @@ sensitive, and round t:
 
 Shared: parameters, and masks of the critical ones. The server keeps M_k and c_k of each client
 (:class:`~fedpers.server.tools.ClientTable`) and sends it u_k; in the authors' code clients put c_k and w together
-themselves. Personal: the buffers, as in that code. After round beta nobody collaborates on critical parameters.
+themselves. Personal: the buffers, as in the authors' code. After round beta nobody collaborates on critical parameters.
 
 The paper's clients all take part. Here O is that of the clients of a round, the others keep their M_k and c_k, and a
 client that has none is sent w. ``variant: pfllib`` repeats a common implementation, in which after the first round c_k

@@ -15,9 +15,9 @@ mean cross-entropies a and b on a batch, features h_t and h_s, and a projection 
     low(M): the largest singular values of M, as few as hold more than the share T of the sum of their squares
     T = energy_start + (energy_end - energy_start) * (round - 1) / (energy_rounds - 1), at most energy_end
 
-Shared: the network ``shared``. Personal: the network ``local`` and ``projection``. Both networks have the form and the
-initial values of the given one, buffers included, as in ``strategy=fml``; the paper's student is smaller. A client that
-has never trained predicts with the initial t_k.
+Shared: a second network (``shared``). Personal: the client's network (``local``) and a projection of its features
+(``projection``). Both networks have the form and the initial values of the given one, buffers included, as in
+``strategy=fml``; the paper's student is smaller. A client that has never trained predicts with the initial t_k.
 
 Entries of two and more axes are matrices, all axes but the first in one; they travel as two factors where these are
 smaller. The others travel and are averaged as they are. The server sends s itself, not the change in factors: bytes

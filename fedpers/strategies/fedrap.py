@@ -46,7 +46,7 @@ import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -219,16 +219,20 @@ class FedRAPUpdate(FedMFUpdate):
         if self.tables != "both" or cohort.data.task.protocol == "official":
             return training
         common: dict[str, float] = {"lr": training.lr, "weight_decay": training.weight_decay}
+        chosen: dict[str, float] = {}
         for group, options in groups.items():
             names = cohort.names(group)
-            if PERSONAL in names and COMMON not in names and "lr" in options:
-                return training
+            given = {str(name): value for name, value in options.items()}
             if COMMON in names:
-                common |= {str(name): value for name, value in options.items()}
-        personal = {
+                common |= given
+            elif PERSONAL in names:
+                chosen |= given
+        if "lr" in chosen:
+            return training
+        personal: dict[Any, float] = {
             "lr": PERSONAL_SHARE * common["lr"],
             "weight_decay": common["weight_decay"] / PERSONAL_SHARE,
-            **groups.get(PERSONAL, {}),
+            **chosen,
         }
         return replace(training, groups={**groups, PERSONAL: personal})
 
@@ -244,7 +248,7 @@ class FedRAPUpdate(FedMFUpdate):
         optimizer = None
         for _ in range(cohort.training.epochs):
             trees = tensors, factors, {"rate_factors": rate_factors, "total": total}
-            walk = cohort.walk(*trees, steps=next_steps.tolist(), training=visited.training)
+            walk = cohort.walk(*trees, steps=next_steps.tolist(), training=visited.training, phase="visit")
             optimizer = optimizer or walk.optimizer(list(tensors), visited.training)
             for step, (rows, decay_factors, visit) in walk:
                 losses, grads = self.gradients_of_step(cohort, rows, *visited.counts(step))

@@ -69,8 +69,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, tree
-from fedpers.cohort.plan import batches_per_epoch
-from fedpers.cohort.tree import flat_rows
+from fedpers.cohort.tree import expand_rows, flat_rows
 from fedpers.data.federated import Part
 from fedpers.errors import check
 from fedpers.records import ARRAYS
@@ -145,14 +144,17 @@ class FedSelectUpdate(LocalUpdate):
             change = {name: (params[name] - value).abs() for name, value in before.items()}
             grown = mask
             if bool(due.any()):
-                grown = {**mask, **_only(due, grow_by_tensor(_of(mask, change), change, self.rate, self.limit), mask)}
-            previous = _only(due, _of(entries(params), before), before)
+                grown = {
+                    **mask,
+                    **where_rows(due, grow_by_tensor(restricted_to(mask, change), change, self.rate, self.limit), mask),
+                }
+            previous = where_rows(due, restricted_to(entries(params), before), before)
             state.update(used=tree(mask, cohort.size), previous=tree(previous, cohort.size))
             held = mask  # what was global in this training is sent, also where it has just become personal
         else:
             due = (trained + 1) % self.interval == 0
             change = {name: (params[name] - value).abs() for name, value in start.items()}
-            held = grown = _only(due, grow_together(mask, change, self.rate, self.limit), mask)
+            held = grown = where_rows(due, grow_together(mask, change, self.rate, self.limit), mask)
         state[MASK] = tree(grown, cohort.size)
         return cohort.reply(params, state=state, metrics=self._shares(grown), **{MASK: tree(held, cohort.size)})
 
@@ -162,14 +164,15 @@ class FedSelectUpdate(LocalUpdate):
         global_mask = {name: 1 - value for name, value in personal_mask.items()}
         later = cohort.trained.cpu()
         frozen = later & (self.batchnorm == "official" or (self.batchnorm is None and self.variant == "official"))
+        batches = cohort.batches_per_pass()
         for _ in range(cohort.training.epochs):
-            for trained_mask in (personal_mask, global_mask):
+            for phase, trained_mask in (("personal", personal_mask), ("global", global_mask)):
                 if bool(frozen.all()) or not bool(frozen.any()):
-                    cohort.fit(params, self.loss, epochs=1, mask=trained_mask, frozen=bool(frozen[0]))
+                    cohort.fit(params, self.loss, epochs=1, mask=trained_mask, frozen=bool(frozen[0]), phase=phase)
                     continue
                 for mode in (False, True):  # some train for the first time
-                    steps = [n if chosen == mode else 0 for n, chosen in zip(_pass(cohort), frozen, strict=True)]
-                    cohort.fit(params, self.loss, steps=steps, mask=trained_mask, frozen=mode)
+                    steps = [n if chosen == mode else 0 for n, chosen in zip(batches, frozen, strict=True)]
+                    cohort.fit(params, self.loss, steps=steps, mask=trained_mask, frozen=mode, phase=phase)
 
     def _selectable(self, names: Sequence[str]) -> list[str]:
         """Parameters that may have personal entries."""
@@ -202,7 +205,7 @@ class FedSelectUpdate(LocalUpdate):
         Of a client that has not trained yet it is the one it predicts with.
         """
         now = entries(self.personalize(cohort, received, config))
-        last = _only(cohort.trained, entries(cohort.state["model"].to(cohort.device)), now)
+        last = where_rows(cohort.trained, entries(cohort.state["model"].to(cohort.device)), now)
         return {"trained": tree(last, cohort.size)}
 
     def measure(
@@ -377,17 +380,11 @@ def batch_accuracy(outputs: Sequence[Tensor], labels: Sequence[Tensor], batch_si
     return torch.where(sizes > 0, total / batches.clamp(min=1), math.nan)
 
 
-def _of(values: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def restricted_to(values: Mapping[str, Tensor], names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `values` that have a name of `names`."""
     return {name: values[name] for name in names}
 
 
-def _only(rows: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def where_rows(rows: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Take `new` for the clients in `rows` (bool ``[K]``), `old` for the others."""
-    return {name: torch.where(rows.view(-1, *[1] * (v.dim() - 1)), v, old[name]) for name, v in new.items()}
-
-
-def _pass(cohort: Cohort) -> list[int]:
-    """Batches in one pass of each client."""
-    training = cohort.training
-    sizes = [len(cohort.samples(client)) for client in cohort.clients]
-    return [batches_per_epoch(size, training.batch_size, training.drop_last) for size in sizes]
+    return {name: torch.where(expand_rows(rows, v), v, old[name]) for name, v in new.items()}

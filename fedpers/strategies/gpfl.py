@@ -139,6 +139,7 @@ class GPFLUpdate(LocalUpdate):
 
     shared = ("parameters", "-head")
     personal = ("head", "buffers")
+    settles_parts = True
     lam: Annotated[
         float,
         Field(
@@ -275,19 +276,16 @@ class GPFLUpdate(LocalUpdate):
 
     def _shares(self, cohort: Cohort) -> Tensor:
         """Share of each category in the samples a client trains on, float64 ``[K, U]``."""
-        data, training = cohort.data, cohort.training
+        training = cohort.training
         trained_on = []
         for client in cohort.clients:
-            positions = torch.from_numpy(cohort.samples(client))
+            positions = cohort.samples(client)
             size = len(positions)
             if training.drop_last and not training.shuffle and 0 < training.batch_size <= size:
                 size -= size % training.batch_size
             trained_on.append(positions[:size])
-        sizes = torch.tensor([len(positions) for positions in trained_on])
-        owner = torch.repeat_interleave(torch.arange(cohort.size), sizes).to(cohort.device)
-        cell = owner * data.num_classes + data.y[torch.cat(trained_on).to(cohort.device)]
-        counts = torch.bincount(cell, minlength=cohort.size * data.num_classes).view(cohort.size, -1)
-        return counts / sizes.to(cohort.device, torch.float64)[:, None]
+        counts = cohort.class_counts(samples=trained_on).double()
+        return counts / counts.sum(1, keepdim=True)
 
 
 @method("gpfl")

@@ -9,8 +9,8 @@ On two batches D, D' at a time, with F(w) = f_k(w - inner_lr * grad f_k(w; D); D
     w   <- mean_k w_k
     prediction of client k: w - inner_lr * grad f_k(w; a batch)
 
-Shared: the whole network, buffers averaged. Personal: nothing; a client adapts before it predicts, on the same batch in
-every round, drawn from (seed, "adapt", client).
+Shared: the whole network, buffers averaged. Personal: nothing; a client adapts before it predicts, on a batch that is
+the same in every round. It is drawn from (seed, "adapt", client).
 
 ``hessian: true`` takes the exact gradient of F (the paper's algorithm, which draws a third batch for the second-order
 term; here that term sees D). ``hessian: false`` is the paper's first-order variant, Per-FedAvg (FO). Common

@@ -48,6 +48,7 @@ class PFedRecUpdate(LocalUpdate):
 
     shared = "body"
     personal = "all"
+    settles_parts = True
     can_finetune = False
     item_rate: Annotated[
         float, Field(gt=0, description="the items' rate is this times their number times training.lr")

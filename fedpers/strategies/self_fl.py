@@ -53,7 +53,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fedpers.cohort import Cohort, Records, Reply, Tree, entries, tree
-from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.tree import expand_rows, sum_rows
 from fedpers.cohort.variance import RunningVariance
 from fedpers.errors import check
@@ -157,7 +156,7 @@ class SelfFLUpdate(LocalUpdate):
         training = cohort.training
         if training.steps is not None:
             return [training.steps] * cohort.size
-        return [training.epochs * batches for batches in _batches(cohort)]
+        return [training.epochs * batches for batches in cohort.batches_per_pass()]
 
     def _steps(self, cohort: Cohort, inter: Tensor, around_start: Tensor, scale: Tensor) -> list[int]:
         """Steps ``[K]`` by `inter`, the variance `around_start` of a training and `scale`, all ``[K]``."""
@@ -197,12 +196,6 @@ class SelfFLUpdate(LocalUpdate):
             every = {name: grads.get(name, torch.zeros_like(rows[name])) for name in names}
             scatter.add(every, torch.ones(step.active, dtype=torch.bool, device=cohort.device), step)
         return scatter.result() / (scatter.count * self.curvature**2)
-
-
-def _batches(cohort: Cohort) -> list[int]:
-    """Batches ``[K]`` of one pass."""
-    training = cohort.training
-    return [batches_per_epoch(n, training.batch_size, training.drop_last) for n in cohort.sizes().tolist()]
 
 
 @method("self_fl")

@@ -103,20 +103,22 @@ def hit_and_gain(scores: Sequence[Tensor], top_k: int) -> dict[str, Tensor]:
     Parameters
     ----------
     scores : sequence of Tensor ``[n_k]``
-        Of each client's candidates, the held-out item first.
+        Of each client's candidates, the held-out item first; none if the client has no such item.
     top_k : int
         Length of the list a hit must be in, >= 1.
 
     Returns
     -------
     dict of name to Tensor ``[K]``
-        ``examples`` (held-out items, 1), ``hr@K`` (1 if the rank is <= K) and ``ndcg@K`` (``ln 2 / ln(1 + rank)``
-        if so, else 0).
+        ``examples`` (held-out items, 1 or 0), ``hr@K`` (1 if the rank is <= K) and ``ndcg@K`` (``ln 2 / ln(1 + rank)``
+        if so, else 0); the last two NaN without a held-out item.
     """
     ranks = torch.full((len(scores),), math.inf, dtype=torch.float64)
     for k, candidates in enumerate(scores):
-        if not bool(candidates[0].isnan()):
+        if len(candidates) and not bool(candidates[0].isnan()):
             ranks[k] = 1 + float((candidates[1:] >= candidates[0]).sum())
     hit = (ranks <= top_k).double()
     gain = torch.where(hit > 0, math.log(2) / torch.log(1 + ranks), 0.0)
-    return {"examples": torch.ones_like(hit), f"hr@{top_k}": hit, f"ndcg@{top_k}": gain}
+    held_out = torch.tensor([len(candidates) > 0 for candidates in scores])
+    columns = {f"hr@{top_k}": hit, f"ndcg@{top_k}": gain}
+    return {"examples": held_out.double(), **{name: value.where(held_out, math.nan) for name, value in columns.items()}}

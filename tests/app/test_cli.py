@@ -257,6 +257,21 @@ def test_help_names_every_option_and_subcommand(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("key", "line"), [("rounds", "rounds=50  of training"), ("auc", "auc=false  also measure")])
+def test_help_of_a_key_that_is_in_no_group(key: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["--help", key]) == 0
+    assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["dataset=npz", "dataset.root=nowhere.npz"], ["strategy=fedbn"], ["rounds=0"]])
+def test_a_run_that_is_refused_leaves_no_folder(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes").touch()
+    assert _main([*arguments, f"output={tmp_path / 'runs'}"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
 def test_installed_command(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "fedpers"), "strategy=fedavg", *SMALL, f"output={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False)
@@ -397,6 +412,8 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
     [
         (["strategy=dito"], f"expected one of {len(STRATEGIES)} names (did you mean 'ditto'?), or module:Name."),
         (["strategy=xyzzy"], "strategy=xyzzy: expected one of apfl, clustered, cwfedavg, ditto, "),
+        (["strategy=fedavgm"], "strategy=fedavgm: expected fedavg, with server_optimizer=momentum."),
+        (["--help", "fedrep"], "fedrep is strategy=fedrep."),
         (["resume", "nowhere"], "nowhere holds no run: there is no such folder."),
         (["partition.alfa=1"], "partition.alfa=1: expected a known key: one of alpha, "),
         (["clock.speed=3"], "expected a known key: one of name; spread is an option of clock=devices only."),
@@ -408,6 +425,10 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
             "expected a known key: one of finetune_epochs, name, personal_layers, weighting; mu is an option of ",
         ),
         (["strategy.mu=1"], "strategy=ditto, "),
+        (
+            ["strategy.mu=1"],
+            "give it in a command of its own, fedpers compare puts the runs of several into one table.",
+        ),
         (
             ["partition=iid", "partition.alpha=1"],
             "alpha is an option of partition=dirichlet, inner_dirichlet, domains, pfllib_dirichlet only.",

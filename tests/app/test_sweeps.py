@@ -118,6 +118,22 @@ def test_a_killed_sweep_does_only_what_is_missing(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
+def test_a_sweep_whose_place_was_typed_as_output_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["-m", *SMALL, "seed=0,1", f"output={tmp_path / 'out'}"]) == 0
+    (folder,) = (path.parent for path in tmp_path.rglob("sweep.json"))
+    whole, everything = yielded(folder), moments(folder)
+    capsys.readouterr()
+    assert _main(["resume", str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "2 of 2 jobs were done before"
+    assert moments(folder) == everything
+
+    (folder / "1_fedavg_digits_seed1" / "summary.json").unlink()
+    assert _main(["resume", str(folder)]) == 0
+    assert len(json.loads((folder / "sweep.json").read_text())["jobs"]) == 2
+    assert yielded(folder) == whole
+
+
+@pytest.mark.slow
 def test_a_run_without_checkpoint_begins_anew(tmp_path: Path) -> None:
     whole = sweep(tmp_path / "sweep", "seed=0,1", "checkpoint.every=0")
     broken = tmp_path / "sweep" / "1_fedavg_digits_seed1"
@@ -361,6 +377,27 @@ def test_a_seed_of_its_own_to_choose_by(tmp_path: Path) -> None:
     assert _main(["tune", "--seed", "100", *SMALL, *grid, f"hydra.sweep.dir={folder}"]) == 0
     assert [name.rpartition("_")[2] for name in yielded(folder) if "tuning" in name] == ["seed100"] * 2
     assert sorted(name.rpartition("_")[2] for name in yielded(folder) if "tuned" in name) == ["seed0", "seed1"]
+
+
+def test_combinations_are_not_compared_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["training.lr=0.01,0.1", "hydra.sweeper.max_batch_size=1"]
+    text = error_of(capsys, "tune", "strategy=local", *grid, f"hydra.sweep.dir={tmp_path / 'tune'}")
+    assert text.startswith("hydra.sweeper.max_batch_size=1: expected null for fedpers tune")
+
+
+@pytest.mark.slow
+def test_without_validation_nothing_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["training.lr=0.01,0.1", "split.validation=0", f"hydra.sweep.dir={tmp_path / 'tune'}"]
+    text = error_of(capsys, "tune", "strategy=local", *SMALL, *grid)
+    assert text.startswith("fedpers tune chooses by validation, and no run of local has a validation score: ")
+
+
+@pytest.mark.slow
+def test_seeds_that_are_typed_with_plus_signs_are_no_candidates(tmp_path: Path) -> None:
+    folder = tmp_path / "tune"
+    grid = ["strategy=local", "training.lr=0.01,0.1", "++seed=0,1"]
+    assert _main(["tune", *SMALL, *grid, f"hydra.sweep.dir={folder}"]) == 0
+    assert sorted(name.partition("/")[0] for name in yielded(folder)) == ["tuned", "tuned", "tuning", "tuning"]
 
 
 def test_there_must_be_something_to_choose_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,12 +10,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from fedpers.evaluation import runs
 from fedpers.evaluation.leaderboard import leaderboard, leaderboard_rows
+from fedpers.evaluation.pivot import pivots
 from fedpers.evaluation.runs import find_runs
 from fedpers.evaluation.tables import print_leaderboard
 
@@ -215,6 +218,30 @@ def test_training_settings_that_an_older_run_did_not_write_are_the_defaults(writ
     assert row.seeds == (0, 1)
 
 
+def test_a_folder_of_settings_is_no_run(write, tmp_path):
+    write("fedrep", 0, 0.8)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("rounds: 3")
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "manifest.json").write_text("{}")
+    with mock.patch.object(runs.logger, "warning") as warning:
+        assert len(find_runs([tmp_path])) == 1
+    ((_, folder, reason), _) = warning.call_args
+    assert folder == begun
+    assert str(reason).startswith("it has no summary.json")
+    assert warning.call_count == 1
+
+
+def test_a_whole_number_is_one_setting_however_it_was_typed(write, tmp_path):
+    for seed, lr in enumerate((1, 1.0)):
+        write("fedrep", seed, 0.8, config={"partition": {"name": "dirichlet", "alpha": lr}, "training": {"lr": lr}})
+    (row,) = board(tmp_path).rows
+    assert row.seeds == (0, 1)
+    (pivot,) = pivots(find_runs([tmp_path]), "partition.alpha")
+    assert list(pivot.groups) == ["1"]
+
+
 def test_options_that_an_older_run_did_not_write_are_the_defaults(write, tmp_path):
     write("fedrep", 0, 0.8)
     write("fedrep", 1, 0.7, options={"finetune_epochs": 0, "personal_layers": None})
@@ -287,9 +314,9 @@ def test_unmeasured_accuracy_is_last_and_null_in_json(write, tmp_path):
 def test_unusable_folders_are_named_and_left_out(write, tmp_path, caplog):
     good = write("fedrep", 0, 0.9)
     cases = {
-        "running": ({"config.yaml": "seed: 1"}, "no summary.json; the run is going on or was killed."),
+        "running": ({"config.yaml": "seed: 1", "manifest.json": "{}"}, "no summary.json; the run is going on or was killed."),
         "killed": (
-            {"config.yaml": "seed: 1", "checkpoints/a": ""},
+            {"config.yaml": "seed: 1", "manifest.json": "{}", "checkpoints/a": ""},
             f"was killed, after which 'fedpers resume {tmp_path / 'killed'}' goes on.",
         ),
         "damaged": ({"config.yaml": "seed: 1", "summary.json": '{"strategy":'}, "summary.json is damaged"),

@@ -78,6 +78,8 @@ def test_columns_and_their_order_are_chosen(table, compare):
         (["--sort", "tine"], "(did you mean 'time'?)"),
         (["--pivot", "partition.alpha", "--json"], "--json cannot be combined with --pivot=partition.alpha"),
         (["--pivot", "partition.alpha", "--sort", "time"], "--sort cannot be combined"),
+        (["--json", "--columns", "score"], "--columns cannot be combined with --json, which has all columns."),
+        (["--csv", "--sort", "time"], "--sort cannot be combined with --csv, which has all columns."),
         (["--pivot", "partition.beta"], "--pivot=partition.beta: expected"),
     ],
 )

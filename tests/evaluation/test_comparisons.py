@@ -197,6 +197,27 @@ def test_the_best_of_several_local_rows_is_the_reference(write, tmp_path):
     assert any(note.startswith("Local has 2 rows") and "lr=0.01" in note for note in group.notes)
 
 
+def test_a_row_of_one_seed_is_no_reference_where_another_can_be_tested_against(write, tmp_path):
+    for seed in range(3):
+        write("local", seed, 0.7 + seed / 100)
+        write("fedrep", seed, 0.75 + seed**2 / 100)
+    write("local", 0, 0.8, config={"training": {"lr": 0.01}})
+    group = board(tmp_path)
+    (compared,) = next(row for row in group.rows if row.strategy == "fedrep").comparisons
+    assert (compared.over, compared.seeds) == ("seeds", 3)
+    assert compared.difference == pytest.approx(0.75 + 5 / 300 - 0.71)
+    assert any("the best of those that have at least 3 seeds (Local lr=0.1)" in note for note in group.notes)
+
+
+def test_seeds_of_the_sentence_are_those_in_common(write, tmp_path):
+    for seed in range(5):
+        write("fedrep", seed, 0.8 + seed / 100)
+        write("local", seed + 2, 0.6 + seed**2 / 1000)
+    group = board(tmp_path)
+    assert group.rows[0].comparisons[0].seeds == 3
+    assert group.sentence.endswith("FedRep beats Local; there is no run of FedAvg to compare with (3 seeds).")
+
+
 def test_without_a_baseline_nothing_is_claimed(write, tmp_path):
     for name, score in (("fedrep", 0.9), ("fedper", 0.8)):
         write(name, 0, score)
@@ -213,7 +234,7 @@ def test_intervals_without_zero_that_are_not_enough_are_explained(write, tmp_pat
     (found,) = next(row for row in group.rows if row.strategy == "fedrep").comparisons
     assert found.low > 0
     assert found.verdict == "undecided"
-    assert any(note.startswith("1 of the undecided differences has an interval without 0") for note in group.notes)
+    assert any(note.startswith("Undecided though the interval by itself is without 0") for note in group.notes)
 
 
 def test_json_has_comparisons_and_the_sentence(write, tmp_path):

@@ -316,7 +316,7 @@ def run_command(*arguments: object) -> int:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = write_sweep(tmp_path / "runs")
     (runs / "going_on").mkdir()
-    (runs / "going_on" / "config.yaml").write_text("seed: 0")
+    (runs / "going_on" / "manifest.json").write_text("{}")
     files = {"--csv": tmp_path / "tables", "--latex": tmp_path / "a" / "table.tex", "--markdown": tmp_path / "t.md"}
     assert run_command(runs, *(part for pair in files.items() for part in pair)) == 0
     sentence, path = capsys.readouterr().out.splitlines()

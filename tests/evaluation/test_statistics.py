@@ -107,6 +107,17 @@ def test_clients_that_cannot_say_are_not_tested():
     assert paired_bootstrap([np.full((20, 1), 0.1), equal])[0].difference == pytest.approx(0.05)
 
 
+def test_where_few_clients_differ_there_is_a_p_value_but_no_interval():
+    d = np.zeros((100, 2))
+    d[:2, 0], d[:20, 1] = 0.1, 0.1
+    few, many = paired_bootstrap([d])
+    assert (few.difference, many.difference) == pytest.approx((0.002, 0.02))
+    assert few.p_value > 0.05  # one resample in seven has neither of the two
+    assert math.isnan(few.low)
+    assert math.isnan(few.high)
+    assert 0 < many.low < 0.02 < many.high < 0.1
+
+
 def test_a_table_says_the_same_whenever_it_is_made_whatever_else_stands_in_it():
     d = np.random.default_rng(0).normal(0.01, 0.1, size=(30, 2))
     assert paired_bootstrap([d]) == paired_bootstrap([d])

@@ -170,3 +170,13 @@ def test_bad_options_are_refused(options, sentence):
 def test_models_that_cannot_be_built_are_refused(config, shape, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build_model(config, shape, 10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [((1, 28, 28), "cnn"), ((3, 64, 64), "cnn"), ((1, 8, 8), "mlp"), ((3, 224, 224), "mlp"), ((3, 28, 20), "mlp"),
+     ((28,), "mlp"), ((9, 128), "cnn1d")],
+)  # fmt: skip
+def test_auto_is_the_network_for_the_shape_of_a_sample(shape: tuple[int, ...], name: str) -> None:
+    assert ModelConfig().for_samples(shape).name == name
+    assert ModelConfig("mlp").for_samples(shape).name == "mlp"

@@ -255,6 +255,24 @@ def test_rows_nobody_visited_only_decay() -> None:
         assert torch.allclose(after[rest], factor * first[name][rest], rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("groups", "rate", "decay"),
+    [
+        ({"body": {"lr": 4.0}}, 4.0 / 30, 1e-3 * 30),
+        ({"body": {"lr": 4.0}, "personal": {"weight_decay": 0.0}}, 4.0 / 30, 0.0),
+        ({"body": {"lr": 4.0}, "personal": {"lr": 2.0, "weight_decay": 0.5}}, 2.0, 0.5),
+    ],
+)
+def test_a_group_of_the_personal_table_counts(groups: Any, rate: float, decay: float) -> None:
+    trained = finished(rounds=1, groups=groups, tolerance=0.0, data=ranking_data((9,)))
+    sampled = trained.app.data.samples(0, SEED, 1)
+    rest = np.setdiff1d(np.arange(ITEMS), sampled % ITEMS)
+    steps = 6 * -(-len(sampled) // 16)
+    factor = math.prod(1 - rate * 0.95**t * decay for t in range(steps))
+    table = trained.state(0)["model/personal.weight"]
+    assert torch.allclose(table[rest], factor * trained.app.template["personal.weight"][rest], rtol=1e-12)
+
+
 def test_fedmf_is_fedrap_without_what_it_adds() -> None:
     bare = {"tables": "common", "lam": 0.0, "mu": 0.0, "tolerance": 0.0, "step_decay": 1.0}
     one, other = finished("fedmf"), finished("fedrap", **bare)

@@ -30,6 +30,12 @@ def test_ranks_by_hand() -> None:
     assert metrics["ndcg@3"].tolist() == pytest.approx([1, third, 0, second, 0, second])
 
 
+def test_without_a_held_out_item_there_is_nothing_to_count() -> None:
+    metrics = hit_and_gain([torch.tensor([]), torch.tensor([1.0, 0.0])], 1)
+    assert metrics["examples"].tolist() == [0, 1]
+    assert metrics["hr@1"].isnan().tolist() == metrics["ndcg@1"].isnan().tolist() == [True, False]
+
+
 def test_logits_are_compared_as_float32_probabilities() -> None:
     saturated = torch.tensor([[60.0], [50.0]], dtype=torch.float64)  # both are probability 1
     apart = torch.tensor([[6.0], [5.0]], dtype=torch.float64)

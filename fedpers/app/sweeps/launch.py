@@ -23,7 +23,7 @@ from fedpers.app.sweeps.display import Display, Shown
 from fedpers.app.sweeps.jobs import Outcome, outcome
 from fedpers.app.sweeps.names import Naming, as_typed, count_of, quoted, swept, values_of
 from fedpers.app.sweeps.plugins import launcher_name
-from fedpers.app.sweeps.record import FILE, Job, Record, is_about_place
+from fedpers.app.sweeps.record import FILE, Job, Record, without_place
 from fedpers.app.sweeps.tuning import Tuning
 from fedpers.errors import ConfigError, FedpersError, reason
 from fedpers.evaluation.runs import ERROR_FILE
@@ -78,6 +78,11 @@ class Sweep(Launcher):
         self._tuning = Tuning(self._naming, varied, self.record.tuning_seed) if self.record.tunes else None
         if self._tuning is not None and self._searches:
             raise FedpersError("fedpers tune compares all combinations: hydra/sweeper is for -m.")
+        batch = config.hydra.sweeper.get("max_batch_size")
+        if self._tuning is not None and batch is not None:
+            raise ConfigError(
+                "hydra.sweeper.max_batch_size", batch, "null for fedpers tune, which compares all combinations at once"
+            )
         total = config.hydra.sweeper.get("n_trials") if self._searches else count_of(varied)
         self._display = Display(total if self._tuning is None else self._tuning.total)
         self.folder = Path(config.hydra.sweep.dir)
@@ -113,6 +118,14 @@ class Sweep(Launcher):
         self.record.choices = self._tuning.choose(candidates, scores, self.record.choices)
         self._write()
         self._tuning.print_choices(self.record.choices)
+        finished = [
+            overrides for overrides, job in zip(candidates, jobs, strict=True) if self.outcome(job).state == "done"
+        ]
+        if unscored := self._tuning.without_choice(finished, self.record.choices):
+            raise FedpersError(
+                f"fedpers tune chooses by validation, and no run of {', '.join(unscored)} has a validation score: "
+                "give split.validation a share above 0, and on ratings a dataset.protocol that selects on validation."
+            )
         final = [self._job(overrides, "tuned/") for overrides in self._tuning.final(self.record.choices)]
         self._write()
         for job in final:
@@ -171,8 +184,9 @@ class Sweep(Launcher):
 
     def _job(self, overrides: list[str], stage: str = "") -> Job:
         """The job with these overrides, a new one if the record has none."""
+        settings = without_place(overrides)
         for job in self.record.jobs:
-            if job.overrides == overrides and job.folder.startswith(stage):
+            if without_place(job.overrides) == settings and job.folder.startswith(stage):
                 return job
         number = sum(job.folder.startswith(stage) for job in self.record.jobs)
         subfolder = stage + self._subfolder(number, overrides)
@@ -278,4 +292,4 @@ def _returned(result: Outcome) -> JobReturn:
 
 def _settings(record: Record) -> list[str]:
     """What was typed, without where."""
-    return sorted(text for text in record.arguments if not is_about_place(text) and text not in ("-m", "--multirun"))
+    return sorted(text for text in without_place(record.arguments) if text not in ("-m", "--multirun"))

@@ -152,6 +152,11 @@ def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[\w.=/+:,-]+", text) else f"'{text}'"
 
 
+def without_place(texts: Sequence[str]) -> list[str]:
+    """Arguments that say what a sweep or a job is, not where it lies."""
+    return [text for text in texts if not is_about_place(text)]
+
+
 def is_about_place(text: str) -> bool:
     """Whether an argument says where a sweep lies or how its jobs are started."""
     key = text.lstrip("+~").partition("=")[0]

@@ -78,13 +78,18 @@ class Tuning:
         best: dict[str, tuple[float, Choice]] = {}
         for overrides, score in zip(candidates, scores, strict=True):
             case = self._case(overrides)
-            unseeded = [text for text in overrides if not text.startswith("seed=")]
+            unseeded = _without_seed(overrides)
             _, choice = best.setdefault(case, (-math.inf, Choice(case, [], {})))
             choice.scores[self._naming.settings(overrides, self.chosen)] = score
             if score is not None and score > best[case][0]:
                 choice.overrides = unseeded
                 best[case] = (score, choice)
         return [choices.get(case, choice) for case, (_, choice) in best.items() if choice.overrides or case in choices]
+
+    def without_choice(self, candidates: Sequence[list[str]], choices: Sequence[Choice]) -> list[str]:
+        """Cases of which no candidate has a score."""
+        chosen = {choice.case for choice in choices}
+        return list(dict.fromkeys(case for case in map(self._case, candidates) if case not in chosen))
 
     def final(self, choices: Sequence[Choice]) -> list[list[str]]:
         """The runs with what was chosen."""
@@ -108,7 +113,7 @@ class Tuning:
             draft.rename(final)
 
     def _with_seed(self, overrides: Sequence[str], seed: str) -> list[str]:
-        return [*(text for text in overrides if not text.startswith("seed=")), f"seed={seed}"]
+        return [*_without_seed(overrides), f"seed={seed}"]
 
     def _case(self, overrides: Sequence[str]) -> str:
         values = values_of(overrides)
@@ -116,6 +121,11 @@ class Tuning:
         parts = [values.get("strategy.name", values.get("strategy", self._naming.usual["strategy"]))]
         parts += [values["dataset"]] if "dataset" in self.cases else []
         return " ".join(filter(None, [*parts, self._naming.settings(overrides, others)]))
+
+
+def _without_seed(overrides: Sequence[str]) -> list[str]:
+    """Overrides but for ``seed=``, ``+seed=`` and ``++seed=``."""
+    return [text for text in overrides if text.lstrip("+").partition("=")[0] != "seed"]
 
 
 def _percent(score: float | None) -> str:

@@ -121,7 +121,8 @@ def dataset_of_table(
             row = int(pd.to_numeric(rows[column], errors="coerce").isna().argmax())
             raise DataError(
                 f"{path}: column '{column}' has {str(rows[column].iloc[row])!r} in row {row + 1}, but features are "
-                f"numbers; mend it, or name columns of numbers in dataset.features."
+                f"numbers; mend it, name columns of numbers in dataset.features, or say that it holds clients or "
+                f"domains (dataset.client={column}, dataset.domain={column})."
             )
     x = rows[features].to_numpy(np.float64)
     x = x - x[:train_size].mean(0)

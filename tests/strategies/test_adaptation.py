@@ -1,0 +1,54 @@
+"""Steps of a newcomer's local training are limited by phase, also where a method plans pass by pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS
+from fedpers.records import from_record
+from fedpers.strategies import make_strategy
+from tests.cohort.helpers import by_size, cross_entropy, make_cohort
+from tests.problems import SmallNetwork, gaussian_data, problem
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize(
+    ("method", "phases"), [("fedavg", 1), ("fedrep", 2), ("ditto", 2), ("fedselect", 2), ("fedmf", 1), ("fedrap", 1)]
+)
+def test_every_phase_takes_so_many_steps(method: str, phases: int, limit: int) -> None:
+    given = problem(method)
+    settings = replace(given.training, epochs=5, batch_size=3, drop_last=True)
+    options = {"tolerance": 0.0} if method == "fedrap" else {}
+    options |= (
+        {"head_epochs": 5, "body_epochs": 5}
+        if method == "fedrep"
+        else {"personal_epochs": 5}
+        if method == "ditto"
+        else {}
+    )
+    _, update = make_strategy(method, options, training=settings)
+    app = update.client_app(given.network, given.data)
+    clients = by_size(app.data)
+    received = {"arrays": from_record(app.initial_arrays())}
+    config = {"server-round": 1, ADAPTING: True, MAX_STEPS: limit}
+    result, _, _ = app.run("train", clients, app.initial_state.expand(len(clients)).clone(), received, config)
+    for metrics in result.metrics:
+        assert metrics[PHASE_STEPS] == limit
+        assert metrics["steps"] == phases * limit
+
+
+def test_plans_of_a_phase_share_its_limit() -> None:
+    data = gaussian_data((20, 9, 13))  # 4, 2 and 3 batches a pass, by client
+    for phase, expected, longest in (("a", [6, 6, 6], [6, 6, 6]), (None, [12, 6, 9], [4, 2, 3])):
+        cohort = make_cohort(SmallNetwork(), data)
+        cohort.max_steps = 6
+        params = cohort.per_client(cohort.template)
+        options = {} if phase is None else {"phase": phase}
+        for _ in range(3):
+            cohort.fit(params, cross_entropy, epochs=1, batch_size=5, **options)
+        by_client = dict(zip(cohort.clients, cohort.steps_taken.tolist(), strict=True))
+        assert [by_client[c] for c in range(3)] == expected
+        by_client = dict(zip(cohort.clients, cohort.longest_phase.tolist(), strict=True))
+        assert [by_client[c] for c in range(3)] == longest

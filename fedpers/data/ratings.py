@@ -66,8 +66,9 @@ class RankingData(FederatedData):
         for user in range(self.num_clients):
             left = self.num_items - len(np.unique(self.excluded(user)))
             if left < self.negatives:
+                name = self.client_names[user] if self.client_names else user
                 raise DataError(
-                    f"{self.name}: for user {user} only {left} of {self.num_items} items can be training negatives, "
+                    f"{self.name}: for user {name} only {left} of {self.num_items} items can be training negatives, "
                     f"fewer than dataset.negatives={self.negatives}."
                 )
 
@@ -195,8 +196,10 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
     order = np.lexsort((np.arange(len(user)), -time, user))  # each user's rows, latest first
     by_user = np.split(item[order], np.cumsum(np.bincount(user))[:-1])
     train = [history[:1:-1] for history in by_user]
+    names = _user_names(ratings, rows, user)
     negatives = [
-        _eval_negatives(k, history, num_items, config, seed, ratings.name) for k, history in enumerate(by_user)
+        _eval_negatives(k, history, num_items, config, seed, f"{ratings.name}: user {names[k]}")
+        for k, history in enumerate(by_user)
     ]
     unseen = draw_unseen(len(by_user), split, seed)
     held = np.array([history[:2] for history in by_user])
@@ -213,7 +216,7 @@ def leave_one_out(ratings: Ratings, config: DatasetConfig, split: SplitConfig, s
         negatives=config.negatives,
         protocol=config.protocol,
         top_k=config.top_k,
-        client_names=_user_names(ratings, rows, user),
+        client_names=names,
     )
 
 
@@ -295,9 +298,12 @@ def _by_appearance(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _eval_negatives(
-    user: int, touched: NDArray[np.int64], num_items: int, config: DatasetConfig, seed: int, name: str
+    user: int, touched: NDArray[np.int64], num_items: int, config: DatasetConfig, seed: int, whose: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draw items a user never touched for validation and test: the same twice if official, disjoint ones otherwise."""
+    """Draw items a user never touched for validation and test: the same twice if official, disjoint ones otherwise.
+
+    `whose` begins an error: the data and the user.
+    """
     untouched = np.ones(num_items, dtype=bool)
     untouched[touched] = False
     items = np.flatnonzero(untouched)
@@ -306,7 +312,7 @@ def _eval_negatives(
     if len(items) < needed:
         each = "for validation and test together" if config.protocol == "official" else "each for validation and test"
         raise DataError(
-            f"{name}: user {user} has not touched {len(items)} of {num_items} items, too few for "
+            f"{whose} has not touched {len(items)} of {num_items} items, too few for "
             f"dataset.eval_negatives={count} {each} (dataset.protocol={config.protocol})."
         )
     drawn = generator(seed, "eval_negatives", user).choice(items, needed, replace=False)

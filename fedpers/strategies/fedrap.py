@@ -21,7 +21,7 @@ Rates: ``training.lr`` is that of the score function, ``training.groups.body.lr`
 one shared rate D takes the fit first: it is kept whole, while C is a mean over users. So unless ``training.groups`` has
 a rate for ``personal`` that is not also that of ``common``, D moves at 1/30 of C's and decays as fast, so that its
 random start fades; with ``dataset.protocol=official`` at the same, as in the authors' code. (On MovieLens-100K the
-factor was chosen on validation, see ``experiments/movielens``.)
+factor was chosen on validation, see ``experiments/ratings``.)
 
 The code differs from the paper. ``variant=official`` follows the code, which is checked number for
 number (but for ``nuc`` and ``inf``, of which there is no trace):

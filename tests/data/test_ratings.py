@@ -99,7 +99,7 @@ def test_negatives_follow_the_rules_of_the_trace(trace: dict[str, Any]) -> None:
 
 def test_clean_needs_more_items_than_the_trace_has(trace: dict[str, Any]) -> None:
     message = (
-        r"made: user 0 has not touched 110 of 135 items, too few for dataset\.eval_negatives=99 each for validation "
+        r"made: user 163 has not touched 110 of 135 items, too few for dataset\.eval_negatives=99 each for validation "
         r"and test \(dataset\.protocol=clean\)\."
     )
     with pytest.raises(DataError, match=message):

@@ -314,7 +314,10 @@ def test_unmeasured_accuracy_is_last_and_null_in_json(write, tmp_path):
 def test_unusable_folders_are_named_and_left_out(write, tmp_path, caplog):
     good = write("fedrep", 0, 0.9)
     cases = {
-        "running": ({"config.yaml": "seed: 1", "manifest.json": "{}"}, "no summary.json; the run is going on or was killed."),
+        "running": (
+            {"config.yaml": "seed: 1", "manifest.json": "{}"},
+            "no summary.json; the run is going on or was killed.",
+        ),
         "killed": (
             {"config.yaml": "seed: 1", "manifest.json": "{}", "checkpoints/a": ""},
             f"was killed, after which 'fedpers resume {tmp_path / 'killed'}' goes on.",

@@ -22,6 +22,8 @@ def test_the_slowest_client_ends_a_round() -> None:
     replies = {0: {"samples": 100.0}, 2: {"samples": 25.0}}  # client 1 failed
     # 2 MB at 8 Mbit/s, 100 samples at 50 a second, 0.5 MB at 2 Mbit/s
     assert DeviceClock(ALIKE, 0).seconds(report, replies) == pytest.approx(2 + 2 + 2)
+    more = RoundReport(1, [0, 1, 2], bytes_down=9_000_000, bytes_up=1_000_000, bytes_to_others=3_000_000)
+    assert DeviceClock(ALIKE, 0).seconds(more, replies) == pytest.approx(2 + 2 + 2)  # nobody waits for others
     assert DeviceClock(ALIKE, 0).seconds(RoundReport(1, [0]), {}) == 0
     twice = {0: {"samples": 100.0, "steps": 10.0, "gradients": 20.0}}  # of each batch two gradients, nothing sent
     assert DeviceClock(ALIKE, 0).seconds(RoundReport(1, [0]), twice) == pytest.approx(4)

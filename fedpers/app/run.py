@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +69,26 @@ class _Job:
             return print_result(summary, folder)
         except Exception as error:  # printed at once: Hydra would add lines
             self.exit_code = print_error(error)
-            _remove_if_unused(folder)
+            _remove_if_unused(folder, Path(resolved["output"]))
             return None
 
 
-def _remove_if_unused(folder: Path) -> None:
-    """Remove the folder that Hydra made for a run that then was refused, and those above it that are empty now."""
+def _remove_if_unused(folder: Path, output: Path) -> None:
+    """Remove ``output/DATE/RUN``, which Hydra made for a run that then was refused; a folder of another place stays."""
     log_file = folder / "run.log"
-    if {path.name for path in folder.iterdir()} <= {".hydra", log_file.name} and not (
-        log_file.exists() and log_file.stat().st_size
-    ):
-        root = logging.getLogger()
-        for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
-            if Path(handler.baseFilename) == log_file.absolute():  # it would open the file with the next line
-                root.removeHandler(handler)
-                handler.close()
-        shutil.rmtree(folder)
-        for above in list(folder.parents)[:2]:  # of the date, and output
-            if not any(above.iterdir()):
-                above.rmdir()
+    made = folder.absolute().parent.parent == output.absolute()
+    if not made or {path.name for path in folder.iterdir()} - {".hydra", log_file.name}:
+        return
+    if log_file.exists() and log_file.stat().st_size:
+        return
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        if Path(handler.baseFilename) == log_file.absolute():  # it would open the file with the next line
+            root.removeHandler(handler)
+            handler.close()
+    shutil.rmtree(folder)
+    with suppress(OSError):  # the folder of the date, unless other runs are there
+        folder.parent.rmdir()
 
 
 def execute(arguments: list[str], record: Record) -> int:

@@ -54,6 +54,8 @@ class FederatedData:
         experts to one of them. Empty if the partition knows no anchors.
     groups : tuple of int
         Group of each client, numbered from 0, where clients fall into groups that are known; else empty.
+    drifted_groups : tuple of int
+        Group of each client from `drift_round` on; empty without a drift or without groups.
     client_names : tuple of str
         What the data call each client, for tables; empty if they do not.
     class_names : tuple of str
@@ -69,6 +71,8 @@ class FederatedData:
     global_test : Tensor ``[g]`` or None
         Positions in `x` of samples that belong to no client, int64, on which a network that all clients have in common
         is tested; None if there are none.
+    global_owners : Tensor ``[g]`` or None
+        Client that each of these was taken from, int64, by whose shift it changes (:func:`apply_heterogeneity`).
     drift_round : int
         First round in which clients have drifted, >= 1; 0 without a drift.
     drifted : Tensor ``[N]`` or None
@@ -108,8 +112,10 @@ class FederatedData:
     num_tokens: int = field(default=0, kw_only=True)
     fields: tuple[InputField, ...] = field(default=(), kw_only=True)
     global_test: Tensor | None = field(default=None, kw_only=True)
+    global_owners: Tensor | None = field(default=None, kw_only=True)
     drift_round: int = field(default=0, kw_only=True)
     drifted: Tensor | None = field(default=None, kw_only=True)
+    drifted_groups: tuple[int, ...] = field(default=(), kw_only=True)
     task: Task = field(default=CLASSIFICATION, kw_only=True)
 
     @classmethod
@@ -185,7 +191,7 @@ class FederatedData:
         for part in PARTS:
             lists = [_as_positions(positions, f"{self.name}: {part}") for positions in self.part(part)]
             object.__setattr__(self, part, lists)
-        for named in ("public", "global_test", "drifted"):
+        for named in ("public", "global_test", "global_owners", "drifted"):
             if (positions := getattr(self, named)) is not None:
                 object.__setattr__(self, named, _as_positions(positions, f"{self.name}: {named}"))
         self._check()
@@ -218,6 +224,10 @@ class FederatedData:
         for named in ("public", "global_test"):
             if (positions := getattr(self, named)) is not None:
                 self._check_unowned(named, positions)
+        if self.global_owners is not None:
+            owned = 0 if self.global_test is None else len(self.global_test)
+            if len(self.global_owners) != owned:
+                raise DataError(f"{self.name}: there are {len(self.global_owners)} global_owners for {owned} samples.")
         for named in ("unseen", "anchors", "elsewhere"):
             clients = list(getattr(self, named))
             if clients != sorted(set(clients) & set(range(self.num_clients))):
@@ -233,8 +243,10 @@ class FederatedData:
             within = len(self.drifted) == 0 or 0 <= int(self.drifted.min()) <= int(self.drifted.max()) < len(self.x)
             if len(self.drifted) != len(self.x) or not within:
                 raise DataError(f"{self.name}: drifted must be a position in x for each of {len(self.x)} samples.")
-        if self.groups and (len(self.groups) != self.num_clients or min(self.groups) < 0):
-            raise DataError(f"{self.name}: groups must be one number >= 0 for each of {self.num_clients} clients.")
+        for named in ("groups", "drifted_groups"):
+            numbers = getattr(self, named)
+            if numbers and (len(numbers) != self.num_clients or min(numbers) < 0):
+                raise DataError(f"{self.name}: {named} must be one number >= 0 for each of {self.num_clients} clients.")
 
     def _count_tokens(self) -> int:
         low, high = int(self.x.min()), int(self.x.max())
@@ -363,7 +375,9 @@ class FederatedData:
             for part in PARTS
         }
         elsewhere = tuple(client for client in range(self.num_clients) if client not in selected)
-        return replace(self, elsewhere=elsewhere, public=None, global_test=None, **self._compact(lists))
+        return replace(
+            self, elsewhere=elsewhere, public=None, global_test=None, global_owners=None, **self._compact(lists)
+        )
 
     def _compact(self, lists: Mapping[Part, list[Tensor]]) -> dict[str, Any]:
         """Fields of data with these index lists, without samples that are in none of them."""

@@ -66,7 +66,10 @@ def _drifting(before: FederatedData, after: FederatedData, drift: Drift, seed: i
     drifted = torch.arange(len(before.x) + len(moving))
     drifted[moving] = len(before.x) + torch.arange(len(moving))
     x, y = (torch.cat([first, then[moving]]) for first, then in ((before.x, after.x), (before.y, after.y)))
-    return replace(before, x=x, y=y, drift_round=drift.round or 0, drifted=drifted)
+    groups = list(before.groups)
+    for client in clients if groups else ():
+        groups[client] = after.groups[client]
+    return replace(before, x=x, y=y, drift_round=drift.round or 0, drifted=drifted, drifted_groups=tuple(groups))
 
 
 def _check(data: FederatedData, name: str) -> None:
@@ -87,14 +90,20 @@ def _check(data: FederatedData, name: str) -> None:
     allowed = f"label_groups or label_noise, because samples of {data.name} are {kind}"
     check(name in _BY_LABEL or data.x.is_floating_point(), "heterogeneity", name, allowed)
     parts = PARTS[:1] if name == "label_noise" else PARTS
+    without_owners = data.global_test is not None and data.global_owners is None
+    allowed = f"none, because nothing says whose the samples of {data.name}'s global test set are (global_owners)"
+    check(not without_owners, "heterogeneity", name, allowed)
     owned = torch.cat([indices for part in parts for indices in data.part(part)])
     if int(torch.bincount(owned).max()) > 1:
         raise DataError(f"heterogeneity={name} needs samples that belong to one client each.")
 
 
 def _positions(data: FederatedData, client: int) -> Tensor:
-    """All samples of a client."""
-    return torch.cat([data.part(part)[client] for part in PARTS])
+    """All samples of a client, also those of it in the global test set."""
+    positions = [data.part(part)[client] for part in PARTS]
+    if data.global_test is not None and data.global_owners is not None:
+        positions.append(data.global_test[data.global_owners == client])
+    return torch.cat(positions)
 
 
 def _each_client(change: Callable[[Tensor, np.random.Generator, Any], Tensor], name: str) -> Any:

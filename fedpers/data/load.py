@@ -81,6 +81,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         check(split.name != "official" or partition.name in BY_OWNER, "split", split.name, f"fractions, {why}")
     groups: tuple[int, ...]
     tested: NDArray[np.int64] | None = None
+    owners: NDArray[np.int64] | None = None
     names: tuple[str, ...] = ()
     if partition.name == "label_sets":
         lists, unseen, groups = deal_label_sets(data, partition, split, seed)
@@ -91,7 +92,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
             why = f"because partition={partition.name} has parts"
             check(split.global_test == 0, "split.global_test", split.global_test, f"0, {why}")
         else:
-            owned, tested = take_global(division.owned, split, seed)
+            owned, tested, owners = take_global(division.owned, split, seed)
             division = replace(division, owned=owned)
         lists = _parts(data, division, partition, split, seed)
         unseen = draw_unseen(len(lists["train"]), split, seed)
@@ -114,6 +115,7 @@ def load_federated(dataset: DatasetConfig, partition: PartitionConfig, split: Sp
         class_names=data.class_names,
         num_tokens=data.num_tokens,
         global_test=None if tested is None else torch.from_numpy(tested),
+        global_owners=None if owners is None else torch.from_numpy(owners),
         task=data.task,
     )
 

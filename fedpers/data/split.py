@@ -145,7 +145,7 @@ def take_public(
 
 def take_global(
     owned: Sequence[NDArray[np.int64]], config: SplitConfig, seed: int
-) -> tuple[Lists, NDArray[np.int64] | None]:
+) -> tuple[Lists, NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """Take a share of the samples of each client out of the lists, before these are split.
 
     Parameters
@@ -161,20 +161,28 @@ def take_global(
         What is left to the clients, in the order given.
     taken : int64 array ``[g]`` or None
         Ascending: ``config.global_test`` of the samples of each client, rounded half up; None if that is 0.
+    owners : int64 array ``[g]`` or None
+        Client of each.
 
     Raises
     ------
     ConfigError
-        If that is not one sample of any client.
+        If that is not one sample of any client, or all of one.
     """
     share = config.global_test
     if share == 0:
-        return list(owned), None
+        return list(owned), None, None
     drawn = [generator(seed, "global test", client).permutation(positions) for client, positions in enumerate(owned)]
-    taken = np.sort(np.concatenate([order[: int(share * len(order) + 0.5)] for order in drawn]))
+    parts = [order[: int(share * len(order) + 0.5)] for order in drawn]
+    taken, owners = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    ascending = np.argsort(taken)
+    taken, owners = taken[ascending], owners[ascending]
     largest = max(len(positions) for positions in owned)
     check(len(taken) > 0, "split.global_test", share, f"at least {0.5 / largest:.2g}, one sample of the largest client")
-    return [positions[~np.isin(positions, taken)] for positions in owned], taken
+    left = [positions[~np.isin(positions, taken)] for positions in owned]
+    emptied = next((client for client, positions in enumerate(left) if len(positions) == 0 < len(owned[client])), None)
+    check(emptied is None, "split.global_test", share, f"less, which leaves client {emptied} a sample")
+    return left, taken, owners
 
 
 def keep_at_most(

@@ -35,7 +35,8 @@ def numbers_of(frame: Any, where: str) -> NDArray[Any]:
                 f"{where}: column '{column}' is {dtype}, but inputs are numbers; turn it into numbers, or leave it out."
             )
     whole = {dtype.kind for dtype in frame.dtypes} <= set("iu") and not bool(frame.isna().to_numpy().any())
-    values: NDArray[Any] = frame.to_numpy(np.int64) if whole else frame.to_numpy(np.float64, na_value=np.nan)
+    fits = all(frame[name].max() <= np.iinfo(np.int64).max for name, kind in frame.dtypes.items() if kind.kind == "u")
+    values: NDArray[Any] = frame.to_numpy(np.int64) if whole and fits else frame.to_numpy(np.float64, na_value=np.nan)
     return values
 
 

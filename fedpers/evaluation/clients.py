@@ -23,7 +23,8 @@ def describe_clients(data: FederatedData) -> DataFrame:
     Returns
     -------
     DataFrame
-        ``client``, ``name`` if the data name clients, ``group`` if they fall into groups, ``train``, ``validation``,
+        ``client``, ``name`` if the data name clients, ``group`` if they fall into groups, with a drift
+        ``group_after_drift`` (counts are those before it), ``train``, ``validation``,
         ``test`` (samples; of ratings the items that the user rated), ``unseen``; with class labels also ``divergence``,
         the total variation distance between the labels of the client and of all (0: the same mix, 1: no class in
         common), and a column for each class with the client's samples of it.
@@ -35,6 +36,8 @@ def describe_clients(data: FederatedData) -> DataFrame:
         columns["name"] = data.client_names
     if data.groups:
         columns["group"] = data.groups
+    if data.drifted_groups:
+        columns["group_after_drift"] = data.drifted_groups
     counts = {part: data.label_counts(part) for part in PARTS}  # which leaves out what a held-out item is ranked among
     columns |= {part: counted.sum(1).tolist() for part, counted in counts.items()}
     columns["unseen"] = [client in data.unseen for client in range(data.num_clients)]

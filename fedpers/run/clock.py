@@ -55,7 +55,7 @@ class DeviceClock:
             Metrics of each usable reply, by client: ``samples`` of all ``steps``, for which a method may compute more
             ``gradients`` than one each.
         """
-        received = _BITS * report.bytes_down / max(1, len(report.sampled))
+        received = _BITS * (report.bytes_down - report.bytes_to_others) / max(1, len(report.sampled))
         sent = _BITS * report.bytes_up / max(1, len(replies))
         times = [0.0]
         for client, metrics in replies.items():

@@ -131,6 +131,8 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 if stopped_by is not None:
                     done = f"{folder} has ended after round {checkpoint.round} by {stopped_by}"
                     raise FinishedError(f"{done}; 'fedpers resume {folder} {stopped_by}=null' goes on.")
+                if read_json(folder / "summary.json").get("ended_by") == "training.budget":
+                    raise FinishedError(f"{folder} has ended after round {checkpoint.round}: training.budget is spent.")
                 raise FinishedError(f"{done}; 'fedpers resume {folder} rounds=N' goes on to round N.")
             setup = prepare_run(config)
             check_made(folder, checkpoint, setup)
@@ -242,6 +244,8 @@ class _Run:
             StopSignals(patient=saves) as signals,
         ):
             self._write_manifest(grid)
+            if start is not None:
+                self._write_results()  # a run that is killed from here on is not taken for the finished one it was
             written_early = False
 
             def stopping_now() -> bool:

@@ -19,7 +19,7 @@ _TOTALS = ("bytes_up", "bytes_down", "steps", "samples", "gradients", "seconds",
 _FLOAT = "$float"
 _BY_CLIENT = ("clients", "unseen", "adapted")
 _REASONS = ("failures", "evaluation_failures")
-_LATER = ("common", "simulated_seconds")
+_LATER = ("common", "simulated_seconds", "bytes_to_others")
 """Fields that reports of earlier versions lack."""
 
 

@@ -311,7 +311,12 @@ def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path, command
     address = _get(plain, "runtime.address")
     named = (
         *((key, name, ":" in str(name), "names code that would be run") for key, name in parts.items()),
-        ("dataset.path", path, path is not None and not Path(str(path)).exists(), "names a set to download"),
+        (
+            "dataset.path",
+            path,
+            path is not None and not Path(str(path)).exists(),
+            "names a set to download: no such folder is here",
+        ),
         (
             "model.weights",
             weights,
@@ -322,6 +327,8 @@ def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path, command
     )
     for key, value, matters, does in named:
         if matters and key not in typed:
+            if key == "runtime.address" and command == "export":
+                continue  # which computes in this process
             raise FedpersError(
                 f"{key}={value} in {folder / 'config.yaml'} {does}: it counts only when you type it, as in "
                 f"'fedpers {command} {folder} {key}={value}'."

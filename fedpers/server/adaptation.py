@@ -104,6 +104,8 @@ def evaluate_adapted(
             strategy.leave_out(client, "it is not connected", "evaluate")
     round = strategy.report.round + 1
     clients, server_arrays = [c for c in unseen if c in connected], from_record(arrays)
+    if not clients:
+        return
     if not strategy.adapt_steps or not strategy.adapts_by_training():
         clients, records = strategy.adapt(round, server_arrays, grid, clients)
         _measure(strategy, round, dict(zip(clients, records, strict=True)), config, grid, "")

@@ -32,7 +32,7 @@ def is_common(app: CohortApp, arrays: Tree, sent: Records | Sequence[Records]) -
     return whole and to_all and type(app.module).forward is not nn.Module.forward
 
 
-def measure_common(app: CohortApp, arrays: Tree, *, auc: bool = False) -> dict[str, float]:
+def measure_common(app: CohortApp, arrays: Tree, round: int, *, auc: bool = False) -> dict[str, float]:
     """Metrics of a common network on the data's global test set (``FederatedData.global_test``), without ``examples``.
 
     Parameters
@@ -40,13 +40,18 @@ def measure_common(app: CohortApp, arrays: Tree, *, auc: bool = False) -> dict[s
     app : CohortApp
     arrays : Tree
         A whole network, batch size [].
+    round : int
+        That of the evaluation: samples of clients that have drifted by then are as these have them.
     auc : bool
     """
     data = app.data
     assert data.global_test is not None
+    positions = data.global_test
+    if data.drifted is not None and round >= data.drift_round:
+        positions = data.drifted[positions]
     app.module.eval()
-    outputs = predictions(app.module, data, View(dict(entries(arrays)), frozenset()), [data.global_test], _scores)
-    labels = [data.y[data.global_test.to(data.device)]]
+    outputs = predictions(app.module, data, View(dict(entries(arrays)), frozenset()), [positions], _scores)
+    labels = [data.y[positions.to(data.device)]]
     columns = data.task.measure(outputs, labels, data.num_classes, auc=auc)
     return {name: float(column[0]) for name, column in columns.items() if name != "examples"}
 

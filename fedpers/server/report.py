@@ -23,6 +23,8 @@ class RoundReport:
     bytes_down, bytes_up : int
         Arrays sent to the clients asked to train, and those of their usable replies; evaluation is measurement and
         no part of a method.
+    bytes_to_others : int
+        Of `bytes_down` what went to clients that were not asked to train; the round does not wait for them.
     steps, samples, gradients : int
         Optimizer steps, samples and gradient computations (of one client on one batch) of all replies.
     train_loss : float
@@ -63,6 +65,7 @@ class RoundReport:
     seconds: float = 0.0
     train_seconds: float = 0.0
     simulated_seconds: float = field(default=0.0, kw_only=True)
+    bytes_to_others: int = field(default=0, kw_only=True)
 
     @property
     def diverged(self) -> list[int]:

@@ -634,7 +634,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         sent = self.send(server_round, tensors, self._evaluating_clients)
         app = None if self._work is None else self._work.app
         if app is not None and app.data.global_test is not None and is_common(app, tensors, sent):
-            self.report.common = measure_common(app, tensors, auc=bool(config.get("auc")))
+            self.report.common = measure_common(app, tensors, server_round, auc=bool(config.get("auc")))
         return self.exchange.messages(flower.MessageType.EVALUATE, sent, config, self._evaluating_clients)[0]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[flower.Message]) -> flower.MetricRecord | None:

@@ -42,6 +42,7 @@ from fedpers.cohort import Cohort, Reply, Tree, select, tree
 from fedpers.cohort.plan import batches_per_epoch
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
+from fedpers.server.collect import metrics_of
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Phase, Received, method
 
 WEIGHTS = "weights"
@@ -140,7 +141,10 @@ class FedALA(PersonalizedStrategy):
             config = flower.ConfigRecord({"server-round": round})
             results, size = self.exchange.call(grid, "train.weights", {ARRAYS: arrays}, config, others)
             self.report.bytes_down += size
+            self.report.bytes_to_others += size
             for client, result in results.items():
-                if result.content is None:
-                    self.leave_out(client, f"it did not mix: {result.error}", "evaluate")
+                try:
+                    self.report.gradients += int(metrics_of(result).get("gradients", 0))
+                except ValueError as problem:
+                    self.leave_out(client, f"it did not mix: {problem}", "evaluate")
         return clients

@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from fedpers.client.requirements import body_and_head, check_classes
 from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Step, Tree, entries, tree
 from fedpers.data.federated import FederatedData
+from fedpers.errors import check
 from fedpers.models.initial import drawing
 from fedpers.randomness import generator
 from fedpers.records import ARRAYS
@@ -183,6 +184,13 @@ class FedCP(PersonalizedStrategy):
     update = FedCPUpdate
     common_options = ("variant",)
     client_update: FedCPUpdate = field(default_factory=FedCPUpdate)
+
+    def check_arrays(self, arrays: Tree, sampled: int) -> None:
+        """Refuse postprocessors in ``pfllib``, where clients are sent others than the server's arrays."""
+        names = [postprocessor.setting for postprocessor in self.postprocessors]
+        allowed = "none for strategy=fedcp strategy.variant=pfllib, which sends clients other arrays than the server's"
+        check(not names or self.client_update.variant != "pfllib", "postprocessors", names, allowed)
+        super().check_arrays(arrays, sampled)
 
     def send(self, round: int, arrays: Tree, clients: list[int]) -> Records | Sequence[Records]:
         """Send the averages; in ``pfllib`` each client gets the policy and common head of when it last took part."""

@@ -38,6 +38,7 @@ data.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,6 +97,9 @@ def soft_loss(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` ``[B]`` of scores ``[B, C]``."""
     target, guess = (F.log_softmax(scores / temperature, -1) for scores in (teacher, student))
     return temperature**2 * (target.exp() * (target - guess)).sum(-1)
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -244,7 +248,7 @@ class FedD2SUpdate(LocalUpdate):
         trained_front = [name for name in cohort.trainable() if name in front]
         cohort.fit(copy, from_teacher(self.alpha), only=trained_front, given={TARGETS: params.clone()})
         cohort.fit(params, from_teacher(self.beta), given={TARGETS: copy.clone()})
-        return cohort.reply(params, share=list(front))
+        return cohort.reply(copy, share=list(front), state={"model": params})
 
 
 @method("fedd2s")
@@ -328,13 +332,18 @@ class FedD2S(PersonalizedStrategy):
         params = cohort.assemble(arrays, tree({}, 1))
         held = update.names(work.module, behind)
         training = replace(update.training, batch_size=self.server_batch_size, epochs=self.server_epochs, steps=None)
+        training = replace(training, logit_adjustment=0.0)  # of a client's class shares, which these are not
         training = training if self.server_lr is None else replace(training, lr=self.server_lr)
         if len(x) % self.server_batch_size == 1 and len(x) > 1:  # normalization needs two samples
             training = replace(training, drop_last=True)
         trained = [name for name in cohort.trainable() if name in held]
         cohort.fit(params, loss, only=trained, training=training, purpose="server")
-        self._new_arrays = tree({n: params[n][0] if n in held else v for n, v in entries(arrays).items()})
         (scores,) = cohort.logits(params, "train", predict)
+        learned = [params[name] for name in held]
+        if not all(bool(value.isfinite().all()) for value in (scores, *learned)):
+            log.warning("round %d: the server's head diverged; it stays as it was, and clients train alone.", round)
+            return
+        self._new_arrays = tree({n: params[n][0] if n in held else v for n, v in entries(arrays).items()})
         sizes = [len(values["labels"]) for values in knowledge.values()]
         self._targets = dict(zip(knowledge, torch.split(scores, sizes), strict=True))
         self.report.extra["server_train_accuracy"] = float(

@@ -85,6 +85,11 @@ class FedDyn(PersonalizedStrategy):
     client_update: FedDynUpdate = field(default_factory=FedDynUpdate)
     weighting: Annotated[Literal["uniform"], Field(description="of replies in the average")] = "uniform"
 
+    @classmethod
+    def plain_mean(cls) -> bool:
+        """No: h follows from the mean itself, in whose place another aggregate or a server's step would be."""
+        return False
+
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """``h - alpha / N * sum_k (w_k - w)``, and the mean less ``h / alpha``."""
         if ARRAYS not in means:

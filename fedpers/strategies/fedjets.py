@@ -342,7 +342,9 @@ class FedJETs(PersonalizedStrategy):
         if round == 1:
             parts = [v for n, v in entries(arrays).items() if n.startswith("experts.0.")]
             heads = [v for n, v in entries(arrays).items() if n.startswith("experts.0.head.")]
-            self.report.bytes_down += self.num_trainable * (sum(v.nbytes for v in parts) - sum(v.nbytes for v in heads))
+            size = sum(v.nbytes for v in parts) - sum(v.nbytes for v in heads)
+            self.report.bytes_down += self.num_trainable * size
+            self.report.bytes_to_others += (self.num_trainable - len(self.report.sampled)) * size
         for i in range(self.client_update.experts):
             self.report.extra[f"holders_of_expert_{i}"] = float(sum(i in held for held in self._held.values()))
         if entropies:

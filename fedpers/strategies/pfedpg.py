@@ -98,7 +98,9 @@ def generate(base: Tensor, matrices: Mapping[str, Tensor], descriptors: Tensor) 
 
 @dataclass(kw_only=True)
 class PFedPGUpdate(FedVPTUpdate):
-    """Train the received prompts and the own head; answer with how the prompts changed."""
+    """Train the received prompts and the client's head; answer with how the prompts changed."""
+
+    settles_parts = True
 
     def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Head; prompts as adapted last."""

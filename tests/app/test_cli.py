@@ -263,13 +263,35 @@ def test_help_of_a_key_that_is_in_no_group(key: str, line: str, capsys: pytest.C
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["strategy=local"], ["strategy=fedavg", "strategy.personal_layers=[body,head]"]])
+def test_a_servers_optimizer_has_nothing_to_do_where_nothing_is_sent(arguments: list[str], tmp_path: Path) -> None:
+    assert _main([*arguments, "server_optimizer=adam", "rounds=1", f"output={tmp_path}"]) == 0
+
+
+@pytest.mark.parametrize("postprocessor", ["compression=topk", "aggregation=median", "server_optimizer=momentum"])
+def test_what_fedcp_cannot_have_is_refused_before_its_first_round(
+    postprocessor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["strategy=fedcp", "strategy.variant=pfllib", postprocessor, "rounds=1", f"output={tmp_path}"]
+    assert "none for strategy=fedcp strategy.variant=pfllib" in error_of(capsys, *arguments)
+
+
 @pytest.mark.parametrize("arguments", [["dataset=npz", "dataset.root=nowhere.npz"], ["strategy=fedbn"], ["rounds=0"]])
 def test_a_run_that_is_refused_leaves_no_folder(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "notes").touch()
     assert _main([*arguments, f"output={tmp_path / 'runs'}"]) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_that_is_refused_leaves_folders_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    assert _main(["strategy=fedbn", "output=."]) == 2
+    assert _main(["strategy=fedbn", "hydra.run.dir=."]) == 2
+    assert _main(["strategy=fedbn", "hydra.run.dir=mine"]) == 2
+    assert (tmp_path / "home" / "mine").is_dir()
 
 
 def test_installed_command(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -132,6 +133,28 @@ def test_a_finished_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]
     assert _main(["resume", str(folder)]) == 0
     assert (folder / "clients.parquet").exists()
     assert rounds_of(folder) == [0, 1, 2, 3]
+
+
+def test_a_finished_run_that_goes_on_is_no_finished_one_from_its_start(folder: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    run_rounds = module.run_rounds
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(json.loads((folder / "summary.json").read_text()))
+        return run_rounds(*arguments, **options)
+
+    with mock.patch.object(module, "run_rounds", watched):
+        assert _main(["resume", str(folder), "rounds=5"]) == 0
+    (begun,) = seen
+    assert (begun["interrupted"], begun["rounds"], begun["rounds_done"]) == (True, 5, 2)  # as of the checkpoint
+
+
+@pytest.mark.slow
+def test_a_run_whose_budget_is_spent_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["strategy=fedavg", "training.budget=3", "rounds=9", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    capsys.readouterr()
+    assert _main(["resume", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.endswith(": training.budget is spent.\n")
 
 
 def test_the_cohort_size_of_the_run_is_kept(tmp_path: Path) -> None:
@@ -324,6 +347,12 @@ def test_settings_that_lead_elsewhere_must_be_typed(
 ) -> None:
     edited(folder, change)
     assert sentence in error_of(capsys, "resume", str(folder), "rounds=4")
+
+
+def test_an_export_computes_here_whatever_cluster_the_run_used(folder: Path) -> None:
+    edited(folder, lambda settings: settings["runtime"].update(address="ray://example.org:10001"))
+    assert _main(["export", str(folder), "--client", "0", "--out", str(folder.parent / "zero.safetensors")]) == 0
+    assert (folder.parent / "zero.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,21 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedpers.app import _main
+from fedpers.app.sweeps import tuning as tuning_module
 from fedpers.app.sweeps.display import Display, Shown
 from fedpers.app.sweeps.jobs import outcome
 from fedpers.app.sweeps.names import Naming, quoted
 from fedpers.app.sweeps.record import Job, Record, check_arguments
+from fedpers.app.sweeps.tuning import Tuning
 from fedpers.errors import FedpersError
 from tests.resume import results, start
 
@@ -398,6 +404,25 @@ def test_seeds_that_are_typed_with_plus_signs_are_no_candidates(tmp_path: Path) 
     grid = ["strategy=local", "training.lr=0.01,0.1", "++seed=0,1"]
     assert _main(["tune", *SMALL, *grid, f"hydra.sweep.dir={folder}"]) == 0
     assert sorted(name.partition("/")[0] for name in yielded(folder)) == ["tuned", "tuned", "tuning", "tuning"]
+
+
+def test_a_choice_that_was_made_without_a_run_that_failed_is_named() -> None:
+    parse = OverridesParser.create().parse_overrides
+    varied = {override.key_or_group: override for override in parse(["training.lr=0.1,0.2"])}
+    tuning = Tuning(Naming(tuple(varied), {"strategy": "local", "dataset": "digits", "seed": "0"}), varied, None)
+    candidates = tuning.candidates([["training.lr=0.1"], ["training.lr=0.2"]])
+    with mock.patch.object(tuning_module.log, "warning") as warning:
+        (former,) = tuning.choose(candidates, [0.5, None], [])
+        assert tuning.choose(candidates, [0.5, 0.4], [former]) == [former]
+        assert not warning.called
+        assert tuning.choose(candidates, [0.5, 0.9], [former]) == [former]
+    assert warning.call_args.args[1:] == ("local", "lr=0.2")
+
+
+@given(st.text(st.sampled_from("\\'a b=,"), min_size=1, max_size=12))
+def test_a_quoted_value_is_read_as_it_was(text: str) -> None:
+    override = OverridesParser.create().parse_override(f"key={quoted(text)}")
+    assert override.value() == text
 
 
 def test_there_must_be_something_to_choose_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,7 @@ def test_a_drift_moves_clients_to_the_next_group_at_its_round(share: float) -> N
         if is_now != names:
             moved += 1
             assert all(is_now[label] == others[label] for label in is_now.keys() & others.keys())
+        assert data.drifted_groups[client] == (partner if is_now != names else before.groups[client])
     assert moved == round(share * 8)
 
 

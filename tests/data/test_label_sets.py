@@ -76,6 +76,12 @@ def test_samples_are_spread_and_shared() -> None:
     assert [len(lists[part][7]) for part in ("train", "validation", "test")] == [50, 13, 21]
 
 
+def test_without_validation() -> None:
+    lists, _, _ = deal_label_sets(made(10, 100), config(num_clients=8), SplitConfig(validation=0), 0)
+    assert all(len(positions) == 0 for positions in lists["validation"])
+    assert all(len(positions) for part in ("train", "test") for positions in lists[part])
+
+
 def test_official_test_part() -> None:
     data = made(6, 50, test=20)
     split = SplitConfig("official", validation=0.2)

@@ -21,6 +21,7 @@ from fedpers import simulate
 from fedpers.cohort import Training
 from fedpers.data import FederatedData
 from fedpers.data.federated import PARTS
+from fedpers.data.values import numbers_of
 from fedpers.errors import ConfigError, DataError
 from fedpers.models import ModelConfig, build_model
 from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate
@@ -457,3 +458,9 @@ def test_pictures_of_bytes_and_other_numbers_do_not_go_together() -> None:
     pictures = np.zeros((20, 8, 8), np.uint8)
     with pytest.raises(DataError, match=r"differ in the type of inputs: uint8 of client 0, float64 of client 1"):
         FederatedData.from_clients([(pictures, Y), (pictures / 255, Y)])
+
+
+def test_whole_numbers_that_int64_does_not_hold_become_floats() -> None:
+    large = pd.DataFrame({"a": np.array([2**63 + 2**20, 1], np.uint64), "b": [1, 2]})
+    assert numbers_of(large, "made").tolist() == [[float(2**63 + 2**20), 1.0], [1.0, 2.0]]
+    assert numbers_of(large[1:], "made").dtype == np.int64

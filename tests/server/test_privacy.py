@@ -50,7 +50,7 @@ from tests.server.helpers import (
 
 
 def test_methods_by_what_their_clients_answer() -> None:
-    assert set(MORE) >= {"scaffold", "fedrap", "fedmf", "fedselect", "fedjets", "ensemble", "pfedpg"}
+    assert set(MORE) >= {"scaffold", "feddyn", "fedrap", "fedmf", "fedselect", "fedjets", "ensemble", "pfedpg"}
     assert not set(MORE) & {"fedavg", "fedrep", "fedbn", "ditto", "pfedme", "apfl", "gpfl", "fedvpt", *NOTHING}
 
 

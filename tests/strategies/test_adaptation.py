@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS
 from fedpers.records import from_record
-from fedpers.strategies import make_strategy
+from fedpers.runtime.local import LocalGrid
+from fedpers.strategies import RoundReport, make_strategy
 from tests.cohort.helpers import by_size, cross_entropy, make_cohort
 from tests.problems import SmallNetwork, gaussian_data, problem
+from tests.strategies.helpers import DATA, run
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -52,3 +55,31 @@ def test_plans_of_a_phase_share_its_limit() -> None:
         assert [by_client[c] for c in range(3)] == expected
         by_client = dict(zip(cohort.clients, cohort.longest_phase.tolist(), strict=True))
         assert [by_client[c] for c in range(3)] == longest
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedfomo", "fedamp", "clustered"])
+def test_newcomers_of_whom_none_is_connected_end_no_run(method: str) -> None:
+    data = replace(DATA, unseen=(DATA.num_clients - 1,))
+    result = run(method, data=data, drop_last=True, grid=lambda app, clients: LocalGrid(app, clients - 1, workers=1))
+    assert result.strategy.report.adapted == {}
+    assert result.strategy.report.evaluation_failures == {data.unseen[0]: "it is not connected"}
+
+
+def test_clients_that_only_mix_are_booked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedALA as PFLlib has it: clients that are not sampled train their weights all the same."""
+    before: list[tuple[int, int]] = []
+    book = RoundReport.book
+
+    def booking(report: RoundReport, replies: Any, bytes_up: int) -> None:
+        before.append((report.gradients, report.bytes_to_others))
+        book(report, replies, bytes_up)
+
+    monkeypatch.setattr(RoundReport, "book", booking)
+    report = run("fedala", {"variant": "pfllib"}, rounds=4, fraction=0.5).strategy.report
+    assert len(report.sampled) < DATA.num_clients
+    gradients, size = before[-1]
+    assert gradients > 0
+    assert size == report.bytes_down * (DATA.num_clients - len(report.sampled)) / DATA.num_clients
+    before.clear()
+    run("fedala", {}, rounds=4, fraction=0.5)
+    assert before == [(0, 0)] * 4

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedpers.cohort import entries, tree
+from fedpers.cohort import Cohort, Reply, entries, tree
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.models import CNN, MLP, Network
 from fedpers.strategies import make_strategy
@@ -148,6 +148,32 @@ def test_the_control_averages_layers_in_front_of_the_cut_only() -> None:
     moved = trained({"variant": "parameters", "rate": 1}, rounds=2)
     assert len(moved.arrays) > len(result.arrays)
     assert moved.strategy.report.bytes_up == moved.strategy.report.bytes_down == 4 * size  # of the cut of round 2
+
+
+def test_the_control_sends_the_copy_which_learned_before_the_network() -> None:
+    """The copy depends on alpha and not on beta, with which the client's own network learns from it."""
+    options = {"variant": "parameters", "cuts": (1,)}
+    weak, strong, other = (
+        trained({**options, "alpha": alpha, "beta": beta}, rounds=1) for alpha, beta in ((1, 0.1), (1, 5), (2, 0.1))
+    )
+    for name, value in weak.arrays.items():
+        torch.testing.assert_close(value, strong.arrays[name], rtol=1e-10, atol=1e-12)
+        assert not torch.equal(value, other.arrays[name])
+        assert not torch.equal(weak.state(0)[f"model/{name}"], strong.state(0)[f"model/{name}"])
+
+
+def test_a_server_that_diverges_keeps_its_head_and_clients_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exploding(update: FedD2SUpdate, cohort: Cohort, *arguments: Any) -> Reply:
+        reply = knowledge(update, cohort, *arguments)
+        reply.records["knowledge"]["features"] *= 1e200
+        return reply
+
+    knowledge = FedD2SUpdate.query_knowledge
+    monkeypatch.setattr(FedD2SUpdate, "query_knowledge", exploding)
+    result = trained({}, rounds=3)
+    assert all(bool(value.isfinite().all()) for value in result.arrays.values())
+    assert not result.strategy.report.failures
+    assert "server_train_accuracy" not in result.strategy.report.extra
 
 
 def test_unseen_clients_train_alone() -> None:

@@ -48,7 +48,7 @@ def values_of(overrides: Sequence[str]) -> dict[str, str]:
 
 def quoted(text: str) -> str:
     """A value as Hydra takes it, whatever characters it has."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    escaped = re.sub(r"(\\+)('|$)", r"\1\1\2", text).replace("'", "\\'")  # others stand for themselves
     return f"'{escaped}'"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from fedpers.app.sweeps.names import Naming, count_of, values_of
 from fedpers.app.sweeps.record import Choice
 from fedpers.errors import FedpersError
 
+log = logging.getLogger(__name__)
 _CHOSEN = ("strategy.", "training.", "server_optimizer")
 """Beginnings of keys that may differ between methods that are compared, and so are chosen for each."""
 
@@ -84,6 +86,13 @@ class Tuning:
             if score is not None and score > best[case][0]:
                 choice.overrides = unseeded
                 best[case] = (score, choice)
+        for case, (_, choice) in best.items():
+            former = choices.get(case, choice)
+            if former.overrides != choice.overrides and None in former.scores.values():
+                log.warning(
+                    "fedpers: a run had failed when settings were chosen for %s; all scores speak for %s: tune anew in "
+                    "another folder.", case, self._naming.settings(choice.overrides, self.chosen),
+                )  # fmt: skip
         return [choices.get(case, choice) for case, (_, choice) in best.items() if choice.overrides or case in choices]
 
     def without_choice(self, candidates: Sequence[list[str]], choices: Sequence[Choice]) -> list[str]:

@@ -91,7 +91,7 @@ def deal_label_sets(
                 drawn = np.concatenate(
                     [rng.permutation(positions)[:share] for positions, share in zip(candidates, shares, strict=True)]
                 )
-            if len(drawn) == 0:
+            if len(drawn) == 0 and (part != "validation" or split.validation > 0):
                 raise DataError(
                     f"partition=label_sets: there are no {part} samples of the classes {sorted(labels)} of client "
                     f"{client}; enlarge the split's parts."

@@ -53,8 +53,10 @@ def divide_as_pfllib(y: NDArray[np.int64], num_classes: int, config: PartitionCo
     """
     clients = config.num_clients
     assert clients is not None  # which these partitions have by default
+    chosen = config.seed if config.seed is not None else seed
+    check(chosen < 2**32, "partition.seed", chosen, f"below 2^32 for partition={config.name}, as PFLlib's is")
     # PFLlib draws from NumPy's global generator, which is of this kind
-    rng = np.random.RandomState(config.seed if config.seed is not None else seed)
+    rng = np.random.RandomState(chosen)
     least = int(min(BATCH / (1 - TRAIN_SHARE), len(y) / clients / 2))
     if config.name == "pfllib_dirichlet":
         owned = _dirichlet(y, num_classes, clients, config.alpha, least, rng)

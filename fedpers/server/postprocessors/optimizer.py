@@ -52,7 +52,9 @@ class ServerStep(Postprocessor):
     def aggregate(
         self, strategy: PersonalizedStrategy, means: dict[str, Tree], replies: Mapping[int, Mapping[str, float]]
     ) -> dict[str, Tree]:
-        """Put the server's step in the place of the mean."""
+        """Put the server's step in the place of the mean, where there is one."""
+        if ARRAYS not in means:
+            return means
         before, after = entries(strategy.sent_arrays), entries(means[ARRAYS])
         names = [name for name in select(strategy.work.module, "parameters") if name in after]
         directions = tree({name: after[name] - before[name] for name in names})

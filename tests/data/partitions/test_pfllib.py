@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedpers.data.partitions.pfllib import divide_as_pfllib
-from fedpers.errors import DataError
+from fedpers.errors import ConfigError, DataError
 from fedpers.settings.partition import PartitionConfig
 
 
@@ -24,3 +24,8 @@ def test_proportions_that_are_all_zero_end_in_a_sentence() -> None:
         warnings.simplefilter("error")  # no division of nothing by nothing
         with pytest.raises(DataError, match=r"in 1000 attempts not all of 4 clients had 5 samples; raise partition"):
             divide_as_pfllib(np.arange(40) % 3, 3, config, seed=1)
+
+
+def test_a_seed_that_its_generator_does_not_take_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.seed=5000000000: expected below 2\^32 for partition=pfllib_d"):
+        divide_as_pfllib(np.arange(40) % 3, 3, PartitionConfig("pfllib_dirichlet", 4), seed=5_000_000_000)

@@ -8,7 +8,8 @@ Rounds compose by their Rényi divergences: Y.-X. Wang, B. Balle, S. P. Kasivisw
 Privacy and Analytical Moments Accountant, AISTATS 2019, arXiv:1808.00087.
 
 Not covered: metrics and numbers of samples, which clients send in the clear, and the choice of the best round by them;
-that a client failed; the rounding of floating-point numbers. What sampling adds holds only against those who do not
+that a client failed; the rounding of floating-point numbers; with ``noise_source="system"`` the rounds that a run does
+again after a crash, with other noise. What sampling adds holds only against those who do not
 know who was sampled, and that follows from the run's seed, wherever the noise is drawn.
 """
 

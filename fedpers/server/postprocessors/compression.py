@@ -2,7 +2,7 @@
 
 Of each tensor of its change a client sends the k entries of largest magnitude: their positions, and their values as
 whole multiples of a step. What is left out stays with the client and is added to its next change (error feedback), so
-that nothing is lost for good.
+that nothing is lost for good, but for what a reply held that the server did not accept.
 
     v    <- trained - sent + r              change of a tensor of n entries, and the residual kept from before
     S    <- the k = max(1, round(share * n)) positions of largest |v|; the first of equal ones

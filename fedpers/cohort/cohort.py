@@ -308,6 +308,11 @@ class Cohort:
         """Full networks ``[K]`` without what clients keep: what the server does not send is the initial network's."""
         return self.assemble(received, personal=tree({}, self.size))
 
+    def common(self, received: Tree) -> Tree:
+        """Full networks ``[K]`` as received; what is personal and not shared is the client's, which alone has it."""
+        alone = [name for name in self.names(self.personal) if name not in self.names(self.shared)]
+        return self.assemble(received, personal=self.state["model"].select(*alone) if alone else tree({}, self.size))
+
     def view(self, received: Tree, personal: Tree | None = None) -> View:
         """As :meth:`assemble`, but without copies: to predict with, not to train."""
         if personal is None:

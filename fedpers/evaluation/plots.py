@@ -162,7 +162,7 @@ def _draw_headline(axes: Axes, run: Rounds) -> None:
         rounds, values = run.curve(key)
         if rounds:
             drawn += values
-            axes.plot(rounds, values, label=label, marker="." if len(rounds) == 1 else None, **style)
+            axes.plot(rounds, values, label=label, marker=_dot(rounds), **style)
     if not drawn:
         raise FedpersError(f"{run.folder} was not evaluated in any round: test/{name} is missing.")
     if run.summary.get("selected_round") is not None:
@@ -171,6 +171,11 @@ def _draw_headline(axes: Axes, run: Rounds) -> None:
     axes.legend(fontsize=8, frameon=False)
     _as_shares(axes, run)
     axes.set_ylim(bottom=min(0.0, 1.02 * min(drawn)))  # not every metric is a share
+
+
+def _dot(rounds: Sequence[float]) -> str | None:
+    """Marker of a curve: of a single round there is no line."""
+    return "." if len(rounds) == 1 else None
 
 
 def _draw_masks(figure: Figure, axes: Axes, run: Rounds) -> None:
@@ -185,9 +190,11 @@ def _draw_masks(figure: Figure, axes: Axes, run: Rounds) -> None:
             rounds, values = run.curve(f"{SHARE}/{layer}")
             part = index / max(1, len(layers) - 1)
             # lines often coincide, since every layer grows by the same rate: thinner ones lie on top
-            axes.plot(rounds, values, label=layer, color=colors(0.9 * part), linewidth=5 - 3.5 * part)
+            width = 5 - 3.5 * part
+            axes.plot(rounds, values, label=layer, color=colors(0.9 * part), linewidth=width, marker=_dot(rounds))
         rounds, values = run.curve(SHARE)
-        axes.plot(rounds, values, label="all parameters", color="black", linewidth=1.2, linestyle="--")
+        dot = _dot(rounds)
+        axes.plot(rounds, values, label="all parameters", color="black", linewidth=1.2, linestyle="--", marker=dot)
         axes.legend(fontsize=8, frameon=False, loc="lower right")
         _as_shares(axes, run)
         return

@@ -188,7 +188,7 @@ def _table(group: Group, shown: Sequence[Column], sort: str, filled: bool = True
         table.add_column(Text(column.title), justify="right", no_wrap=True, min_width=width)
     for i, row in enumerate(rows if filled else ()):
         style = "bold" if row.best else "dim" if row.baseline else ""
-        table.add_row(Text(_name(row)), *(Text(texts[i]) for texts in cells), style=style)
+        table.add_row(Text(name_of(row)), *(Text(texts[i]) for texts in cells), style=style)
     return table
 
 
@@ -263,7 +263,7 @@ def markdown(groups: Sequence[Group], keys: Sequence[str] | None = None, sort: s
     for group in groups:
         shown = chosen_columns(group, keys)
         lines = [["method", *(column.title.replace("\n", " ") for column in shown)]]
-        lines += [[_name(row), *(column.cell(row) for column in shown)] for row in sorted_rows(group, sort)]
+        lines += [[name_of(row), *(column.cell(row) for column in shown)] for row in sorted_rows(group, sort)]
         notes = "\n".join(f"- {_escaped(note)}" for note in group.notes)
         parts += [f"**{_escaped(group.title)}**", _escaped(group.sentence), _markdown_table(lines), notes]
     return "\n\n".join(parts) + "\n"
@@ -325,7 +325,8 @@ def _shown(row: Row, key: str) -> float:
     return (row.at_end if key.startswith("adapted/") else row.selected).get(key, math.nan)
 
 
-def _name(row: Row) -> str:
+def name_of(row: Row) -> str:
+    """A row's label, and whether it was interrupted."""
     return f"{row.label} (interrupted)" if row.interrupted else row.label
 
 

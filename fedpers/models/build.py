@@ -141,11 +141,13 @@ def _custom(
 
 
 def _projected(model: Network, features: int, num_classes: int) -> Network:
-    """Network with a linear layer and ReLU of width `features` between body and head."""
+    """The same network with a linear layer and ReLU of width `features` between body and head."""
     width = model.head.in_features
     assert isinstance(width, int)
     body = model.body.children() if isinstance(model.body, nn.Sequential) else [model.body]
-    return Network(nn.Sequential(*body, nn.Linear(width, features), nn.ReLU()), nn.Linear(features, num_classes))
+    model.body = nn.Sequential(*body, nn.Linear(width, features), nn.ReLU())
+    model.head = nn.Linear(features, num_classes)
+    return model
 
 
 def _samples(shape: tuple[int, ...], num_items: int | None, num_tokens: int, seed: int) -> Tensor:

@@ -49,7 +49,7 @@ def _train(
     if max_steps is not None:
         config[MAX_STEPS] = max_steps
     results, _ = strategy.exchange.call(grid, flower.MessageType.TRAIN, sent, config, clients)
-    declared, fold = strategy.reply_schema(clients), strategy.fold()
+    declared, server_arrays = strategy.reply_schema(clients), strategy.sent_arrays
     schemas = [declared] * len(clients) if isinstance(declared, dict) else declared
     adapted: list[int] = []
     records: list[Records] = []
@@ -57,15 +57,25 @@ def _train(
     for client, before, schema in zip(clients, sent, schemas, strict=True):
         try:
             reply, metrics = validated_reply(results[client], schema)[:2]
-            trained = fold.decode(reply, client)
+            # a reply may be a change of what this client was sent, which after a first local round is its network
+            strategy.sent_arrays = _in_place_of(server_arrays, before.get(ARRAYS))
+            trained = strategy.fold().decode(reply, client)
         except ValueError as problem:
             strategy.leave_out(client, f"it did not adapt: {problem}", "evaluate")
             continue
+        finally:
+            strategy.sent_arrays = server_arrays
         adapted.append(client)
         mine = {ARRAYS: trained[ARRAYS]} if ARRAYS in trained and entries(trained[ARRAYS]) else {}
         records.append({**before, **mine})
         steps.append(int(metrics.get(PHASE_STEPS, 0)))
     return adapted, records, steps
+
+
+def _in_place_of(server_arrays: Tree, sent: Tree | None) -> Tree:
+    """What a client was sent, if it is all that the server's arrays are; else these."""
+    same = sent is not None and entries(sent).keys() == entries(server_arrays).keys()
+    return sent if sent is not None and same else server_arrays
 
 
 def _adapt_by(

@@ -60,7 +60,7 @@ class APFLUpdate(LocalUpdate):
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Walk through the batches; each moves w, v and alpha once."""
-        w, v = cohort.as_received(received["arrays"]), self._personal(cohort, received)
+        w, v = cohort.common(received["arrays"]), self._personal(cohort, received)
         alpha = cohort.state["alpha"].to(cohort.device)
         step_function = self._step if self.variant == "paper" else self._pfllib_step
         walk = cohort.walk(w, v, {"alpha": alpha})
@@ -81,8 +81,7 @@ class APFLUpdate(LocalUpdate):
         """v_k before a training; parts that are not personal are those of w."""
         if self.variant == "paper":
             return cohort.assemble(received["arrays"])
-        kept = entries(cohort.state["model"])
-        return tree({**entries(cohort.as_received(received["arrays"])), **kept}, cohort.size)
+        return tree({**entries(cohort.common(received["arrays"])), **entries(cohort.state["model"])}, cohort.size)
 
     def _step(
         self, cohort: Cohort, step: Step, w: dict[str, Tensor], v: dict[str, Tensor], alpha: Tensor, move: Move
@@ -120,7 +119,7 @@ class APFLUpdate(LocalUpdate):
         if self.variant == "pfllib":
             return personal
         alpha = cohort.state["alpha"].to(cohort.device)
-        return mixed(alpha, personal, cohort.as_received(received["arrays"]), cohort.names("parameters"))
+        return mixed(alpha, personal, cohort.common(received["arrays"]), cohort.names("parameters"))
 
 
 @method("apfl")

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fedpers.cohort import Cohort, Reply, Tree, proximal
+from fedpers.cohort import Cohort, Reply, Tree, entries, proximal, tree
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 
@@ -43,11 +43,12 @@ class DittoUpdate(LocalUpdate):
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train both networks from the same received one."""
-        anchor = cohort.as_received(received["arrays"])
+        anchor = cohort.common(received["arrays"])
         common = anchor.clone()
         cohort.fit(common, self.loss)
         personal = self._personal(cohort, received)
-        cohort.fit(personal, self.loss, epochs=self.personal_epochs, adjust=proximal(self.mu, anchor))
+        tied = anchor.select(*cohort.names(self.shared))
+        cohort.fit(personal, self.loss, epochs=self.personal_epochs, adjust=proximal(self.mu, tied))
         return cohort.reply(common, state={"model": personal.select(*cohort.names(self.personal))})
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
@@ -55,8 +56,10 @@ class DittoUpdate(LocalUpdate):
         return self._personal(cohort, received)
 
     def _personal(self, cohort: Cohort, received: Received) -> Tree:
-        """v_k as the client holds it before a training."""
-        return cohort.state["model"] if self.variant == "pfllib" else cohort.assemble(received["arrays"])
+        """v_k as the client holds it before a training; parts that are not personal are those of w."""
+        if self.variant == "paper":
+            return cohort.assemble(received["arrays"])
+        return tree({**entries(cohort.common(received["arrays"])), **entries(cohort.state["model"])}, cohort.size)
 
 
 @method("ditto")

@@ -82,19 +82,22 @@ def collaborators(masks: Mapping[str, Tensor], strictness: float) -> Tensor:
     ----------
     masks : mapping of name to Tensor ``[n, ...]``
     strictness : float
-        Where between mean and largest overlap it takes to be similar, t / beta.
+        Where between mean and largest overlap it takes to be similar, t / beta; above 1 nobody is. A mask without an
+        entry is similar to none, and does not count in mean and largest overlap.
     """
     flat = torch.cat([flat_rows(mask) for mask in masks.values()], 1).double()
     counts = flat.sum(1)
     differing = counts[:, None] + counts - 2 * flat @ flat.T
     overlap = 1 - differing / (2 * counts.clamp(min=1)[:, None])
     same = torch.eye(len(flat), dtype=flat.dtype, device=flat.device)
-    others = overlap[same == 0]
-    if not len(others):
+    critical = counts > 0
+    both = critical[:, None] & critical & (same == 0)
+    others = overlap[both]
+    if not len(others) or strictness > 1:
         return same
     threshold = torch.lerp(others.mean(), others.max(), strictness)
     # overlaps that are all equal reach their mean, which rounding may put above them
-    return ((overlap >= threshold - 1e-9) | (same == 1)).to(same)
+    return ((both & (overlap >= threshold - 1e-9)) | (same == 1)).to(same)
 
 
 @method("fedcac")

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.client.requirements import body_and_head, check_classes
-from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Step, Tree, entries, tree
+from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Selection, Step, Tree, entries, tree
 from fedpers.data.federated import FederatedData
 from fedpers.errors import check
 from fedpers.models.initial import drawing
@@ -126,6 +126,11 @@ class FedCPUpdate(LocalUpdate):
             params[f"global_{name}"].lerp_(params[name], 0.5)
         params[CONTEXT].copy_(params["head.weight"].sum(1))
         return cohort.reply(params)
+
+    @property
+    def finetuned_parts(self) -> Selection:
+        """All but the common head, which clients do not train."""
+        return ("parameters", "-global_head")
 
     def draws(self, cohort: Cohort, client: int) -> np.random.Generator:
         """What a client's noise in a round is drawn from, sample after sample."""

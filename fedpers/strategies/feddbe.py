@@ -12,7 +12,7 @@ and the mean feature g on which clients agree before the first round, in each st
     (b, h) <- sum_k n_k / n * (b_k, h_k)
     prediction of client k: h(b(x) + z_k)
 
-Shared: the network, buffers averaged, and g, the mean of all clients' features. Personal: the memory m_k, the bias of
+Shared: the network, buffers averaged, and g, the mean of all clients' features. Personal: the memory z_k, the bias of
 the client's features.
 
 No gradient reaches the m_k of former steps. As in the authors' code, g is the mean of all clients' m_k, weighted by

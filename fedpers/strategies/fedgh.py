@@ -109,9 +109,12 @@ class FedGH(PersonalizedStrategy):
         cohort = work.cohort(data, self.report.round)
         params = cohort.assemble(arrays, tree({}, 1))
         settings: dict[str, Any] = {"batch_size": self.server_batch_size, "epochs": self.server_epochs, "steps": None}
-        if self.server_lr is not None:
-            settings["lr"] = self.server_lr
-        training = replace(work.app.update.training, **settings)
+        settings["logit_adjustment"] = 0.0  # of a client's class shares, which these are not
+        training = work.app.update.training
+        if self.server_lr is not None:  # which counts for the head before the rate of any group
+            rates = {group: {k: v for k, v in of.items() if k != "lr"} for group, of in (training.groups or {}).items()}
+            settings |= {"lr": self.server_lr, "groups": rates or None}
+        training = replace(training, **settings)
         # as in an evaluation: there is no body whose layers would need more than one sample
         cohort.fit(params, self._loss, only="head", training=training, purpose="server", frozen=True)
         return tree({name: params[name][0] for name in entries(arrays)})

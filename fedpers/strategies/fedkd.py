@@ -94,7 +94,7 @@ class FedKDUpdate(LocalUpdate):
 
     def energy(self, round: int) -> float:
         """The share T of a round, which counts from 1."""
-        progress = min(1.0, (round - 1) / max(1, self.energy_rounds - 1))
+        progress = min(1.0, (round - 1) / (self.energy_rounds - 1)) if self.energy_rounds > 1 else 1.0
         return self.energy_start + progress * (self.energy_end - self.energy_start)
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
@@ -102,6 +102,7 @@ class FedKDUpdate(LocalUpdate):
         params = cohort.assemble(received[ARRAYS])
         start = {name: params[name].clone() for name in cohort.names(SHARED)}
         cohort.fit(params, self.loss)
+        cohort.gradients_taken *= 2  # of both networks
         share = torch.full((cohort.size,), self.energy(cohort.round), dtype=torch.float64)
         reply = cohort.reply(params, **{ENERGY: tree({"share": share}, cohort.size)})
         if self.variant == "paper":

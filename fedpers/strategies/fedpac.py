@@ -104,9 +104,9 @@ class FedPACUpdate(LocalUpdate):
     def _statistics(self, cohort: Cohort, params: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of features and counts ``[K, C, F + 1]``, h ``[K, C, F]`` and V ``[K]`` of networks."""
         features = cohort.logits(params, "train", lambda network, x: network.part("body")(x))
-        rows = []
+        rows, outputs = [], params["head.weight"].shape[1]  # of which some may stand for no class
         for x, y in zip(features, cohort.labels("train"), strict=True):
-            table = class_sums(x, y, cohort.data.num_classes)
+            table = class_sums(x, y, outputs)
             h = table[:, :-1] / len(x)
             spread = (x.square().sum() - h.square().sum() * len(x)) / len(x)
             rows.append((table, h, spread.clamp(min=0) / len(x)))  # rounding must not make a variance negative

@@ -39,8 +39,9 @@ class FedRepUpdate(LocalUpdate):
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the head on the received body, then the body under that head."""
         params = cohort.assemble(received["arrays"])
-        cohort.fit(params, self.loss, only=self.personal, epochs=self.head_epochs)
-        cohort.fit(params, self.loss, only=self.shared, epochs=self.body_epochs)
+        for part, epochs in ((self.personal, self.head_epochs), (self.shared, self.body_epochs)):
+            if cohort.trainable(part):  # strategy.personal_layers may leave one of them without any
+                cohort.fit(params, self.loss, only=part, epochs=epochs)
         return cohort.reply(params)
 
 

@@ -3,8 +3,8 @@
 The baseline of that name in F.-E. Yang et al., Efficient Model Personalization in Federated Learning via
 Client-Specific Prompt Generation, ICCV 2023; prompts as in M. Jia et al., Visual Prompt Tuning, ECCV 2022 (shallow).
 
-    p_k, h_k <- E passes of SGD on f_k(h_k(F*(p_k, .)))      from the received prompts and the own head; F* frozen
-    p        <- mean_k p_k
+    p_k, h_k <- E passes of SGD on f_k(h_k(F*(p_k, .)))      from the received prompts and the client's head; F* frozen
+    p        <- sum_k n_k / n * p_k
 
 Shared: P prompts of width D, that is P * D numbers up and down. Personal: the head. Whether the paper averages heads
 too is not said; its cost counts prompts only, so they stay here. With ``training.groups`` prompts and head may have

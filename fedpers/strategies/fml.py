@@ -24,18 +24,19 @@ follow the gradient of the sum of the four terms, so that a teacher also moves t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.client.requirements import check_classes
-from fedpers.cohort import Batch, Network
+from fedpers.cohort import Batch, Cohort, Network, Reply
 from fedpers.cohort.modules import copy_network
 from fedpers.data.federated import FederatedData
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Weighting, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
 
 LOCAL, SHARED = "local", "shared"
 
@@ -79,6 +80,12 @@ class FMLUpdate(LocalUpdate):
         """Put two networks in the place of one; refuse data without classes."""
         check_classes("fml", data)
         return MutualNetworks(model), data
+
+    def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
+        """Train both networks in the same steps, each of which computes the gradients of both."""
+        reply = super().train(cohort, received, config)
+        cohort.gradients_taken *= 2
+        return reply
 
     def loss(self, network: Network, batch: Batch) -> Tensor:
         """Sum of both networks' losses; each network sees the gradient of its part alone."""

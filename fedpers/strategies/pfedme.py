@@ -97,6 +97,8 @@ class PFedMe(PersonalizedStrategy):
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """``(1 - beta) * old + beta * mean``."""
+        if ARRAYS not in means:
+            return arrays
         return tree(
             {
                 name: torch.lerp(arrays[name], mean, self.beta) if mean.is_floating_point() else mean

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fedpers.cohort import Cohort, Reply, Tree, entries, select, shifted, tree
+from fedpers.cohort import Cohort, Reply, Tree, entries, has_role, select, shifted, tree
 from fedpers.cohort.tree import expand_rows
 from fedpers.errors import check
 from fedpers.records import ARRAYS
@@ -37,6 +37,7 @@ _PLAIN = {
     "schedule": "constant",
     "clip": None,
     "groups": None,
+    "proximal": 0.0,
 }
 
 
@@ -61,7 +62,7 @@ class ScaffoldUpdate(LocalUpdate):
         """Train with ``grad - c_k + c``; send the network and the change of c_k."""
         params = cohort.assemble(received["arrays"])
         start = params.clone()
-        controls = entries(cohort.state[CONTROL])
+        controls = entries(cohort.state[CONTROL]) if has_role(cohort.state, CONTROL) else {}
         names = tuple(controls)
         common = cohort.per_client(received[CONTROL] if CONTROL in received else _zeros(cohort.template, names))
         cohort.fit(params, self.loss, adjust=shifted({n: common[n] - controls[n] for n in names}))
@@ -95,6 +96,8 @@ class Scaffold(PersonalizedStrategy):
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Move the network by ``server_lr`` and c by the share of clients that took part."""
+        if CONTROL not in means:  # nothing is shared
+            return arrays
         share = len(clients) / self.num_trainable
         change = entries(means[CONTROL])
         old = self.state.get(CONTROL, _zeros(arrays, tuple(change)))

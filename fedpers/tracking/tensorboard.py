@@ -37,24 +37,26 @@ class TensorBoardTracker:
             flush_secs=config.flush_secs,
             purge_step=None if resumed is None else resumed.round,
         )
+        self._last = 0 if resumed is None else resumed.round  # finals of a former end are purged with later rounds
         # four spaces make it a code block in TensorBoard's markdown
         text = json.dumps(dict(run_config), indent=2, default=str)
         self._writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()))
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Add one scalar per metric."""
+        self._last = round
         for name, value in metrics.items():
             self._writer.add_scalar(name, float(value), round)
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """Add one scalar per metric, named ``summary/...``."""
         for name, value in metrics.items():
-            self._writer.add_scalar(f"summary/{name}", float(value), 0)
+            self._writer.add_scalar(f"summary/{name}", float(value), self._last)
 
     def clients(self, values: Mapping[str, Sequence[float]]) -> None:
         """Add one histogram over clients per metric, named ``clients/...``."""
         for name, column in values.items():
-            self._writer.add_histogram(f"clients/{name}", np.asarray(column, dtype=float), 0)
+            self._writer.add_histogram(f"clients/{name}", np.asarray(column, dtype=float), self._last)
 
     def close(self) -> None:
         """Flush and close the event file."""

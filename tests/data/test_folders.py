@@ -232,6 +232,30 @@ def test_what_a_table_lacks_is_a_sentence(tmp_path: Path) -> None:
         load_dataset(DatasetConfig("parquet", root=root))
 
 
+def test_clients_are_what_stands_there(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    for names in (["3e1", "30", "41"], ["12345678901234567890123", "12345678901234567890124", "7"], ["a", "b ", " c"]):
+        path.write_text("age,site,label\n" + "".join(f"1,{name},x \n2,{name},y\n" for name in names))
+        data = load_dataset(DatasetConfig("csv", root=str(path), client="site"))
+        assert data.owner_names == tuple(sorted(name.strip() for name in names))
+        assert data.class_names == ("x", "y")
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_separator_is_that_of_the_header(separator: str, tmp_path: Path) -> None:
+    lines = [["feature1", "feature2", "label"], ["1", "2", "dog"], ["3", "5", "eel"]]
+    (tmp_path / "p.csv").write_text("\n".join(separator.join(line) for line in lines))
+    data = load_dataset(DatasetConfig("csv", root=str(tmp_path / "p.csv")))
+    assert data.class_names == ("dog", "eel")
+    assert data.x.shape == (2, 2)
+
+
+def test_rows_with_more_cells_than_the_header_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("label,a,b\n1,1,2,3\n0,1,2,4\n")
+    with pytest.raises(DataError, match=r"p\.csv: rows have more cells than the header\."):
+        load_dataset(DatasetConfig("csv", root=str(tmp_path / "p.csv")))
+
+
 def test_the_numbers_of_rows_that_pandas_writes_are_no_features(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

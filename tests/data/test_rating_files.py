@@ -205,6 +205,11 @@ def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPERS_CACHE", str(tmp_path))
     written(tmp_path / "data" / "u.data", rows("\t"))
     assert len(read_ratings(DatasetConfig("movielens100k"))) == 3
+    written(tmp_path / "data" / "ratings.dat", rows("::"))  # of which set nobody knows
+    for name in ("movielens1m", "amazon_video"):
+        with pytest.raises(DataError, match=f"{name}: .* has none of"):
+            read_ratings(DatasetConfig(name))
+    assert len(read("movielens1m", tmp_path / "data")) == 3
 
 
 @pytest.mark.parametrize("kind", ["latin-1", "utf-16", "gz", "xz", "dates", "parquet", "camel"])
@@ -226,6 +231,18 @@ def test_files_as_people_have_them(tmp_path: Path, kind: str) -> None:
     assert ratings.item.tolist() == [0, 1, 0]
     assert ratings.time is not None
     assert np.argsort(ratings.time).tolist() == [2, 1, 0]
+
+
+def test_parquet_has_times_as_times(tmp_path: Path) -> None:
+    table = pd.DataFrame({"user": ["a", "a"], "item": ["x", "y"], "rating": [1.0, 2.0]})
+    table["time"] = pd.to_datetime(["2024-03-01", "2024-02-01"], utc=True)
+    table.to_parquet(tmp_path / "a.parquet")
+    ratings = read("ratings", tmp_path / "a.parquet")
+    assert ratings.time is not None
+    assert np.argsort(ratings.time).tolist() == [1, 0]
+    table.assign(weight=1.0).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet has 2 columns 'rating'"):
+        read("ratings", tmp_path / "b.parquet")
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -333,6 +333,27 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tmp_path / "new" / "page.html").exists()
 
 
+def test_pictures_compare_with_the_row_that_the_table_compares_with(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path / f"local{seed}", "local", seed)
+        write_run(tmp_path / f"fedper{seed}", "fedper", seed)
+    write_run(tmp_path / "best", "local", 7, level=0.9, config={"training": {"lr": 0.9}})
+    text = report(tmp_path)
+    assert "Local has 2 rows; the others are compared with the best of those that have at least 3 seeds" in text
+    assert "FedPer against Local" in text  # of seeds in common
+
+
+def test_two_seeds_have_no_intervals_to_speak_of(tmp_path: Path) -> None:
+    assert "confidence intervals" not in report(write_sweep(tmp_path / "two", seeds=2))
+    assert "confidence intervals" in report(write_sweep(tmp_path / "three", seeds=3))
+
+
+def test_latex_names_what_was_interrupted(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", "fedper", interrupted=True)
+    write_run(tmp_path / "b", "fedavg")
+    assert "FedPer (interrupted)" in latex(leaderboard(find_runs([tmp_path])))
+
+
 def test_latex_escapes(tmp_path: Path) -> None:
     write_run(tmp_path / "a", "fedper", options={"note": "50%_&{}"})
     write_run(tmp_path / "b", "fedper", options={"note": "a\\b"})

@@ -171,6 +171,7 @@ def test_bad_shares_and_rates_are_refused(digits, cache):
         ModelConfig("mlp", hidden=(256,)),
         ModelConfig("cnn", norm="batch"),
         ModelConfig("resnet18", width=16),
+        ModelConfig("resnet18", width=16, features=64),
         ModelConfig("vit"),
         ModelConfig("factorization", bias=False),
     ],

@@ -76,11 +76,12 @@ def run(
     cohort: int = 3,
     device: str = "cpu",
     grid: Callable[[CohortApp, int], LocalGrid] | None = None,
+    adapt_steps: tuple[int, ...] = (),
     **training: Any,
 ) -> Finished:
     """Train a method for some rounds, evaluate it once, and let unseen clients adapt."""
     settings = Training(**{"lr": 0.1, "batch_size": 5, "epochs": 2, **training})
-    server = {"fraction": fraction, "seed": SEED, "unseen": data.unseen}
+    server = {"fraction": fraction, "seed": SEED, "unseen": data.unseen, "adapt_steps": adapt_steps}
     strategy, update = make_strategy(method, options, server=server, training=settings)
     app = update.client_app(network, data, seed=SEED, device=device)
     strategy.attach(app)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedpers.cohort import Batch, tree
+from fedpers.cohort import Batch, Tree, entries, tree
 from fedpers.errors import ConfigError
 from fedpers.strategies import FedKDUpdate, FedPHPUpdate, FMLUpdate, fedkd
+from fedpers.strategies.fedkd import FactoredMean
 from tests.cohort.helpers import assert_same
 from tests.strategies.helpers import (
     DATA,
@@ -241,3 +244,35 @@ def test_classes_are_needed_to_teach(name: str, update: FMLUpdate | FedKDUpdate)
 def test_features_are_needed_to_teach_them(update: FedPHPUpdate | FedKDUpdate) -> None:
     with pytest.raises(ConfigError, match=r"^model=Linear: expected a network with a 'body' and a "):
         update.client_app(torch.nn.Linear(6, 4).double(), DATA)
+
+
+@pytest.mark.parametrize("method", ["fml", "fedkd"])
+def test_gradients_of_both_networks_are_counted(method: str) -> None:
+    report = run(method, rounds=1).strategy.report
+    assert report.gradients == 2 * report.steps > 0
+
+
+def test_energy_is_reached_in_its_round() -> None:
+    for rounds, expected in ((1, [0.98, 0.98]), (2, [0.95, 0.98])):
+        update = FedKDUpdate(energy_start=0.95, energy_end=0.98, energy_rounds=rounds)
+        assert [update.energy(round) for round in (1, 2)] == pytest.approx(expected)
+
+
+def test_a_newcomers_change_is_added_to_what_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedKD sends changes: of a second local round they are of the network that the first one left."""
+    decoded: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    decode = FactoredMean.decode
+
+    def noted(fold: FactoredMean, records: dict[str, Tree], client: int) -> dict[str, Tree]:
+        result = decode(fold, records, client)
+        decoded.append((dict(fold.arrays), dict(entries(result["arrays"]))))
+        return result
+
+    monkeypatch.setattr(FactoredMean, "decode", noted)
+    data = replace(DATA, unseen=(3,))
+    result = run("fedkd", {"variant": "paper"}, rounds=1, data=data, adapt_steps=(2, 4))
+    (sent, first), (again, _) = decoded[-2:]
+    for name, value in again.items():
+        assert torch.equal(value, first[name])
+    assert any(not torch.equal(value, first[name]) for name, value in sent.items())
+    assert {name for name in result.strategy.report.adapted[3] if name.endswith("-after-4")}

@@ -28,7 +28,12 @@ def test_clients_collaborate_where_masks_overlap_more_than_on_average() -> None:
     assert collaborators(masks, 1.1).tolist() == torch.eye(3).tolist()
     equal = {"w": torch.eye(3).bool()}
     assert collaborators(equal, 0.9).tolist() == torch.ones(3, 3).tolist()
+    assert collaborators(equal, 1.1).tolist() == torch.eye(3).tolist()
     assert collaborators({"w": torch.ones(1, 2).bool()}, 0.1).tolist() == [[1.0]]
+    with_empty = {name: torch.cat([mask, torch.zeros_like(mask[:1])]) for name, mask in masks.items()}
+    found = collaborators(with_empty, 0.5)
+    assert found[:3, :3].tolist() == similar
+    assert found[3].tolist() == found[:, 3].tolist() == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize(("fraction", "beta"), [(1.0, 5), (0.5, 170)])

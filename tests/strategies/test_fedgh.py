@@ -58,3 +58,14 @@ def test_what_has_no_features_or_classes_is_refused() -> None:
     deep.head = nn.Sequential(nn.Linear(8, 4)).double()
     with pytest.raises(ConfigError, match="a linear 'head' for strategy=fedgh"):
         FedGHUpdate().client_app(deep, DATA)
+
+
+def test_the_servers_rate_counts_before_that_of_a_group() -> None:
+    options = {"server_lr": 0.5, "server_epochs": 1}
+    plain = run("fedgh", options, rounds=1).arrays
+    grouped = run("fedgh", options, rounds=1, groups={"head": {"lr": 1e-9}}).arrays
+    first = plain.keys() & grouped.keys()
+    assert first
+    for name in first:
+        assert (plain[name] - grouped[name]).abs().max() < 1
+        assert not torch.allclose(grouped[name], initial()[name], atol=1e-6)

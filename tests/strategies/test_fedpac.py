@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fedpers.cohort import entries, tree
 from fedpers.data import SplitConfig, load_federated
 from fedpers.errors import ConfigError
-from fedpers.models import ModelConfig, build_model
+from fedpers.models import ModelConfig, Network, build_model
 from fedpers.settings import DatasetConfig, PartitionConfig
 from fedpers.strategies import FedPACUpdate
 from fedpers.strategies.fedpac import combination_weights
@@ -141,3 +141,9 @@ def test_the_spread_of_a_single_sample_is_never_negative() -> None:
     _, h, variance = app.update._statistics(cohort, cohort.per_client(app.template))
     assert bool((variance >= 0).all())
     assert bool(combination_weights(h, variance).isfinite().all())
+
+
+def test_outputs_that_stand_for_no_class() -> None:
+    body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    network = Network(body, nn.Linear(8, 6)).double()  # of data with four classes
+    assert not run("fedpac", rounds=2, network=network).strategy.report.failures

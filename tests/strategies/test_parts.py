@@ -19,6 +19,7 @@ from fedpers.run import run_rounds
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, CohortApp, FedRep, FedRepUpdate, PersonalizedStrategy, make_strategy
 from tests.problems import SmallNetwork, gaussian_data, problem
+from tests.strategies.helpers import run
 
 SETTLED = [name for name, method in STRATEGIES.items() if method.update.settles_parts]
 """Methods that settle themselves what is shared and what is personal."""
@@ -211,3 +212,36 @@ def test_unseen_clients_predict_with_what_the_server_sends(method: str, least: f
     adapted = sum(row["test-accuracy"] for row in report.adapted.values()) / 3
     assert as_they_come > least
     assert adapted > as_they_come - 0.05
+
+
+def test_apfl_predicts_with_the_head_that_it_keeps() -> None:
+    options = {"personal_layers": ("head",), "adaptive": False, "alpha": 0.25}
+    result = run("apfl", options, rounds=2)
+    for client, network in enumerate(result.predictors()):
+        kept = result.state(client)
+        for name in ("head.weight", "head.bias"):
+            torch.testing.assert_close(network[name], kept[f"model/{name}"])
+            assert not torch.equal(network[name], result.app.template[name])
+
+
+def test_dittos_pull_leaves_a_personal_head_alone() -> None:
+    moved = []
+    for mu in (0.0, 20.0):
+        result = run("ditto", {"personal_layers": ("head",), "mu": mu}, rounds=3, lr=0.03)
+        first = result.app.template["head.weight"]
+        moved.append(sum(float((result.state(c)["model/head.weight"] - first).norm()) for c in range(4)))
+    assert moved[1] > 0.5 * moved[0]
+    run("ditto", {"personal_layers": ("head",), "variant": "pfllib"})
+
+
+@pytest.mark.parametrize("method", ["pfedme", "scaffold", "moon", "ditto"])
+def test_all_of_a_network_may_be_personal(method: str) -> None:
+    options = {"personal_layers": ("body", "head")}
+    result = run(method, options, rounds=2)
+    assert not result.strategy.report.failures
+    assert result.strategy.report.bytes_up == 0
+
+
+@pytest.mark.parametrize("layers", [(), ("body", "head")])
+def test_fedrep_skips_what_it_does_not_have(layers: tuple[str, ...]) -> None:
+    assert not run("fedrep", {"personal_layers": layers}, rounds=2).strategy.report.failures

@@ -45,6 +45,7 @@ def test_labels_that_do_not_vary_leave_nothing_to_explain() -> None:
     metrics = measured([[5], [4.5], [7, 7, 7], [7, 7, 6]], [[5], [5], [7, 7, 7], [7, 7, 7]])
     assert metrics["r2"] == [1, 0, 1, 0]  # never NaN: such a client would be taken for a missing one
     assert metrics["mse"] == pytest.approx([0, 0.25, 0, 1 / 3])
+    assert measured([[0.2] * 3], [[0.1] * 3])["r2"] == [0]  # 0.1 is no number of float64
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e200])

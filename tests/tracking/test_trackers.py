@@ -291,8 +291,10 @@ def test_tensorboard_of_a_resumed_run_shows_each_round_once(tmp_path):
         with make_trackers(config, tmp_path, "run", {}, 4, resumed=resumed) as trackers:
             for round in rounds:
                 trackers.log(round, {"a": float(round)})
+            trackers.summary({"a": float(round)})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("a")] == [0, 1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("summary/a")] == [4]
 
 
 SILENT = """

@@ -47,7 +47,7 @@ def _read(path: Path) -> list[tuple[int, list[str]]]:
     """Class and words of each article of a file."""
     articles: list[tuple[int, list[str]]] = []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.reader(file), 1):
                 if len(row) != 3 or row[0] not in ("1", "2", "3", "4"):
                     raise DataError(f"{path}: line {number} is no article: class 1 to 4, title, description.")

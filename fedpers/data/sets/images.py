@@ -16,6 +16,7 @@ from fedpers.settings.dataset import DatasetConfig
 
 logger = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_OFFICIAL_PARTS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def images(config: DatasetConfig) -> Dataset:
@@ -46,6 +47,11 @@ def images(config: DatasetConfig) -> Dataset:
     grey = bool((x == x[..., :1]).all())
     labels = np.array([path.parent.name for path in pictures])
     domains = np.array([path.parent.parent.name for path in pictures]) if depth == 3 else None
+    if domains is not None and set(domains) <= _OFFICIAL_PARTS:
+        shown = " and ".join(sorted(set(domains)))
+        logger.warning(
+            "%s: %s are taken for domains, not for official parts, which this form does not have.", root, shown
+        )
     return dataset_of(root, root.name, {"pictures": x[..., :1] if grey else x}, {"class": labels}, client=domains,
                       domain=domains)  # fmt: skip
 

@@ -35,6 +35,8 @@ FILES: dict[str, tuple[str, ...]] = {
     "lastfm2k": ("user_artists.dat", "hetrec2011-lastfm-2k/user_artists.dat", "lastfm2k.npz"),
 }
 """Where in a folder a set is looked for, in this order."""
+AMBIGUOUS = "ratings.dat"
+"""A name that files of several sets have: it counts only in a folder that was named for the set."""
 COLUMNS = ("user", "item", "rating", "time")
 _SAME = {"userid": "user", "uid": "user", "itemid": "item", "movieid": "item", "mid": "item", "artistid": "item"}
 _SAME |= {"weight": "rating", "timestamp": "time"}
@@ -123,7 +125,8 @@ def _find(config: DatasetConfig) -> Path:
     if os.path.isfile(root):
         return root
     for name in names:
-        if os.path.isfile(root / name):
+        # in the folder that all sets have by default a file of a common name may be another's
+        if os.path.isfile(root / name) and (name != AMBIGUOUS or config.root is not None):
             return root / name
     raise DataError(
         f"{config.name}: {root} has none of {', '.join(names)}; fetch them from {SOURCES[config.name].url} and set "
@@ -216,6 +219,11 @@ def _from_parquet(path: Path) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]
         if names.count(column) != 1:
             raise DataError(f"{path} has {names.count(column)} columns '{column}'; it has {', '.join(names)}.")
         table[column] = table[column].astype("string").astype(object)
+    for column in ("rating", "time"):
+        if names.count(column) > 1:
+            raise DataError(f"{path} has {names.count(column)} columns '{column}'; it has {', '.join(names)}.")
+    if "time" in names and table["time"].dtype.kind == "M" and bool(table["time"].notna().all()):
+        table["time"] = table["time"].astype("int64")
     return _from_table(path, table)
 
 

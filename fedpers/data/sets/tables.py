@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAMELESS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+_WHOLE_NUMBER = r"-?(?:0|[1-9]\d{0,17})"
+_SEPARATORS = (",", ";", "\t", "|")
 """Columns that nobody named: numbers of the rows, as pandas writes them."""
 
 
@@ -56,15 +58,31 @@ def _read_csv(path: Path, config: DatasetConfig) -> DataFrame:
     if not content.strip():
         raise DataError(f"{path} is empty.")
     rows = pd.read_csv(
-        io.StringIO(content), sep=None, engine="python", dtype=text, skipinitialspace=True, keep_default_na=False,
-        na_values=["", "NaN", "nan"],
+        io.StringIO(content), sep=_separator(content), engine="python", dtype=text, skipinitialspace=True,
+        keep_default_na=False, na_values=["", "NaN", "nan"],
     )  # fmt: skip
-    for column in text:
-        counted = column == config.label and config.task == "regression"
-        if column in rows and (counted or not rows[column].str.fullmatch(r"0\d+").any()):
+    if not rows.index.equals(pd.RangeIndex(len(rows))):  # pandas took the first cell for the name of a row
+        raise DataError(f"{path}: rows have more cells than the header.")
+    for column in [column for column in text if column in rows]:
+        rows[column] = rows[column].str.strip()
+        whole = bool(rows[column].str.fullmatch(_WHOLE_NUMBER).all())
+        if column == config.label and config.task == "regression":
+            plain = True
+        elif column == config.label:
+            plain = not bool(rows[column].str.fullmatch(r"0\d+").any())
+        else:
+            plain = whole  # 30 and 30.0, 3e1 or 030 are different clients
+        if plain:
             numbers = pd.to_numeric(rows[column], errors="coerce")
             rows[column] = numbers if bool(numbers.notna().all()) else rows[column]
     return rows
+
+
+def _separator(content: str) -> str | None:
+    """The most frequent of comma, semicolon, tab and bar outside of quotes in the first line; None if there is none."""
+    first = re.sub(r'"[^"]*"', "", content.lstrip("\ufeff\r\n").partition("\n")[0])
+    best = max(_SEPARATORS, key=first.count)
+    return best if best in first else None
 
 
 def dataset_of_table(

@@ -95,8 +95,8 @@ def _texts(root: Path) -> dict[str, str]:
             files = sorted(root.glob("*.txt"))
             if not files:
                 raise DataError(f"{root} has no .txt file.")
-            return {file.stem: file.read_text(encoding="utf-8") for file in files}
-        content: Any = json.loads(root.read_text(encoding="utf-8"))
+            return {file.stem: file.read_text(encoding="utf-8-sig") for file in files}
+        content: Any = json.loads(root.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{root} is damaged or no UTF-8 text, expected a folder of .txt files or a .json file ({reason(error)})."

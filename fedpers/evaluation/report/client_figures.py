@@ -88,6 +88,7 @@ def scatter(method: Method, reference: Method, style: int, headline: str, name: 
     shown = Axis(shown.low - gap, shown.high + gap, "")
     frame = Frame(Axis(shown.low, shown.high, f"{headline} with {name}", percent=True),
                   Axis(shown.low, shown.high, f"with {method.row.label}", percent=True), height=300)  # fmt: skip
+    exact = x, y
     x, y = np.clip(x, shown.low, shown.high), np.clip(y, shown.low, shown.high)
     if len(x) > _MANY_POINTS:  # to the middles of cells
         width = (shown.high - shown.low) / _CELLS
@@ -101,7 +102,8 @@ def scatter(method: Method, reference: Method, style: int, headline: str, name: 
         ((across, down),) = frame.points(a, b)
         radius = 2.6 if most == 1 else 2.2 + 4.5 * math.sqrt((len(members) - 1) / max(1, most - 1))
         who = names[members[0]] if len(members) == 1 else f"{len(members)} clients, {names[members[0]]} among them"
-        title = f"{who}: {name} {_percent(a)}, {method.row.label} {_percent(b)}"
+        of, with_method = (float(np.mean(scores[members])) for scores in exact)
+        title = f"{who}: {name} {_percent(of)}, {method.row.label} {_percent(with_method)}"
         dot = Markup('<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"><title>{}</title></circle>')
         marks.append(dot.format(style, across, down, radius, title))
     each = "Each dot is a client" if most == 1 else "Dots are clients, larger ones several"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fedpers.evaluation.leaderboard import Group
-from fedpers.evaluation.tables import columns
+from fedpers.evaluation.tables import columns, name_of
 
 _ESCAPED = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -21,7 +21,7 @@ def latex(groups: Sequence[Group]) -> str:
 def _table(group: Group) -> str:
     shown = columns(group)
     lines = [_line(["method", *(column.title for column in shown)]), r"\midrule"]
-    lines += [_line([row.label, *(column.cell(row) for column in shown)], bold=row.best) for row in group.rows]
+    lines += [_line([name_of(row), *(column.cell(row) for column in shown)], bold=row.best) for row in group.rows]
     return "\n".join([
         r"\begin{table}", r"\centering", rf"\caption{{{_escaped(group.title)}. {_escaped(group.sentence)}}}",
         rf"\begin{{tabular}}{{l{'r' * len(shown)}}}", r"\toprule", *lines, r"\bottomrule", r"\end{tabular}",

@@ -10,6 +10,7 @@ from datetime import datetime
 from markupsafe import Markup
 
 from fedpers import __version__
+from fedpers.evaluation.comparisons import as_reference
 from fedpers.evaluation.leaderboard import NO_LEARNING, Group, Row
 from fedpers.evaluation.report import client_figures, figures, prose
 from fedpers.evaluation.report.client_figures import Harm
@@ -115,11 +116,17 @@ def page(groups: Sequence[Group], runs: Sequence[RunRecord], left_out: Sequence[
     )  # fmt: skip
 
 
+def _reference(rows: Sequence[Row], strategy: str) -> Row | None:
+    """The row of a strategy that others are compared with, as in the table; None if there is none."""
+    variants = [row for row in rows if row.strategy == strategy]
+    return max(variants, key=lambda row: as_reference(len(row.seeds), row.score), default=None)
+
+
 def _section(
     anchor: str, group: Group, runs: Mapping[str, RunRecord], colours: dict[str, int], *, drawn: bool
 ) -> Section:
     wanted = prose.baselines_of(runs[group.rows[0].folders[0]])
-    best = {name: next((row for row in group.rows if row.strategy == name), None) for name in wanted}
+    best = {name: _reference(group.rows, name) for name in wanted}
     kept = group.rows[:MAX_DRAWN]
     kept += [row for row in best.values() if row is not None and row not in kept]
     methods, problems = read_methods(replace(group, rows=kept if drawn else []), runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def _training_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], me
     text = f"All methods trained the network {summary.get('model', '?')} for {summary.get('rounds', '?')} rounds{share}"
     if training.get("budget") is not None and "budget" not in differ:
         text += f", ended once clients had computed {training['budget']} gradients each in the mean"
-    amounts = [key for key in ("steps", "epochs") if training.get(key) and key not in differ]
+    known_amounts = () if "steps" in differ else ("steps", "epochs")
+    amounts = [key for key in known_amounts if training.get(key) and key not in differ]
     local = [f"{training[key]} local {key if training[key] != 1 else key[:-1]}" for key in amounts[:1]]
     known = (("optimizer", "optimizer {}"), ("lr", "learning rate {}"), ("batch_size", "batches of {}"),
              ("momentum", "momentum {}"), ("weight_decay", "weight decay {}"))  # fmt: skip
@@ -130,6 +132,7 @@ def _training_sentence(summary: Mapping[str, Any], config: Mapping[str, Any], me
 def _selection_sentence(group: Group, methods: Sequence[Method]) -> str:
     parts = {run.selected_on for method in methods for run in method.runs}
     seeds = sorted({seed for method in methods for seed in method.row.seeds})
+    intervals = any(math.isfinite(method.row.interval) for method in methods)
     where = {
         frozenset(
             {"validation"}
@@ -138,10 +141,10 @@ def _selection_sentence(group: Group, methods: Sequence[Method]) -> str:
         frozenset({"nothing"}): "The last round is reported",
     }.get(frozenset(parts), f"The round was selected on {listed(sorted(parts), 5)} data, depending on the method")
     return (
-        f"{where}; we report test {group.headline} as the mean over all clients, each counting the same, whether "
-        f"or not they took part in that round, averaged over {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
-        f"({listed(map(str, seeds), 12)})"
-        + (" with 95 % confidence intervals (Student's t)." if len(seeds) > 1 else ".")
+        f"{where}; we report test {group.headline} as the mean over all clients that train, each counting the "
+        f"same, whether or not they took part in that round, averaged over {len(seeds)} "
+        f"seed{'s' if len(seeds) > 1 else ''} "
+        f"({listed(map(str, seeds), 12)})" + (" with 95 % confidence intervals (Student's t)." if intervals else ".")
     )
 
 

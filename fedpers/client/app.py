@@ -19,8 +19,8 @@ from fedpers.client.predictor import Inputs, predictor
 from fedpers.client.results import CohortResult
 from fedpers.client.update import EXTRA, LocalUpdate, Received
 from fedpers.cohort import Cohort, Reply, Tree, entries, has_role, leaves, model_tree, prepare, tree
-from fedpers.cohort.cohort import TRAINED
 from fedpers.cohort.modules import copy_network
+from fedpers.cohort.networks import TRAINED
 from fedpers.cohort.tree import rows_finite
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, TrainingError, check

@@ -1,8 +1,9 @@
 """The numerical core: K clients as one stacked computation. Knows torch, not Flower."""
 
-from fedpers.cohort.cohort import Cohort, Reply, mixed
+from fedpers.cohort.cohort import Cohort, Reply
 from fedpers.cohort.fold import ARRAYS, Collect, Fold, GroupedMean, Records, WeightedMean
 from fedpers.cohort.modules import prepare
+from fedpers.cohort.networks import mixed
 from fedpers.cohort.prediction import View
 from fedpers.cohort.state import StateStore
 from fedpers.cohort.step import (

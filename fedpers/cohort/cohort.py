@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import vmap
 
 from fedpers.cohort.fold import ARRAYS
-from fedpers.cohort.modules import has_dropout, linear_weights, seeded
-from fedpers.cohort.plan import BatchPlan, batches_per_epoch, lonely_sample_error, plan_batches
+from fedpers.cohort.gradients import gradients_of_many, gradients_of_one
+from fedpers.cohort.modules import has_dropout, seeded
+from fedpers.cohort.networks import ClientNetworks
+from fedpers.cohort.plan import BatchPlan, PlanOptions, batches_per_epoch, lonely_sample_error, plan_batches
 from fedpers.cohort.prediction import Predict, View, predictions
 from fedpers.cohort.step import Adjust, Batch, Given, Loss, Network, Step
 from fedpers.cohort.tensordicts import TensorDict
-from fedpers.cohort.tree import Selection, Tree, entries, expand_rows, has_role, map_tensors, select, tree
+from fedpers.cohort.tree import Selection, Tree, entries, map_tensors, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
 from fedpers.errors import check, one_of
 from fedpers.randomness import derive, generator
 from fedpers.settings.training import Training
 
-# torch.func says it of layers that it maps over clients one after the other; how fast that is, is measured before a run
-warnings.filterwarnings(
-    "ignore", message="There is a performance drop because we have not yet implemented the batching"
-)
 SMALLEST_VARIANCE = 1e-12
 """A variance below this counts as this where clients are weighted by it."""
-TRAINED = "trained"
-"""Role in personal state that counts a client's trainings, int64; kept by whoever runs cohorts, not by methods."""
 
 
 @dataclass
@@ -57,45 +51,7 @@ class Reply:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-class PlanOptions(TypedDict, total=False):
-    """Which batches a training sees; what is not given is as in the training settings.
-
-    Attributes
-    ----------
-    epochs : int or None
-        Passes of every client over its samples, >= 0.
-    steps : int or sequence of int ``[K]`` or None
-        Steps of every client, or of each, >= 0, instead of `epochs`.
-    training : Training or None
-        Other settings than the cohort's.
-    batch_size : int or None
-        Another size than in the settings.
-    drop_last : bool or None
-        Another rule than in the settings.
-    samples : sequence of int64 arrays ``[n_k]``
-        Positions in the data for each client; default all of the round (:meth:`Cohort.samples`).
-    frozen : bool
-        Whether layers will work as in an evaluation (see :meth:`Cohort.gradients`), so that a batch of one sample is
-        enough for all of them.
-    purpose : str
-        Name of the draw of the batch order.
-    phase : str
-        Name of the phase of training that this plan is a part of, where a method makes a plan for each pass:
-        `max_steps` and `longest_phase` are of all plans of a phase together.
-    """
-
-    epochs: int | None
-    steps: int | Sequence[int] | None
-    training: Training | None
-    batch_size: int | None
-    drop_last: bool | None
-    samples: Sequence[NDArray[np.int64]] | None
-    frozen: bool
-    purpose: str
-    phase: str
-
-
-class Cohort:
+class Cohort(ClientNetworks):
     """K clients that are trained and evaluated together.
 
     Parameters
@@ -126,8 +82,6 @@ class Cohort:
 
     Attributes
     ----------
-    size : int
-        K.
     measures_variance : bool
         Whether the shared parameters are watched in training, for :meth:`variance`; a method that asks for it itself
         sets it before it trains.
@@ -166,21 +120,17 @@ class Cohort:
         max_steps: int | None = None,
         inverse_variance: bool = False,
     ) -> None:
-        self.module = module
-        self.shared = shared
-        self.personal = personal
+        super().__init__(
+            module, state, template, shared=shared, personal=personal, size=len(clients), device=data.device
+        )
         self.data = data
         self.clients = list(clients)
-        self.state = state
-        self.template = template
         self.seed = seed
         self.round = round
         self.max_steps = max_steps
         self.inverse_variance = self.measures_variance = inverse_variance
         self.variances: list[tuple[Mapping[str, Tensor], dict[str, Tensor]]] = []
         self.training = training
-        self.size = len(self.clients)
-        self.device = data.device
         self.steps_taken = torch.zeros(self.size, dtype=torch.int64)
         self.samples_seen = torch.zeros(self.size, dtype=torch.int64)
         self.longest_phase = torch.zeros(self.size, dtype=torch.int64)
@@ -201,44 +151,6 @@ class Cohort:
         """Learning rate of this round."""
         return self.training.lr * self.training.lr_decay ** max(0, self.round - 1)
 
-    @property
-    def trainings(self) -> Tensor:
-        """How often each client has trained before, int64 ``[K]``.
-
-        Raises
-        ------
-        RuntimeError
-            If the method keeps no personal state: then nobody remembers.
-        """
-        if not has_role(self.state, TRAINED):
-            raise RuntimeError("whether clients have trained is kept for methods with personal state only")
-        trainings: Tensor = self.state[TRAINED].to(self.device)
-        return trainings
-
-    @property
-    def trained(self) -> Tensor:
-        """Which clients have trained before, bool ``[K]``; see :attr:`trainings`."""
-        return self.trainings > 0
-
-    # ---------------------------------------------------------------- trees
-
-    def names(self, what: Selection) -> tuple[str, ...]:
-        """Names of the network's entries that a selection stands for."""
-        cache: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_names", {})
-        key = what if isinstance(what, str) else tuple(what)
-        if key not in cache:
-            cache[key] = select(self.module, what)
-        return cache[key]
-
-    def trainable(self, only: Selection = "parameters") -> tuple[str, ...]:
-        """Names of the selected parameters that training may move: those that require a gradient in the network."""
-        cache: dict[Selection, tuple[str, ...]] = self.module.__dict__.setdefault("_cohort_trainable", {})
-        key = only if isinstance(only, str) else tuple(only)
-        if key not in cache:
-            unfrozen = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-            cache[key] = tuple(name for name in self.names(only) if name in unfrozen)
-        return cache[key]
-
     def sizes(self, part: Part = "train") -> Tensor:
         """Samples of each client, int64 ``[K]`` on the CPU."""
         lists = self.data.part(part)
@@ -255,83 +167,6 @@ class Cohort:
         if client not in self._samples:
             self._samples[client] = self.data.samples(client, self.seed, self.round)
         return self._samples[client]
-
-    def per_client(self, source: Mapping[str, Tensor] | Tree, names: Sequence[str] | None = None) -> Tree:
-        """Give each client its own copy of `source`, batch size [K]: of one network, or of its row of a tree ``[K]``.
-
-        A plain mapping is one network.
-        """
-        stacked = isinstance(source, TensorDict) and source.batch_size == torch.Size([self.size])
-        tensors = entries(source) if isinstance(source, TensorDict) else source
-        out = {}
-        for name in tensors if names is None else names:
-            out[name] = self._copies(name, tensors[name].to(self.device), stacked)
-        return tree(out, self.size)
-
-    def _copies(self, name: str, value: Tensor, stacked: bool) -> Tensor:
-        """Copy ``[K, ...]`` of an entry for each client, laid out in memory as its gradients mapped over clients are.
-
-        Those of a linear layer's weight come input by input: two layouts in one update take several times as long.
-        """
-        transposed = self.size > 1 and name in linear_weights(self.module)
-        if transposed:
-            value = value.mT if stacked else value.mT.contiguous()
-        copies = value if stacked else value.expand(self.size, *value.shape)
-        copies = copies.clone(memory_format=torch.contiguous_format)
-        return copies.mT if transposed else copies
-
-    def assemble(self, received: Tree, personal: Tree | None = None) -> Tree:
-        """Full networks ``[K]``: personal entries from the clients' state, the others as received.
-
-        Where both have an entry, the personal one counts for clients that have trained, for others the server's: they
-        have learned nothing yet. Weights of linear layers are views: they lie in memory input by input, as their
-        gradients do.
-
-        Parameters
-        ----------
-        received : Tree
-            From the server, one for all (batch size []) or one per client ([K]). What it lacks comes from the
-            initial network.
-        personal : Tree ``[K]``, optional
-            Default ``state["model"]`` if there is one.
-        """
-        return self.copies(self.view(received, personal))
-
-    def copies(self, view: View) -> Tree:
-        """Full networks ``[K]`` with the values of a view, to be trained."""
-        return tree(
-            {name: self._copies(name, value, stacked=name in view.stacked) for name, value in view.tensors.items()},
-            self.size,
-        )
-
-    def as_received(self, received: Tree) -> Tree:
-        """Full networks ``[K]`` without what clients keep: what the server does not send is the initial network's."""
-        return self.assemble(received, personal=tree({}, self.size))
-
-    def common(self, received: Tree) -> Tree:
-        """Full networks ``[K]`` as received; what is personal and not shared is the client's, which alone has it."""
-        alone = [name for name in self.names(self.personal) if name not in self.names(self.shared)]
-        return self.assemble(received, personal=self.state["model"].select(*alone) if alone else tree({}, self.size))
-
-    def view(self, received: Tree, personal: Tree | None = None) -> View:
-        """As :meth:`assemble`, but without copies: to predict with, not to train."""
-        if personal is None:
-            personal = self.state.get("model", None)
-        per_client = received.batch_size == torch.Size([self.size])
-        personal_values = {} if personal is None else entries(personal)
-        sent = entries(received)
-        stacked = set(sent) if per_client else set()
-        tensors = {name: value.to(self.device) for name, value in {**entries(self.template), **sent}.items()}
-        trained = self.trained if personal_values.keys() & sent.keys() else None
-        for name, value in personal_values.items():
-            personal_value = value.to(self.device)
-            if name in sent and trained is not None and not bool(trained.all()):
-                if not bool(trained.any()):
-                    continue
-                personal_value = torch.where(expand_rows(trained, personal_value), personal_value, tensors[name])
-            tensors[name] = personal_value
-            stacked.add(name)
-        return View({name: tensors[name] for name in self.names("all")}, frozenset(stacked))
 
     def reply(
         self,
@@ -519,38 +354,23 @@ class Cohort:
         self._mode(training=not frozen)
         rows = slice(0, step.active) if step.rows is None else step.rows
         self.gradients_taken[rows] += 1
-        differentiated = set(names)
         extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
         extra["given"] = self._rows_of(step, given)
         if self.training.logit_adjustment:
             extra["offsets"] = step.take(self._class_offsets())
-        if step.active == 1:  # ordinary training, without vmap
-            leaves = {n: params[n][0].detach().requires_grad_() for n in names}
-            tensors = {n: leaves[n] if n in differentiated else params[n][0] for n in params}
-            mine = map_tensors(extra, lambda value: value[0])
-            with seeded(mine["key"] if self._draws and not frozen else None, self.device):
-                total = self._loss(loss, tensors, step.x[0], step.y[0], mine)
-            raw_grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            grads = {
-                n: g.unsqueeze(0) if g.stride() == leaves[n].stride() else torch.empty_like(params[n]).copy_(g)
-                for n, g in zip(names, raw_grads, strict=True)
-                if g is not None
-            }
-            return total.detach().unsqueeze(0), grads
 
-        if self._draws and not frozen:
+        draws = self._draws and not frozen
+        if draws and step.active > 1:
             raise RuntimeError("a network that draws from PyTorch's global generator is trained one client at a time")
-        leaves = {n: params[n].detach().requires_grad_() for n in names}
-        rest = {n: params[n] for n in params if n not in differentiated}
 
-        def one(
-            leaves: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor, extra: dict[str, Any]
-        ) -> Tensor:
-            return self._loss(loss, {**leaves, **rest}, x, y, extra)
+        def evaluate(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, extra: Mapping[str, Any]) -> Tensor:
+            weight, given = extra.get("weight"), extra["given"]
+            network = Network(self.module, tensors, weight, extra.get("key"), given)
+            with seeded(extra.get("key") if draws else None, self.device):
+                return loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
 
-        losses = vmap(one)(leaves, rest, step.x, step.y, extra)
-        raw_grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        return losses.detach(), {n: g for n, g in zip(names, raw_grads, strict=True) if g is not None}
+        compute = gradients_of_one if step.active == 1 else gradients_of_many
+        return compute(evaluate, step, params, names, extra)
 
     def _rows_of(self, step: Step, given: Given | None) -> dict[str, Any]:
         """Rows of what is given that belong to a step's clients; ValueError if it has none for each client."""
@@ -562,13 +382,6 @@ class Cohort:
                         f"given '{name}' has shape {shape}: expected {self.size} rows, one for each client"
                     )
         return map_tensors(given, step.take)
-
-    def _loss(
-        self, loss: Loss, tensors: Mapping[str, Tensor], x: Tensor, y: Tensor, extra: Mapping[str, Any]
-    ) -> Tensor:
-        weight, given = extra.get("weight"), extra["given"]
-        network = Network(self.module, tensors, weight, extra.get("key"), given)
-        return loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
 
     def class_counts(self, outputs: int = 0, samples: Sequence[NDArray[np.int64]] | None = None) -> Tensor:
         """Training samples of each class in this round, int64 ``[K, C]``, for data with classes.
@@ -710,14 +523,3 @@ class Cohort:
         """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
         index = torch.cat([self.data.positions(part, c, self.round) for c in self.clients]).to(self.device)
         return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
-
-
-def mixed(share: Tensor, first: Tree, second: Tree, names: Sequence[str]) -> Tree:
-    """Mix two stacks of networks: ``share * first + (1 - share) * second`` with `share` ``[K]``.
-
-    Only the entries `names` are mixed; the others, such as buffers, are those of `first`.
-    """
-    out = {name: value.clone() for name, value in entries(first).items()}
-    for name in names:
-        out[name] = torch.lerp(second[name], first[name], expand_rows(share, first[name]))
-    return tree(out, len(share))

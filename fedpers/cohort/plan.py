@@ -5,12 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.errors import ConfigError
+from fedpers.settings.training import Training
+
+
+class PlanOptions(TypedDict, total=False):
+    """Which batches a training sees; what is not given is as in the training settings.
+
+    Attributes
+    ----------
+    epochs : int or None
+        Passes of every client over its samples, >= 0.
+    steps : int or sequence of int ``[K]`` or None
+        Steps of every client, or of each, >= 0, instead of `epochs`.
+    training : Training or None
+        Other settings than the cohort's.
+    batch_size : int or None
+        Another size than in the settings.
+    drop_last : bool or None
+        Another rule than in the settings.
+    samples : sequence of int64 arrays ``[n_k]``
+        Positions in the data for each client; default all of the round (``Cohort.samples``).
+    frozen : bool
+        Whether layers will work as in an evaluation (see ``Cohort.gradients``), so that a batch of one sample is
+        enough for all of them.
+    purpose : str
+        Name of the draw of the batch order.
+    phase : str
+        Name of the phase of training that this plan is a part of, where a method makes a plan for each pass:
+        `max_steps` and `longest_phase` are of all plans of a phase together.
+    """
+
+    epochs: int | None
+    steps: int | Sequence[int] | None
+    training: Training | None
+    batch_size: int | None
+    drop_last: bool | None
+    samples: Sequence[NDArray[np.int64]] | None
+    frozen: bool
+    purpose: str
+    phase: str
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from fedpers.client.requirements import body_and_head
 from fedpers.cohort import Batch, Cohort, Given, Network, Records, Reply, Tree, tree
-from fedpers.cohort.cohort import PlanOptions
+from fedpers.cohort.plan import PlanOptions
 from fedpers.data.federated import FederatedData
 from fedpers.records import ARRAYS
 from fedpers.server.collect import schema_of

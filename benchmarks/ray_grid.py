@@ -30,7 +30,8 @@ from fedpers.cohort import Cohort, Reply, Training
 from fedpers.data import FederatedData
 from fedpers.flower_private import server_identity
 from fedpers.models import MLP, ModelConfig, build_model
-from fedpers.runtime.ray import RayGrid, _Job
+from fedpers.runtime.ray import RayGrid
+from fedpers.runtime.ray_shards import Job
 from fedpers.strategies import CohortApp, FedAvg, FedAvgUpdate, Received
 
 FEATURES, CLASSES = 784, 10
@@ -51,14 +52,14 @@ class CountingGrid(RayGrid):
         super().__init__(*arguments, **settings)
         self.down = self.up = 0
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         package = job.arguments[3]
         if package not in self._counted:
             self._counted.append(package)
             self.down += _size(package)
         super()._submit(job)
 
-    def _take(self, job: _Job) -> None:
+    def _take(self, job: Job) -> None:
         assert job.future is not None
         pickled, arrays = job.future.result()
         self.up += len(pickled) + sum(array.nbytes for array in arrays)

@@ -9,14 +9,12 @@ since then once more.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,18 +23,18 @@ import flwr.app as flower
 import ray
 
 from fedpers.client.app import IDENTIFY, CohortApp, config_of
-from fedpers.cohort.plan import batches_per_epoch
 from fedpers.cohort.state import BLOCK_BYTES, Block
 from fedpers.cohort.tree import leaves
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import give_id, unavailable
 from fedpers.records import num_bytes
-from fedpers.runtime.actor import Answer, Packed, unpack
+from fedpers.runtime.actor import Packed, unpack
 from fedpers.runtime.cluster import check_alive, give_up
 from fedpers.runtime.engine import check_counts
 from fedpers.runtime.grid import ClientGrid, reply_of
 from fedpers.runtime.probe import Choice
 from fedpers.runtime.ray_actors import Actor, ActorDied, ActorPool, get, put, some
+from fedpers.runtime.ray_shards import Job, Shard, deal, steps_of
 from fedpers.runtime.states import read_states, write_states
 from fedpers.server.collect import ReplyCollector, ReplyRules
 from fedpers.settings import RuntimeConfig, options
@@ -52,49 +50,6 @@ SAVE_AFTER_BYTES = 2**30
 """Bytes that these messages may hold."""
 MEASURED = 64
 """Clients, the largest ones, whose data an actor gets to measure cohort sizes and costs."""
-
-
-@dataclass(eq=False)
-class _Shard:
-    """Clients that are computed by one actor; and the messages to them, in order, that their saved state is without.
-
-    `cost` is in seconds, or in steps where nothing was measured; `deaths` counts actors that died since an answer came.
-    """
-
-    number: int
-    clients: list[int]
-    cost: float
-    actor: Actor
-    jobs: list[_Job] = field(default_factory=list)
-    deaths: int = 0
-
-
-@dataclass(eq=False)
-class _Job:
-    """Messages of one kind to clients of one shard.
-
-    `arguments` is what its `actor` is called with, `size` the bytes of arrays that they hold, and `future` the actor's
-    pending answer; None: not sent, or done. After the first answer it is `done`: if it is sent again, only the state of
-    its clients is brought up to date. The `answer` is kept until `unread` replies have been taken from it.
-    """
-
-    shard: _Shard
-    arguments: tuple[Any, ...]
-    size: int
-    unread: int
-    actor: Actor | None = None
-    future: Future[Packed] | None = None
-    done: bool = False
-    answer: Answer | None = None
-
-    def read(self) -> Answer:
-        """Take one reply's share of the answer."""
-        assert self.answer is not None
-        answer = self.answer
-        self.unread -= 1
-        if self.unread <= 0:
-            self.answer = None
-        return answer
 
 
 class RayGrid(ClientGrid):
@@ -164,14 +119,14 @@ class RayGrid(ClientGrid):
         options(RuntimeConfig)["actors"].check(actors)
         self.client_app = client_app
         self.memory = memory
-        self.shards: list[_Shard] = []
+        self.shards: list[Shard] = []
         self.choice: Choice | None = None
         self.costs: tuple[float, float] | None = None
         self._clients_at_once = clients_at_once
         self._keeps_state = bool(leaves(client_app.initial_state))
         self._saved: Path | None = None  # where personal state was last written to
         self._saved_by_grid: tempfile.TemporaryDirectory[str] | None = None
-        self._waiting: dict[str, tuple[_Job, int, flower.Message]] = {}  # by message id: its place in which job
+        self._waiting: dict[str, tuple[Job, int, flower.Message]] = {}  # by message id: its place in which job
         self._known: dict[str, flower.Message] = {}  # replies that needed no actor
         self._nodes = 0
         self._app: Any = None  # the app without data, in the object store once
@@ -250,7 +205,7 @@ class RayGrid(ClientGrid):
 
     # ---------------------------------------------------------------------- jobs
 
-    def _start(self, messages: list[flower.Message], rules: ReplyRules | None = None) -> list[_Job]:
+    def _start(self, messages: list[flower.Message], rules: ReplyRules | None = None) -> list[Job]:
         """Send messages to the actors, one job for each shard and type of message."""
         self._check_open()
         by_kind: dict[str, list[flower.Message]] = {}
@@ -272,10 +227,10 @@ class RayGrid(ClientGrid):
             self._submit(job)
         return jobs
 
-    def _is_long(self, jobs: Sequence[_Job]) -> bool:
+    def _is_long(self, jobs: Sequence[Job]) -> bool:
         return len(jobs) >= SAVE_AFTER or sum(job.size for job in jobs) > SAVE_AFTER_BYTES
 
-    def _jobs(self, kind: str, messages: list[flower.Message], rules: ReplyRules | None) -> list[_Job]:
+    def _jobs(self, kind: str, messages: list[flower.Message], rules: ReplyRules | None) -> list[Job]:
         """Jobs of one type of message; what several shards receive is put into the object store once."""
         for content in {id(message.content): message.content for message in messages}.values():
             self.client_app.check_config(config_of(content))
@@ -298,19 +253,19 @@ class RayGrid(ClientGrid):
             clients = [self.client_of(message) for message in group]
             # as they are now: whoever sent them may change them before they have to be computed again
             arguments = (kind, clients, which, sent, put(list(of_shard.values())))
-            job = _Job(self.shards[number], arguments, size + sum(map(num_bytes, of_shard.values())), len(group))
+            job = Job(self.shards[number], arguments, size + sum(map(num_bytes, of_shard.values())), len(group))
             for place, message in enumerate(group):
                 self._waiting[message.metadata.message_id] = (job, place, message)
             jobs.append(job)
         return jobs
 
-    def _submit(self, job: _Job) -> None:
+    def _submit(self, job: Job) -> None:
         """Send a job to its shard's actor; the answer of one that is done is not wanted again."""
         job.actor = job.shard.actor
         reference = job.actor.remote.run.remote(job.shard.number, *job.arguments, not job.done)
         job.future = None if job.done else reference.future()
 
-    def _collect(self, jobs: Sequence[_Job], timeout: float | None) -> None:
+    def _collect(self, jobs: Sequence[Job], timeout: float | None) -> None:
         """Wait for the answers of jobs, at most `timeout` seconds; what a dead actor owes is computed again."""
         end = math.inf if timeout is None else time.monotonic() + timeout
         while waiting := {job.future: job for job in jobs if job.future is not None}:
@@ -325,7 +280,7 @@ class RayGrid(ClientGrid):
                 if waiting[future].future is future:  # else its actor died meanwhile and it was sent anew
                     self._take(waiting[future])
 
-    def _take(self, job: _Job) -> None:
+    def _take(self, job: Job) -> None:
         """Take a job's answer; if its actor died, others take its shards over and compute it again."""
         shard = job.shard
         assert job.actor is not None
@@ -338,7 +293,7 @@ class RayGrid(ClientGrid):
         if not job.answer.changed:
             shard.jobs.remove(job)
 
-    def _give_up(self, jobs: Sequence[_Job]) -> None:
+    def _give_up(self, jobs: Sequence[Job]) -> None:
         """Replace the actors of jobs whose time is over: they would hold up everything that comes after."""
         late = [job for job in jobs if not job.done]
         for job in late:
@@ -360,9 +315,9 @@ class RayGrid(ClientGrid):
         self._app = put(app.restrict(()).to("cpu"))
         self.choice, self.costs = self._measured(max(1, -(-sampled // self._pool.size)))
         base, step = self.costs or (0.0, 1.0)  # else in proportion to steps
-        expected = [base + step * _steps(app, client) for client in range(self.num_clients)]
+        expected = [base + step * steps_of(app, client) for client in range(self.num_clients)]
         self.shards = [
-            _Shard(number, clients, sum(expected[c] for c in clients), self._pool.actors[number])
+            Shard(number, clients, sum(expected[c] for c in clients), self._pool.actors[number])
             for number, clients in enumerate(deal(expected, self._pool.size))
         ]
         hosting = [(shard, shard.actor, self._hosting(shard)) for shard in self.shards]
@@ -389,12 +344,12 @@ class RayGrid(ClientGrid):
                 self._pool.restart_first()
         raise TrainingError(f"{DEATHS} Ray actors in a row died while they measured how long clients take.")
 
-    def _hosting(self, shard: _Shard) -> Any:
+    def _hosting(self, shard: Shard) -> Any:
         """Send a shard's data to its actor, and what all shards share."""
         part = put(self.client_app.data.restrict(shard.clients).to("cpu"))
         return shard.actor.remote.host.remote(shard.number, self._app, part, shard.clients, self.choice, self.memory)
 
-    def _died(self, shard: _Shard, actor: Actor, reason: ActorDied) -> None:
+    def _died(self, shard: Shard, actor: Actor, reason: ActorDied) -> None:
         """Let others take over the shards of an actor that died, unless that has happened already."""
         if self.stopping():
             raise give_up(f"an actor is gone ({reason}).") from reason
@@ -415,7 +370,7 @@ class RayGrid(ClientGrid):
         for shard in [shard for shard in self.shards if shard.actor is actor]:
             self._restore(shard)
 
-    def _restore(self, shard: _Shard) -> None:
+    def _restore(self, shard: Shard) -> None:
         """Give a shard to another actor: with its state as last saved, and all messages since then once more."""
         actor = shard.actor = self._pool.replacement(self._cost_of)
         try:
@@ -431,7 +386,7 @@ class RayGrid(ClientGrid):
         """Cost of all that an actor has to compute."""
         return sum(shard.cost for shard in self.shards if shard.actor is actor)
 
-    def _load_saved(self, shard: _Shard) -> None:
+    def _load_saved(self, shard: Shard) -> None:
         if self._saved is not None:
             for block in read_states(self._saved, self.client_app.initial_state, shard.clients):
                 get(shard.actor.remote.load.remote(shard.number, put(block)), shard.clients)
@@ -491,7 +446,7 @@ class RayGrid(ClientGrid):
         if before is not None:
             before.cleanup()
 
-    def _call(self, shard: _Shard, method: str, *arguments: Any) -> Any:
+    def _call(self, shard: Shard, method: str, *arguments: Any) -> Any:
         """Call an actor about one of its shards, whichever actor that is."""
         while True:
             actor = shard.actor
@@ -537,35 +492,3 @@ class RayGrid(ClientGrid):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def deal(expected: Sequence[float], shards: int) -> list[list[int]]:
-    """Deal clients to shards greedily: the most expensive first, each to the shard with the least to do.
-
-    Parameters
-    ----------
-    expected : sequence of float
-        Cost of each client, > 0.
-    shards : int
-        >= 1 and <= the number of clients; none stays empty.
-
-    Returns
-    -------
-    list of list of int
-        Clients of each shard, ascending.
-    """
-    heap = [(0.0, 0, number) for number in range(shards)]
-    dealt: list[list[int]] = [[] for _ in range(shards)]
-    for client in sorted(range(len(expected)), key=lambda c: (-expected[c], c)):
-        load, members, number = heapq.heappop(heap)
-        dealt[number].append(client)
-        heapq.heappush(heap, (load + expected[client], members + 1, number))
-    return [sorted(clients) for clients in dealt]
-
-
-def _steps(app: CohortApp, client: int) -> int:
-    """Steps of one client in a round, as far as training settings tell."""
-    training = app.update.training
-    if training.steps is not None:
-        return training.steps
-    return training.epochs * batches_per_epoch(app.sizes[client], training.batch_size, training.drop_last)

@@ -30,7 +30,8 @@ from fedpers.runtime.actor import Worker, pack
 from fedpers.runtime.grid import FIRST_NODE
 from fedpers.runtime.local import LocalGrid
 from fedpers.runtime.probe import Choice
-from fedpers.runtime.ray import RayGrid, deal
+from fedpers.runtime.ray import RayGrid
+from fedpers.runtime.ray_shards import deal
 from fedpers.runtime.states import write_states
 from fedpers.strategies import CohortApp
 from tests import flower_app

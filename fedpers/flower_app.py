@@ -24,17 +24,25 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpers.app.compose import composed
 from fedpers.cohort import Tree, leaves
-from fedpers.errors import FedpersError
+from fedpers.errors import FedpersError, check
 from fedpers.files import whole_file
 from fedpers.identity import identity_of
 from fedpers.records import from_record
 from fedpers.run import make_halves, metrics_of, prepare_run, run_rounds
 from fedpers.run.execute import progress_of
+from fedpers.run.progress import exactly
 from fedpers.run.rounds import gradient_budget
 from fedpers.runtime.flower import FlowerGrid, await_clients
 from fedpers.runtime.flower_clients import RemoteApp
 from fedpers.settings import Config
 from fedpers.strategies import CohortApp, RoundReport
+
+_UNUSED = {
+    "clock": "none in a Flower app, where rounds take the time they take",
+    "tracker": "none in a Flower app: what is logged and `result` are what it writes",
+    "checkpoint": "as by default in a Flower app, which writes no checkpoints",
+}
+"""Groups of settings that work with the command only, and what is allowed here."""
 
 
 def server_app() -> ServerApp:
@@ -101,7 +109,13 @@ def _identity(run_config: Mapping[str, Any]) -> flower.ConfigRecord:
 
 
 def _config(run_config: Mapping[str, Any]) -> Config:
-    return composed(shlex.split(str(run_config.get("settings", ""))))
+    """Compose ``settings``; ConfigError for those that a Flower app has no use for."""
+    config, default = composed(shlex.split(str(run_config.get("settings", "")))), Config()
+    for group, allowed in _UNUSED.items():
+        value = getattr(config, group)
+        check(value == getattr(default, group), group, getattr(value, "name", value), allowed)
+    check(config.runtime.name == "local", "runtime", config.runtime.name, "none: Flower runs the clients of an app")
+    return config
 
 
 def _write(
@@ -129,6 +143,6 @@ def _write(
     }
     try:
         with whole_file(path) as draft:
-            draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            draft.write_text(json.dumps(exactly(content), indent=1, allow_nan=False), encoding="utf-8")
     except OSError as error:
         raise FedpersError(f"{path} cannot be written ({error.strerror}); choose another file with result.") from error

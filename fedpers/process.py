@@ -89,9 +89,22 @@ def available_memory(device: torch.device) -> float:
         return free_bytes + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return float("inf")
+    return min(_free_memory(), _container_limit())
+
+
+def total_memory(device: torch.device) -> float | None:
+    """Bytes that the machine or the GPU has, at most the limit of a container; None where that is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return None
+    return min(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), _container_limit())
+
+
+def _container_limit() -> float:
+    """Bytes that a container's processes may take; infinite without a limit."""
     limits = [_read(Path(file)).strip() for file in _LIMITS]
-    sizes = [_free_memory(), *(float(limit) for limit in limits if limit.isdigit())]
-    return min(sizes)
+    return min([float(limit) for limit in limits if limit.isdigit()], default=float("inf"))
 
 
 def _free_memory() -> float:

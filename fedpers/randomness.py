@@ -28,7 +28,7 @@ def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:
 def sample_clients(seed: int, round: int, num_clients: int, fraction: float) -> list[int]:
     """Clients that take part in a round, ascending; the same for every method and runtime.
 
-    ``max(1, round(fraction * num_clients))`` of them, drawn without replacement.
+    ``fraction * num_clients`` of them, rounded half up, at least one; drawn without replacement.
     """
     size = max(1, int(fraction * num_clients + 0.5))
     if size >= num_clients:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedpers import process
+from fedpers.runtime.engine import half_the_memory
 
 FAULTS = """
 import resource
@@ -64,6 +65,15 @@ def test_available_memory(monkeypatch: pytest.MonkeyPatch, changed: dict[str, st
     monkeypatch.setattr(process, "_read", lambda file: files[str(file)])
     monkeypatch.setattr(process.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 7}.__getitem__)
     assert process.available_memory(torch.device("cpu")) == expected
+
+
+def test_total_memory_is_at_most_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 7}.__getitem__)
+    for limit, expected in (("max\n", 7 * 4096), ("5000\n", 5000), ("1000000\n", 7 * 4096)):
+        files = FILES | {"/sys/fs/cgroup/memory.max": limit}
+        monkeypatch.setattr(process, "_read", lambda file, files=files: files[str(file)])
+        assert process.total_memory(torch.device("cpu")) == expected
+    assert half_the_memory(torch.device("cpu")) == 7 * 4096 / 2
 
 
 def test_available_memory_of_this_machine() -> None:

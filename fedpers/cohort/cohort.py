@@ -254,6 +254,7 @@ class Cohort(ClientNetworks):
             draw=draw if training.shuffle else None,
             device=self.device,
             phase=phase,
+            purpose=purpose,
         )
         if self._needs_two_samples and not options.get("frozen") and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
@@ -287,7 +288,8 @@ class Cohort(ClientNetworks):
     def _keys(self, plan: BatchPlan) -> Tensor | None:
         if not self._dropout:
             return None
-        seeds = [derive(self.seed, "dropout", c, self.round) for c in self.clients]
+        purpose = "dropout" if plan.purpose == "batches" else f"dropout {plan.purpose}"
+        seeds = [derive(self.seed, purpose, c, self.round) for c in self.clients]
         keys = torch.tensor(seeds) + self.steps_taken
         return (keys if plan.order is None else keys[plan.order]).to(self.device)
 

@@ -37,7 +37,7 @@ class PlanOptions(TypedDict, total=False):
         Whether layers will work as in an evaluation (see ``Cohort.gradients``), so that a batch of one sample is
         enough for all of them.
     purpose : str
-        Name of the draw of the batch order.
+        Name of the draws of the batch order and of dropout.
     phase : str
         Name of the phase of training that this plan is a part of, where a method makes a plan for each pass:
         `max_steps` and `longest_phase` are of all plans of a phase together.
@@ -76,6 +76,8 @@ class BatchPlan:
         Position in the cohort of each row of the plan; None when they are the same.
     phase : str or None
         Name of the phase of training that it is a part of.
+    purpose : str
+        Name of the draws of its batch order and of dropout.
     """
 
     index: Tensor
@@ -85,6 +87,7 @@ class BatchPlan:
     ragged: list[bool]
     order: Tensor | None
     phase: str | None = None
+    purpose: str = "batches"
 
     @property
     def steps(self) -> int:
@@ -127,6 +130,7 @@ def plan_batches(
     draw: Callable[[int, int], np.random.Generator] | None = None,
     device: torch.device | str = "cpu",
     phase: str | None = None,
+    purpose: str = "batches",
 ) -> BatchPlan:
     """Cut each client's samples into batches.
 
@@ -149,6 +153,8 @@ def plan_batches(
     device : torch.device or str
         Where `index` goes.
     phase : str, optional
+        Noted in the plan.
+    purpose : str
         Noted in the plan.
 
     Raises
@@ -201,4 +207,6 @@ def plan_batches(
     smallest = np.where(count > 0, count, largest[:, None]).min(1, initial=np.iinfo(np.int64).max)
     ragged = (smallest < largest).tolist()
     placed = torch.from_numpy(index).to(device)
-    return BatchPlan(placed, torch.from_numpy(count), active.tolist(), largest.tolist(), ragged, order_rows, phase)
+    return BatchPlan(
+        placed, torch.from_numpy(count), active.tolist(), largest.tolist(), ragged, order_rows, phase, purpose
+    )

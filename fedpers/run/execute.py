@@ -22,17 +22,16 @@ from fedpers import __version__
 from fedpers.cohort import Tree
 from fedpers.data.outline import outline_of
 from fedpers.errors import ConfigError, FedpersError
-from fedpers.randomness import sample_clients
 from fedpers.records import from_record, to_record
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
 from fedpers.run.clock import DeviceClock
 from fedpers.run.progress import Progress, report_from_json, report_to_json
 from fedpers.run.reopen import FinishedError, check_made, clear_leftovers, locked, reopen
 from fedpers.run.results import (
-    is_finished,
     make_manifest,
     postprocessor_summary,
     read_json,
+    rounds_of_finished,
     stopped_early_by,
     summarize,
     values_of_clients,
@@ -126,13 +125,14 @@ def resume(folder: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 raise ConfigError("rounds", rounds, f"a whole number >= {checkpoint.round}, the rounds done")
             stopped_by = stopped_early_by(folder)
             changed = stopped_by is not None and any(text.startswith("stop.") for text in overrides)
-            if is_finished(folder, rounds, checkpoint.round) and not changed:
-                done = f"{folder} has done its {checkpoint.round} rounds"
+            rounds_done = rounds_of_finished(folder, rounds)
+            if rounds_done is not None and not changed:
+                done = f"{folder} has done its {rounds_done} rounds"
                 if stopped_by is not None:
-                    done = f"{folder} has ended after round {checkpoint.round} by {stopped_by}"
+                    done = f"{folder} has ended after round {rounds_done} by {stopped_by}"
                     raise FinishedError(f"{done}; 'fedpers resume {folder} {stopped_by}=null' goes on.")
                 if read_json(folder / "summary.json").get("ended_by") == "training.budget":
-                    raise FinishedError(f"{folder} has ended after round {checkpoint.round}: training.budget is spent.")
+                    raise FinishedError(f"{folder} has ended after round {rounds_done}: training.budget is spent.")
                 raise FinishedError(f"{done}; 'fedpers resume {folder} rounds=N' goes on to round N.")
             setup = prepare_run(config)
             check_made(folder, checkpoint, setup)
@@ -208,10 +208,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """Run all rounds and write the results."""
         config, data = self.config, self.setup.data
-        trainable = data.num_clients - len(data.unseen)
-        sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
-        if config.min_replies > sampled:
-            raise ConfigError("min_replies", config.min_replies, f"at most {sampled}, the clients sampled in a round")
+        sampled = self.setup.strategy.most_sampled(data.num_clients - len(data.unseen))
         make_app = partial(client_half, asdict(config))
         launch(config.runtime, self.setup.app, self.main, sampled=sampled, folder=self.folder, make_app=make_app)
         return self.summary

@@ -25,7 +25,7 @@ from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
 from fedpers.run.progress import exactly
 from fedpers.run.setup import Setup
-from fedpers.settings import Config, RuntimeConfig, build
+from fedpers.settings import Config, RuntimeConfig, build, options
 from fedpers.settings.base import RENAMED
 from fedpers.settings.groups import choice_values, group_names
 
@@ -270,7 +270,7 @@ def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
 
-    typed = set()
+    typed: dict[str, Any] = {}
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -281,7 +281,8 @@ def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
             raise FedpersError(f"'{text}' cannot be read as key=value.") from error
         if key in RENAMED:
             raise ConfigError(key, value, f"{RENAMED[key]}, as it is called now")
-        typed.add(key)
+        typed[key] = value
+    for key, value in sorted(typed.items(), key=lambda item: item[0] not in GROUPS):  # a group, then its options
         first = key.partition(".")[0]
         if key in GROUPS:
             plain[key] = _group(key, value)
@@ -290,7 +291,19 @@ def _apply(plain: dict[str, Any], overrides: Sequence[str]) -> set[str]:
         elif (present := _get(plain, key)) != value and _name(present) != value:
             has = "nothing of that name" if present is None else _name(present)
             raise ConfigError(key, value, f"{has}, which the run has; {_MAY}")
-    return typed
+    _check_runtime_options(plain, typed)
+    return set(typed)
+
+
+def _check_runtime_options(plain: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """Refuse typed options of ``runtime`` that the runtime in use does not have."""
+    name = _get(plain, "runtime.name")
+    for key, value in typed.items():
+        group, _, name_in_group = key.partition(".")
+        option = options(RuntimeConfig).get(name_in_group) if group == "runtime" else None
+        only = None if option is None else option.only_for
+        if only is not None and name not in only:
+            raise ConfigError(key, value, f"an option of runtime={' or '.join(only.names)}, and this is runtime={name}")
 
 
 def _group(group: str, value: Any) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from fedpers.errors import FedpersError
 from fedpers.evaluation.clients import describe_clients
 from fedpers.files import whole_file
 from fedpers.process import processor
-from fedpers.randomness import sample_clients
 from fedpers.run.progress import Evaluation, Progress
 from fedpers.run.rounds import METRIC_PREFIXES
 from fedpers.run.setup import Setup
@@ -161,7 +160,7 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
 def postprocessor_summary(config: Config, setup: Setup, rounds: int) -> dict[str, Any]:
     """What the postprocessors say of so many rounds, e.g. the privacy that is spent."""
     trainable = setup.data.num_clients - len(setup.data.unseen)
-    sampled = len(sample_clients(config.seed, 1, trainable, config.fraction))
+    sampled = setup.strategy.most_sampled(trainable)
     stated: dict[str, Any] = {}
     for postprocessor in setup.strategy.postprocessors:
         stated.update(postprocessor.summary(rounds, sampled, trainable))
@@ -205,10 +204,11 @@ def _add_metrics(columns: dict[str, list[Any]], rows: Mapping[int, Mapping[str, 
             columns[f"{name.replace('-', '_')}_{when}"] = [rows.get(c, {}).get(name, math.nan) for c in clients]
 
 
-def is_finished(folder: Path, rounds: int, done: int) -> bool:
-    """Whether all results of a run of `rounds` that has done `done` are there: they follow the last checkpoint."""
+def rounds_of_finished(folder: Path, rounds: int) -> int | None:
+    """Rounds that a run of `rounds` has done if all its results are there; None if it is not finished."""
     summary = read_json(folder / "summary.json")
-    return summary.get("interrupted") is False and (summary.get("rounds"), summary.get("rounds_done")) == (rounds, done)
+    finished = summary.get("interrupted") is False and summary.get("rounds") == rounds
+    return summary.get("rounds_done") if finished else None
 
 
 def stopped_early_by(folder: Path) -> str | None:

@@ -18,7 +18,7 @@ from fedpers.data.outline import WithoutSamples
 from fedpers.errors import ConfigError, check
 from fedpers.models import ModelConfig, Network, build_model
 from fedpers.process import reproducible_convolutions
-from fedpers.randomness import generator, sample_clients
+from fedpers.randomness import generator
 from fedpers.records import from_record
 from fedpers.run.checkpoint import network_checksum
 from fedpers.server.postprocessors import make_postprocessors
@@ -62,7 +62,13 @@ def prepare_run(config: Config, outline: FederatedData | None = None) -> Setup:
     check(bool(data.unseen) or not config.split.adapt_steps, "split.adapt_steps", config.split.adapt_steps, allowed)
     check_stop(config, data)
     strategy.unseen, strategy.adapt_steps = data.unseen, config.split.adapt_steps
-    sampled = len(sample_clients(config.seed, 1, data.num_clients - len(data.unseen), config.fraction))
+    sampled = strategy.most_sampled(data.num_clients - len(data.unseen))
+    check(
+        config.min_replies <= sampled,
+        "min_replies",
+        config.min_replies,
+        f"at most {sampled}, the clients sampled in a round",
+    )
     strategy.min_replies = max(config.min_replies, config.aggregation.replies(sampled))
     model = config.model.for_samples(data.x.shape[1:], data.num_tokens)
     kinds = model.of_kinds() or {model.name: model}

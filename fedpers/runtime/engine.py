@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from fedpers.client.update import Received
 from fedpers.cohort import StateStore
 from fedpers.cohort.modules import copy_network
 from fedpers.failures import FirstOfEachKind, sentence_of, with_traceback
-from fedpers.process import keep_freed_memory, one_thread
+from fedpers.process import keep_freed_memory, one_thread, total_memory
 from fedpers.records import array_records, stack, trees
 from fedpers.runtime.probe import Choice, probe
 from fedpers.server.collect import ReplyCollector
@@ -63,12 +62,9 @@ def check_counts(clients_at_once: int | str, workers: int | str) -> None:
 
 
 def half_the_memory(device: torch.device) -> float | None:
-    """Half of the bytes that this machine or a GPU has; None where that is not known."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory / 2
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+    """Half of the bytes of :func:`fedpers.process.total_memory`; None where that is not known."""
+    total = total_memory(device)
+    return None if total is None else total / 2
 
 
 class CohortEngine:

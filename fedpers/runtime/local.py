@@ -239,16 +239,18 @@ def simulate(
     if verbose_logging:
         logging.getLogger("flwr").setLevel(logging.DEBUG)
     config = dict(run_config or {})
-    if grid is not None:
-        check(
-            grid.num_clients == num_supernodes, "num_supernodes", num_supernodes, f"{grid.num_clients}, as in the grid"
-        )
-    else:
+    given = grid
+    if grid is None:
         grid = LocalGrid(
             client_app, num_supernodes, clients_at_once=clients_at_once, workers=workers, run_config=config
         )
     context = flower.Context(RUN_ID, SERVER_NODE, {}, flower.RecordDict(), config)
     try:
+        if given is not None:
+            same = getattr(given, "client_app", client_app) is client_app
+            check(same, "client_app", type(client_app).__name__, "the app that the grid was made with")
+            allowed = f"{given.num_clients}, as in the grid"
+            check(given.num_clients == num_supernodes, "num_supernodes", num_supernodes, allowed)
         if isinstance(client_app, CohortApp):
             most = client_app.data.num_clients
             allowed = f"{most}, a node for each client in the data"

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedpers.cohort import Records, Tree, entries
 from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS
 from fedpers.records import ARRAYS, from_record
-from fedpers.server.collect import evaluation_metrics, validated_reply
+from fedpers.server.collect import NOT_ADDRESSED, evaluation_metrics, validated_reply
 
 if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
@@ -29,11 +29,19 @@ def adapt_clients(
     Parameters and results are those of ``PersonalizedStrategy.adapt``.
     """
     strategy.sent_arrays = arrays
-    able = strategy.prepare(round, arrays, clients, grid, "evaluate")
+    able = _prepared(strategy, round, arrays, clients, grid)
     sent = strategy.send(round, arrays, able)
     each = [sent] * len(able) if isinstance(sent, Mapping) else list(sent)
     adapted, records, _ = _train(strategy, round, each, able, grid)
     return adapted, records
+
+
+def _prepared(strategy: PersonalizedStrategy, round: int, arrays: Tree, clients: list[int], grid: Grid) -> list[int]:
+    """Clients that the method can address; the others are booked as failures."""
+    able = strategy.prepare(round, arrays, clients, grid, "evaluate")
+    for client in sorted(set(clients) - {*able, *strategy.report.evaluation_failures}):
+        strategy.leave_out(client, NOT_ADDRESSED, "evaluate")
+    return able
 
 
 def _train(
@@ -121,7 +129,7 @@ def evaluate_adapted(
         _measure(strategy, round, dict(zip(clients, records, strict=True)), config, grid, "")
         return
     strategy.sent_arrays = server_arrays
-    able = strategy.prepare(round, server_arrays, clients, grid, "evaluate")
+    able = _prepared(strategy, round, server_arrays, clients, grid)
     sent = strategy.send(round, server_arrays, able)
     each = dict(zip(able, [sent] * len(able) if isinstance(sent, Mapping) else sent, strict=True))
     done = 0

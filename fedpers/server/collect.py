@@ -49,6 +49,8 @@ UNBOUNDED = ("loss", "mse", "perplexity")
 """Endings of metrics that are infinite where a client's network has diverged; no other may be."""
 _WEIGHT_METRICS = {"samples": "num-examples", "inverse_variance": f"{EXTRA}inverse_variance"}
 _FINITE_METRICS = ("steps", "samples", "gradients", "train-loss")
+NOT_ADDRESSED = "it could not be addressed"
+"""Why a client is left out that a method's ``prepare`` has left out without a word."""
 NO_REPLY = ClientResult(None, "no reply")
 """Result of a client whose reply did not come."""
 
@@ -76,6 +78,7 @@ class ReplyRules:
     fold : Fold
         Empty aggregator (:class:`Fold`) that receives the replies.
     postprocessors : sequence of Postprocessor
+        Those that change replies (:meth:`Postprocessor.reply`); the state of others stays on the server.
     weighting : {"samples", "uniform", "inverse_variance"}
         See :func:`reply_weight`.
     by_client : dict of int to Schema
@@ -369,6 +372,7 @@ def _array_problem(name: str, shape: Sequence[int], value: Tensor, entry: Entry)
 
 
 __all__ = [
+    "NOT_ADDRESSED",
     "NO_REPLY",
     "Collected",
     "Entry",

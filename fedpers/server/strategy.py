@@ -26,6 +26,7 @@ from fedpers.records import ARRAYS, CONFIG, from_record, to_record
 from fedpers.server.adaptation import adapt_clients, evaluate_adapted
 from fedpers.server.collect import (
     NO_REPLY,
+    NOT_ADDRESSED,
     Collected,
     ReplyCollector,
     ReplyRules,
@@ -64,8 +65,6 @@ SampleWeighting = Annotated[
     Field(description="weight of a client in the average: its training samples, or 1 for every client"),
 ]
 """Of methods whose clients do not send parameters that :meth:`Cohort.fit` or :meth:`Cohort.walk` trained."""
-NOT_ADDRESSED = "it could not be addressed"
-"""Why a client is left out that :meth:`PersonalizedStrategy.prepare` has left out without a word."""
 _RUN_LEVEL_FIELDS = (*options(RoundsConfig), "unseen", "adapt_steps", "postprocessors", "client_update")
 """Fields that no method has as an option of its own."""
 
@@ -170,6 +169,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         self.reply_metrics: Mapping[int, Mapping[str, float]] = {}
         self._evaluating_clients: list[int] = []  # who was sent this round's evaluation
         self._started = 0.0
+        self._last_round: int | None = None  # where `start` knows it
 
     # ------------------------------------------------------------------ a run
 
@@ -186,8 +186,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """Run Flower's rounds from the beginning; see Flower's ``Strategy.start``.
 
         What the server knows beside the arrays it returns (:attr:`state`, e.g. a generator, control variates) starts
-        anew, and is there afterwards. `timeout` holds for every exchange, those before a round too. Only rounds that
-        `evaluate_every` divides are evaluated, the last one too.
+        anew, and is there afterwards. `timeout` holds for every exchange, those before a round too. Evaluated are the
+        rounds that `evaluate_every` divides, and the last one.
 
         Raises
         ------
@@ -199,6 +199,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             usable, a postprocessor cannot aggregate them, or the method needs :meth:`attach` first.
         """
         self.begin(timeout)
+        self._last_round = num_rounds
         folding_grid = self.folding(grid)
         try:
             return super().start(
@@ -220,6 +221,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             postprocessor.reset()
         self.exchange, self._identities_checked = Exchange(), 0  # whoever was there before may be somebody else now
         self.exchange.timeout = timeout
+        self._last_round = None
         self._begun = True
 
     def restore(self, report: RoundReport, state: Mapping[str, Tree], timeout: float | None = None) -> None:
@@ -234,12 +236,15 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     def attach(self, app: CohortApp) -> None:
         """Give the server the clients' app, from which :attr:`work` has network, task and cohorts.
 
+        Clients that are unseen in its data are so for the server.
+
         Raises
         ------
         ConfigError
             If it belongs to another method.
         """
         self._work = ServerWork(self, app)
+        self.unseen = tuple(sorted({*self.unseen, *app.data.unseen}))
 
     @property
     def work(self) -> ServerWork:
@@ -403,6 +408,10 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         clients = self.trainable_clients
         return [clients[i] for i in sample_clients(self.seed, round, len(clients), self.fraction)]
 
+    def most_sampled(self, trainable: int) -> int:
+        """How many of so many clients that may train are sampled in a round, at most."""
+        return len(sample_clients(self.seed, 1, trainable, self.fraction))
+
     def query_clients(
         self, grid: Grid, question: str, round: int, clients: list[int], records: Records, phase: Phase, schema: Schema
     ) -> dict[int, tuple[dict[str, Tree], dict[str, float]]]:
@@ -554,7 +563,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
             self.sent_arrays,
             common,
             self.fold() if fold is None else fold,
-            self.postprocessors,
+            [p for p in self.postprocessors if type(p).reply is not Postprocessor.reply],
             self._weighting,
             by_client,
         )
@@ -584,7 +593,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         report, self._training = self.report, []
         for client in report.sampled:
             if client not in collected.metrics and client not in report.failures:
-                self.leave_out(client, collected.failures.get(client, NO_REPLY.error), "train")
+                silent = NO_REPLY.error if client in self.training_clients else NOT_ADDRESSED
+                self.leave_out(client, collected.failures.get(client, silent), "train")
         good = sorted(collected.metrics)
         if report.failures:
             log.warning("round %d: %s", server_round, _summed_up(report.failures, len(report.sampled)))
@@ -610,8 +620,8 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
     def configure_evaluate(
         self, server_round: int, arrays: flower.ArrayRecord, config: flower.ConfigRecord, grid: Grid
     ) -> Iterable[flower.Message]:
-        """Address all clients, also those that were not sampled, every `evaluate_every` rounds."""
-        if server_round % self.evaluate_every:
+        """Address all clients, also those that were not sampled, every `evaluate_every` rounds and after the last."""
+        if server_round % self.evaluate_every and server_round != self._last_round:
             self._evaluating_clients = []  # Flower's loop asks for the aggregate of no replies all the same
             return []
         return self.evaluation_messages(server_round, arrays, config, grid)

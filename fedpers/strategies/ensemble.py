@@ -99,6 +99,10 @@ class Ensemble(PersonalizedStrategy):
         """Clients of any member."""
         return sorted({client for i in range(self.client_update.members) for client in self.sample_of(i, round)})
 
+    def most_sampled(self, trainable: int) -> int:
+        """As many as FedAvg's for each member, if no client trains two."""
+        return min(trainable, self.client_update.members * super().most_sampled(trainable))
+
     def sample_of(self, member: int, round: int) -> list[int]:
         """Clients of one member, ascending; those of the first are FedAvg's."""
         seed = self.seed if member == 0 else derive(self.seed, "member", member)

@@ -149,6 +149,20 @@ def test_a_finished_run_that_goes_on_is_no_finished_one_from_its_start(folder: P
     assert (begun["interrupted"], begun["rounds"], begun["rounds_done"]) == (True, 5, 2)  # as of the checkpoint
 
 
+def test_a_finished_run_whose_last_round_has_no_checkpoint_is_finished(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(["resume", str(folder), "rounds=4", "checkpoint.every=0"]) == 0
+    assert checkpoints_of(folder) == ["round_000003"]
+    before = (folder / "rounds.jsonl").read_bytes()
+    capsys.readouterr()
+    assert _main(["resume", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder} has done its 4 rounds; ")
+    assert (folder / "rounds.jsonl").read_bytes() == before
+    assert _main(["resume", str(folder), "rounds=5"]) == 0
+    assert rounds_of(folder) == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.slow
 def test_a_run_whose_budget_is_spent_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["strategy=fedavg", "training.budget=3", "rounds=9", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
@@ -207,6 +221,9 @@ def test_trackers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("~rounds", "'~rounds' cannot be read as key=value."),
         ("rounds=4,5", "'rounds=4,5' cannot be read as key=value."),
         ("rounds", "'rounds' cannot be read as key=value."),
+        ("runtime.actors=2", "runtime.actors=2: expected an option of runtime=ray, and this is runtime=local."),
+        ("runtime.gpus_per_actor=1",
+         "runtime.gpus_per_actor=1: expected an option of runtime=ray or flower, and this is runtime=local."),
     ],
 )  # fmt: skip
 def test_what_may_not_change_is_refused(
@@ -215,6 +232,12 @@ def test_what_may_not_change_is_refused(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.log"}
     assert error_of(capsys, "resume", str(folder), override).startswith(sentence)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_options_of_a_group_may_stand_before_it(folder: Path) -> None:
+    for typed in (["runtime=ray", "runtime.actors=2"], ["runtime.actors=2", "runtime=ray"]):
+        runtime = reopen(folder, typed).config.runtime
+        assert (runtime.name, runtime.actors) == ("ray", 2)
 
 
 def test_what_says_the_same_is_no_change(folder: Path) -> None:

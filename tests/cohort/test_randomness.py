@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from fedpers.randomness import derive, generator, sample_clients
+from tests.cohort.helpers import make_cohort
+from tests.problems import SmallNetwork, gaussian_data
 
 
 def test_derive_is_the_same_on_every_machine_and_in_every_version() -> None:
@@ -12,6 +14,16 @@ def test_derive_is_the_same_on_every_machine_and_in_every_version() -> None:
 
 
 PINNED = 3857532704859168239
+
+
+def test_dropout_of_another_purpose_is_another_draw() -> None:
+    data = gaussian_data((8, 6))
+    cohort = make_cohort(SmallNetwork(dropout=0.5), data)
+    keys = {purpose: cohort._keys(cohort.plan(epochs=1, purpose=purpose)) for purpose in ("batches", "finetune")}
+    assert keys["batches"] is not None
+    assert keys["finetune"] is not None
+    assert keys["batches"].tolist() == [derive(cohort.seed, "dropout", client, 1) for client in (0, 1)]
+    assert not set(keys["batches"].tolist()) & set(keys["finetune"].tolist())
 
 
 def test_derive_tells_all_its_arguments_apart() -> None:

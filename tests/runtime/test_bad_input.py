@@ -15,6 +15,7 @@ from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 
 import fedpers
+from fedpers import flower_app as app_of_settings
 from fedpers.cohort import Cohort, Reply, Training
 from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
@@ -60,6 +61,32 @@ def test_fewer_nodes_than_clients_in_the_data() -> None:
     sentence = f"^num_supernodes={CLIENTS - 1}: expected {CLIENTS}, a node for each client in the data.$"
     with pytest.raises(ConfigError, match=sentence):
         fedpers.simulate(ServerApp(), cohort_app(), CLIENTS - 1)
+
+
+def test_a_grid_of_another_app_is_refused_and_closed() -> None:
+    grid = LocalGrid(cohort_app(), CLIENTS)
+    with pytest.raises(ConfigError, match=r"^client_app=CohortApp: expected the app that the grid was made with\.$"):
+        fedpers.simulate(ServerApp(), cohort_app(), CLIENTS, grid=grid)
+    with pytest.raises(RunNotRunningException):
+        grid.push_messages([])
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("clock=devices", r"^clock=devices: expected none in a Flower app"),
+        ("tracker=tensorboard", r"^tracker=.*: expected none in a Flower app"),
+        ("checkpoint.best=true", r"^checkpoint=.*: expected as by default in a Flower app"),
+        ("runtime=ray", r"^runtime=ray: expected none: Flower runs the clients of an app\.$"),
+        ("min_replies=9", r"^min_replies=9: expected at most 3, the clients sampled in a round\.$"),
+    ],
+)
+def test_settings_that_a_flower_app_has_no_use_for_are_refused_before_training(typed: str, sentence: str) -> None:
+    settings = f"strategy=fedavg dataset=digits partition.num_clients=3 rounds=1 {typed}"
+    with pytest.raises(ConfigError, match=sentence):
+        fedpers.simulate(
+            app_of_settings.server_app(), app_of_settings.client_app(), 3, workers=1, run_config={"settings": settings}
+        )
 
 
 def test_more_nodes_than_clients_in_the_data() -> None:

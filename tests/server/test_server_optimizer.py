@@ -54,6 +54,12 @@ def test_half_a_step_goes_half_way_and_buffers_are_the_mean() -> None:
         torch.testing.assert_close(half[name], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_moments_stay_on_the_server() -> None:
+    _, strategy = trained(1, postprocessors=(step("adam"),))
+    assert entries(strategy.state["server_optimizer"])
+    assert not strategy.reply_rules([0, 1]).postprocessors
+
+
 @pytest.mark.parametrize("method", ["fedavg", "fedper", "ditto", "fedbn"])
 def test_a_whole_step_changes_nothing(method: str) -> None:
     mean, _ = trained(2, method)

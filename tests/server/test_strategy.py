@@ -454,6 +454,38 @@ def test_node_ids_do_not_change_what_is_learnt() -> None:
         assert torch.equal(value, results[1][name]), name
 
 
+def test_start_evaluates_the_last_round_too() -> None:
+    one = Round("fedavg", evaluate_every=2)
+    result = one.strategy.start(one.grid, one.app.initial_arrays(), num_rounds=3)
+    assert list(result.evaluate_metrics_clientapp) == [2, 3]
+    result = one.strategy.start(one.grid, one.app.initial_arrays(), num_rounds=4)
+    assert list(result.evaluate_metrics_clientapp) == [2, 4]
+
+
+def test_clients_that_are_unseen_in_the_attached_data_do_not_train() -> None:
+    strategy, update = make_strategy("fedavg", server={"unseen": (1,)}, training=Training(lr=0.1, batch_size=5))
+    app = update.client_app(SmallNetwork(), replace(DATA, unseen=(3,)))
+    strategy.attach(app)
+    strategy.start(LocalGrid(app, DATA.num_clients, workers=1), app.initial_arrays(), num_rounds=1)
+    assert strategy.unseen == (1, 3)
+    assert strategy.report.sampled == [0, 2]
+
+
+def test_clients_that_a_method_does_not_address_are_named_so_in_every_phase() -> None:
+    @dataclass(kw_only=True)
+    class Choosy(FedAvg):
+        def prepare(self, round: int, arrays: Tree, clients: list[int], grid: Grid, phase: str) -> list[int]:
+            return [client for client in clients if client in (1, 3)]
+
+    app = FedAvgUpdate().client_app(SmallNetwork(), replace(DATA, unseen=(2, 3)))
+    grid = LocalGrid(app, DATA.num_clients, workers=1)
+    (report,) = [r for r in run_rounds(Choosy(unseen=(2, 3)), grid, app.initial_arrays(), 1) if r.round == 1]
+    assert report.sampled == [0, 1]
+    assert report.failures == {0: "it could not be addressed"}
+    assert report.evaluation_failures == dict.fromkeys((0, 2), "it could not be addressed")
+    assert list(report.adapted) == [3]
+
+
 def test_all_clients_are_evaluated_every_so_many_rounds() -> None:
     one = Round("fedper", fraction=0.25, evaluate_every=2)
     assert len(one.replies) == 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpers.app import _main
+from fedpers.app.compose import composed
 from fedpers.cohort import Cohort, Reply, Training, entries, tree
 from fedpers.data import DatasetConfig, PartitionConfig, SplitConfig, load_federated
 from fedpers.data.federated import FederatedData
@@ -23,6 +24,7 @@ from fedpers.errors import ConfigError
 from fedpers.flower_private import server_identity
 from fedpers.models import ModelConfig, build_model
 from fedpers.records import ARRAYS, from_record
+from fedpers.run import prepare_run
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import (
     EnsembleUpdate,
@@ -677,6 +679,13 @@ def test_an_ensemble_is_so_many_times_fedavg(init: str) -> None:
 
 def _start(finished: Finished) -> Values:
     return entries(from_record(finished.app.initial_arrays()))
+
+
+def test_as_many_replies_may_be_asked_for_as_an_ensemble_can_sample() -> None:
+    settings = ["strategy=ensemble", "partition.num_clients=10", "fraction=0.2"]
+    assert prepare_run(composed([*settings, "min_replies=4"])).strategy.min_replies == 4
+    with pytest.raises(ConfigError, match=r"^min_replies=5: expected at most 4, the clients sampled in a round\.$"):
+        prepare_run(composed([*settings, "min_replies=5"]))
 
 
 @pytest.mark.parametrize(

@@ -397,3 +397,22 @@ class LocalUpdate(Settings, group="strategy"):
         return CohortApp(
             self, model, data, seed=seed, device=device, mods=mods, head=head, postprocessors=postprocessors
         )
+
+
+def refuse_steps_beside(update: LocalUpdate, *passes: str) -> None:
+    """Refuse ``training.steps`` beside a method's own numbers of passes, which would be taken instead.
+
+    Parameters
+    ----------
+    update : LocalUpdate
+    *passes : str
+        Its options; null stands for what the training settings say.
+
+    Raises
+    ------
+    ConfigError
+    """
+    keys = " and ".join(f"strategy.{name}=null" for name in passes)
+    follows = all(getattr(update, name) is None for name in passes)
+    allowed = f"null, or {keys}, for passes of the method's own take its place"
+    check(follows or update.training.steps is None, "training.steps", update.training.steps, allowed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import flwr.app as flower
@@ -15,6 +17,8 @@ from fedpers.server.collect import NOT_ADDRESSED, evaluation_metrics, validated_
 
 if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
+
+log = logging.getLogger(__name__)
 
 
 def adapt_clients(
@@ -74,8 +78,7 @@ def _train(
         finally:
             strategy.sent_arrays = server_arrays
         adapted.append(client)
-        mine = {ARRAYS: trained[ARRAYS]} if ARRAYS in trained and entries(trained[ARRAYS]) else {}
-        records.append({**before, **mine})
+        records.append(strategy.adapted_records(before, trained))
         steps.append(int(metrics.get(PHASE_STEPS, 0)))
     return adapted, records, steps
 
@@ -86,25 +89,30 @@ def _in_place_of(server_arrays: Tree, sent: Tree | None) -> Tree:
     return sent if sent is not None and same else server_arrays
 
 
-def _adapt_by(
-    strategy: PersonalizedStrategy, round: int, sent: dict[int, Records], grid: Grid, steps: int
-) -> dict[int, Records]:
-    """Let clients train for `steps` local steps, in as many local rounds as that takes; what they then have."""
-    left = dict.fromkeys(sent, steps)
+@dataclass
+class _Adapting:
+    """A client between two measurements: what it has, and the number of its next local round."""
+
+    records: Records
+    next_round: int
+
+
+def _adapt_by(strategy: PersonalizedStrategy, adapting: dict[int, _Adapting], grid: Grid, steps: int) -> None:
+    """Let clients train for `steps` local steps, in as many local rounds as that takes; those that fail are removed."""
+    left = dict.fromkeys(adapting, steps)
     while any(left.values()):
-        by_limit: dict[int, list[int]] = {}
-        for client, n in left.items():
-            by_limit.setdefault(n, []).append(client)
-        by_limit.pop(0, None)
-        for limit, now in by_limit.items():
-            able, records, taken = _train(strategy, round, [sent[c] for c in now], now, grid, limit)
-            for client in set(now) - set(able):
-                del sent[client], left[client]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for client, limit in left.items():
+            if limit:
+                groups.setdefault((limit, adapting[client].next_round), []).append(client)
+        for (limit, round), clients in groups.items():
+            sent = [adapting[client].records for client in clients]
+            able, records, taken = _train(strategy, round, sent, clients, grid, limit)
+            for client in set(clients) - set(able):
+                del adapting[client], left[client]
             for client, trained, n in zip(able, records, taken, strict=True):
-                sent[client] = trained
+                adapting[client] = _Adapting(trained, round + 1)
                 left[client] = max(0, limit - n) if n else 0  # a method that trains nothing is through
-        round += 1
-    return sent
 
 
 def evaluate_adapted(
@@ -113,7 +121,9 @@ def evaluate_adapted(
     """Let the unseen clients adapt and measure them, into ``report.adapted``.
 
     With ``strategy.adapt_steps`` they are measured after so many local steps each, in every phase of the method's local
-    training; metrics then end in ``-after-STEPS``. A method with a rule of its own for newcomers follows that instead.
+    training; metrics then end in ``-after-STEPS``. Each client's local rounds follow one another from the next round
+    on: learning rates decay and batches are drawn by them. A method with a rule of its own for newcomers follows that
+    instead.
     """
     connected = strategy.nodes(grid)
     unseen = sorted(strategy.unseen)
@@ -125,17 +135,27 @@ def evaluate_adapted(
     if not clients:
         return
     if not strategy.adapt_steps or not strategy.adapts_by_training():
+        if strategy.adapt_steps:
+            given, name = list(strategy.adapt_steps), type(strategy).__name__
+            log.warning(
+                "split.adapt_steps=%s has no part in %s: its newcomers adapt by a rule of their own", given, name
+            )
         clients, records = strategy.adapt(round, server_arrays, grid, clients)
         _measure(strategy, round, dict(zip(clients, records, strict=True)), config, grid, "")
         return
     strategy.sent_arrays = server_arrays
     able = _prepared(strategy, round, server_arrays, clients, grid)
     sent = strategy.send(round, server_arrays, able)
-    each = dict(zip(able, [sent] * len(able) if isinstance(sent, Mapping) else sent, strict=True))
+    each = [sent] * len(able) if isinstance(sent, Mapping) else sent
+    adapting = {client: _Adapting(records, round) for client, records in zip(able, each, strict=True)}
     done = 0
     for steps in strategy.adapt_steps:
-        each = _adapt_by(strategy, round + done, each, grid, steps - done)
-        _measure(strategy, round, each, config, grid, f"-after-{steps}")
+        _adapt_by(strategy, adapting, grid, steps - done)
+        by_round: dict[int, dict[int, Records]] = {}  # a client is measured in the round it trained in last
+        for client, now in adapting.items():
+            by_round.setdefault(now.next_round - 1, {})[client] = now.records
+        for last, records_of in by_round.items():
+            _measure(strategy, last, records_of, config, grid, f"-after-{steps}")
         done = steps
 
 

@@ -364,6 +364,19 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         """
         return adapt_clients(self, round, arrays, grid, clients)
 
+    def adapted_records(self, sent: Records, reply: Mapping[str, Tree]) -> Records:
+        """What a client that adapted is evaluated with, or adapts further from.
+
+        Parameters
+        ----------
+        sent : mapping of record to Tree
+            What it was sent.
+        reply : mapping of record to Tree
+            What it answered, decoded.
+        """
+        arrays = reply.get(ARRAYS)
+        return {**sent, ARRAYS: arrays} if arrays is not None and entries(arrays) else sent
+
     @classmethod
     def adapts_by_training(cls) -> bool:
         """Whether clients that never trained adapt by local training, not by a rule of the method's own."""

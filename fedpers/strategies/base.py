@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpers.client.app import CohortApp
-from fedpers.client.update import LocalUpdate, Received
+from fedpers.client.update import LocalUpdate, Received, refuse_steps_beside
 from fedpers.server.report import RoundReport
 from fedpers.server.strategy import PersonalizedStrategy, Phase, SampleWeighting, Weighting
 from fedpers.strategies.registry import method
@@ -18,4 +18,5 @@ __all__ = [
     "SampleWeighting",
     "Weighting",
     "method",
+    "refuse_steps_beside",
 ]

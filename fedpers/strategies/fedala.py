@@ -55,11 +55,11 @@ class FedALAUpdate(LocalUpdate):
 
     personal = "all"
     settles_parts = True
-    layers: Annotated[int, Field(ge=1, description="upper layers that are mixed")] = 1
+    layers: Annotated[int, Field(ge=1, description="last layers with parameters that are mixed, of all kinds")] = 1
     share: Annotated[
         float, Field(gt=0, le=1, description="of a client's samples on which the weights of the mixture are trained")
     ] = 0.8
-    weight_lr: Annotated[float, Field(gt=0, description="rate of the weights")] = 1.0
+    weight_lr: Annotated[float, Field(gt=0, description="rate of the weights, in all rounds")] = 1.0
 
     def initial_state(self, template: Tree, module: nn.Module) -> Tree:
         """Weights of 1 take what is received."""

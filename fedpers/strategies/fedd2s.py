@@ -31,7 +31,10 @@ on FedGKT (He et al. 2020):
   copy of the network with the received layers learns from f_n (in front of the cut only) and is sent back, then f_n
   learns from the copy; so it is from the first round on.
 
-What is sent of features counts in the bytes: ``n (d_l + C) * 4 + 8 n`` up, ``4 n C`` down. Shallow cuts of
+The server's head trains with the clients' settings but for passes, batches and, if given, ``server_lr``.
+
+What is sent of features counts in the bytes: ``n (d_l + C) * 4 + 8 n`` up, ``4 n C`` down, with n samples, d_l features
+at the cut and C outputs. Shallow cuts of
 convolutional networks have large d_l. Features with labels tell much about samples; "data-free" means without public
 data.
 """
@@ -165,17 +168,22 @@ class FedD2SUpdate(LocalUpdate):
         """Features, scores and labels of all training samples, of clients that have trained."""
         layers, cut = layers_of(cohort.module), self.cut(cohort.module, cohort.round)
 
+        width = 0
+
         def features_and_scores(network: Network, x: Tensor) -> Tensor:
+            nonlocal width
             features = through(network, layers[:cut], x)
-            return torch.cat([features.flatten(1), through(network, layers[cut:], features)], 1)
+            flat = features.flatten(1)
+            width = flat.shape[1]
+            return torch.cat([flat, through(network, layers[cut:], features)], 1)
 
         outputs = cohort.logits(cohort.state["model"], "train", features_and_scores)
         labels = cohort.labels("train")
-        classes, longest = cohort.data.num_classes, int(cohort.sizes().max())
+        longest = int(cohort.sizes().max())
         stacked = torch.stack([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows in outputs])
         padded = torch.stack([F.pad(y, (0, longest - len(y)), value=-1) for y in labels])
         padded[~cohort.trained] = -1  # what a random network says is not sent
-        values = {"features": stacked[:, :, :-classes], "scores": stacked[:, :, -classes:], "labels": padded}
+        values = {"features": stacked[:, :, :width], "scores": stacked[:, :, width:], "labels": padded}
         return Reply({KNOWLEDGE: tree(values, cohort.size)})
 
     def encode(self, records: dict[str, Tree]) -> dict[str, Tree]:
@@ -260,12 +268,17 @@ class FedD2S(PersonalizedStrategy):
     common_options = ("cuts", "rate", "alpha", "beta", "temperature", "variant")
     client_update: FedD2SUpdate = field(default_factory=FedD2SUpdate)
     weighting: SampleWeighting = "samples"
-    server_epochs: Annotated[int, Field(ge=1, description="passes of the server over what clients sent")] = 5
+    server_epochs: Annotated[
+        int, Field(ge=1, description="passes of the server over what clients sent (features only)")
+    ] = 5
     server_lr: Annotated[float | None, Field(gt=0, description="of the server's head; null: training.lr")] = None
     server_batch_size: Annotated[int, Field(ge=1, description="samples in a batch of the server")] = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        averages = self.client_update.variant == "parameters"
+        allowed = "samples with strategy.variant=features, where nothing is averaged"
+        check(averages or self.weighting == "samples", "strategy.weighting", self.weighting, allowed)
         self._targets: dict[int, Tensor] = {}  # the server's scores for the samples of this round's clients
         self._new_arrays: Tree | None = None
         self._front: tuple[str, ...] = ()  # what the control has sent
@@ -282,10 +295,11 @@ class FedD2S(PersonalizedStrategy):
             return clients
         layers, cut = self._cut()
         data = self.work.app.data
-        shape, kind = self._shape(layers, cut), dtype_name(next(iter(entries(arrays).values())))
+        shape, (outputs,) = self._shape(layers, cut), self._shape(layers, len(layers))
+        kind = dtype_name(next(iter(entries(arrays).values())))
         schema: Schema = {
             (KNOWLEDGE, "features"): Entry((-1, math.prod(shape)), kind),
-            (KNOWLEDGE, "scores"): Entry((-1, data.num_classes), kind),
+            (KNOWLEDGE, "scores"): Entry((-1, outputs), kind),
             (KNOWLEDGE, "labels"): Entry((-1,), "int64"),
         }
         answers = self.query_clients(grid, "knowledge", round, clients, {ARRAYS: tree({})}, phase, schema)
@@ -317,15 +331,15 @@ class FedD2S(PersonalizedStrategy):
         columns = {name: torch.cat([values[name] for values in knowledge.values()]) for name in names}
         x = torch.cat([columns["features"], columns["scores"]], 1)
         every, none = [torch.arange(len(x))], [torch.arange(0)]
-        classes = columns["scores"].shape[1]
-        data = FederatedData(x, columns["labels"], every, none, none, classes, task=work.task)
+        outputs = columns["scores"].shape[1]
+        data = FederatedData(x, columns["labels"], every, none, none, outputs, task=work.task)
 
         def predict(network: Network, x: Tensor) -> Tensor:
-            return through(network, behind, x[:, :-classes].reshape(-1, *shape))
+            return through(network, behind, x[:, :-outputs].reshape(-1, *shape))
 
         def loss(network: Network, batch: Batch) -> Tensor:
             scores = predict(network, batch.x)
-            divergence = soft_loss(batch.x[:, -classes:], scores, update.temperature)
+            divergence = soft_loss(batch.x[:, -outputs:], scores, update.temperature)
             return batch.mean(batch.losses(scores)) + update.alpha * batch.mean(divergence)
 
         cohort = work.cohort(data, round)
@@ -351,7 +365,7 @@ class FedD2S(PersonalizedStrategy):
         )
 
     def _shape(self, layers: list[list[str]], cut: int) -> tuple[int, ...]:
-        """Shape of one sample's features at the cut."""
+        """Shape of one sample's features at the cut; behind all layers, of its scores."""
         app = self.work.app
         app.module.eval()
         with torch.no_grad():

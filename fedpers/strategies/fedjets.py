@@ -284,7 +284,7 @@ class FedJETs(PersonalizedStrategy):
     common_options = ("experts", "top_k")
     client_update: FedJETsUpdate = field(default_factory=FedJETsUpdate)
     anchor_share: Annotated[
-        float, Field(ge=0, le=1, description="of a round's clients; with 0 anchors never train")
+        float, Field(ge=0, le=1, description="of a round's clients, rounded half up; with 0 anchors never train")
     ] = 0.5
 
     def __post_init__(self) -> None:
@@ -301,6 +301,10 @@ class FedJETs(PersonalizedStrategy):
         tied = min(len(able), int(self.anchor_share * size + 0.5))
         if self.anchor_share:  # where there are too few others, anchors take their places
             tied = min(len(able), max(tied, size - len(others)))
+            if others and self.anchor_share < 1 and tied == size <= len(able):  # else the others would never train
+                allowed = "a share of at least two clients a round, one of them no anchor"
+                check(size > 1, "fraction", self.fraction, allowed)
+                tied -= 1
         elif not others:
             allowed = "a number > 0 where every client is the anchor of an expert"
             raise ConfigError("strategy.anchor_share", self.anchor_share, allowed)

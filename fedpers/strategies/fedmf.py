@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
-from flwr.serverapp import Grid
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -50,7 +49,14 @@ from fedpers.records import ARRAYS
 from fedpers.server.collect import Entry, Schema, dtype_name
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, SampleWeighting, method
 
-_REQUIRED_TRAINING = {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant", "clip": None, "steps": None}
+_REQUIRED_TRAINING = {
+    "optimizer": "sgd",
+    "momentum": 0.0,
+    "schedule": "constant",
+    "clip": None,
+    "steps": None,
+    "proximal": 0.0,
+}
 Values = Mapping[str, Tensor]
 
 
@@ -259,14 +265,13 @@ class FedMF(PersonalizedStrategy):
         """Mean of the rows that were visited."""
         return super().fold() if self.sent_table is None else RowMean(*self.sent_table)
 
-    def adapt(self, round: int, arrays: Tree, grid: Grid, clients: list[int]) -> tuple[list[int], list[Records]]:
-        """As inherited; the rows an unseen user sends are put into the table it received."""
-        adapted, replies = super().adapt(round, arrays, grid, clients)
-        tables = entries(arrays)
-        return adapted, [
-            {**reply, ARRAYS: tree({name: with_rows(table, entries(reply[ARRAYS])) for name, table in tables.items()})}
-            for reply in replies
-        ]
+    def adapted_records(self, sent: Records, reply: Mapping[str, Tree]) -> Records:
+        """Put the rows an unseen user sends into the table it received."""
+        rows = entries(reply[ARRAYS]) if ARRAYS in reply else {}
+        if not rows:
+            return sent
+        tables = entries(self.client_update.common(sent))
+        return {**sent, ARRAYS: tree({name: with_rows(table, rows) for name, table in tables.items()})}
 
     def combine(self, arrays: Tree, means: Mapping[str, Tree], clients: list[int]) -> Tree:
         """Take the mean; with a threshold its small entries are 0, and the share of the others is recorded."""

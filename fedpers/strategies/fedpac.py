@@ -60,7 +60,7 @@ from fedpers.data.federated import FederatedData
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
 from fedpers.server.tools import ClientTable
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method, refuse_steps_beside
 
 TABLE, PROTOTYPES, SUMS, STATISTICS = "table", "prototypes", "sums", "statistics"
 """Name of a table ``[C, F + 1]``; records of C_j, of sums of features with counts, and of h and V."""
@@ -74,9 +74,13 @@ class FedPACUpdate(LocalUpdate):
 
     settles_parts = True
     lam: Annotated[float, Field(ge=0, description="strength of the alignment to the global mean features")] = 1.0
-    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: training.epochs")] = 1
-    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: training.epochs")] = None
+    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: those of training")] = 1
+    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: those of training")] = None
     variant: Annotated[Literal["paper", "pfllib"], Field(description="see the module")] = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_steps_beside(self, "head_epochs", "body_epochs")
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""

@@ -180,7 +180,9 @@ class FedRAPUpdate(FedMFUpdate):
     step_decay: Annotated[float, Field(gt=0, le=1, description="factor on the rates from step to step of a visit")] = (
         0.95
     )
-    tolerance: Annotated[float, Field(ge=0, description="relative change of the mean loss that ends a visit")] = 1e-4
+    tolerance: Annotated[
+        float, Field(ge=0, description="relative change of the mean loss that ends a visit, from pass 2 on")
+    ] = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedpers.cohort import Cohort, Reply
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method, refuse_steps_beside
 
 
 @dataclass(kw_only=True)
@@ -33,8 +33,12 @@ class FedRepUpdate(LocalUpdate):
 
     shared = "body"
     personal = "head"
-    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: training.epochs")] = 10
-    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: training.epochs")] = 1
+    head_epochs: Annotated[int | None, Field(ge=0, description="passes on the head; null: those of training")] = 10
+    body_epochs: Annotated[int | None, Field(ge=0, description="passes on the body; null: those of training")] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_steps_beside(self, "head_epochs", "body_epochs")
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the head on the received body, then the body under that head."""

@@ -17,8 +17,9 @@ A client's network is theta_k, its mask m_k (1 = personal, 0 = global); at the s
 Shared: parameters, of each client those that are global for it. Personal: the network with its BatchNorm statistics,
 the mask, the mask of the last training, the weights at the last update, the number of trainings. E is
 ``training.epochs``, so a round costs twice the gradients of FedAvg, also while masks are empty. Each pass has a batch
-order of its own, and the optimizer starts anew with each; clipping and momentum see the whole gradient, and what the
-mask holds is not moved. An entry that is personal for everybody keeps its last value on the server; nobody reads it.
+order of its own, and the optimizer starts anew with each; ``training.proximal`` pulls to where the whole training
+starts. Clipping and momentum see the whole gradient, and what the mask holds is not moved. An entry that is personal
+for everybody keeps its last value on the server; nobody reads it.
 
 On the wire: a client sends its global entries only, and one bit per parameter that says which they are; it receives
 all of w.
@@ -61,14 +62,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, select, tree
+from fedpers.cohort import Cohort, Reply, Tree, WeightedMean, entries, proximal, select, tree
 from fedpers.cohort.tree import expand_rows, flat_rows
 from fedpers.data.federated import Part
 from fedpers.errors import check
@@ -165,14 +167,18 @@ class FedSelectUpdate(LocalUpdate):
         later = cohort.trained.cpu()
         frozen = later & (self.batchnorm == "official" or (self.batchnorm is None and self.variant == "official"))
         batches = cohort.batches_per_pass()
+        # each pass has an optimizer of its own, but the pull is to where the training of the round starts
+        mu, training = cohort.training.proximal, replace(cohort.training, proximal=0.0)
+        pull = [proximal(mu, params.clone())] if mu else []
+        fit = partial(cohort.fit, params, self.loss, adjust=pull, training=training)
         for _ in range(cohort.training.epochs):
             for phase, trained_mask in (("personal", personal_mask), ("global", global_mask)):
                 if bool(frozen.all()) or not bool(frozen.any()):
-                    cohort.fit(params, self.loss, epochs=1, mask=trained_mask, frozen=bool(frozen[0]), phase=phase)
+                    fit(epochs=1, mask=trained_mask, frozen=bool(frozen[0]), phase=phase)
                     continue
                 for mode in (False, True):  # some train for the first time
                     steps = [n if chosen == mode else 0 for n, chosen in zip(batches, frozen, strict=True)]
-                    cohort.fit(params, self.loss, steps=steps, mask=trained_mask, frozen=mode, phase=phase)
+                    fit(steps=steps, mask=trained_mask, frozen=mode, phase=phase)
 
     def _selectable(self, names: Sequence[str]) -> list[str]:
         """Parameters that may have personal entries."""

@@ -19,7 +19,8 @@ Gaussian penalties. Readings taken where the text is silent, all of them options
 - ``group_mu`` adds the penalty ``mu/2 * ||w - theta||^2`` in stage 2, ``personal_mu`` adds ``mu/2 * ||w - theta_g||^2``
   in stage 3; ``group_rate`` and ``personal_rate`` are factors on the learning rates there.
 - Stage 3 keeps, of theta_g and the networks after each pass, the one with the lowest validation loss: a client with few
-  samples falls back to its group's network (``keep_best``). Its validation metrics are optimistic for that.
+  samples falls back to its group's network (``keep_best``). Its validation metrics are optimistic for that. One without
+  validation samples keeps the last. The optimizer begins anew with each pass, so momentum restarts.
 - A client belongs to one group. One that never trained has its group's network.
 
 The rows of an ablation are settings: without groups ``global_rounds`` is the number of rounds; without a common start
@@ -75,6 +76,11 @@ class GroupPerFLUpdate(LocalUpdate):
         super().__post_init__()
         allowed = "0 without stage 1 (strategy.global_rounds=0), to whose network it pulls"
         check(self.global_rounds > 0 or self.group_mu == 0, "strategy.group_mu", self.group_mu, allowed)
+        anew = self.keep_best and self.personal_epochs > 1  # with each pass of stage 3 the optimizer begins anew
+        without = "with strategy.keep_best and several personal_epochs, each with an optimizer of its own"
+        schedule, pull = self.training.schedule, self.training.proximal
+        check(not anew or schedule == "constant", "training.schedule", schedule, f"constant {without}")
+        check(not anew or pull == 0, "training.proximal", pull, f"0 {without}; strategy.personal_mu pulls in stage 3")
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the received network, in stage 2 perhaps near that of all clients."""
@@ -146,6 +152,7 @@ class GroupPerFL(PersonalizedStrategy):
         check(not both, "strategy.group_file", self.group_file, "null where strategy.groups is given")
         if self.group_file is not None:
             self.groups = _read_groups(Path(self.group_file))
+        check(min(self.groups or (0,)) >= 0, "strategy.groups", self.groups, "numbers >= 0")
         self._group_of = self._dealt(self.groups or ())
 
     def attach(self, app: CohortApp) -> None:
@@ -183,6 +190,8 @@ class GroupPerFL(PersonalizedStrategy):
             raise TrainingError(
                 "GroupPerFL knows no groups: give it groups=..., or call attach(client_app) before start."
             )
+        if without := [client for client in clients if client >= len(self._group_of)]:
+            raise TrainingError(f"GroupPerFL has {len(self._group_of)} groups=...: client {without[0]} has none.")
         if GROUPS not in self.state:
             return self._with_global(arrays, {ARRAYS: arrays})
         stacked = entries(self.state[GROUPS])

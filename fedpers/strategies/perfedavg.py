@@ -40,7 +40,8 @@ class PerFedAvgUpdate(LocalUpdate):
     """Train for what one step of adaptation will make of the network."""
 
     inner_lr: Annotated[
-        float | None, Field(gt=0, description="rate of the adaptation, alpha in the paper; null: training.lr")
+        float | None,
+        Field(gt=0, description="rate of the adaptation, alpha in the paper, in all rounds; null: training.lr"),
     ] = None
     hessian: Annotated[bool, Field(description="let the gradient go through the adaptation")] = False
 
@@ -86,7 +87,11 @@ class PerFedAvgUpdate(LocalUpdate):
         return self.loss(network.replace(adapted).seeing(second), second)
 
     def personalize(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree:
-        """Take one plain step on a batch that is drawn once for each client, or its first with ``shuffle: false``."""
+        """Take one plain step on a batch that is drawn once for each client, or its first with ``shuffle: false``.
+
+        Its rate is the same for all parameters. BatchNorm statistics move with it, as they do not in the adaptation
+        that training looks through.
+        """
         params = cohort.assemble(received["arrays"])
         samples = None
         if self.training.shuffle:

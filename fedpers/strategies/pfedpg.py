@@ -181,7 +181,8 @@ class PFedPG(PersonalizedStrategy):
     ] = "adam"
     server_lr: Annotated[float, Field(gt=0, description="of base, generator and descriptors")] = 0.01
     reduction: Annotated[
-        Literal["mean", "sum"], Field(description="of directions over the clients of a round, for base and generator")
+        Literal["mean", "sum"],
+        Field(description="of a round's directions, for base and generator; adam and yogi see no difference"),
     ] = "mean"
     adapt_rounds: Annotated[
         int, Field(ge=1, description="steps of a new descriptor when a client that never trained adapts")

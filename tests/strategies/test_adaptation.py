@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ import pytest
 from fedpers.identity import ADAPTING, MAX_STEPS, PHASE_STEPS
 from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
+from fedpers.server.exchange import Exchange
 from fedpers.strategies import RoundReport, make_strategy
 from tests.cohort.helpers import by_size, cross_entropy, make_cohort
 from tests.problems import SmallNetwork, gaussian_data, problem
@@ -83,3 +84,58 @@ def test_clients_that_only_mix_are_booked(monkeypatch: pytest.MonkeyPatch) -> No
     before.clear()
     run("fedala", {}, rounds=4, fraction=0.5)
     assert before == [(0, 0)] * 4
+
+
+EQUAL = replace(gaussian_data((20, 20, 20, 20)), unseen=(1, 3))
+"""Clients of four batches a pass."""
+
+
+@pytest.mark.parametrize("method", ["fedavg", "ditto", "gpfl", "fedbabu"])
+def test_what_is_measured_after_so_many_steps_does_not_depend_on_other_measurements(method: str) -> None:
+    settings = {"network": problem(method).network, "data": EQUAL, "epochs": 1, "lr_decay": 0.5}
+    alone, between = (run(method, adapt_steps=steps, **settings).strategy.report for steps in ((8,), (4, 8)))
+    for client in EQUAL.unseen:
+        for name in ("test-loss-after-8", "test-accuracy-after-8"):
+            assert alone.adapted[client][name] == pytest.approx(between.adapted[client][name], rel=1e-9)
+
+
+def test_a_client_is_measured_in_the_round_in_which_it_trained_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, list[int]]] = []
+    call = Exchange.call
+
+    def watched(self: Exchange, grid: Any, kind: str, sent: Any, config: Any, clients: list[int]) -> Any:
+        calls.append((kind, int(config["server-round"]), list(clients)))
+        return call(self, grid, kind, sent, config, clients)
+
+    monkeypatch.setattr(Exchange, "call", watched)
+    data = replace(gaussian_data((20, 20, 5, 20)), unseen=(1, 2))  # four steps a round, and one
+    run("fedavg", rounds=3, network=SmallNetwork(), data=data, epochs=1, adapt_steps=(2, 6))
+    adaptation = [(kind, round, clients) for kind, round, clients in calls if round > 3]
+    assert adaptation == [
+        ("train", 4, [1, 2]), ("train", 5, [2]), ("evaluate", 4, [1]), ("evaluate", 5, [2]),
+        ("train", 5, [1]), ("train", 6, [2]), ("train", 7, [2]), ("train", 8, [2]), ("train", 9, [2]),
+        ("evaluate", 5, [1]), ("evaluate", 9, [2]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 0.1}])
+def test_users_of_a_factorization_are_measured_after_steps(options: dict[str, Any]) -> None:
+    given = problem("fedmf")
+    data = replace(given.data, unseen=(0, 2))
+    settings = {"network": given.network, "data": data, "rounds": 1, "lr": 0.5}
+    report = run("fedmf", options, adapt_steps=(1, 4), **settings).strategy.report
+    assert sorted(report.adapted) == [0, 2]
+    for metrics in report.adapted.values():
+        names = [name for name in metrics if name.startswith("test-") and name.endswith("-after-4")]
+        assert names
+        assert {name.replace("-after-4", "-after-1") for name in names} <= metrics.keys()
+    assert not report.evaluation_failures
+
+
+def test_a_method_with_a_rule_of_its_own_says_that_steps_have_no_part_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    given = problem("pfedhn")
+    data = replace(given.data, unseen=(1,))
+    settings = {**asdict(given.training), "network": given.network, "data": data}
+    report = run("pfedhn", given.options, adapt_steps=(1,), **settings).strategy.report
+    assert "test-loss" in report.adapted[1]
+    assert "split.adapt_steps=[1] has no part in PFedHN: its newcomers adapt by a rule of their own" in caplog.text

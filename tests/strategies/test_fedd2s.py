@@ -97,6 +97,13 @@ def test_the_server_learns_from_labels_and_scores() -> None:
     assert_same(expected, after.arrays)
 
 
+def test_a_network_may_have_more_outputs_than_there_are_classes() -> None:
+    wide = MLP((6,), 6, hidden=(8, 5)).double()
+    result = run("fedd2s", {"rate": 1}, rounds=3, network=wide)
+    assert not result.strategy.report.failures
+    assert result.strategy.report.extra["server_train_accuracy"] > 0.25
+
+
 def test_soft_loss_is_the_scaled_divergence() -> None:
     teacher, student = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     expected = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="none").sum(1) * 9
@@ -195,6 +202,9 @@ def test_a_server_with_batch_norm_learns_from_any_number_of_samples() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^strategy\.weighting=uniform: expected samples with strategy\.variant"):
+        make_strategy("fedd2s", {"weighting": "uniform"})
+    make_strategy("fedd2s", {"weighting": "uniform", "variant": "parameters"})
     for cuts in ((), (0,), (3,)):
         with pytest.raises(ConfigError, match=r"strategy\.cuts=.*: expected numbers from 1 to 2, the hidden layers"):
             trained({"cuts": cuts})

@@ -223,7 +223,7 @@ def test_a_round_has_as_many_anchors_as_asked_for() -> None:
     grid = LocalGrid(FedJETsUpdate().client_app(SmallNetwork(), data), 40)
     for fraction, share, anchors, others in (
         (0.25, 0.5, 5, 5), (0.25, 0.0, 0, 10), (0.25, 0.3, 3, 7), (0.1, 0.5, 2, 2), (0.5, 0.5, 5, 14), (0.25, 1, 5, 5),
-        (1.0, 0.5, 5, 33), (1.0, 0.0, 0, 33), (0.02, 0.5, 1, 0),
+        (1.0, 0.5, 5, 33), (1.0, 0.0, 0, 33), (0.05, 0.9, 1, 1), (0.02, 0.0, 0, 1), (0.02, 1.0, 1, 0),
     ):  # fmt: skip
         strategy = FedJETs(fraction=fraction, anchor_share=share, unseen=(1, 39))
         with server_identity(1):
@@ -238,6 +238,11 @@ def test_a_round_has_as_many_anchors_as_asked_for() -> None:
             seen.update(sampled)
         if anchors and others >= 5:
             assert seen == set(range(40)) - {1, 39}
+    alone = FedJETs(fraction=0.02, anchor_share=0.5)
+    with server_identity(1):
+        alone.nodes(grid)
+    with pytest.raises(ConfigError, match=r"^fraction=0.02: expected a share of at least two clients a round"):
+        alone.sample(1)
     grid.close()
 
 

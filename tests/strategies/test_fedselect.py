@@ -266,6 +266,16 @@ def test_paper_variant_against_a_plain_loop(interval: int) -> None:
         assert_same(result.predictors()[c], client.receive(server))
 
 
+def test_the_proximal_pull_is_to_the_start_of_the_whole_training() -> None:
+    """While masks are empty, FedSelect is FedAvg with a uniform mean, and takes each pass of its own."""
+    settings: dict[str, Any] = {"epochs": 3, "lr": 0.1, "proximal": 5.0, "shuffle": False}
+    result = run("fedselect", {"batchnorm": "fixed"}, rounds=1, **settings)
+    expected = run("fedavg", {"weighting": "uniform"}, rounds=1, **settings)
+    for name, value in expected.arrays.items():
+        if name in result.arrays:
+            torch.testing.assert_close(result.arrays[name], value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("variant", ["official", "paper"])
 def test_cohort_size_does_not_matter(variant: str) -> None:
     options = {"variant": variant, "batchnorm": "official"}  # some train for the first time beside others

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedpers.cohort import GroupedMean, entries, tree
+from fedpers.cohort import GroupedMean, Training, entries, tree
 from fedpers.cohort.fold import GROUPS
 from fedpers.errors import ConfigError, TrainingError
+from fedpers.flower_private import server_identity
+from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import make_strategy
-from tests.strategies.helpers import DATA, Finished, Values, run
+from tests.strategies.helpers import DATA, NETWORK, Finished, Values, run
 
 GROUPED = replace(DATA, groups=(0, 1, 0, 1))
 PLAIN: dict[str, Any] = {"personal_epochs": 0}
@@ -152,3 +154,22 @@ def test_grouped_means_merge_in_any_order() -> None:
         expected = [(0 * 1 + 2 * 3) / 4, 4.0, (1 * 2 + 3 * 4) / 6]
         torch.testing.assert_close(means["arrays"]["w"][:, 0], torch.tensor(expected))
     assert GroupedMean({}).result() == {}
+
+
+def test_wrong_groups_are_refused_also_without_an_app() -> None:
+    with pytest.raises(ConfigError, match=r"^strategy\.groups=\(-1, 0, 1, 1\): expected numbers >= 0\.$"):
+        make_strategy("group_perfl", {"groups": (-1, 0, 1, 1)})
+    strategy, update = make_strategy("group_perfl", {**PLAIN, "groups": (0, 1, 0), "global_rounds": 1})
+    app = update.client_app(NETWORK, DATA)
+    sentence = r"^GroupPerFL has 3 groups=\.\.\.: client 3 has none\.$"
+    with server_identity(1), pytest.raises(TrainingError, match=sentence):
+        strategy.start(LocalGrid(app, DATA.num_clients, workers=1), app.initial_arrays(), num_rounds=2)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("schedule", "linear"), ("proximal", 5.0)])
+def test_settings_of_a_whole_training_are_refused_where_passes_are_compared(setting: str, value: object) -> None:
+    training = Training(**{setting: value})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"^training\.{setting}={value}: expected .* with strategy\.keep_best and"):
+        make_strategy("group_perfl", {"personal_epochs": 2}, training=training)
+    for options in ({"personal_epochs": 1}, {"personal_epochs": 2, "keep_best": False}):
+        make_strategy("group_perfl", options, training=training)

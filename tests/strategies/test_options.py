@@ -172,6 +172,21 @@ def test_scaffold_names_the_setting_it_cannot_use(option: str, value: Any) -> No
     make_strategy("scaffold", training=Training(lr=0.3, lr_decay=0.9, epochs=3))
 
 
+@pytest.mark.parametrize("method", ["fedrep", "fedpac"])
+def test_steps_beside_passes_of_the_methods_own_are_refused(method: str) -> None:
+    training = Training(steps=3)
+    allowed = r"expected null, or strategy\.head_epochs=null and strategy\.body_epochs=null, for passes of the method's"
+    with pytest.raises(ConfigError, match=rf"^training\.steps=3: {allowed}"):
+        make_strategy(method, training=training)
+    make_strategy(method, {"head_epochs": None, "body_epochs": None}, training=training)
+
+
+def test_proximal_is_refused_where_updates_are_a_methods_own() -> None:
+    for method in ("fedmf", "fedrap"):
+        with pytest.raises(ConfigError, match=r"^training\.proximal=2.0: expected 0.0 for this method"):
+            make_strategy(method, training=Training(proximal=2.0))
+
+
 def test_perfedavg_needs_batches_to_halve() -> None:
     with pytest.raises(ConfigError, match=r"training\.batch_size=0"):
         make_strategy("perfedavg", training=Training(batch_size=0))

@@ -19,15 +19,24 @@ _LIBRARIES = tuple({_PACKAGE, *(sysconfig.get_path(name) for name in ("stdlib", 
 
 def described(error: BaseException) -> str:
     """An exception in one line: type, message, and the frames of the user's own code it passed, the first one first."""
-    if isinstance(error, FedpersError):
-        return str(error)
     own_frames = frames_of_user(error)
+    if isinstance(error, FedpersError) and (not own_frames or _raised_by_user(error)):
+        return str(error)
     message = " ".join(str(error).split())
-    sentence = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    kind = type(error).__name__
+    if isinstance(error, FedpersError):  # its sentence stands by itself
+        sentence = message.removesuffix(".")
+    else:
+        sentence = f"{kind}: {message}" if message else kind
     if not own_frames:
         return sentence
     places = ", ".join(f"{_shown(frame.filename)}:{frame.lineno} in {frame.name}" for frame in own_frames)
     return f"{sentence} (at {places}: {own_frames[-1].line})"
+
+
+def _raised_by_user(error: BaseException) -> bool:
+    """Whether the user's own code raised it: what it says then needs no place."""
+    return traceback.extract_tb(error.__traceback__)[-1] in frames_of_user(error)
 
 
 def frames_of_user(error: BaseException) -> list[traceback.FrameSummary]:

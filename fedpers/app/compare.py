@@ -89,9 +89,12 @@ def _draw(path: Path, show: Callable[[Console], None]) -> None:
     """Write what is shown on a terminal as a picture."""
     from rich.console import Console
 
+    if path.suffix.lower() != ".svg":
+        raise FedpersError(f"{path} cannot be written: expected a file that ends in .svg.")
     picture = Console(record=True, width=100, file=io.StringIO())
     show(picture)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         picture.save_svg(str(path), title="fedpers compare")
     except OSError as error:
         raise FedpersError(f"{path} cannot be written ({error.strerror}).") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
     from fedpers.server.postprocessors import Postprocessor
 
+log = logging.getLogger(__name__)
 EXTRA = "train/"
 """What the names of a method's own training metrics begin with (:attr:`fedpers.cohort.Reply.metrics`)."""
 Received = Mapping[str, Tree]
@@ -399,8 +401,10 @@ class LocalUpdate(Settings, group="strategy"):
         )
 
 
-def refuse_steps_beside(update: LocalUpdate, *passes: str) -> None:
+def check_passes(update: LocalUpdate, *passes: str) -> None:
     """Refuse ``training.steps`` beside a method's own numbers of passes, which would be taken instead.
+
+    If ``training.epochs`` has no part in any of them either, a warning says so.
 
     Parameters
     ----------
@@ -412,7 +416,10 @@ def refuse_steps_beside(update: LocalUpdate, *passes: str) -> None:
     ------
     ConfigError
     """
-    keys = " and ".join(f"strategy.{name}=null" for name in passes)
-    follows = all(getattr(update, name) is None for name in passes)
-    allowed = f"null, or {keys}, for passes of the method's own take its place"
-    check(follows or update.training.steps is None, "training.steps", update.training.steps, allowed)
+    training = update.training
+    given = [name for name in passes if getattr(update, name) is not None]
+    allowed = f"null, or {' and '.join(f'strategy.{name}=null' for name in passes)}, whose passes take its place"
+    check(not given or training.steps is None, "training.steps", training.steps, allowed)
+    if len(given) == len(passes) and training.epochs != Training().epochs:
+        values = ", ".join(f"strategy.{name}={getattr(update, name)}" for name in passes)
+        log.warning("training.epochs=%s has no part in this method, which goes by %s", training.epochs, values)

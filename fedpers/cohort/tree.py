@@ -100,7 +100,8 @@ def select(module: nn.Module, what: Selection, key: str = "selection") -> tuple[
 
     def term(word: str) -> set[str]:
         if word in ("body", "head") and not hasattr(module, "head"):
-            raise ConfigError("model", type(module).__name__, "a network whose last layer is named 'head'")
+            allowed = "a network whose last layer is named 'head', or the name it has: model.head=fc (head= in Python)"
+            raise ConfigError("model", type(module).__name__, allowed)
         match word:
             case "all":
                 return set(names)

@@ -254,7 +254,7 @@ class FederatedData:
             return 0  # numbers of another kind
         if low < 0 or 0 < self.num_tokens <= high:
             expected = (
-                f"to {self.num_tokens - 1}, because num_tokens={self.num_tokens}" if self.num_tokens else "or more"
+                f"to {self.num_tokens - 1}, because num_tokens={self.num_tokens}" if self.num_tokens > 0 else "or more"
             )
             raise DataError(f"{self.name}: tokens in x run from {low} to {high}, expected 0 {expected}.")
         return self.num_tokens or high + 1

@@ -36,6 +36,13 @@ NO_LEARNING = "no_learning"
 which shows what a protocol gives away."""
 
 
+OTHER_DATA = (
+    "Runs of the same settings and seed saw other data, by the checksum in manifest.json (a file or a function that "
+    "changed, or that draws without a seed): they stand in tables of their own."
+)
+"""Note of tables that only their data tell apart."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One method in a leaderboard; numbers are means over its seeds, NaN where unknown.
@@ -152,7 +159,31 @@ def leaderboard(runs: Sequence[RunRecord]) -> list[Group]:
         by_config[settings_key(run.comparable)].append(run)
     members = sorted(by_config.values(), key=lambda group: min(str(run.folder) for run in group))
     titles = _titles([group[0] for group in members])
-    return [_group(title, group) for title, group in zip(titles, members, strict=True)]
+    groups = []
+    for title, group in zip(titles, members, strict=True):
+        parts = _by_data(group)
+        for part in parts:
+            checksum = min(part, key=lambda run: run.seed).data_checksum
+            data = f" · data {checksum}" if len(parts) > 1 else ""
+            groups.append(_group(f"{title}{data}", part))
+            if data:
+                groups[-1].notes.append(OTHER_DATA)
+    return groups
+
+
+def _by_data(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Divide runs of the same settings so that in each part all runs of a seed saw the same data."""
+    parts: list[tuple[dict[int, str], list[RunRecord]]] = []
+    for run in sorted(runs, key=lambda run: run.finished):
+        checksum = run.data_checksum
+        fitting = (part for part in parts if checksum is None or part[0].get(run.seed, checksum) == checksum)
+        known, members = part = next(fitting, ({}, []))
+        if not members:
+            parts.append(part)
+        members.append(run)
+        if checksum is not None:
+            known[run.seed] = checksum
+    return [members for _, members in parts]
 
 
 def leaderboard_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:

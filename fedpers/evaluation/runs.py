@@ -116,6 +116,15 @@ class RunRecord:
         protocol = str(self.summary.get("protocol", "validation-selected"))
         return flat | {"protocol": protocol.partition(":")[0]}
 
+    @cached_property
+    def data_checksum(self) -> str | None:
+        """Digest of the data its manifest names; None where there is none to compare."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            return str(manifest["data"]["checksum"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     @property
     def shifts(self) -> list[str]:
         """Names of what makes clients differ beyond the partition."""

@@ -304,7 +304,7 @@ def _against(reference: str) -> Column:
         c = find(row)
         if c is None:
             return "reference" if row.strategy == reference else "-"
-        difference = "" if math.isnan(c.difference) else f" {100 * c.difference:+.1f}"
+        difference = "" if math.isnan(c.difference) else f" {100 * c.difference:+z.1f}"
         return c.verdict + difference + ("" if math.isnan(c.low) else f" ±{50 * (c.high - c.low):.1f}")
 
     def value(row: Row) -> float:

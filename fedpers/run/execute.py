@@ -26,7 +26,7 @@ from fedpers.records import from_record, to_record
 from fedpers.run.checkpoint import Checkpoint, Checkpoints
 from fedpers.run.clock import DeviceClock
 from fedpers.run.progress import Progress, report_from_json, report_to_json
-from fedpers.run.reopen import FinishedError, check_made, clear_leftovers, locked, reopen
+from fedpers.run.reopen import FinishedError, check_made, clear_leftovers, locked, reopen, to_type
 from fedpers.run.results import (
     make_manifest,
     postprocessor_summary,
@@ -265,7 +265,7 @@ class _Run:
             def after_round(report: RoundReport, arrays: flower.ArrayRecord, is_last: bool) -> None:
                 nonlocal stopping
                 stopping = signals.received is not None and not is_last  # else there is nothing left to do
-                signals.round = report.round + 1
+                signals.round = min(report.round + 1, config.rounds)
                 if config.checkpoint.best and progress.is_best(report, metrics_of(report, headline)):
                     self._save(report, arrays, grid, trackers, best=True)
                 due = report.round and report.round % config.checkpoint.every == 0
@@ -324,7 +324,10 @@ class _Run:
             return f"stopped after the last round, {done}; the run is complete"
         if self.saved_round is None:
             return f"stopped after round {done}; there is no checkpoint"
-        return f"stopped after round {done}; 'fedpers resume {self.folder}' goes on after round {self.saved_round}"
+        typed = "".join(f" {key}={value}" for key, value in to_type(self.plain).items())
+        return (
+            f"stopped after round {done}; 'fedpers resume {self.folder}{typed}' goes on after round {self.saved_round}"
+        )
 
     def _best_with(self, report: RoundReport) -> int | None:
         """The best round, with one that has not been taken in yet."""

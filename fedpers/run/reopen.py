@@ -316,36 +316,42 @@ def _group(group: str, value: Any) -> dict[str, Any]:
     return merged
 
 
+_LEADS_ELSEWHERE = {
+    "strategy.name": "names code that would be run",
+    "dataset.name": "names code that would be run",
+    "model.name": "names code that would be run",
+    "dataset.path": "names a set to download: no such folder is here",
+    "model.weights": "names a place to load a network from",
+    "runtime.address": "names a cluster that would be trusted",
+}
+
+
+def to_type(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run that lead to code, networks or servers from elsewhere: they must be typed to go on with it."""
+    values = {key: _get(plain, key) for key in _LEADS_ELSEWHERE}
+    path, weights = values["dataset.path"], values["model.weights"]
+    leads = {
+        **{f"{group}.name": ":" in str(values[f"{group}.name"]) for group in ("strategy", "dataset", "model")},
+        "dataset.path": path is not None and not Path(str(path)).exists(),
+        "model.weights": isinstance(weights, str) and bool(re.match(r"timm:.*[:/]", weights)),
+        "runtime.address": values["runtime.address"] is not None,
+    }
+    return {key: values[key] for key, elsewhere in leads.items() if elsewhere}
+
+
 def _check_code(plain: Mapping[str, Any], typed: set[str], folder: Path, command: str) -> None:
-    """Refuse settings that lead to code, networks or servers from elsewhere unless they were typed."""
-    parts = {f"{group}.name": _get(plain, f"{group}.name") for group in ("strategy", "dataset", "model")}
-    path = _get(plain, "dataset.path")
-    weights = _get(plain, "model.weights")
-    address = _get(plain, "runtime.address")
-    named = (
-        *((key, name, ":" in str(name), "names code that would be run") for key, name in parts.items()),
-        (
-            "dataset.path",
-            path,
-            path is not None and not Path(str(path)).exists(),
-            "names a set to download: no such folder is here",
-        ),
-        (
-            "model.weights",
-            weights,
-            isinstance(weights, str) and bool(re.match(r"timm:.*[:/]", weights)),
-            "names a place to load a network from",
-        ),
-        ("runtime.address", address, address is not None, "names a cluster that would be trusted"),
-    )
-    for key, value, matters, does in named:
-        if matters and key not in typed:
-            if key == "runtime.address" and command == "export":
-                continue  # which computes in this process
-            raise FedpersError(
-                f"{key}={value} in {folder / 'config.yaml'} {does}: it counts only when you type it, as in "
-                f"'fedpers {command} {folder} {key}={value}'."
-            )
+    """Refuse settings of :func:`to_type` unless they were typed, a group's name perhaps as the group."""
+    needed = to_type(plain)
+    if command == "export":  # which computes in this process
+        needed.pop("runtime.address", None)
+    missing = [key for key in needed if key not in typed and key.removesuffix(".name") not in typed]
+    if missing:
+        key = missing[0]
+        every = " ".join(f"{name}={value}" for name, value in needed.items())
+        raise FedpersError(
+            f"{key}={needed[key]} in {folder / 'config.yaml'} {_LEADS_ELSEWHERE[key]}: it counts only when you type "
+            f"it, as in 'fedpers {command} {folder} {every}'."
+        )
 
 
 def _get(plain: Any, key: str) -> Any:

@@ -87,7 +87,7 @@ def prepare_run(config: Config, outline: FederatedData | None = None) -> Setup:
 
 
 def check_stop(config: Config, data: FederatedData) -> None:
-    """Refuse to end a run by a score that no part of the data gives.
+    """Refuse to end a run, or keep its best round, by a score that no part of the data gives.
 
     Raises
     ------
@@ -98,6 +98,8 @@ def check_stop(config: Config, data: FederatedData) -> None:
     for key in ("patience", "target"):
         value = getattr(config.stop, key)
         check(value is None or measured, f"stop.{key}", value, allowed)
+    best, allowed = config.checkpoint.best, allowed.replace("null", "false", 1)
+    check(not best or measured, "checkpoint.best", best, allowed)
 
 
 def _load(config: Config) -> FederatedData:

@@ -134,7 +134,8 @@ class StopConfig(Settings, group="stop"):
         Field(ge=1, title="a whole number >= 1, or null", description="evaluations without a better score"),
     ] = None
     target: Annotated[
-        float | None, Field(title="a number, or null", description="score that is enough, e.g. an accuracy of 0.9")
+        float | None,
+        Field(le=1, title="a number <= 1, or null", description="score that is enough, e.g. an accuracy of 0.9"),
     ] = None
 
     @property

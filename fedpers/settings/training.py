@@ -78,3 +78,5 @@ class Training(Settings, group="training"):
         super().__post_init__()
         allowed = "false unless training.momentum > 0"
         check(not self.nesterov or self.momentum > 0, "training.nesterov", self.nesterov, allowed)
+        of_sgd = f"0 with training.optimizer={self.optimizer}, whose moments are training.betas"
+        check(self.optimizer == "sgd" or self.momentum == 0, "training.momentum", self.momentum, of_sgd)

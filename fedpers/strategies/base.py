@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpers.client.app import CohortApp
-from fedpers.client.update import LocalUpdate, Received, refuse_steps_beside
+from fedpers.client.update import LocalUpdate, Received, check_passes
 from fedpers.server.report import RoundReport
 from fedpers.server.strategy import PersonalizedStrategy, Phase, SampleWeighting, Weighting
 from fedpers.strategies.registry import method
@@ -17,6 +17,6 @@ __all__ = [
     "RoundReport",
     "SampleWeighting",
     "Weighting",
+    "check_passes",
     "method",
-    "refuse_steps_beside",
 ]

@@ -60,7 +60,7 @@ from fedpers.data.federated import FederatedData
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
 from fedpers.server.tools import ClientTable
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method, refuse_steps_beside
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, check_passes, method
 
 TABLE, PROTOTYPES, SUMS, STATISTICS = "table", "prototypes", "sums", "statistics"
 """Name of a table ``[C, F + 1]``; records of C_j, of sums of features with counts, and of h and V."""
@@ -80,7 +80,7 @@ class FedPACUpdate(LocalUpdate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_steps_beside(self, "head_epochs", "body_epochs")
+        check_passes(self, "head_epochs", "body_epochs")
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
         """Refuse networks without features and data without classes."""

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedpers.cohort import Cohort, Reply
-from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, method, refuse_steps_beside
+from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, Weighting, check_passes, method
 
 
 @dataclass(kw_only=True)
@@ -38,7 +38,7 @@ class FedRepUpdate(LocalUpdate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_steps_beside(self, "head_epochs", "body_epochs")
+        check_passes(self, "head_epochs", "body_epochs")
 
     def train(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Reply:
         """Train the head on the received body, then the body under that head."""

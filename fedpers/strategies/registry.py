@@ -63,7 +63,7 @@ def strategy_class(name: str) -> type[PersonalizedStrategy]:
     Raises
     ------
     ConfigError
-        If there is no such method, or the class is not a :class:`PersonalizedStrategy`.
+        If there is no such method, or the class is no :class:`PersonalizedStrategy` or names no client half.
     """
     from fedpers.server.strategy import PersonalizedStrategy
 
@@ -74,6 +74,10 @@ def strategy_class(name: str) -> type[PersonalizedStrategy]:
     kind = import_custom("strategy.name", name)
     if not (isinstance(kind, type) and issubclass(kind, PersonalizedStrategy)):
         raise ConfigError("strategy.name", name, "module:Class of a subclass of PersonalizedStrategy")
+    halves = [one for one in kind.__mro__ if issubclass(one, PersonalizedStrategy) and one is not PersonalizedStrategy]
+    if not any("update" in vars(one) for one in halves):
+        allowed = "a class that names its client half: update = ..., a LocalUpdate of yours, or FedAvgUpdate"
+        raise ConfigError("strategy.name", name, allowed)
     chosen: type[PersonalizedStrategy] = kind
     return chosen
 

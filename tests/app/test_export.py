@@ -300,6 +300,12 @@ def test_the_state_of_the_best_round_is_kept_if_asked_for(tmp_path: Path, capsys
     )
 
 
+def test_keeping_the_best_needs_scores_to_choose_by(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["checkpoint.best=true", "split.validation=0"]) == 2
+    sentence = "checkpoint.best=True: expected false, for no client has samples for validation."
+    assert sentence in capsys.readouterr().err
+
+
 def test_keeping_the_best_needs_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert _main([*SMALL, "checkpoint.best=true", "checkpoint.every=0"]) == 2
     assert "checkpoint.best=True: expected false with checkpoint.every=0" in capsys.readouterr().err

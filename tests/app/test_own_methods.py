@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from uuid import uuid4
 
@@ -11,11 +12,15 @@ import pytest
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from torch import nn
 
 import fedpers
 from fedpers.app import _main
+from fedpers.cohort import select
 from fedpers.errors import ConfigError
 from fedpers.failures import described, sentence_of, with_traceback
+from fedpers.strategies import LocalUpdate, PersonalizedStrategy
+from fedpers.strategies.registry import strategy_class
 
 METHOD = """
 from dataclasses import dataclass
@@ -139,3 +144,18 @@ def test_what_is_said_of_an_exception() -> None:
     assert "Traceback" in with_traceback(raised.value)
     assert described(ValueError()) == "ValueError"
     assert described(ConfigError("key", 1, "2")) == "key=1: expected 2."
+    with pytest.raises(ConfigError) as refused:
+        select(nn.Linear(1, 1), "bodyy")  # ours says what is wrong, and where it was asked for
+    said = described(refused.value)
+    assert said.startswith(str(refused.value).removesuffix("."))
+    assert re.search(r'test_own_methods\.py:\d+ in test_what_is_said_of_an_exception: select\(.*"bodyy"\)', said)
+
+
+class WithoutClientHalf(PersonalizedStrategy):
+    updates = LocalUpdate  # a typing error
+
+
+def test_a_method_that_names_no_client_half_is_refused() -> None:
+    sentence = "expected a class that names its client half: update = ..., a LocalUpdate of yours, or FedAvgUpdate."
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        strategy_class(f"{__name__}:WithoutClientHalf")

@@ -357,6 +357,20 @@ def test_a_method_of_ones_own_goes_on_when_it_is_typed(tmp_path: Path, capsys: p
     assert rounds_of(run_folder) == [0, 1, 2]
 
 
+def test_all_code_of_ones_own_is_asked_for_at_once_and_may_be_typed_as_at_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited(folder, lambda s: (s["strategy"].update(name="mine:Method"), s["dataset"].update(name="mine:load")))
+    everything = "strategy.name=mine:Method dataset.name=mine:load"
+    for typed in ([], ["strategy=mine:Method"], ["dataset.name=mine:load"]):
+        assert f"as in 'fedpers resume {folder} {everything}'." in error_of(capsys, "resume", str(folder), *typed)
+    text = error_of(capsys, "resume", str(folder), "strategy=mine:Method", "dataset=mine:load")
+    assert text.startswith("the settings are not those of the run (dataset.name: digits in the checkpoint")
+    run_folder = run(tmp_path / "own", f"strategy={__name__}:Own", "rounds=1")
+    assert _main(["resume", str(run_folder), f"strategy={__name__}:Own", "rounds=2"]) == 0
+    assert rounds_of(run_folder) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

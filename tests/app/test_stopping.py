@@ -186,3 +186,13 @@ def test_a_flower_app_of_the_same_settings_ends_with_the_same_round(tmp_path: Pa
     simulate(server_app(), client_app, 5, clients_at_once=3, workers=1,
              run_config={"settings": shlex.join(typed), "result": str(result)})  # fmt: skip
     assert json.loads(result.read_text())["round"] == summary_of(folder)["rounds_done"] < 30
+
+
+def test_a_target_in_percent_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["stop.target=90"]) == 2
+    assert "stop.target=90.0: expected a number <= 1, or null" in capsys.readouterr().err
+
+
+def test_momentum_without_sgd_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["training.optimizer=adam", "training.momentum=0.9"]) == 2
+    assert "training.momentum=0.9: expected 0 with training.optimizer=adam" in capsys.readouterr().err

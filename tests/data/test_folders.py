@@ -331,7 +331,7 @@ def test_folders_of_classes_and_domains(tmp_path: Path, caplog: pytest.LogCaptur
     assert data.owner is not None
     assert data.domain is not None
     assert torch.equal(data.owner, data.domain)
-    assert "1 files are no pictures of a class and are left out: photo/dog/notes.txt" in caplog.text
+    assert "1 file is no picture of a class, left out: photo/dog/notes.txt" in caplog.text
     alone = load_dataset(DatasetConfig("images", root=str(tmp_path / "photo"), size=8))
     assert alone.owner is None
     assert alone.domain is None

@@ -126,7 +126,26 @@ def test_csv_and_json_have_all_numbers(table, compare):
 def test_svg(table, tmp_path, compare):
     compare(table, "--svg", tmp_path / "table.svg")
     assert "FedRep" in (tmp_path / "table.svg").read_text()
-    assert "cannot be written" in compare(table, "--svg", tmp_path / "no" / "table.svg", code=2)
+    compare(table, "--svg", tmp_path / "new" / "table.svg")
+    assert (tmp_path / "new" / "table.svg").exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in compare(table, "--svg", tmp_path / "file" / "table.svg", code=2)
+    assert "c.png cannot be written: expected a file that ends in .svg." in compare(table, "--svg", "c.png", code=2)
+
+
+def test_runs_of_other_data_stand_in_tables_of_their_own(write, tmp_path, compare):
+    def of_data(checksum: str, *runs: tuple[str, int, float]) -> None:
+        for strategy, seed, score in runs:
+            folder = write(strategy, seed, score, config={"dataset": {"name": "mine:load"}})
+            (folder / "manifest.json").write_text(json.dumps({"data": {"checksum": f"{checksum}{seed}"}}))
+
+    of_data("aaaa", ("local", 0, 0.5), ("local", 1, 0.5), ("fedavg", 0, 0.6), ("fedavg", 1, 0.6))
+    of_data("bbbb", ("fedper", 0, 0.9), ("fedper", 1, 0.9))
+    text = compare(tmp_path, "--markdown")
+    titles = [line for line in text.splitlines() if " · data " in line and "clients" in line]
+    assert [title.rpartition(" · data ")[2].strip("* ") for title in titles] == ["aaaa0", "bbbb0"]
+    assert text.count("Runs of the same settings and seed saw other data") == 2
+    assert "FedPer beats" not in text
 
 
 def test_tables_of_different_data_or_splits_are_named_by_what_differs(write, tmp_path, compare):

@@ -360,7 +360,18 @@ def test_latex_escapes(tmp_path: Path) -> None:
     text = latex(leaderboard(find_runs([tmp_path])))
     assert r"note=50\%\_\&\{\}" in text
     assert r"note=a\textbackslash{}b" in text
-    assert not re.search(r"(?<!\\)[%&#_](?![^\n]*\\\\$)", text.replace(" & ", " "))
+    first, _, tables = text.partition("\n")
+    assert first == r"% needs \usepackage{booktabs}"
+    assert not re.search(r"(?<!\\)[%&#_](?![^\n]*\\\\$)", tables.replace(" & ", " "))
+
+
+def test_latex_marks_the_best_score_and_writes_minus_signs(tmp_path: Path) -> None:
+    text = latex(leaderboard(find_runs([write_sweep(tmp_path / "runs", ("local", "fedavg", "fedrep"), seeds=3)])))
+    (best,) = [line for line in text.splitlines() if "textbf" in line]
+    cells = best.split(" & ")
+    assert [r"\textbf" in cell for cell in cells] == [True, True, *[False] * (len(cells) - 2)]
+    assert re.search(r"(worse|undecided) \$-\$\d", text)
+    assert not re.search(r" -\d", text)
 
 
 def test_output_that_cannot_be_written(tmp_path: Path) -> None:

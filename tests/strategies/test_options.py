@@ -175,7 +175,7 @@ def test_scaffold_names_the_setting_it_cannot_use(option: str, value: Any) -> No
 @pytest.mark.parametrize("method", ["fedrep", "fedpac"])
 def test_steps_beside_passes_of_the_methods_own_are_refused(method: str) -> None:
     training = Training(steps=3)
-    allowed = r"expected null, or strategy\.head_epochs=null and strategy\.body_epochs=null, for passes of the method's"
+    allowed = r"expected null, or strategy\.head_epochs=null and strategy\.body_epochs=null, whose passes take its"
     with pytest.raises(ConfigError, match=rf"^training\.steps=3: {allowed}"):
         make_strategy(method, training=training)
     make_strategy(method, {"head_epochs": None, "body_epochs": None}, training=training)

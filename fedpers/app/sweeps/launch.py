@@ -23,7 +23,7 @@ from fedpers.app.sweeps.display import Display, Shown
 from fedpers.app.sweeps.jobs import Outcome, outcome
 from fedpers.app.sweeps.names import Naming, as_typed, count_of, quoted, swept, values_of
 from fedpers.app.sweeps.plugins import launcher_name
-from fedpers.app.sweeps.record import FILE, Job, Record, without_place
+from fedpers.app.sweeps.record import FILE, Job, Record, resume_command, without_place
 from fedpers.app.sweeps.tuning import Tuning
 from fedpers.errors import ConfigError, FedpersError, reason
 from fedpers.evaluation.runs import ERROR_FILE
@@ -171,7 +171,7 @@ class Sweep(Launcher):
         except KeyboardInterrupt as stop:
             done = sum(self.outcome(job).state == "done" for job in self._taken)
             of = f" of {self._display.total}" if self._display.total else ""
-            text = f"stopped; {done}{of} jobs are done; 'fedpers resume {shown(self.folder)}' goes on"
+            text = f"stopped; {done}{of} jobs are done; '{resume_command(shown(self.folder), self.record)}' goes on"
             raise Interrupted(int(getattr(stop, "exit_code", 130)) - 128, text) from stop
         except (FedpersError, HydraException, OmegaConfBaseException):
             raise
@@ -179,7 +179,7 @@ class Sweep(Launcher):
             log.info("the launcher gave up:", exc_info=error)
             raise FedpersError(
                 f"hydra/launcher={launcher_name(self._config)} gave up ({type(error).__name__}: {reason(error)}); "
-                f"'fedpers resume {shown(self.folder)}' goes on with what is not done."
+                f"'{resume_command(shown(self.folder), self.record)}' goes on with what is not done."
             ) from error
 
     def _job(self, overrides: list[str], stage: str = "") -> Job:

@@ -131,12 +131,23 @@ def check_arguments(record: Record, typed: Sequence[str], folder: Path) -> None:
     FedpersError
         Names what would run code from elsewhere, let a server in, or start processes by other means.
     """
-    for text in record.arguments:
-        if text not in typed and not _is_harmless(text):
-            raise FedpersError(
-                f"{text} in {folder / FILE} may run what somebody else wrote, or somewhere else: it counts only when "
-                f"you type it, as in 'fedpers resume {folder} {_quoted(text)}'."
-            )
+    needed = to_type_again(record)
+    missing = [text for text in needed if text not in typed]
+    if missing:
+        raise FedpersError(
+            f"{missing[0]} in {folder / FILE} may run what somebody else wrote, or somewhere else: it counts only when "
+            f"you type it, as in 'fedpers resume {folder} {' '.join(map(_quoted, needed))}'."
+        )
+
+
+def to_type_again(record: Record) -> list[str]:
+    """Arguments of a sweep that may run code from elsewhere or somewhere else."""
+    return [text for text in record.arguments if not _is_harmless(text)]
+
+
+def resume_command(folder: Path, record: Record) -> str:
+    """What goes on with a sweep."""
+    return " ".join(["fedpers resume", str(folder), *map(_quoted, to_type_again(record))])
 
 
 def _is_harmless(text: str) -> bool:

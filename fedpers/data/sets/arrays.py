@@ -173,7 +173,8 @@ def _task_of(path: Path, x_name: str, x: NDArray[Any] | Tensor, y_name: str, y: 
 def _vocabulary(path: Path, x_name: str, low: int, high: int, num_tokens: int) -> int:
     """Size of the vocabulary of tokens from `low` to `high`: `num_tokens`, or if that is 0 as many as they need."""
     if low < 0 or 0 < num_tokens <= high:
-        raise DataError(f"{path}: tokens in {x_name} run from {low} to {high}, expected 0 to {num_tokens - 1}.")
+        allowed = f"0 to {num_tokens - 1}" if num_tokens else "0 or more"
+        raise DataError(f"{path}: tokens in {x_name} run from {low} to {high}, expected {allowed}.")
     return num_tokens or high + 1
 
 

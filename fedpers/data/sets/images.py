@@ -42,7 +42,8 @@ def images(config: DatasetConfig) -> Dataset:
     others = [str(path.relative_to(root)) for path in files if path not in set(pictures)]
     if others:
         shown = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        logger.warning("%s: %d files are no pictures of a class and are left out: %s.", root, len(others), shown)
+        are = "files are no pictures" if len(others) > 1 else "file is no picture"
+        logger.warning("%s: %d %s of a class, left out: %s.", root, len(others), are, shown)
     x = np.stack([_picture(path, config.size) for path in pictures])
     grey = bool((x == x[..., :1]).all())
     labels = np.array([path.parent.name for path in pictures])
@@ -52,8 +53,9 @@ def images(config: DatasetConfig) -> Dataset:
         logger.warning(
             "%s: %s are taken for domains, not for official parts, which this form does not have.", root, shown
         )
-    return dataset_of(root, root.name, {"pictures": x[..., :1] if grey else x}, {"class": labels}, client=domains,
-                      domain=domains)  # fmt: skip
+    x = x[..., :1] if grey else x
+    name = root.resolve().name
+    return dataset_of(root, name, {"pictures": x}, {"class": labels}, client=domains, domain=domains)
 
 
 def _hidden(path: Path) -> bool:

@@ -32,6 +32,10 @@ def import_custom(key: str, name: str) -> Any:
     try:
         imported = importlib.import_module(module)
     except (ImportError, SyntaxError) as error:
+        if module.endswith(".py"):
+            raise ConfigError(
+                key, name, f"the module's name without .py: {module.removesuffix('.py')}:{attribute}"
+            ) from error
         raise ConfigError(key, name, f"module:Name of a module that can be imported ({error})") from error
     if not hasattr(imported, attribute):
         raise ConfigError(key, name, f"module:Name, but module {module} has no {attribute}")

@@ -50,6 +50,7 @@ def _write(exported: Exported, file: Path) -> int:
     if exported.client is not None:
         metadata.update({"client": str(exported.client), "name": exported.name})
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         save_model(exported.module, str(file), metadata)
     except (OSError, SafetensorError) as error:
         raise FedpersError(f"{file} cannot be written ({error}).") from error

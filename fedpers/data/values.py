@@ -86,7 +86,9 @@ def plain_array(values: Any, what: str) -> NDArray[Any]:
         return array
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         uneven = "inhomogeneous" in str(error)
-        raise DataError(f"{what} {'differ in shape' if uneven else 'cannot be read'} ({reason(error)}).") from error
+        problem = "differ in shape" if uneven else "cannot be read"
+        hint = "; several inputs are given as a dictionary, tokens of any length with tokens=True" if uneven else ""
+        raise DataError(f"{what} {problem} ({reason(error)}){hint}.") from error
 
 
 def is_missing(value: Any) -> bool:

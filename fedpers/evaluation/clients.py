@@ -98,6 +98,7 @@ def draw_clients(rows: DataFrame, title: str, path: Path) -> None:
     axes.set_title(title, loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise FedpersError(f"{path} cannot be written ({error}); pictures are .svg, .png or .pdf.") from error

@@ -222,3 +222,8 @@ def test_without_a_part_for_validation_the_last_round_is_reported(
     assert json.loads((part / "summary.json").read_text())["selected"] == summary["selected"]
     assert _main(["compare", str(folder)]) == 0
     assert "last round" in capsys.readouterr().out
+
+
+def test_a_module_typed_with_its_ending_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    text = error_of(capsys, "model=nets.py:Net")
+    assert text == "fedpers: model.name=nets.py:Net: expected the module's name without .py: nets:Net."

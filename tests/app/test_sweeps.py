@@ -649,3 +649,11 @@ def test_one_bar_on_a_terminal(
         assert task.description == "1 of 4 done, 1 running, 0 failed: fedavg seed=1 4/10"
         assert (task.completed, task.total) == (1.4, 4)
     assert capsys.readouterr().out == ""
+
+
+def test_a_choice_at_an_end_of_the_values_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["strategy=local,fedavg", "training.lr=1e-6,1e-5,1e-4", "training.batch_size=8,16", "rounds=1"]
+    assert _main(["tune", *settings, "partition.num_clients=4", f"output={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("best at an end of ")]
+    assert line.startswith("best at an end of training.lr (1e-06 to 0.0001), so beyond it may be better: ")

@@ -62,6 +62,7 @@ class Tuning:
         self.seed = self.seeds[0] if seed is None else seed
         cases = count_of({key: varied[key] for key in self.cases})
         candidates = count_of({key: varied[key] for key in self.chosen})
+        self._numbers = {} if candidates is None else _numbers({key: varied[key] for key in self.chosen})
         self.total = None if cases is None or candidates is None else cases * (candidates + len(self.seeds))
 
     def candidates(self, combinations: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -112,6 +113,12 @@ class Tuning:
             scores = "  ".join(f"{name}: {_percent(score)}" for name, score in choice.scores.items())
             settings = self._naming.settings(choice.overrides, self.chosen)
             print(f"  {choice.case:<{width}}  {scores}  -> {settings}", flush=True)
+        for key, numbers in self._numbers.items():
+            ends = (min(numbers), max(numbers))
+            at_end = [choice.case for choice in choices if float(values_of(choice.overrides)[key]) in ends]
+            if at_end:
+                low, high = ends
+                print(f"best at an end of {key} ({low:g} to {high:g}), so beyond it may be better: {', '.join(at_end)}")
 
     def copy(self, candidate: Path, final: Path) -> None:
         """Take the run of a candidate over, which is the same as one of the final runs."""
@@ -130,6 +137,19 @@ class Tuning:
         parts = [values.get("strategy.name", values.get("strategy", self._naming.usual["strategy"]))]
         parts += [values["dataset"]] if "dataset" in self.cases else []
         return " ".join(filter(None, [*parts, self._naming.settings(overrides, others)]))
+
+
+def _numbers(varied: Mapping[str, Override]) -> dict[str, list[float]]:
+    """Values of keys that take three numbers or more."""
+    numbers: dict[str, list[float]] = {}
+    for key, override in varied.items():
+        try:
+            values = [float(text) for text in override.sweep_string_iterator()]
+        except ValueError:
+            continue
+        if len(set(values)) > 2:
+            numbers[key] = values
+    return numbers
 
 
 def _without_seed(overrides: Sequence[str]) -> list[str]:

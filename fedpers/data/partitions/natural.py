@@ -35,7 +35,8 @@ def samples_of_owners(dataset: Dataset, config: PartitionConfig) -> Lists:
         raise ConfigError(
             "partition",
             config.name,
-            f"another partition, because {dataset.name} has no client ids (an npz file names them with dataset.client)",
+            f"another partition, because {dataset.name} has no client ids (dataset.client names those of a table or an "
+            "npz file; a function returns them third, (x, y, clients))",
         )
     owner = dataset.owner.numpy()
     order = np.argsort(owner, kind="stable")

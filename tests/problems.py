@@ -199,7 +199,12 @@ SPECIAL: dict[str, Callable[[torch.dtype], Problem]] = {
 
 VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "fedavg": {
-        "adam": {"training.optimizer": "adam", "training.weight_decay": 0.01, "training.clip": 0.5},
+        "adam": {
+            "training.optimizer": "adam",
+            "training.momentum": 0.0,
+            "training.weight_decay": 0.01,
+            "training.clip": 0.5,
+        },
         "steps": {
             "training.steps": 5,
             "training.schedule": "cosine",

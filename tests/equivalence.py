@@ -36,7 +36,10 @@ class Raise(logging.Handler):
     """A cohort that falls back to single clients would agree with them and prove nothing."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        raise RuntimeError(record.getMessage())
+        if (
+            "has no part in" not in record.getMessage()
+        ):  # said of settings that a problem has and its method does not read
+            raise RuntimeError(record.getMessage())
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

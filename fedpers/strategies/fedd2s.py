@@ -31,7 +31,8 @@ on FedGKT (He et al. 2020):
   copy of the network with the received layers learns from f_n (in front of the cut only) and is sent back, then f_n
   learns from the copy; so it is from the first round on.
 
-The server's head trains with the clients' settings but for passes, batches and, if given, ``server_lr``.
+With ``variant: features`` nothing is averaged, and ``weighting`` has no part. The server's head trains with the
+settings of clients but for passes, batches and, if given, ``server_lr``.
 
 What is sent of features counts in the bytes: ``n (d_l + C) * 4 + 8 n`` up, ``4 n C`` down, with n samples, d_l features
 at the cut and C outputs. Shallow cuts of
@@ -276,9 +277,6 @@ class FedD2S(PersonalizedStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        averages = self.client_update.variant == "parameters"
-        allowed = "samples with strategy.variant=features, where nothing is averaged"
-        check(averages or self.weighting == "samples", "strategy.weighting", self.weighting, allowed)
         self._targets: dict[int, Tensor] = {}  # the server's scores for the samples of this round's clients
         self._new_arrays: Tree | None = None
         self._front: tuple[str, ...] = ()  # what the control has sent

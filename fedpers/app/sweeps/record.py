@@ -142,7 +142,8 @@ def check_arguments(record: Record, typed: Sequence[str], folder: Path) -> None:
 
 def to_type_again(record: Record) -> list[str]:
     """Arguments of a sweep that may run code from elsewhere or somewhere else."""
-    return [text for text in record.arguments if not _is_harmless(text)]
+    given = [text for text in record.arguments if not text.startswith("hydra.sweep.dir=")]  # the folder that is typed
+    return [text for text in given if not _is_harmless(text)]
 
 
 def resume_command(folder: Path, record: Record) -> str:

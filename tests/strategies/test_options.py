@@ -181,6 +181,13 @@ def test_steps_beside_passes_of_the_methods_own_are_refused(method: str) -> None
     make_strategy(method, {"head_epochs": None, "body_epochs": None}, training=training)
 
 
+def test_epochs_that_have_no_part_in_a_method_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    make_strategy("fedrep", {"head_epochs": None}, training=Training(epochs=7))
+    assert not caplog.records
+    make_strategy("fedrep", training=Training(epochs=7))
+    assert "training.epochs=7 has no part in this method, which goes by strategy.head_epochs=10" in caplog.text
+
+
 def test_proximal_is_refused_where_updates_are_a_methods_own() -> None:
     for method in ("fedmf", "fedrap"):
         with pytest.raises(ConfigError, match=r"^training\.proximal=2.0: expected 0.0 for this method"):

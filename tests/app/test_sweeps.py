@@ -657,3 +657,15 @@ def test_a_choice_at_an_end_of_the_values_is_named(tmp_path: Path, capsys: pytes
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("best at an end of ")]
     assert line.startswith("best at an end of training.lr (1e-06 to 0.0001), so beyond it may be better: ")
+
+
+@pytest.mark.slow
+def test_a_method_of_ones_own_is_tuned_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine_tuned.py").write_text("from fedpers.strategies import FedAvg\nclass Mine(FedAvg): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = ["strategy=mine_tuned:Mine", "training.lr=0.01,0.1", "rounds=1", "partition.num_clients=4"]
+    assert _main(["tune", *settings, f"output={tmp_path / 'runs'}"]) == 0
+    assert "\n  mine_tuned:Mine  lr=0.01: " in capsys.readouterr().out

@@ -136,7 +136,8 @@ class Tuning:
         others = [key for key in self.cases if key not in ("strategy", "strategy.name", "dataset")]
         parts = [values.get("strategy.name", values.get("strategy", self._naming.usual["strategy"]))]
         parts += [values["dataset"]] if "dataset" in self.cases else []
-        return " ".join(filter(None, [*parts, self._naming.settings(overrides, others)]))
+        named = " ".join(filter(None, [*parts, self._naming.settings(overrides, others)]))
+        return named.replace("\\:", ":")  # Hydra's way to write module:Class
 
 
 def _numbers(varied: Mapping[str, Override]) -> dict[str, list[float]]:

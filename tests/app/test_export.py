@@ -221,7 +221,7 @@ def test_the_command_writes_a_file(
         (["--client", "5"], "client=5: expected a number from 0 to 4."),
         (["--client", "Kiel"], "client=Kiel: expected a number from 0 to 4."),
         ([], "strategy=fedper has no network that all clients are sent whole: name a client, whose network it is."),
-        (["--client", "1", "--out", "missing/file"], "missing/file cannot be written ("),
+        (["--client", "1", "--out", "file/below"], "file/below cannot be written ("),
         (["--client", "1", "seed=5"], "seed=5: expected 0, which the run has; "),
     ],
 )
@@ -230,6 +230,7 @@ def test_what_cannot_be_exported_is_said_in_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
     assert _main(["export", str(finished), *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"fedpers: {sentence}")
 

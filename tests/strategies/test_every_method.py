@@ -45,7 +45,8 @@ def test_every_method_trains_in_whole_cohorts(method: str, device: str, caplog: 
     with caplog.at_level(logging.WARNING, logger="fedpers"):
         settings: dict[str, Any] = asdict(given.training)
         result = run(method, given.options, rounds=2, network=given.network, data=given.data, device=device, **settings)
-    assert not caplog.records, caplog.text  # among them: clients that are computed one by one
+    said = [record.getMessage() for record in caplog.records]  # such as clients that are computed one by one
+    assert not [text for text in said if "has no part in" not in text], caplog.text
     start = {name: value.cpu() for name, value in entries(result.app.template).items()}
     moved = {name: value.cpu() for name, value in result.arrays.items()}
     for client in sorted(set(range(result.app.data.num_clients)) - set(given.data.unseen)):

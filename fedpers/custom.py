@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedpers.errors import ConfigError, one_of
+
+log = logging.getLogger(__name__)
 
 
 def import_custom(key: str, name: str) -> Any:
@@ -73,3 +77,25 @@ def call_custom(
         if parameter not in given and parameters[parameter].default is inspect.Parameter.empty:
             raise ConfigError(f"{key}.arguments.{parameter}", None, f"a value, because {name} needs one")
     return function(**given)
+
+
+def warn_of_similar_names(kind: type, base: type) -> None:
+    """Say which functions of a class resemble one that it could override, and are called by none of its functions.
+
+    ``personalise`` would otherwise be ignored, and the inherited ``personalize`` run.
+
+    Parameters
+    ----------
+    kind : type
+        A subclass of `base`, just defined.
+    base : type
+    """
+    functions = {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
+    called = {name for function in functions.values() for name in function.__code__.co_names}
+    inherited = {name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))}
+    for name in functions:
+        if name.startswith("_") or name in called or any(name in vars(parent) for parent in kind.__mro__[1:]):
+            continue
+        (near,) = difflib.get_close_matches(name, inherited, n=1, cutoff=0.8) or [name]
+        if near not in functions:
+            log.warning("%s.%s is never called (did you mean '%s'?).", kind.__name__, name, near)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,8 @@ from fedpers.cohort.plan import lonely_sample_error
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, check
 from fedpers.failures import frames_of_user
+
+log = logging.getLogger(__name__)
 
 
 class _Examples(dict[str, Any]):
@@ -80,6 +83,8 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         allowed = f"a network that returns a tensor, not {_kind(out)}; a method's predict may take the scores out of it"
         check(isinstance(out, Tensor), "model", name, allowed)
         data.task.check_outputs(out, data, name)
+        if type(update).loss is LocalUpdate.loss:
+            _warn_of_probabilities(out, data, name)
         _loss(update, network, Batch(data.x[:3], data.y[:3], None, network.given, data.task))
         draws = _changed(before, data.device)
         if not draws:  # else clients are computed one at a time, and nothing is padded
@@ -97,6 +102,17 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         if 1 in (update.smallest_batch(size), update.finetune_epochs and LocalUpdate.smallest_batch(update, size)):
             raise lonely_sample_error(update.training.batch_size, client)
     return Traits(needs_two_samples=True, draws=draws)
+
+
+def _warn_of_probabilities(out: Tensor, data: FederatedData, name: str) -> None:
+    """Say that a network ends in a softmax, of which the cross-entropy takes another: it would learn slowly."""
+    several = data.task.classes and out.dim() == 2 and out.shape[1] > 1
+    if several and bool((out >= 0).all()) and torch.allclose(out.sum(1), out.new_ones(len(out)), atol=1e-4):
+        log.warning(
+            "model=%s returns probabilities, rows that sum to 1; the loss expects scores and takes their softmax "
+            "itself, so that the network learns slowly. Leave out its last softmax.",
+            name,
+        )
 
 
 def check_parts(update: LocalUpdate) -> None:

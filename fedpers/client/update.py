@@ -28,6 +28,7 @@ from fedpers.cohort import (
 )
 from fedpers.cohort.plan import smallest_batch
 from fedpers.cohort.prediction import Predict
+from fedpers.custom import warn_of_similar_names
 from fedpers.data.federated import EVALUATED_PARTS, FederatedData, Part
 from fedpers.errors import check
 from fedpers.settings.base import Settings
@@ -108,6 +109,10 @@ class LocalUpdate(Settings, group="strategy"):
         int,
         Field(ge=0, description="passes over a client's training samples before each evaluation, forgotten after it"),
     ] = 0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        warn_of_similar_names(cls, LocalUpdate)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -283,7 +283,8 @@ def _flat(group: Group) -> list[dict[str, Any]]:
     for row in group.rows:
         line: dict[str, Any] = {"table": group.title, "method": row.method, "strategy": row.strategy}
         line |= {"seeds": " ".join(map(str, row.seeds)), "metric": group.headline, "score": row.score}
-        line |= {"interval": row.interval, "worst_decile": row.worst_decile, "std": row.std, "last": row.last}
+        line |= {"interval": row.interval, "weighted": row.selected.get(f"test/{group.headline}_weighted", "")}
+        line |= {"worst_decile": row.worst_decile, "std": row.std, "last": row.last}
         for c in row.comparisons:
             line |= {f"vs_{c.reference}_{key}": value for key, value in asdict(c).items() if key != "reference"}
         line |= {key: _shown(row, key) for key, _ in group.also}

@@ -1,17 +1,49 @@
-"""A progress bar."""
+"""How far a run is: a progress bar on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
+import io
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
+_SECONDS_PER_LINE = 30.0
+
+
+class WithoutProgress(io.TextIOBase):
+    """Standard error on which runs show no progress, because a sweep shows that of all.
+
+    Parameters
+    ----------
+    stream : file
+        Where everything else is written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Pass on `text`."""
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """Descriptor of the stream."""
+        return self._stream.fileno()
+
+
 class ConsoleTracker:
-    """Progress bar with a validation score and rounds per second; nothing where there is no terminal.
+    """Progress bar with a validation score and rounds per second.
+
+    Where there is no terminal, as in a job's log: a line for an evaluated round, if the last one is 30 seconds old.
 
     Parameters
     ----------
@@ -53,13 +85,23 @@ class ConsoleTracker:
         )
         self._task = self._progress.add_task(escape(run_name), total=total_rounds, completed=done, score="", rate="")
         self._headline = headline
+        self._lines = not shown and not isinstance(sys.stderr, WithoutProgress)
+        self._began, self._done, self._last_line = time.monotonic(), done, time.monotonic()
+        self._name, self._total, self._console = run_name, total_rounds, console
         self._progress.start()
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Move the bar to `round`; a round without a score keeps the one before."""
         self._progress.update(self._task, completed=round)
         if self._headline in metrics:
-            self._progress.update(self._task, score=f"val {100 * float(metrics[self._headline]):.1f} %")
+            score = f"val {100 * float(metrics[self._headline]):.1f} %"
+            self._progress.update(self._task, score=score)
+            now = time.monotonic()
+            if self._lines and now - self._last_line >= _SECONDS_PER_LINE and round < self._total:
+                seconds = (now - self._began) / (round - self._done)
+                text = f"{self._name}: round {round} of {self._total}, {score}, {seconds:.2g} s a round"
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+                self._last_line = now
         task = self._progress.tasks[0]
         speed = task.finished_speed or task.speed
         if speed:

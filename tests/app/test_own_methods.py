@@ -159,3 +159,46 @@ def test_a_method_that_names_no_client_half_is_refused() -> None:
     sentence = "expected a class that names its client half: update = ..., a LocalUpdate of yours, or FedAvgUpdate."
     with pytest.raises(ConfigError, match=re.escape(sentence)):
         strategy_class(f"{__name__}:WithoutClientHalf")
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "warning"),
+    [
+        ("def personalise(self, cohort, received, config):\n        ...", "", "MyUpdate.personalise is never called"),
+        ("", "def combined(self, arrays, means, clients):\n        ...", "Mine.combined is never called"),
+    ],
+)
+def test_a_misspelled_function_is_said(
+    run, caplog: pytest.LogCaptureFixture, client: str, server: str, warning: str
+) -> None:
+    code, _, _ = run(client, server)
+    assert code == 0
+    assert f"{warning} (did you mean '" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        "def losses(self, network):\n        ...\n    def loss(self, network, batch):\n"
+        "        self.losses(network)\n        return super().loss(network, batch)",
+        "def _loss(self, network):\n        ...",
+        "def temperature(self):\n        ...",
+    ],
+)
+def test_helpers_of_a_method_are_no_misspelling(run, caplog: pytest.LogCaptureFixture, client: str) -> None:
+    code, _, _ = run(client)
+    assert code == 0
+    assert "never called" not in caplog.text
+
+
+@pytest.mark.parametrize(("last", "said"), [("nn.Softmax(1)", True), ("nn.LogSoftmax(1)", False), ("nn.ReLU()", False)])
+def test_a_network_that_ends_in_a_softmax_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: str, said: bool
+) -> None:
+    name = f"net_{uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(
+        f"from torch import nn\n\n\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), {last})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert _main([f"model={name}:build", "strategy=fedavg", *SMALL]) == 0
+    assert ("returns probabilities" in capsys.readouterr().err) is said

@@ -124,6 +124,18 @@ def test_a_killed_sweep_does_only_what_is_missing(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
+def test_what_all_runs_of_a_sweep_warn_of_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path / "sweep", "strategy=fedrep", "training.epochs=2", "seed=0,1")
+    shown = capsys.readouterr().err.splitlines()
+    assert shown
+    assert len(shown) == len(set(shown))
+    logs = [path.read_text() for path in tmp_path.rglob("run.log")]
+    assert len(logs) == 2
+    assert all(line in log for line in shown for log in logs)
+    assert _main([*SMALL, "strategy=fedrep", "training.epochs=2", f"output={tmp_path / 'runs'}"]) == 0
+    assert capsys.readouterr().err.splitlines() == shown
+
+
 def test_a_sweep_whose_place_was_typed_as_output_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["-m", *SMALL, "seed=0,1", f"output={tmp_path / 'out'}"]) == 0
     (folder,) = (path.parent for path in tmp_path.rglob("sweep.json"))

@@ -13,6 +13,7 @@ from fedpers.evaluation.leaderboard import leaderboard
 from fedpers.evaluation.pivot import pivots
 from fedpers.evaluation.runs import find_runs
 from fedpers.evaluation.tables import _amount, _time
+from tests.evaluation.report_runs import write_run
 
 
 @pytest.fixture
@@ -121,6 +122,13 @@ def test_csv_and_json_have_all_numbers(table, compare):
     assert float(rows[0]["gradients"]) == 34_500
     parsed = json.loads(compare(table, "--json"))
     assert parsed[0]["comparisons"][0]["p_value"] == pytest.approx(float(rows[0]["vs_local_p_value"]))
+
+
+def test_csv_has_the_mean_over_samples_too(tmp_path, compare):
+    write_run(tmp_path / "run")
+    (row,) = csv.DictReader(io.StringIO(compare(tmp_path, "--csv")))
+    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["selected"]
+    assert float(row["weighted"]) == metrics["test/accuracy_weighted"] != float(row["score"])
 
 
 def test_svg(table, tmp_path, compare):

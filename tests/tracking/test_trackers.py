@@ -29,6 +29,8 @@ from fedpers.tracking import (
     WandbTracker,
     make_trackers,
 )
+from fedpers.tracking import console as console_module
+from fedpers.tracking.console import WithoutProgress
 from fedpers.tracking.weights_and_biases import _logged_in
 from tests import tracked
 
@@ -160,6 +162,34 @@ def test_console_shows_progress_on_a_terminal_and_nothing_elsewhere():
     assert "fedrep [x]" in shown[True]
     last = [line for line in shown[True].splitlines() if "2/4" in line][-1]
     assert "val 81.2 %" in last
+
+
+def test_console_writes_lines_of_long_runs_where_there_is_no_terminal(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=20)
+    tracker = ConsoleTracker(40, "fedrep [x]", console=console, done=10)
+    for round, seconds, metrics in [
+        (12, 20, METRICS),
+        (14, 40, {}),
+        (15, 50, METRICS),
+        (16, 60, METRICS),
+        (40, 99, METRICS),
+    ]:
+        now[0] = seconds
+        tracker.log(round, metrics)
+    tracker.close()
+    assert console.file.getvalue() == "fedrep [x]: round 15 of 40, val 50.0 %, 10 s a round\n"
+
+
+def test_console_writes_no_lines_within_a_sweep(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", WithoutProgress(io.StringIO()))
+    monkeypatch.setattr(console_module, "_SECONDS_PER_LINE", 0.0)
+    console = Console(file=io.StringIO())
+    tracker = ConsoleTracker(4, "fedrep", console=console)
+    tracker.log(1, METRICS)
+    tracker.close()
+    assert console.file.getvalue() == ""
 
 
 def test_tensorboard_events_have_the_same_names(tmp_path):

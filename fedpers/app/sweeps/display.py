@@ -6,13 +6,14 @@ The jobs may run in other processes or on other machines: what they do is read f
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fedpers.app.sweeps.jobs import outcome, rounds_done
 
@@ -46,6 +47,21 @@ class Shown:
     rounds: int
 
 
+class OncePerSweep(logging.Filter):
+    """Lets a message of a sweep's runs pass to the screen once; outside of sweeps, and to ``run.log``, always."""
+
+    shown: ClassVar[set[str] | None] = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a message."""
+        if self.shown is None:
+            return True
+        text = record.getMessage()
+        new = text not in self.shown
+        self.shown.add(text)
+        return new
+
+
 class Display:
     """Context in which the state of jobs is shown.
 
@@ -67,6 +83,7 @@ class Display:
 
     def __enter__(self) -> Display:
         """Begin to show."""
+        OncePerSweep.shown = set()
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,6 +103,7 @@ class Display:
 
     def __exit__(self, *error: object) -> None:
         """Leave the display as it is."""
+        OncePerSweep.shown = None
         self._stopped.set()
         self._thread.join()
         self.look()

@@ -23,6 +23,7 @@ from fedpers.run.checkpoint import Checkpoints
 from fedpers.run.reopen import locked
 from fedpers.run.results import read_json, write_text
 from fedpers.settings import Config, build
+from fedpers.tracking.console import WithoutProgress
 
 log = logging.getLogger(__name__)
 _NAMING_CODE = ("strategy.name", "dataset.name", "model.name", "dataset.path", "model.weights", "runtime.address")
@@ -91,7 +92,7 @@ def perform(resolved: dict[str, Any], folder: Path) -> float | None:
         Validation score of the selected round.
     """
     try:
-        with contextlib.redirect_stderr(cast(TextIO, _NoTerminal())):
+        with contextlib.redirect_stderr(cast(TextIO, WithoutProgress(sys.stderr))):
             summary = _begin_or_go_on(resolved, folder)
     except Exception as error:
         _write_error(folder, error)
@@ -160,19 +161,3 @@ def rounds_done(folder: Path) -> int:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             return int(json.loads(line)["round"])
     return 0
-
-
-class _NoTerminal(io.TextIOBase):
-    """Standard error that does not pass for a terminal: a sweep has one display, and its runs none."""
-
-    def __init__(self) -> None:
-        self._stream = sys.stderr
-
-    def write(self, text: str) -> int:
-        return self._stream.write(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()

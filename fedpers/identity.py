@@ -65,6 +65,21 @@ def identity_of(
     return flower.ConfigRecord({METHOD: lineage, METHODS: methods, READS: reads, ENCODERS: named, **options})
 
 
+def check_plain_clients(strategy: PersonalizedStrategy) -> None:
+    """Refuse clients of any other Flower app, which train what they like, for a method with a client half of its own.
+
+    Raises
+    ------
+    ConfigError
+    """
+    from fedpers.client.update import LocalUpdate
+
+    update = type(strategy).update
+    plain = all(getattr(update, hook) is getattr(LocalUpdate, hook) for hook in ("train", "loss", "personalize"))
+    allowed = f"clients that {update.__name__}().client_app(network, data) makes for {type(strategy).__name__}"
+    check(plain and update.personal == "none", "client_app", "another Flower ClientApp", allowed)
+
+
 def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) -> None:
     """Refuse clients that do not belong to a server half; among themselves they may differ in options of their own.
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,70 @@ class Noisy(nn.Module):
         return self.head(x + 0.1 * torch.randn_like(x) if self.training else x)
 
 
+class Counting(nn.Module):
+    """Assigns a buffer anew at each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps = self.steps + 1.0
+        return self.head(x)
+
+
+class OwnNorm(nn.Module):
+    """Centers features on the batch in training, in an evaluation on a running mean, which it assigns or changes."""
+
+    def __init__(self, assigns: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.assigns = nn.Linear(8, 8), nn.Linear(8, 3), assigns
+        self.register_buffer("center", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        if not self.training:
+            return self.head(features - self.center)
+        center = features.mean(0)
+        if self.assigns:
+            self.center = 0.9 * self.center + 0.1 * center.detach()
+        else:
+            self.center.mul_(0.9).add_(0.1 * center.detach())
+        return self.head(features - center)
+
+
+class DrawsElsewhere(nn.Module):
+    """Draws from NumPy or Python."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.head, self.draw = nn.Linear(8, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.draw() if self.training else x)
+
+
+class CentersOnBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x - x.mean(0))
+
+
+class ChangesInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 1
+        return self.head(x)
+
+
 class NoHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -198,6 +263,13 @@ KINDS = [
     Kind("noise drawn in forward", Noisy, VECTOR, ONE),
     Kind("control flow on data", Branching, VECTOR, ONE),
     Kind("several inputs, as columns of one", TwoInputs, VECTOR),
+    Kind("a buffer assigned anew", Counting, VECTOR),
+    Kind("batch normalization of one's own, assigned", lambda: OwnNorm(True), VECTOR, ONE),
+    Kind("batch normalization of one's own, in place", lambda: OwnNorm(False), VECTOR, ONE),
+    Kind("draws from NumPy", lambda: DrawsElsewhere(lambda: np.random.rand()), VECTOR, REFUSED),
+    Kind("draws from random", lambda: DrawsElsewhere(random.random), VECTOR, REFUSED),
+    Kind("centered on the batch", CentersOnBatch, VECTOR, REFUSED),
+    Kind("changes its inputs", ChangesInputs, VECTOR, REFUSED),
     Kind("frozen parts", _half_frozen, VECTOR),
     Kind("no head", NoHead, VECTOR),
     Kind("returns scores and features", ReturnsFeatures, VECTOR, REFUSED),

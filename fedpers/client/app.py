@@ -83,6 +83,11 @@ class CohortApp(ClientApp):
         head: str | None = None,
         postprocessors: Sequence[Postprocessor] = (),
     ) -> None:
+        if not isinstance(model, nn.Module):
+            hint = ": call it" if callable(model) else ""
+            raise ConfigError("model", getattr(model, "__name__", type(model).__name__), f"a torch.nn.Module{hint}")
+        allowed = "fedpers.FederatedData, which FederatedData.from_clients makes of arrays and data sets of clients"
+        check(isinstance(data, FederatedData), "data", type(data).__name__, allowed)
         self.update = update
         self.mods = tuple(mods)
         self.encoders = tuple(p for p in postprocessors if p.encodes)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,10 +44,13 @@ class Traits:
         Whether every batch must have two samples or more, as batch normalization wants it.
     draws : bool
         Whether it, or the method's loss, draws from PyTorch's global generator in training.
+    mixes_samples : bool
+        Whether in training what it computes of a sample, or keeps in a buffer, depends on the padding of its batch.
     """
 
     needs_two_samples: bool
     draws: bool
+    mixes_samples: bool = False
 
 
 def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: FederatedData) -> Traits:
@@ -63,16 +68,18 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
     Raises
     ------
     ConfigError
-        If the network does not fit the data or draws random numbers in an evaluation; if the method's loss counts
-        padding; if a client would have a batch of one sample, and the network cannot train on it.
+        If the network does not fit the data, changes its inputs in place, or in an evaluation draws random numbers or
+        predicts for a sample what depends on others; if the method's loss counts padding; if a client would have a
+        batch of one sample, and the network cannot train on it.
     """
     name = type(module).__name__
     key = torch.zeros((), dtype=torch.int64, device=data.device)
     network = Network(module.train(), entries(template.clone()), key=key, given=_Examples(update, template, data))
+    x, y = data.x[:3].clone(), data.y[:3]  # not the data themselves, which the network may write into
     with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []), torch.no_grad():
-        before = _generator_states(data.device)
+        before, elsewhere = _generator_states(data.device), _states_outside_torch()
         try:
-            out = update.predict(network, data.x[:2])
+            out = update.predict(network, x[:2])
         except ConfigError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -83,25 +90,36 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         allowed = f"a network that returns a tensor, not {_kind(out)}; a method's predict may take the scores out of it"
         check(isinstance(out, Tensor), "model", name, allowed)
         data.task.check_outputs(out, data, name)
+        allowed = "a network that leaves its inputs as they are: x = x - 1 in place of x -= 1, no inplace=True first"
+        check(torch.equal(x, data.x[:3]) or not bool((x == x).all()), "model", name, allowed)
         if type(update).loss is LocalUpdate.loss:
             _warn_of_probabilities(out, data, name)
-        _loss(update, network, Batch(data.x[:3], data.y[:3], None, network.given, data.task))
+        _loss(update, network, Batch(x, y, None, network.given, data.task))
         draws = _changed(before, data.device)
+        allowed = "a network that draws from PyTorch's generator alone, which is seeded for each client and step"
+        check(elsewhere == _states_outside_torch(), "model", name, allowed)
+        mixes_samples = False
         if not draws:  # else clients are computed one at a time, and nothing is padded
+            mixes_samples = _padding_matters(update, network, template, data)
+        if not draws and not mixes_samples:
             _check_padding(update, network, data)
         _check_logit_adjustment(update, network, data)
         module.eval()
         before = _generator_states(data.device)
-        update.predict(network, data.x[:2])
+        together = update.predict(network, x[:2])
         evaluation_draws = _changed(before, data.device)
+        alone = update.predict(network, x[:1])
         module.train()
         check(not evaluation_draws, "model", name, "a network that draws no random numbers in an evaluation")
+        allowed = "a network whose prediction for a sample does not depend on which others are evaluated with it"
+        same = torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3, equal_nan=True)
+        check(same, "model", name, allowed)
         if not _fails_alone(update, network, data):
-            return Traits(needs_two_samples=False, draws=draws)
+            return Traits(needs_two_samples=False, draws=draws, mixes_samples=mixes_samples)
     for client, size in enumerate(data.sizes("train").tolist()):
         if 1 in (update.smallest_batch(size), update.finetune_epochs and LocalUpdate.smallest_batch(update, size)):
-            raise lonely_sample_error(update.training.batch_size, client)
-    return Traits(needs_two_samples=True, draws=draws)
+            raise lonely_sample_error(update.training.batch_size, client, size)
+    return Traits(needs_two_samples=True, draws=draws, mixes_samples=mixes_samples)
 
 
 def _warn_of_probabilities(out: Tensor, data: FederatedData, name: str) -> None:
@@ -166,14 +184,32 @@ def _check_logit_adjustment(update: LocalUpdate, network: Network, data: Federat
     check(not torch.equal(*losses), key, strength, allowed)
 
 
+def _padding_matters(update: LocalUpdate, network: Network, template: Tree, data: FederatedData) -> bool:
+    """Whether predictions or buffers in training change with padding, as means over the batch of one's own do."""
+    if len(data.x) < 3:
+        return False
+    results = []
+    for batch in _plain_and_padded(network, data):
+        tensors = entries(template.clone())
+        fresh = Network(network.module, tensors, key=network.key, given=network.given)
+        results.append({**tensors, "": update.predict(fresh.seeing(batch), batch.x)[:3]})
+    plain, padded = results
+    return not all(torch.allclose(plain[n], padded[n], rtol=1e-3, atol=1e-5, equal_nan=True) for n in plain)
+
+
+def _plain_and_padded(network: Network, data: FederatedData) -> tuple[Batch, Batch]:
+    """Three samples, and the same with two more that are padding."""
+    x, y = data.x[:3].clone(), data.y[:3]
+    weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
+    plain = Batch(x, y, None, network.given, data.task)
+    return plain, Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight, network.given, data.task)
+
+
 def _check_padding(update: LocalUpdate, network: Network, data: FederatedData) -> None:
     """Refuse a method whose loss counts padding: the same samples, padded, must give the same loss."""
     if type(update).loss is LocalUpdate.loss or len(data.x) < 3:
         return
-    x, y = data.x[:3], data.y[:3]
-    weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
-    plain = Batch(x, y, None, network.given, data.task)
-    padded = Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight, network.given, data.task)
+    plain, padded = _plain_and_padded(network, data)
     without, masked = _loss(update, network, plain), _loss(update, network.seeing(padded), padded)
     if not torch.allclose(without, masked, rtol=1e-3, atol=1e-5, equal_nan=True):
         allowed = "a loss that leaves padding out: reduce over samples with batch.mean"
@@ -196,6 +232,12 @@ def _generator_states(device: torch.device) -> list[Tensor]:
     """State of torch's global generators."""
     states = [torch.random.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
+
+
+def _states_outside_torch() -> tuple[object, ...]:
+    """State of the generators of ``random`` and NumPy."""
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (the one of networks, not ours)
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
 
 
 def _changed(before: Sequence[Tensor], device: torch.device) -> bool:

@@ -259,7 +259,8 @@ class Cohort(ClientNetworks):
         if self._needs_two_samples and not options.get("frozen") and bool((plan.count == 1).any()):
             alone = (plan.count == 1).any(0).nonzero().flatten()
             rows = alone if plan.order is None else plan.order[alone]
-            raise lonely_sample_error(batch_size, self.clients[int(rows[0])])
+            row = int(rows[0])
+            raise lonely_sample_error(batch_size, self.clients[row], int(self.sizes()[row]))
         return plan
 
     def steps(self, plan: BatchPlan) -> Iterator[Step]:

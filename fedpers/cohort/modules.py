@@ -217,7 +217,8 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """Apply `module` with other parameters and buffers, which may be those of one client under ``vmap``.
 
     As ``torch.func.functional_call`` with ``tie_weights=False``, in a tenth of its time: for small networks that call
-    costs as much as the computation. No other thread may use `module` meanwhile.
+    costs as much as the computation. No other thread may use `module` meanwhile. What the network assigns to a
+    buffer is written into `tensors`, as what it changes in place is.
 
     Parameters
     ----------
@@ -232,6 +233,9 @@ def call(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
         for holder, name, _, tensor in before:
             holder[name] = tensor
         out: Tensor = module(x)
+        for holder, name, _, tensor in before:
+            if holder[name] is not tensor:  # a buffer that the network assigned, rather than changed in place
+                tensor.copy_(holder[name].detach())
     finally:
         for holder, name, value, _ in before:
             holder[name] = value

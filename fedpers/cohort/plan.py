@@ -113,8 +113,11 @@ def smallest_batch(size: int, batch_size: int, drop_last: bool) -> int:
     return rest if rest and not drop_last else width
 
 
-def lonely_sample_error(batch_size: int, client: int) -> ConfigError:
-    """Error for a batch of one sample in a network that normalizes over the batch."""
+def lonely_sample_error(batch_size: int, client: int, samples: int) -> ConfigError:
+    """Error for a batch of one sample in a network that normalizes over the batch, of a client with so many."""
+    if samples == 1:
+        allowed = f"other data, since batch normalization cannot train on the one training sample of client {client}"
+        return ConfigError("training.batch_size", batch_size, f"{allowed}: leave this client out")
     allowed = f"a size (or training.drop_last=true) that leaves client {client} no batch of one sample"
     return ConfigError("training.batch_size", batch_size, f"{allowed}, on which batch normalization cannot train")
 

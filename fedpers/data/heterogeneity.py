@@ -45,10 +45,19 @@ def apply_heterogeneity(data: FederatedData, config: HeterogeneityConfig, seed: 
             raise ConfigError((shift if has_settings else config).key("groups"), groups, allowed)
     shifted = _apply(data, shifts, seed)
     if config.drift is None:
-        return shifted
+        return _numbered_from_0(shifted)
     allowed = "null unless a shift is chosen that it can move, such as heterogeneity=label_groups"
     check(bool(shifts), "heterogeneity.drift.round", config.drift.round, allowed)
-    return _drifting(shifted, _apply(data, shifts, seed, moved=True), config.drift, seed)
+    return _numbered_from_0(_drifting(shifted, _apply(data, shifts, seed, moved=True), config.drift, seed))
+
+
+def _numbered_from_0(data: FederatedData) -> FederatedData:
+    """The same groups, also those after a drift, by numbers without gaps."""
+    if not data.groups:
+        return data
+    numbers = {group: number for number, group in enumerate(sorted({*data.groups, *data.drifted_groups}))}
+    groups, later = (tuple(numbers[group] for group in each) for each in (data.groups, data.drifted_groups))
+    return replace(data, groups=groups, drifted_groups=later)
 
 
 def _apply(data: FederatedData, shifts: Mapping[str, Settings], seed: int, *, moved: bool = False) -> FederatedData:
@@ -133,9 +142,7 @@ def _each_group(change: Callable[[FederatedData, Tensor, int, int, Any], tuple[T
             positions = _positions(data, client)
             x[positions], y[positions] = change(data, positions, group, seed, shift)
         if data.groups:
-            pairs = list(zip(data.groups, group_of, strict=True))
-            numbers = {pair: number for number, pair in enumerate(sorted(set(pairs)))}
-            group_of = [numbers[pair] for pair in pairs]
+            group_of = [first * shift.groups + group for first, group in zip(data.groups, group_of, strict=True)]
         return replace(data, x=x, y=y, groups=tuple(group_of))
 
     return applied

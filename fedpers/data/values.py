@@ -147,7 +147,7 @@ def labels_of(parts: Sequence[Named], task: str | None, name: str) -> tuple[Tens
                 f"of {first}, {y.dtype} {list(y.shape[1:])} of {client}."
             )
     y = np.concatenate([y for _, y in asked])
-    if task != "regression" and y.ndim == 2 and y.shape[1] >= 2 and y.dtype.kind in "iubf" and _is_one_hot(y):
+    if task != "regression" and y.ndim == 2 and y.shape[1] >= 2 and y.dtype.kind in "iubf" and is_one_hot(y):
         raise DataError(
             f"{name}: labels of {first} are one-hot [n, {y.shape[1]}]; for classes give their numbers [n], as "
             f"labels.argmax(1) does, to predict these numbers set task='regression'."
@@ -186,6 +186,6 @@ def _kind(labels: NDArray[Any]) -> str:
     return "text" if kind in "USO" else kind if kind not in "iub" else "whole"
 
 
-def _is_one_hot(labels: NDArray[Any]) -> bool:
+def is_one_hot(labels: NDArray[Any]) -> bool:
     """Whether every row ``[C]`` is a single 1 among zeros."""
     return bool((((labels == 0) | (labels == 1)).all(1) & (labels.sum(1) == 1)).all())

@@ -167,6 +167,8 @@ def _one_at_a_time(app: CohortApp, num_clients: int, clients_at_once: int | str)
     """
     if app.traits.draws:
         return "the network draws from PyTorch's global generator"
+    if app.traits.mixes_samples:
+        return "in training the network computes over the samples of a batch, where cohorts have padding"
     if app.update.cohort_size is not None or len(by_size(app)) < 2 or (num_clients < 2 and clients_at_once == "auto"):
         return ""
     sweep = _read_sweep(_key(app, num_clients)) if clients_at_once == "auto" else None

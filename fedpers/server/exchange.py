@@ -41,6 +41,11 @@ class Exchange:
         """What clients said of themselves, each once; see :class:`~fedpers.server.nodes.Nodes`."""
         return self._nodes.identities
 
+    @property
+    def anonymous(self) -> bool:
+        """Whether clients do not say who they are, as those of any other Flower app."""
+        return self._nodes.numbered
+
     def connect(self, grid: Grid) -> dict[int, int]:
         """Find out which node holds which client; see :class:`~fedpers.server.nodes.Nodes`."""
         self.client_of = self._nodes.clients(grid)

@@ -36,13 +36,15 @@ class Nodes:
     ----------
     identities : list of ConfigRecord
         What clients say of themselves (:mod:`fedpers.identity`), each once.
+    numbered : bool
+        Whether they say nothing, and are numbered in order of the ids of their nodes.
     """
 
     def __init__(self) -> None:
         self.identities: list[flower.ConfigRecord] = []
         self._clients: dict[int, int] = {}
         self._questions: dict[int, str] = {}  # node without a client -> id of its unanswered message, or UNUSABLE
-        self._numbered = False  # whether clients are numbered in order of node ids
+        self.numbered = False
 
     def clients(self, grid: Grid) -> dict[int, int]:
         """Client of each node there is; nodes that came since the last call are asked.
@@ -53,8 +55,8 @@ class Nodes:
             If two nodes hold the same client.
         """
         ids = set(grid.get_node_ids())
-        if self._numbered and ids != set(self._clients):
-            self._clients, self._questions, self._numbered = {}, {}, False
+        if self.numbered and ids != set(self._clients):
+            self._clients, self._questions, self.numbered = {}, {}, False
         known_clients = {node: client for node, client in self._clients.items() if node in ids}
         self._questions = {node: question for node, question in self._questions.items() if node in ids}
         new_clients: dict[int, int] = {}
@@ -63,7 +65,7 @@ class Nodes:
         if new := sorted(ids - known_clients.keys() - new_clients.keys() - self._questions.keys()):
             new_clients.update(self._ask(grid, new))
             if not known_clients and not new_clients and UNUSABLE in self._questions.values():
-                new_clients, self._questions, self._numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
+                new_clients, self._questions, self.numbered = dict(zip(new, range(len(new)), strict=True)), {}, True
         if doubled := [node for node, client in known_clients.items() if client in new_clients.values()]:
             answering = self._ask(grid, doubled)  # a node that ended without saying so is listed for a while
             known_clients = {

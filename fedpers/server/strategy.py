@@ -20,7 +20,7 @@ from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
 from fedpers.custom import warn_of_similar_names
 from fedpers.errors import TrainingError, check
 from fedpers.failures import FirstOfEachKind, sentence_of
-from fedpers.identity import INVERSE_VARIANCE, READS, check_config, check_halves, register
+from fedpers.identity import INVERSE_VARIANCE, READS, check_config, check_halves, check_plain_clients, register
 from fedpers.process import one_thread
 from fedpers.randomness import sample_clients
 from fedpers.records import ARRAYS, CONFIG, from_record, to_record
@@ -399,13 +399,15 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
         Raises
         ------
         ConfigError
-            If clients belong to another method.
+            If clients belong to another method, or to none, and this one has a client half of its own.
         """
         connected = self.exchange.connect(grid)
         identities = self.exchange.identities
         while self._identities_checked < len(identities):
             check_halves(self, identities[self._identities_checked])
             self._identities_checked += 1
+        if self.exchange.anonymous:
+            check_plain_clients(self)
         return connected
 
     @property

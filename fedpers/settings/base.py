@@ -192,7 +192,9 @@ class Option:
         """
         if self.nested is not None:  # settings were checked when they were made
             fits = isinstance(value, self.nested) or (value is None and type(None) in _alternatives(self.hint))
-            check(fits, self.key, value, describe(self.hint))
+            kind = self.nested.__name__
+            allowed = f"{kind}(...), not a mapping" if isinstance(value, Mapping) else describe(self.hint)
+            check(fits, self.key, value, allowed)
             return value
         try:
             return self._adapter.validate_python(_as_meant(value, self.hint))

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from fedpers.cohort import Batch, Cohort, Given, Network, Reply, Tree, entries, select
 from fedpers.data.federated import FederatedData
-from fedpers.errors import ConfigError
+from fedpers.errors import ConfigError, check
 from fedpers.records import ARRAYS
 from fedpers.strategies.base import LocalUpdate, PersonalizedStrategy, Received, method
 
@@ -53,6 +53,8 @@ class MOONUpdate(LocalUpdate):
         """Refuse a network without the part that computes features."""
         if not all(isinstance(getattr(model, part, None), nn.Module) for part in ("body", "head")):
             raise ConfigError("model", type(model).__name__, "a network with a 'body' and a 'head' for strategy=moon")
+        trains = any(name.startswith("body.") and p.requires_grad for name, p in model.named_parameters())
+        check(trains, "model", type(model).__name__, "a network whose body trains, for strategy=moon compares features")
         return model, data
 
     def initial_state(self, template: Tree, module: nn.Module) -> Tree:

@@ -94,7 +94,8 @@ class Regression(Task):
         predicted = torch.cat([values.reshape(len(values), num_classes) for values in outputs]).cpu().double()
         finite = predicted.isfinite().all(1)
         errors = sum_by_client(((y - predicted) ** 2).sum(1).masked_fill(~finite, math.inf), sizes)
-        first = y[(sizes.cumsum(0) - sizes).clamp(max=max(0, len(y) - 1))]
+        begins = (sizes.cumsum(0) - sizes).clamp(max=len(y) - 1)
+        first = y[begins] if len(y) else y.new_zeros(len(sizes), num_classes)
         y = y - first.repeat_interleave(sizes, 0)  # labels that are all the same have a variance of exactly 0
         means = sum_by_client(y, sizes) / sizes[:, None]
         variances = sum_by_client(((y - means.repeat_interleave(sizes, 0)) ** 2).sum(1), sizes)

@@ -202,3 +202,34 @@ def test_a_network_that_ends_in_a_softmax_is_said(
     monkeypatch.chdir(tmp_path)
     assert _main([f"model={name}:build", "strategy=fedavg", *SMALL]) == 0
     assert ("returns probabilities" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "sentence"),
+    [
+        (lambda: nn.Linear(2, 2), None, "model=<lambda>: expected a torch.nn.Module: call it."),
+        (nn.ReLU, None, "model=ReLU: expected a torch.nn.Module: call it."),
+        (nn.Linear(2, 2), [], "data=list: expected fedpers.FederatedData, which FederatedData.from_clients makes"),
+    ],
+)
+def test_arguments_of_a_client_app(model: object, data: object, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        LocalUpdate().client_app(model, data)  # type: ignore[arg-type]
+
+
+def test_a_mapping_in_place_of_settings_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"expected Training\(\.\.\.\), not a mapping"):
+        LocalUpdate(training={"lr": 0.1})  # type: ignore[arg-type]
+
+
+def test_one_hot_labels_of_a_users_function_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"data_{uuid4().hex}"
+    (tmp_path / f"{name}.py").write_text(
+        "import numpy as np\n\n\ndef load():\n    y = np.arange(90) % 3\n"
+        "    return np.random.default_rng(0).normal(size=(90, 5)).astype('f'), np.eye(3)[y]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert _main([f"dataset={name}:load", "partition=iid", *SMALL[1:]]) == 2
+    assert "y is one-hot [90, 3], expected the numbers of the classes [N]." in capsys.readouterr().err

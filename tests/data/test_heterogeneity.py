@@ -257,6 +257,32 @@ def test_a_drift_stays_where_data_are_restricted_and_changes_the_checksum() -> N
     assert len({before.checksum, data.checksum, other.checksum}) == 3
 
 
+def test_groups_of_two_reasons_have_the_same_numbers_after_a_drift() -> None:
+    data = gaussian_data([20] * 6)
+    config = HeterogeneityConfig(permuted_pixels=PermutedPixels(2), label_groups=LabelGroups(4))
+    before = apply_heterogeneity(data, config, 0)
+    drifted = apply_heterogeneity(data, replace(config, drift=Drift(5, 1.0)), 0)
+    samples = [torch.cat([data.part(part)[client] for part in PARTS]) for client in range(6)]
+
+    def treatment(of: FederatedData, client: int, round: int) -> tuple[list[int], dict[int, int]]:
+        positions = torch.cat([of.positions(part, client, round) for part in PARTS])
+        order = [int((data.x[samples[client][0]] == value).nonzero()) for value in of.x[positions[0]]]
+        names = dict(zip(data.y[samples[client]].tolist(), of.y[positions].tolist(), strict=True))
+        return order, names
+
+    first = {drifted.groups[client]: treatment(drifted, client, 4) for client in range(6)}
+    later = {drifted.drifted_groups[client]: treatment(drifted, client, 5) for client in range(6)}
+    common = first.keys() & later.keys()
+    assert common
+    for group in common:
+        (order, names), (order_later, names_later) = first[group], later[group]
+        assert order == order_later
+        assert all(names[label] == names_later[label] for label in names.keys() & names_later.keys())
+    assert {*drifted.groups, *drifted.drifted_groups} == set(range(len({*drifted.groups, *drifted.drifted_groups})))
+    same = [[a == b for b in groups] for groups in (before.groups, drifted.groups) for a in groups]
+    assert same[:6] == same[6:]
+
+
 def test_a_drift_needs_a_round_and_something_to_move() -> None:
     with pytest.raises(ConfigError, match=r"heterogeneity\.drift\.round=None: expected a round >= 1"):
         Drift()

@@ -83,8 +83,11 @@ def test_a_run_ends_with_the_same_numbers(both: tuple[DatasetConfig, DatasetConf
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
     tokens = DRAWS.integers(0, 50, (90, 8))
-    data = load_dataset(DatasetConfig("npy", root=str(write(tmp_path / "text", x=tokens))))
+    root = str(write(tmp_path / "text", x=tokens))
+    data = load_dataset(DatasetConfig("npy", root=root, tokens=True))
     assert data.x.dtype == torch.int64
+    with pytest.raises(DataError, match=r"x\.npy is int64, expected floats; whole numbers that are tokens need"):
+        load_dataset(DatasetConfig("npy", root=root))
     assert data.x.tolist() == tokens.tolist()
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedpers.errors import ConfigError, FedpersError
 from fedpers.evaluation.leaderboard import leaderboard
 from fedpers.evaluation.report import page as pages
 from fedpers.evaluation.report.client_figures import harmed
-from fedpers.evaluation.report.contents import read_methods
+from fedpers.evaluation.report.contents import paired, read_methods
 from fedpers.evaluation.report.latex import latex
 from fedpers.evaluation.report.page import page
 from fedpers.evaluation.report.svg import Axis, Frame, share_axis, spread_axis
@@ -282,6 +283,12 @@ def test_clients_are_compared_with_themselves_in_the_same_seed(tmp_path: Path) -
     assert losses[0] == pytest.approx(min(e.min() for e in expected))
     assert re.fullmatch(r"client anna \d+, seed [01]", worse[0].client)
     assert harmed(local, local) == []
+    seed = fedavg.clients[0]
+    fewer = seed.among(set(seed.names) - {"anna 3"})  # one client has no score with one method
+    (_, few, others), _ = paired(replace(fedavg, clients=fedavg.clients | {0: fewer}), local)
+    assert len(few.names) == 29
+    assert few.names == others.names
+    assert others.score.tolist() == np.delete(local.clients[0].score, local.clients[0].names.index("anna 3")).tolist()
 
 
 @pytest.mark.parametrize(

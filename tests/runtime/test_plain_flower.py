@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from flwr.serverapp.strategy import (
 )
 
 import fedpers
-from fedpers.errors import TrainingError
+from fedpers import strategies
+from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.runtime.grid import FIRST_NODE, RUN_ID
 from fedpers.runtime.local import LocalGrid
@@ -279,6 +281,20 @@ def test_a_client_that_raises_leaves_its_context_as_it_was() -> None:
 
 
 # ---------------------------------------------------------------------- errors
+
+
+def test_a_method_with_a_client_half_of_its_own_refuses_other_clients() -> None:
+    expected = r"client_app=another Flower ClientApp: expected clients that FedRepUpdate\(\)\.client_app"
+    for strategy in (strategies.FedRep(), strategies.FedAvg()):
+        server = ServerApp()
+
+        @server.main()
+        def main(grid: Grid, context: Context, strategy: Strategy = strategy) -> None:
+            strategy.start(grid, flower_app.initial_arrays(), num_rounds=1)
+
+        refused = isinstance(strategy, strategies.FedRep)
+        with pytest.raises(ConfigError, match=expected) if refused else nullcontext():
+            fedpers.simulate(server, flower_app.client_app(), num_supernodes=3)
 
 
 def test_a_clients_exception_becomes_an_error_reply_and_the_run_goes_on() -> None:

@@ -151,6 +151,33 @@ def test_integers_and_empty_tensors_travel_as_they_are() -> None:
     torch.testing.assert_close(made["s"], torch.tensor([2.0, 3.0]))
 
 
+def test_running_statistics_travel_whole() -> None:
+    names = ("norm.running_mean", "norm.running_var")
+    sent = tree({"w": torch.zeros(4), **dict.fromkeys(names, torch.zeros(4))})
+    replies = stack(w=torch.ones(1, 4), **dict.fromkeys(names, torch.tensor([[1.0, 2, 3, 4]])))
+    topk = TopK(share=0.25)
+    state = topk.client_state(sent)
+    assert state is not None
+    assert list(entries(state)) == ["w"]
+    records, _ = encoded(topk, replies, sent, torch.stack([state]))
+    assert list(entries(records[ARRAYS])) == list(names)
+    schema = topk.schema(schema_of(ARRAYS, entries(sent)))
+    assert {(record, name) for record in records for name in entries(records[record])} == set(schema)
+    made = entries(topk.reply(records, sent)[0][ARRAYS])
+    assert made["norm.running_var"].tolist() == [[1.0, 2, 3, 4]]
+    assert made["w"].count_nonzero() == 1
+
+
+def test_a_network_with_batch_normalization_learns_with_few_entries_sent(tmp_path: Path) -> None:
+    settings = ["model=cnn_bn", "rounds=8", "partition.num_clients=3", "training.batch_size=32", "split.max_train=64"]
+    settings += ["training.drop_last=true", "compression=topk", "compression.share=0.01", f"output={tmp_path}"]
+    assert _main(["strategy=fedavg", "evaluate_every=8", *settings]) == 0
+    (summary,) = tmp_path.rglob("summary.json")
+    last = json.loads(summary.read_text())["last"]
+    assert math.isfinite(last["test/loss"])
+    assert last["test/accuracy"] > 0.15
+
+
 def test_nothing_to_send() -> None:
     topk = TopK()
     assert topk.client_state(tree({})) is None

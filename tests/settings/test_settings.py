@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("rates", {"a": {"rl": 1.0}}, "oven.rates.a.rl=1.0: expected one of lr (did you mean 'lr'?)."),
     ("rates", {"a": {"lr": -1.0}}, "oven.rates.a.lr=-1.0: expected a number >= 0."),
     ("label", "", "oven.label=: expected a word."),
-    ("door", {"open": True}, "oven.door={'open': True}: expected a mapping of keys to values."),
+    ("door", {"open": True}, "oven.door={'open': True}: expected Inner(...), not a mapping."),
     ("spare", 3, "oven.spare=3: expected a mapping of keys to values, or null."),
 ]
 

@@ -83,6 +83,13 @@ def test_targets_are_measured_around_their_own_means() -> None:
     assert metrics["mse"].item() == pytest.approx(8 / 4)
 
 
+def test_no_client_has_samples() -> None:
+    metrics = TASK.measure([NONE, NONE], [torch.zeros(0), torch.zeros(0)], 1)
+    assert metrics["examples"].tolist() == [0, 0]
+    assert metrics["r2"].isnan().all()
+    assert metrics["mse"].isnan().all()
+
+
 def test_outputs_of_either_shape_and_clients_without_samples() -> None:
     y = [torch.tensor([1.0, 2, 4]), torch.zeros(0)]
     outputs = torch.tensor([1.0, 2, 3])

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedpers.data.sets.base import Dataset, data_root, finite_floats, normalized, number_labels
+from fedpers.data.values import is_one_hot
 from fedpers.errors import DataError, reason
 from fedpers.settings.dataset import DatasetConfig
 from fedpers.tasks import CLASSIFICATION, NextToken, Regression, Task
@@ -161,7 +162,16 @@ def _task_of(path: Path, x_name: str, x: NDArray[Any] | Tensor, y_name: str, y: 
         return NextToken()
     if y.ndim == 1 and y.dtype.kind in "iubUS":
         return CLASSIFICATION
+    if y.ndim == 2 and y.shape[1] >= 2 and y.dtype.kind in "iubf" and is_one_hot(y):
+        raise DataError(f"{path}: {y_name} is one-hot {list(y.shape)}, expected the numbers of the classes [N].")
     if y.dtype.kind == "f" and y.ndim in (1, 2) and 0 not in y.shape[1:]:
+        if y.ndim == 2 and y.shape[1] >= 2 and len(y) and ((y == 0) | (y == 1)).all():
+            logger.warning(
+                "%s: %s holds 0 and 1 only and is taken for the targets of a regression; several classes of a sample "
+                "need a task of one's own.",
+                path,
+                y_name,
+            )
         return Regression()
     raise DataError(
         f"{path}: {y_name} must be whole numbers or text [N], classes, or floats [N] or [N, D], targets of a "
@@ -180,8 +190,11 @@ def _vocabulary(path: Path, x_name: str, low: int, high: int, num_tokens: int) -
 
 def _inputs(path: Path, name: str, x: NDArray[Any] | Tensor, tokens: bool, train_size: int | None) -> Tensor:
     """Inputs ``[N, ...]`` as networks take them."""
-    if isinstance(x, Tensor):
+    hint = "; whole numbers that are tokens need dataset.tokens=true" if _is_whole(x) and x.ndim == 2 else ""
+    if isinstance(x, Tensor) and (tokens or not _is_whole(x)):
         return x
+    if isinstance(x, Tensor):
+        raise DataError(f"{path}: {name} is {str(x.dtype).removeprefix('torch.')}, expected floats{hint}.")
     if tokens:
         return torch.from_numpy(x.astype(np.int64))
     if x.dtype == np.uint8:
@@ -195,7 +208,6 @@ def _inputs(path: Path, name: str, x: NDArray[Any] | Tensor, tokens: bool, train
         return normalized(x, train_size or len(x))
     if x.dtype.kind == "f":
         return torch.from_numpy(finite_floats(x, f"{path}: {name} is"))
-    hint = "; whole numbers that are tokens need dataset.tokens=true" if _is_whole(x) and x.ndim == 2 else ""
     raise DataError(f"{path}: {name} is {x.dtype}, expected uint8 pictures or floats{hint}.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,15 @@ class Clients:
     test: Floats
     score: Floats
     divergence: Floats | None
+
+    def among(self, names: Collection[str]) -> Clients:
+        """Those of these names."""
+        kept = np.array([name in names for name in self.names], dtype=bool)
+        if kept.all():
+            return self
+        divergence = None if self.divergence is None else self.divergence[kept]
+        of_names = [name for name in self.names if name in names]
+        return Clients(of_names, self.train[kept], self.test[kept], self.score[kept], divergence)
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ def read_label_counts(method: Method) -> tuple[list[str], list[str], Floats] | N
 
 
 def paired(method: Method, reference: Method) -> list[tuple[int, Clients, Clients]]:
-    """Clients of both methods by common seed, the same clients at the same places.
+    """Clients that were measured with both methods, by common seed, the same ones at the same places.
 
     Returns
     -------
@@ -158,9 +167,10 @@ def paired(method: Method, reference: Method) -> list[tuple[int, Clients, Client
     pairs = []
     for seed, clients in method.clients.items():
         other = reference.clients.get(seed)
-        if other is not None and other.names == clients.names:
-            pairs.append((seed, clients, other))
-    return pairs
+        if other is not None:
+            common = set(clients.names) & set(other.names)
+            pairs.append((seed, clients.among(common), other.among(common)))
+    return [pair for pair in pairs if pair[1].names]
 
 
 def _names_column(columns: Sequence[str]) -> list[str]:

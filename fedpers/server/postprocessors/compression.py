@@ -76,7 +76,7 @@ class TopK(TopKConfig, Postprocessor):
 
     def client_state(self, arrays: Tree) -> Tree | None:
         """A residual of zeros."""
-        compressed = {name: torch.zeros_like(v) for name, v in entries(arrays).items() if _compressible(v)}
+        compressed = {name: torch.zeros_like(v) for name, v in entries(arrays).items() if _compressible(name, v)}
         return tree(compressed) if self.error_feedback and compressed else None
 
     def encode(
@@ -101,7 +101,7 @@ class TopK(TopKConfig, Postprocessor):
         rest: dict[str, Tensor] = {}
         usable = torch.ones(size, dtype=torch.bool)
         for name, value in entries(records[ARRAYS]).items():
-            if not _compressible(value[0]):
+            if not _compressible(name, value[0]):
                 plain[name] = value
                 continue
             change = value - sent[name].to(value.device)
@@ -145,7 +145,8 @@ class TopK(TopKConfig, Postprocessor):
         wire: Schema = {}
         for (record, name), entry in schema.items():
             size = math.prod(entry.shape)
-            if record != ARRAYS or not size or not getattr(torch, entry.dtype).is_floating_point:
+            whole = not getattr(torch, entry.dtype).is_floating_point or _is_statistic(name)
+            if record != ARRAYS or not size or whole:
                 wire[record, name] = entry
                 continue
             count = self.count(size)
@@ -180,9 +181,17 @@ class TopK(TopKConfig, Postprocessor):
         return {**others, ARRAYS: tree(arrays, size)}, {}
 
 
-def _compressible(value: Tensor) -> bool:
+def _compressible(name: str, value: Tensor) -> bool:
     """Whether a client's tensor is compressed."""
-    return value.is_floating_point() and value.numel() > 0
+    return value.is_floating_point() and value.numel() > 0 and not _is_statistic(name)
+
+
+def _is_statistic(name: str) -> bool:
+    """Whether it is a running mean or variance of batch normalization, which the server knows by name only.
+
+    What is left of their changes adds up while it is not sent; a variance would become negative.
+    """
+    return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def _largest(magnitudes: Tensor, count: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Which kinds of layers run stacked, or one client at a time, or are refused: ``python -m tests.layers`` says it."""
 
-# ruff: noqa: E501 (the table below has a line for each kind)
+# ruff: noqa: E501, NPY002 (the table below has a line for each kind; one draws from NumPy as users do)
 
 from __future__ import annotations
 

@@ -310,7 +310,7 @@ def _labels(runs: Sequence[RunRecord]) -> list[str]:
             [
                 run.strategy,
                 *assignments(run.options, _said(run.options, settings[run.strategy], usual[run.strategy])),
-                *assignments(run.training, budgets[run.strategy]),
+                *assignments(run.training, [key for key in budgets[run.strategy] if key in run.training]),
             ]
         )
         for run in runs

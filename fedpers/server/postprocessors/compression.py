@@ -12,7 +12,7 @@ that nothing is lost for good, but for what a reply held that the server did not
 
 S. U. Stich, J.-B. Cordonnier, M. Jaggi, Sparsified SGD with Memory, NeurIPS 2018, arXiv:1809.07599; uniform
 quantization as in D. Alistarh et al., QSGD, NeurIPS 2017, arXiv:1610.02132, here rounded to nearest. What the server
-sends is not compressed.
+sends is not compressed, nor are BatchNorm's running statistics.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fedpers.server.strategy import PersonalizedStrategy
 
 VALUES, POSITIONS, STEPS = "values", "positions", "steps"
-"""Records of a compressed reply; integers and empty tensors stay among its arrays."""
+"""Records of a compressed reply; integers, running statistics and empty tensors stay among its arrays."""
 _FLOAT_BITS = 32
 
 

@@ -91,7 +91,7 @@ def warn_of_similar_names(kind: type, base: type) -> None:
     base : type
     """
     functions = {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
-    called = {name for function in functions.values() for name in function.__code__.co_names}
+    called = {n for name, function in functions.items() for n in function.__code__.co_names if n != name}
     inherited = {name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))}
     for name in functions:
         if name.startswith("_") or name in called or any(name in vars(parent) for parent in kind.__mro__[1:]):

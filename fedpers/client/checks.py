@@ -88,6 +88,9 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
             shape = list(data.x.shape[1:])
             raise ConfigError("model", name, f"a network that takes samples of shape {shape} ({error})") from error
         allowed = f"a network that returns a tensor, not {_kind(out)}; a method's predict may take the scores out of it"
+        if type(update).predict is not LocalUpdate.predict:
+            method = f"{type(update).__name__}.predict"
+            check(isinstance(out, Tensor), "strategy", method, f"a predict that returns a tensor, not {_kind(out)}")
         check(isinstance(out, Tensor), "model", name, allowed)
         data.task.check_outputs(out, data, name)
         allowed = "a network that leaves its inputs as they are: x = x - 1 in place of x -= 1, no inplace=True first"
@@ -158,13 +161,15 @@ def check_groups(groups: Iterable[str], module: nn.Module) -> None:
 
 def _loss(update: LocalUpdate, network: Network, batch: Batch) -> Tensor:
     """Loss of a batch; refuse a method whose loss takes none."""
+    name = f"{type(update).__name__}.loss"
     try:
-        return update.loss(network, batch)
+        loss = update.loss(network, batch)
     except ConfigError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        name = f"{type(update).__name__}.loss"
         raise ConfigError("strategy", name, f"a loss that takes batches of the data ({error})") from error
+    check(isinstance(loss, Tensor), "strategy", name, f"a loss that returns a tensor, not {_kind(loss)}")
+    return loss
 
 
 def _check_logit_adjustment(update: LocalUpdate, network: Network, data: FederatedData) -> None:

@@ -67,8 +67,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         )
         monkeypatch.chdir(tmp_path)
         code = _main([f"strategy={name}:Mine", *SMALL, *settings])
-        (log,) = tmp_path.rglob("run.log")
-        return code, capsys.readouterr().err.replace(name, "mine"), log.read_text().replace(name, "mine")
+        log = "".join(path.read_text() for path in tmp_path.rglob("run.log"))  # none where it is refused at once
+        return code, capsys.readouterr().err.replace(name, "mine"), log.replace(name, "mine")
 
     return run
 
@@ -165,6 +165,12 @@ def test_a_method_that_names_no_client_half_is_refused() -> None:
     ("client", "server", "warning"),
     [
         ("def personalise(self, cohort, received, config):\n        ...", "", "MyUpdate.personalise is never called"),
+        (
+            "def personalise(self, cohort, received, config):\n"
+            "        return super().personalise(cohort, received, config)",
+            "",
+            "MyUpdate.personalise is never called",
+        ),
         ("", "def combined(self, arrays, means, clients):\n        ...", "Mine.combined is never called"),
     ],
 )
@@ -233,3 +239,13 @@ def test_one_hot_labels_of_a_users_function_are_refused(
     monkeypatch.chdir(tmp_path)
     assert _main([f"dataset={name}:load", "partition=iid", *SMALL[1:]]) == 2
     assert "y is one-hot [90, 3], expected the numbers of the classes [N]." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("returned", "kind"), [("None", "a NoneType"), ("1.0", "a float")])
+@pytest.mark.parametrize(("function", "arguments"), [("loss", "network, batch"), ("predict", "network, x")])
+def test_a_function_that_returns_no_tensor_is_refused(
+    run, function: str, arguments: str, returned: str, kind: str
+) -> None:
+    code, screen, _ = run(f"def {function}(self, {arguments}):\n        return {returned}")
+    assert code == 2
+    assert f"strategy=MyUpdate.{function}: expected a {function} that returns a tensor, not {kind}." in screen

@@ -79,23 +79,56 @@ def call_custom(
     return function(**given)
 
 
-def warn_of_similar_names(kind: type, base: type) -> None:
-    """Say which functions of a class resemble one that it could override, and are called by none of its functions.
+def check_overrides(kind: type, base: type) -> None:
+    """Look at what a subclass, just defined, overrides of a base class.
 
-    ``personalise`` would otherwise be ignored, and the inherited ``personalize`` run.
+    Functions and attributes that resemble one it could override, and are used by none of its functions, are named in a
+    warning: ``personalise`` would otherwise be ignored, and the inherited ``personalize`` run.
 
     Parameters
     ----------
     kind : type
-        A subclass of `base`, just defined.
+        A subclass of `base`.
     base : type
+
+    Raises
+    ------
+    ConfigError
+        If a function cannot be called as that of `base` is.
     """
     functions = {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
-    called = {n for name, function in functions.items() for n in function.__code__.co_names if n != name}
-    inherited = {name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))}
-    for name in functions:
-        if name.startswith("_") or name in called or any(name in vars(parent) for parent in kind.__mro__[1:]):
+    used = {n for name, function in functions.items() for n in function.__code__.co_names if n != name}
+    options = vars(kind).get("__annotations__", {})
+    for name, value in vars(kind).items():
+        if name.startswith("_") or name in options or not (inspect.isfunction(value) or _is_plain(value)):
             continue
-        (near,) = difflib.get_close_matches(name, inherited, n=1, cutoff=0.8) or [name]
-        if near not in functions:
-            log.warning("%s.%s is never called (did you mean '%s'?).", kind.__name__, name, near)
+        if inspect.isfunction(value) and inspect.isfunction(inherited := getattr(base, name, None)):
+            _check_parameters(f"{kind.__name__}.{name}", value, inherited)
+        if name in used or any(name in vars(parent) for parent in kind.__mro__[1:]):
+            continue
+        similar = {n for n in dir(base) if not n.startswith("_") and _is_plain(getattr(base, n)) == _is_plain(value)}
+        (near,) = difflib.get_close_matches(name, similar, n=1, cutoff=0.8) or [name]
+        if near not in vars(kind):
+            unused = "read" if _is_plain(value) else "called"
+            log.warning("%s.%s is never %s (did you mean '%s'?).", kind.__name__, name, unused, near)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a class attribute is a value, and nothing that is called or computed."""
+    return not callable(value) and not hasattr(value, "__get__")
+
+
+def _check_parameters(name: str, function: Callable[..., Any], inherited: Callable[..., Any]) -> None:
+    """Refuse a function that takes fewer or more parameters than the one it overrides is called with."""
+    required = [p for p in inspect.signature(inherited).parameters.values() if p.default is p.empty]
+    names = [p.name for p in required if p.kind is p.POSITIONAL_OR_KEYWORD]
+    signature = inspect.signature(function)
+    by_name = {p.name: None for p in required if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_name_alone = {key: value for key, value in by_name.items() if key not in names}
+    for arguments, keywords in (((None,) * len(names), by_name_alone), ((), by_name)):
+        try:
+            signature.bind(*arguments, **keywords)
+        except TypeError:
+            continue
+        return
+    raise ConfigError(name, str(signature), f"the parameters it is called with, ({', '.join(by_name)})")

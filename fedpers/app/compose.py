@@ -114,6 +114,9 @@ def sentence(error: Exception, arguments: Sequence[str]) -> FedpersError:
         if group.startswith("hydra/"):
             return unknown(group, name, getattr(error, "options", None) or [])
         custom = f", or {CUSTOM}" if group in ("dataset", "model", "strategy") else ""
+        module, dot, part = name.rpartition(".")
+        if custom and dot and module not in group_names(group):
+            return ConfigError(group, name, f"{CUSTOM}, of a part of your own: {module}:{part}")
         if group == "strategy" and name in SERVER_OPTIMIZERS:
             return ConfigError(group, name, f"fedavg, with server_optimizer={SERVER_OPTIMIZERS[name]}")
         return ConfigError(group, name, one_of(group_names(group), name) + custom)

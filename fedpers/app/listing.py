@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpers import tasks
+from fedpers.errors import FedpersError, one_of
 from fedpers.settings.base import choices
 from fedpers.settings.groups import GROUPS, method_docstring, method_names
 from fedpers.settings.model import KINDS as NETWORKS
@@ -37,8 +38,10 @@ def command(arguments: list[str]) -> int:
     Of data sets also where they come from, of methods the year and what clients share and keep.
     """
     parser = argparse.ArgumentParser(prog="fedpers list", description="What there is to choose from.")
-    parser.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
     kind = parser.parse_args(arguments).kind
+    if kind not in KINDS:
+        raise FedpersError(f"fedpers list {kind or 'KIND'}: expected {one_of(KINDS, kind or '')}.")
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
     for name, line in _lines(kind).items():
         table.add_row(name, Text(line))

@@ -58,6 +58,7 @@ def command(arguments: list[str]) -> int:
             raise FedpersError(f"{options.csv} cannot be written ({error}).") from error
     if options.plot is not None:
         draw_clients(rows, title, options.plot)
+        print(options.plot)
     return 0
 
 

@@ -15,4 +15,5 @@ def command(arguments: list[str]) -> int:
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="picture to write: .svg, .png, .pdf")
     options = parser.parse_args(arguments)
     plot_run(options.folder, options.out)
+    print(options.out)
     return 0

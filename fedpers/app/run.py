@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedpers.app.compose import register_choices, sentence
 from fedpers.app.keys import check_choices, with_open_keys
-from fedpers.app.result import exit_code, print_error, print_result
+from fedpers.app.result import exit_code, print_error, print_result, shown
 from fedpers.app.sweeps.jobs import perform
 from fedpers.app.sweeps.launch import Sweep
 from fedpers.app.sweeps.names import as_typed
@@ -35,7 +36,9 @@ from fedpers.app.sweeps.plugins import (
 from fedpers.app.sweeps.record import Record
 from fedpers.errors import ConfigError, FedpersError, one_of
 from fedpers.run import run
+from fedpers.run.signals import Interrupted
 from fedpers.settings import Config, build
+from fedpers.settings.base import options
 from fedpers.settings.groups import conf_folder, group_names
 
 
@@ -67,6 +70,10 @@ class _Job:
             summary = run(build(Config, resolved), folder, resolved)
             self.exit_code = exit_code(summary)
             return print_result(summary, folder)
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "reason", ""):
+                raise
+            raise Interrupted(signal.SIGINT, f"interrupted; what the run has done is in {shown(folder)}") from stop
         except Exception as error:  # printed at once: Hydra would add lines
             self.exit_code = print_error(error)
             _remove_if_unused(folder, Path(resolved["output"]))
@@ -101,6 +108,7 @@ def execute(arguments: list[str], record: Record) -> int:
     record : Record
         Of the sweep, if it becomes one.
     """
+    _check_dashes(arguments)
     check_choices(arguments)
     check_plugins(arguments)
     arguments = with_search_defaults(with_open_keys(arguments))
@@ -141,6 +149,16 @@ def execute(arguments: list[str], record: Record) -> int:
     if failures:
         print("\n".join(failures), file=sys.stderr)
     return sweep.exit_code()
+
+
+def _check_dashes(arguments: list[str]) -> None:
+    """Refuse ``--rounds 3`` in a sentence, of which Hydra would print the usage of its own options."""
+    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, given = argument.removeprefix("--").partition("=")
+        key = name.replace("-", "_")
+        if argument.startswith("--") and key.partition(".")[0] in {*options(Config), "hydra"}:
+            given = given if equals else value if "=" not in value and not value.startswith("-") else "VALUE"
+            raise FedpersError(f"'{argument}': settings are typed as key=value, without dashes: {key}={given}.")
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class CohortApp(ClientApp):
         if not isinstance(model, nn.Module):
             hint = ": call it" if callable(model) else ""
             raise ConfigError("model", getattr(model, "__name__", type(model).__name__), f"a torch.nn.Module{hint}")
-        allowed = "fedpers.FederatedData, which FederatedData.from_clients makes of arrays and data sets of clients"
+        allowed = "fedpers.data.FederatedData, which FederatedData.from_clients makes of arrays and sets of clients"
         check(isinstance(data, FederatedData), "data", type(data).__name__, allowed)
         self.update = update
         self.mods = tuple(mods)
@@ -321,8 +321,7 @@ class CohortApp(ClientApp):
             See :class:`~fedpers.client.predictor.Predictor`.
         """
         cohort = self.cohort([client], state, config)
-        networks = self.update.personalize(cohort, self._with_dtypes(received), config)
-        networks = self.update.fine_tuned(cohort, networks)
+        networks = self.update.evaluated_networks(cohort, self._with_dtypes(received), config)
         return predictor(self.module, self.update, networks, inputs)
 
     def _encoded(

@@ -96,7 +96,7 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         allowed = "a network that leaves its inputs as they are: x = x - 1 in place of x -= 1, no inplace=True first"
         check(torch.equal(x, data.x[:3]) or not bool((x == x).all()), "model", name, allowed)
         if type(update).loss is LocalUpdate.loss:
-            _warn_of_probabilities(out, data, name)
+            _warn_of_probabilities(update.predict(network, data.x[:32].clone()), data, name)
         _loss(update, network, Batch(x, y, None, network.given, data.task))
         draws = _changed(before, data.device)
         allowed = "a network that draws from PyTorch's generator alone, which is seeded for each client and step"
@@ -126,14 +126,18 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
 
 
 def _warn_of_probabilities(out: Tensor, data: FederatedData, name: str) -> None:
-    """Say that a network ends in a softmax, of which the cross-entropy takes another: it would learn slowly."""
-    several = data.task.classes and out.dim() == 2 and out.shape[1] > 1
-    if several and bool((out >= 0).all()) and torch.allclose(out.sum(1), out.new_ones(len(out)), atol=1e-4):
+    """Say that a network ends in a softmax or sigmoid: cross-entropy takes a softmax itself, and learns slowly."""
+    several = data.task.classes and out.dim() == 2 and out.shape[1] > 1 and len(out) > 1
+    if not several or not bool(((out >= 0) & (out <= 1)).all()):
+        return
+    softmax = torch.allclose(out.sum(1), out.new_ones(len(out)), atol=1e-4)
+    values, last = ("probabilities, rows that sum to 1", "softmax") if softmax else ("values from 0 to 1", "sigmoid")
+    if softmax or out.numel() >= 32:  # of fewer numbers all may lie there by chance
         log.warning(
-            "model=%s returns probabilities, rows that sum to 1; the loss expects scores and takes their softmax "
-            "itself, so that the network learns slowly. Leave out its last softmax.",
-            name,
-        )
+            "model=%s returns %s; the loss expects scores and takes their softmax itself, so that the network learns "
+            "slowly. Leave out its last %s.",
+            name, values, last,
+        )  # fmt: skip
 
 
 def check_parts(update: LocalUpdate) -> None:

@@ -28,7 +28,7 @@ from fedpers.cohort import (
 )
 from fedpers.cohort.plan import smallest_batch
 from fedpers.cohort.prediction import Predict
-from fedpers.custom import warn_of_similar_names
+from fedpers.custom import check_overrides
 from fedpers.data.federated import EVALUATED_PARTS, FederatedData, Part
 from fedpers.errors import check
 from fedpers.settings.base import Settings
@@ -112,7 +112,7 @@ class LocalUpdate(Settings, group="strategy"):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        warn_of_similar_names(cls, LocalUpdate)
+        check_overrides(cls, LocalUpdate)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +172,7 @@ class LocalUpdate(Settings, group="strategy"):
         Tree
             Batch size [], by role; the default holds the personal entries under ``model``.
         """
-        names = select(module, self.personal, self._parts_key)
+        names = select(module, self.personal, self._key_of("personal"))
         return tree({"model": template.select(*names)} if names else {})
 
     def initial_arrays(self, template: Tree, module: nn.Module) -> Tree:
@@ -184,13 +184,24 @@ class LocalUpdate(Settings, group="strategy"):
             The initial network, batch size [].
         module : nn.Module
             The network that :meth:`adapt_model` returned, prepared.
-        """
-        return template.select(*select(module, self.shared, self._parts_key))
 
-    @property
-    def _parts_key(self) -> str:
-        """Setting that says what is shared and personal, for messages."""
-        return "selection" if self.personal_layers is None else "strategy.personal_layers"
+        Raises
+        ------
+        ConfigError
+            If the network has no part of the name, or all parameters of the shared parts are frozen.
+        """
+        names = select(module, self.shared, self._key_of("shared"))
+        parts = self.shared if isinstance(self.shared, str) else ", ".join(self.shared)
+        trained = set(select(module, "parameters"))
+        partly_frozen = trained and any(not parameter.requires_grad for parameter in module.parameters())
+        allowed = f"a network with parameters that are trained in what {type(self).__name__} shares ({parts})"
+        shares_nothing = partly_frozen and self.shared != "none" and not trained & set(names)
+        check(not shares_nothing, "model", type(module).__name__, allowed)
+        return template.select(*names)
+
+    def _key_of(self, attribute: str) -> str:
+        """What says which parts are shared or personal, for messages."""
+        return f"{type(self).__name__}.{attribute}" if self.personal_layers is None else "strategy.personal_layers"
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:
         """What :meth:`loss` and :meth:`predict` of one client may find in ``batch.given`` and ``network.given``.
@@ -308,6 +319,20 @@ class LocalUpdate(Settings, group="strategy"):
         )
         return View.of(params, view.given)
 
+    def evaluated_networks(self, cohort: Cohort, received: Received, config: Mapping[str, Any]) -> Tree | View:
+        """Networks that are evaluated: what :meth:`personalize` returns, :meth:`fine_tuned`.
+
+        Raises
+        ------
+        TypeError
+            If :meth:`personalize` returns no networks.
+        """
+        networks = self.personalize(cohort, received, config)
+        if not isinstance(networks, Tree | View):
+            expected = "expected networks, as cohort.view(received['arrays']) or cohort.assemble(...) make them"
+            raise TypeError(f"{type(self).__name__}.personalize returned {networks!r:.100}: {expected}")
+        return self.fine_tuned(cohort, networks)
+
     def predict(self, network: Network, x: Tensor) -> Tensor:
         """Class scores ``[B, C]`` of one client for inputs `x` ``[B, ...]``, or what else the data's task measures."""
         return network(x)
@@ -364,7 +389,7 @@ class LocalUpdate(Settings, group="strategy"):
             ``{part}-{name}-{metric}`` for those of :meth:`extra_models` and :meth:`further_predictions`; and
             ``adaptation-gradients``, the gradients computed to personalize before predicting.
         """
-        networks = self.fine_tuned(cohort, self.personalize(cohort, received, config))
+        networks = self.evaluated_networks(cohort, received, config)
         measured: dict[str, tuple[Tree | View, Predict]] = {"": (networks, self.predict)}
         extra = self.extra_models(cohort, received, config)
         measured.update({f"{name}-": (others, self.predict) for name, others in extra.items()})

@@ -88,7 +88,7 @@ def custom(config: DatasetConfig, split: SplitConfig, seed: int) -> Dataset | Fe
     function = import_custom("dataset.name", config.name)
     check(callable(function), "dataset.name", config.name, "module:function")
     made = call_custom("dataset", config.name, function, {}, config.arguments or {})
-    name = config.name.partition(":")[2]
+    name = config.name
     if isinstance(made, Dataset):
         return made
     why = f"because {config.name} divides its samples itself"

@@ -303,6 +303,9 @@ class _Run:
                     progress.error = str(error)
                     raise
                 log.info("the round under way is lost: %s", error)  # its machines were stopped too
+            except Interrupted as stop:
+                stop.reason = stop.reason or self._stopped()
+                raise
             finally:
                 self._write_results()
                 trackers.summary(

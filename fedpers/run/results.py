@@ -105,6 +105,8 @@ def summarize(config: Config, setup: Setup, progress: Progress, seconds: float) 
     detail = {
         "dirichlet": f"(alpha={partition.alpha:g})",
         "inner_dirichlet": f"(alpha={partition.alpha:g}, {partition.sizes})",
+        "pfllib_dirichlet": f"(alpha={partition.alpha:g})",
+        "pfllib_pathological": f"(classes_per_client={partition.classes_per_client})",
         "pathological": f"(classes_per_client={partition.classes_per_client})",
         "power_law": f"(classes_per_client={partition.classes_per_client}, sigma={partition.sigma:g})",
         "shards": f"(shards_per_client={partition.shards_per_client})",

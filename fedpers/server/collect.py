@@ -20,7 +20,7 @@ from torch import Tensor
 from fedpers.client.results import ClientResult, CohortResult
 from fedpers.client.update import EXTRA
 from fedpers.cohort import Fold, Records, Tree, entries
-from fedpers.records import array_records, trees
+from fedpers.records import ARRAYS, array_records, trees
 from fedpers.server.postprocessors.base import Postprocessor
 
 
@@ -360,7 +360,10 @@ def _name_problem(names: set[tuple[str, str]], schema: Schema) -> str:
     if unknown := sorted(names - schema.keys()):
         return f"'{'/'.join(unknown[0])}' is in its reply, but the method declares no such entry"
     missing = sorted(key for key, entry in schema.items() if key not in names and not entry.optional)
-    return f"'{'/'.join(missing[0])}' is missing in its reply" if missing else ""
+    if not missing:
+        return ""
+    begins = "; a server begins with what clients share, client_app.initial_arrays()" if missing[0][0] == ARRAYS else ""
+    return f"'{'/'.join(missing[0])}' is missing in its reply{begins}"
 
 
 def _array_problem(name: str, shape: Sequence[int], value: Tensor, entry: Entry) -> str:

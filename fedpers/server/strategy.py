@@ -17,7 +17,7 @@ from pydantic import Field
 from fedpers.client.app import CohortApp
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Fold, Records, Tree, WeightedMean, entries, tree
-from fedpers.custom import warn_of_similar_names
+from fedpers.custom import check_overrides
 from fedpers.errors import TrainingError, check
 from fedpers.failures import FirstOfEachKind, sentence_of
 from fedpers.identity import INVERSE_VARIANCE, READS, check_config, check_halves, check_plain_clients, register
@@ -134,7 +134,7 @@ class PersonalizedStrategy(RoundsConfig, FlowerFedAvg, group="strategy"):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        warn_of_similar_names(cls, PersonalizedStrategy)
+        check_overrides(cls, PersonalizedStrategy)
         if "update" in cls.__dict__:
             register(cls.update)
 

@@ -57,6 +57,7 @@ from fedpers.cohort import (
 from fedpers.cohort.classes import class_sums
 from fedpers.cohort.fold import REPLIES
 from fedpers.data.federated import FederatedData
+from fedpers.errors import check
 from fedpers.records import ARRAYS
 from fedpers.server.collect import Schema, schema_of
 from fedpers.server.tools import ClientTable
@@ -83,9 +84,11 @@ class FedPACUpdate(LocalUpdate):
         check_passes(self, "head_epochs", "body_epochs")
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
-        """Refuse networks without features and data without classes."""
+        """Refuse networks without features that are trained, and data without classes."""
         check_classes("fedpac", data)
-        body_and_head("fedpac", model)
+        body, _ = body_and_head("fedpac", model)
+        trained = any(parameter.requires_grad for parameter in body.parameters())
+        check(trained, "model", type(model).__name__, "a network whose body is not frozen, for strategy=fedpac")
         return model, data
 
     def example_given(self, template: Tree, data: FederatedData) -> Given:

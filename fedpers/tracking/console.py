@@ -43,7 +43,8 @@ class WithoutProgress(io.TextIOBase):
 class ConsoleTracker:
     """Progress bar with a validation score and rounds per second.
 
-    Where there is no terminal, as in a job's log: a line for an evaluated round, if the last one is 30 seconds old.
+    Where there is no terminal, as in a job's log: a line for an evaluated round, if the last one is 30 seconds old, and
+    for a round without a score, if the last one is a minute old.
 
     Parameters
     ----------
@@ -93,15 +94,17 @@ class ConsoleTracker:
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Move the bar to `round`; a round without a score keeps the one before."""
         self._progress.update(self._task, completed=round)
+        score = ""
         if self._headline in metrics:
             score = f"val {100 * float(metrics[self._headline]):.1f} %"
             self._progress.update(self._task, score=score)
-            now = time.monotonic()
-            if self._lines and now - self._last_line >= _SECONDS_PER_LINE and round < self._total:
-                seconds = (now - self._began) / (round - self._done)
-                text = f"{self._name}: round {round} of {self._total}, {score}, {seconds:.2g} s a round"
-                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-                self._last_line = now
+        now = time.monotonic()
+        wait = _SECONDS_PER_LINE if score else 2 * _SECONDS_PER_LINE
+        if self._lines and now - self._last_line >= wait and self._done < round < self._total:
+            seconds = (now - self._began) / (round - self._done)
+            text = f"{self._name}: round {round} of {self._total}{', ' * bool(score)}{score}, {seconds:.2g} s a round"
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._last_line = now
         task = self._progress.tasks[0]
         speed = task.finished_speed or task.speed
         if speed:

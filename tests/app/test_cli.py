@@ -433,6 +433,12 @@ def test_a_run_of_which_no_round_can_be_selected_says_so(
     ("arguments", "sentence"),
     [
         (["strategy=dito"], f"expected one of {len(STRATEGIES)} names (did you mean 'ditto'?), or module:Name."),
+        (["strategy=mine.Anchored"], "expected module:Name, of a part of your own: mine:Anchored."),
+        (["--rounds", "3"], "'--rounds': settings are typed as key=value, without dashes: rounds=3."),
+        (
+            ["--training.lr=0.1"],
+            "'--training.lr=0.1': settings are typed as key=value, without dashes: training.lr=0.1.",
+        ),
         (["strategy=xyzzy"], "strategy=xyzzy: expected one of apfl, clustered, cwfedavg, ditto, "),
         (["strategy=fedavgm"], "strategy=fedavgm: expected fedavg, with server_optimizer=momentum."),
         (["--help", "fedrep"], "fedrep is strategy=fedrep."),

@@ -172,9 +172,10 @@ def test_a_method_that_names_no_client_half_is_refused() -> None:
             "MyUpdate.personalise is never called",
         ),
         ("", "def combined(self, arrays, means, clients):\n        ...", "Mine.combined is never called"),
+        ("shard = 'body'", "", "MyUpdate.shard is never read"),
     ],
 )
-def test_a_misspelled_function_is_said(
+def test_a_misspelled_function_or_attribute_is_said(
     run, caplog: pytest.LogCaptureFixture, client: str, server: str, warning: str
 ) -> None:
     code, _, _ = run(client, server)
@@ -189,17 +190,75 @@ def test_a_misspelled_function_is_said(
         "        self.losses(network)\n        return super().loss(network, batch)",
         "def _loss(self, network):\n        ...",
         "def temperature(self):\n        ...",
+        "share: float = 0.5  # an option",
+        "SHARED = 'body'",
     ],
 )
 def test_helpers_of_a_method_are_no_misspelling(run, caplog: pytest.LogCaptureFixture, client: str) -> None:
     code, _, _ = run(client)
     assert code == 0
-    assert "never called" not in caplog.text
+    assert "never" not in caplog.text
 
 
-@pytest.mark.parametrize(("last", "said"), [("nn.Softmax(1)", True), ("nn.LogSoftmax(1)", False), ("nn.ReLU()", False)])
-def test_a_network_that_ends_in_a_softmax_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: str, said: bool
+@pytest.mark.parametrize(
+    ("client", "server", "sentence"),
+    [
+        (
+            "def personalize(self, cohort, received):\n        ...",
+            "",
+            "MyUpdate.personalize=(self, cohort, received): expected the parameters it is called with, (self, cohort, "
+            "received, config).",
+        ),
+        (
+            "def loss(self, network, x, y):\n        ...",
+            "",
+            "MyUpdate.loss=(self, network, x, y): expected the parameters it is called with, (self, network, batch).",
+        ),
+        (
+            "",
+            "def combine(self, arrays, means):\n        ...",
+            "Mine.combine=(self, arrays, means): expected the parameters it is called with, (self, arrays, means, "
+            "clients).",
+        ),
+        ("shared = 'bdy'", "", "MyUpdate.shared=bdy: expected one of"),
+        ("personal = 'hed'", "", "MyUpdate.personal=hed: expected one of"),
+    ],
+)
+def test_what_a_method_cannot_be_used_with_is_refused_before_a_round(
+    run, client: str, server: str, sentence: str
+) -> None:
+    code, screen, _ = run(client, server)
+    assert code == 2
+    assert screen.startswith(f"fedpers: {sentence}")
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    ["self, cohort, received, config, extra=None", "self, *given", "self, cohort, received, config, **more"],
+)
+def test_further_parameters_of_an_override_are_allowed(run, parameters: str) -> None:
+    cohort = "given[0].view(given[1]" if "given" in parameters else "cohort.view(received"
+    code, _, _ = run(f"def personalize({parameters}):\n        return {cohort}['arrays'])")
+    assert code == 0
+
+
+def test_networks_that_are_none_are_named(run) -> None:
+    _, screen, _ = run("def personalize(self, cohort, received, config):\n        pass")
+    assert "TypeError: MyUpdate.personalize returned None: expected networks, as cohort.view(" in screen
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("nn.Softmax(1)", "probabilities, rows that sum to 1"),
+        ("nn.Sigmoid()", "values from 0 to 1"),
+        ("nn.LogSoftmax(1)", ""),
+        ("nn.ReLU()", ""),
+        ("nn.Identity()", ""),
+    ],
+)
+def test_a_network_that_ends_in_a_softmax_or_sigmoid_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: str, said: str
 ) -> None:
     name = f"net_{uuid4().hex}"
     (tmp_path / f"{name}.py").write_text(
@@ -207,7 +266,8 @@ def test_a_network_that_ends_in_a_softmax_is_said(
     )
     monkeypatch.chdir(tmp_path)
     assert _main([f"model={name}:build", "strategy=fedavg", *SMALL]) == 0
-    assert ("returns probabilities" in capsys.readouterr().err) is said
+    shown = capsys.readouterr().err
+    assert f"returns {said};" in shown if said else "returns" not in shown
 
 
 @pytest.mark.parametrize(
@@ -215,7 +275,7 @@ def test_a_network_that_ends_in_a_softmax_is_said(
     [
         (lambda: nn.Linear(2, 2), None, "model=<lambda>: expected a torch.nn.Module: call it."),
         (nn.ReLU, None, "model=ReLU: expected a torch.nn.Module: call it."),
-        (nn.Linear(2, 2), [], "data=list: expected fedpers.FederatedData, which FederatedData.from_clients makes"),
+        (nn.Linear(2, 2), [], "data=list: expected fedpers.data.FederatedData, which FederatedData.from_clients makes"),
     ],
 )
 def test_arguments_of_a_client_app(model: object, data: object, sentence: str) -> None:

@@ -76,6 +76,19 @@ def test_settings_that_cannot_be_used_are_a_sentence(tmp_path: Path, capsys: pyt
     assert "there are no classes to draw" in error_line("partition", "dataset=synthetic_ratings", "--plot", "a.png")
 
 
+@pytest.mark.parametrize(("typed", "hint"), [([], ""), (["dataset"], " (did you mean 'datasets'?)")])
+def test_list_names_the_kinds(typed: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["list", *typed]) == 2
+    kinds = "datasets, heterogeneity, methods, models, partitions, strategies, tasks"
+    expected = f"fedpers: fedpers list {''.join(typed) or 'KIND'}: expected one of {kinds}{hint}.\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_picture_that_was_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["partition", "partition.num_clients=4", "--plot", str(tmp_path / "a.svg")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "a.svg")
+
+
 @pytest.mark.parametrize("kind", ["datasets", "partitions", "heterogeneity", "models", "strategies", "tasks"])
 def test_what_there_is_to_choose_from(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["list", kind]) == 0

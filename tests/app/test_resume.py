@@ -525,7 +525,7 @@ main(sys.argv[1:])
     assert process.returncode == 143
     assert process.stderr.splitlines()[1:] == [
         "fedpers: finishing round 4, then stopping; Ctrl-C again stops at once.",
-        "fedpers: interrupted; what a run has done so far is kept in its folder.",
+        f"fedpers: stopped after round 3; 'fedpers resume {folder}' goes on after round 2.",
     ]
     assert checkpoints_of(folder) == ["round_000002"]
     assert json.loads((folder / "summary.json").read_text())["rounds_done"] == 3
@@ -568,8 +568,26 @@ def test_without_checkpoints_a_signal_stops_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == "fedpers: interrupted; what a run has done so far is kept in its folder.\n"
-    assert json.loads((folder / "summary.json").read_text())["interrupted"] is True
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["interrupted"] is True
+    assert errors == f"fedpers: stopped after round {summary['rounds_done']}; there is no checkpoint.\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_round_names_the_folder(tmp_path: Path) -> None:
+    script = """
+import signal, sys
+from fedpers.app import main
+from fedpers.app import run as module
+def interrupted(*arguments):
+    signal.default_int_handler(signal.SIGINT, None)
+module.run = interrupted
+main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", script, *SMALL, f"hydra.run.dir={tmp_path / 'run'}"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert process.returncode == 130
+    assert process.stderr == f"fedpers: interrupted; what the run has done is in {tmp_path / 'run'}.\n"
 
 
 @pytest.mark.slow

@@ -160,6 +160,13 @@ def test_npz_owners(tmp_path: Path, ids: Any) -> None:
     assert owner[0] == owner[1] > owner[2]
 
 
+def test_signs_are_two_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = DatasetConfig("npz", root=npz(tmp_path, x=np.zeros((4, 2)), y=np.array([1, -1, -1, 1])))
+    data = load_dataset(config)
+    assert (data.y.tolist(), data.num_classes, data.class_names) == ([1, 0, 0, 1], 2, ("-1", "1"))
+    assert "the labels -1, 1 are numbered as classes 0 to 1." in caplog.text
+
+
 X, Y = np.zeros((3, 2)), np.array([0, 1, 1])
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import flwr.app as flower
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fedpers.cohort import leaves
 from fedpers.data import DatasetConfig, PartitionConfig, SplitConfig, load_federated
-from fedpers.errors import ConfigError
+from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
 from fedpers.models import ModelConfig, build_model
 from fedpers.records import from_record
@@ -53,6 +54,28 @@ def started(strategy: PersonalizedStrategy, app: CohortApp, rounds: int = 2) -> 
     assert strategy.report.failures == strategy.report.evaluation_failures == {}
     kept = {name.split("/")[1].split(".")[0] for name in leaves(app.initial_state) if name.startswith("model/")}
     return {name.split(".")[0] for name in from_record(result.arrays).keys()}, kept, grid  # noqa: SIM118
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedrep", "fedas", "fedbabu", "fedpac", "fedgh"])
+def test_a_frozen_body_is_refused_where_it_is_what_is_shared(method: str) -> None:
+    given = problem(method)
+    given.network.body.requires_grad_(False)
+    _, update = make_strategy(method, given.options, training=given.training)
+    if method == "fedgh":  # its server trains the head
+        assert set(update.client_app(given.network, given.data).initial_arrays()) == {"head.weight", "head.bias"}
+        return
+    with pytest.raises(ConfigError, match=r"^model=SmallNetwork: expected a network (with param|whose body is not)"):
+        update.client_app(given.network, given.data)
+
+
+def test_a_server_that_begins_with_the_whole_network_is_told_with_what_it_begins() -> None:
+    given = problem("fedper")
+    strategy, update = make_strategy("fedper", given.options, training=given.training)
+    app = update.client_app(given.network, given.data)
+    strategy.attach(app)
+    arrays = flower.ArrayRecord(given.network.state_dict())
+    with pytest.raises(TrainingError, match=r"missing in its reply; a server begins .* client_app\.initial_arrays\(\)"):
+        strategy.start(LocalGrid(app, app.data.num_clients), arrays, num_rounds=1)
 
 
 @pytest.mark.parametrize("variant", ["paper", "pfllib"])

@@ -174,12 +174,18 @@ def test_console_writes_lines_of_long_runs_where_there_is_no_terminal(monkeypatc
         (14, 40, {}),
         (15, 50, METRICS),
         (16, 60, METRICS),
-        (40, 99, METRICS),
+        (26, 109, {}),
+        (27, 110, {}),
+        (28, 120, METRICS),
+        (40, 150, METRICS),
     ]:
         now[0] = seconds
         tracker.log(round, metrics)
     tracker.close()
-    assert console.file.getvalue() == "fedrep [x]: round 15 of 40, val 50.0 %, 10 s a round\n"
+    assert console.file.getvalue() == (
+        "fedrep [x]: round 15 of 40, val 50.0 %, 10 s a round\n"
+        "fedrep [x]: round 27 of 40, 6.5 s a round\n"  # a minute without a score
+    )
 
 
 def test_console_writes_no_lines_within_a_sweep(monkeypatch):

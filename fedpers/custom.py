@@ -9,9 +9,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
-from fedpers.errors import ConfigError, one_of
+from fedpers.errors import ConfigError, FedpersError, one_of
+from fedpers.failures import described
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +33,21 @@ def import_custom(key: str, name: str) -> Any:
         If the module cannot be imported, or has nothing of that name.
     """
     module, _, attribute = name.partition(":")
+    if not attribute or not all(module.split(".")):
+        raise ConfigError(key, name, "module:Name, e.g. mine:Net")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         imported = importlib.import_module(module)
-    except (ImportError, SyntaxError) as error:
+    except FedpersError:
+        raise
+    except Exception as error:  # whatever a module does when it is imported
         if module.endswith(".py"):
             raise ConfigError(
                 key, name, f"the module's name without .py: {module.removesuffix('.py')}:{attribute}"
             ) from error
-        raise ConfigError(key, name, f"module:Name of a module that can be imported ({error})") from error
+        log.debug("%s cannot be imported:", module, exc_info=error)
+        raise ConfigError(key, name, f"module:Name of a module that can be imported ({described(error)})") from error
     if not hasattr(imported, attribute):
         raise ConfigError(key, name, f"module:Name, but module {module} has no {attribute}")
     return getattr(imported, attribute)
@@ -97,7 +104,7 @@ def check_overrides(kind: type, base: type) -> None:
         If a function cannot be called as that of `base` is.
     """
     functions = {name: value for name, value in vars(kind).items() if inspect.isfunction(value)}
-    used = {n for name, function in functions.items() for n in function.__code__.co_names if n != name}
+    used = {n for name, function in functions.items() for n in _names_in(function.__code__) if n != name}
     options = vars(kind).get("__annotations__", {})
     for name, value in vars(kind).items():
         if name.startswith("_") or name in options or not (inspect.isfunction(value) or _is_plain(value)):
@@ -111,6 +118,12 @@ def check_overrides(kind: type, base: type) -> None:
         if near not in vars(kind):
             unused = "read" if _is_plain(value) else "called"
             log.warning("%s.%s is never %s (did you mean '%s'?).", kind.__name__, name, unused, near)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    """Names that a function uses, and those of functions within it."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names_in, inner))
 
 
 def _is_plain(value: Any) -> bool:

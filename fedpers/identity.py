@@ -72,12 +72,9 @@ def check_plain_clients(strategy: PersonalizedStrategy) -> None:
     ------
     ConfigError
     """
-    from fedpers.client.update import LocalUpdate
-
     update = type(strategy).update
-    plain = all(getattr(update, hook) is getattr(LocalUpdate, hook) for hook in ("train", "loss", "personalize"))
     allowed = f"clients that {update.__name__}().client_app(network, data) makes for {type(strategy).__name__}"
-    check(plain and update.personal == "none", "client_app", "another Flower ClientApp", allowed)
+    check(update.is_plain(), "client_app", "another Flower ClientApp", allowed)
 
 
 def check_halves(strategy: PersonalizedStrategy, identity: Mapping[str, Any]) -> None:

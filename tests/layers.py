@@ -186,6 +186,35 @@ class ChangesInputs(nn.Module):
         return self.head(x)
 
 
+class Counts(nn.Module):
+    """Counts its calls, in a buffer: a persistent one, or not."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(()), persistent=persistent)
+        self.calls: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1.0)
+        return self.head(x) + 0.1 * self.calls
+
+
+class MakesTable(nn.Module):
+    """Keeps a table of constants in a buffer that is not persistent, and makes it when it is first needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("table", None, persistent=False)
+        self.table: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.linspace(0, 1, 8, dtype=x.dtype)
+        return self.head(x + self.table)
+
+
 class NoHead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -270,6 +299,12 @@ KINDS = [
     Kind("draws from random", lambda: DrawsElsewhere(random.random), VECTOR, REFUSED),
     Kind("centered on the batch", CentersOnBatch, VECTOR, REFUSED),
     Kind("changes its inputs", ChangesInputs, VECTOR, REFUSED),
+    Kind("counts in an evaluation", lambda: Counts(True), VECTOR, REFUSED),
+    Kind("a running mean that is not persistent", lambda: Counts(False), VECTOR, REFUSED),
+    Kind("a table that is made when it is needed", MakesTable, VECTOR),
+    Kind("embedding with a largest norm", lambda: Through(nn.Embedding(20, 8, max_norm=0.5), 8, _mean), TOKENS, REFUSED, tokens=20),
+    Kind("embedding with sparse gradients", lambda: Through(nn.Embedding(20, 8, sparse=True), 8, _mean), TOKENS, REFUSED, tokens=20),
+    Kind("weight norm of old", lambda: Through(nn.utils.weight_norm(nn.Linear(8, 8)), 8), VECTOR, REFUSED),
     Kind("frozen parts", _half_frozen, VECTOR),
     Kind("no head", NoHead, VECTOR),
     Kind("returns scores and features", ReturnsFeatures, VECTOR, REFUSED),

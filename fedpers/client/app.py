@@ -106,7 +106,12 @@ class CohortApp(ClientApp):
         # where clients compute, so that what a method computes once is computed there
         allowed = "a network that has parameters, which this one does not"
         check(next(model.parameters(), None) is not None, "model", type(model).__name__, allowed)
-        model, data = take_fields(copy.deepcopy(model), data.fields).to(self.device), data.to(self.device)
+        try:
+            copied = copy.deepcopy(model)
+        except RuntimeError as error:  # of tensors that were computed, not made
+            allowed = f"a network that can be copied, e.g. with parametrizations.weight_norm, not weight_norm ({error})"
+            raise ConfigError("model", type(model).__name__, allowed) from error
+        model, data = take_fields(copied, data.fields).to(self.device), data.to(self.device)
         if head is not None:
             model = with_head(model, head, data.x[:2])
         adapted = update.adapt_model(model, data, seed)
@@ -271,7 +276,7 @@ class CohortApp(ClientApp):
         Raises
         ------
         TypeError
-            If the method returns neither a reply nor a sequence of metrics.
+            If the method returns neither a reply nor a sequence of metrics, or changes what was received in place.
         ValueError
             If the personal state that it returns is not as its initial state declares, or `clients` are in another
             order.
@@ -279,7 +284,11 @@ class CohortApp(ClientApp):
         received = self._with_dtypes(received)
         cohort = self.cohort(clients, state, config, module)
         name = kind.replace(".", "_")
+        before = _versions(received)
         output = getattr(self.update, name)(cohort, received, config)
+        if changed := [entry for entry, version in _versions(received).items() if version != before[entry]]:
+            expected = "expected the server's arrays as they were: other clients read them; change what assemble copies"
+            raise TypeError(f"{type(self.update).__name__}.{name} changed received '{changed[0]}' in place: {expected}")
         if not isinstance(output, Reply | Sequence):
             expected = "cohort.reply(...), or a mapping of metrics for each client"
             raise TypeError(f"{type(self.update).__name__}.{name} returned {output!r:.100}: expected {expected}")
@@ -445,6 +454,11 @@ def config_of(content: flower.RecordDict) -> dict[str, Any]:
     for record in content.config_records.values():
         merged.update(record)
     return merged
+
+
+def _versions(received: Received) -> dict[str, int]:
+    """How often each tensor was changed in place, by record and name."""
+    return {f"{record}/{name}": value._version for record, t in received.items() for name, value in leaves(t).items()}
 
 
 def _finite_clients(output: Reply, losses: Sequence[float]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Batch, Network, Tree, entries, select
+from fedpers.cohort.modules import named_state
 from fedpers.cohort.plan import lonely_sample_error
 from fedpers.data.federated import FederatedData
 from fedpers.errors import ConfigError, check
@@ -68,9 +69,10 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
     Raises
     ------
     ConfigError
-        If the network does not fit the data, changes its inputs in place, or in an evaluation draws random numbers or
-        predicts for a sample what depends on others; if the method's loss counts padding; if a client would have a
-        batch of one sample, and the network cannot train on it.
+        If the network does not fit the data, changes its inputs in place or a buffer that is not persistent, or in an
+        evaluation draws random numbers, changes values of its own, or predicts for a sample what depends on others; if
+        the method's loss counts padding; if a client would have a batch of one sample, and the network cannot train on
+        it.
     """
     name = type(module).__name__
     key = torch.zeros((), dtype=torch.int64, device=data.device)
@@ -93,11 +95,15 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
             check(isinstance(out, Tensor), "strategy", method, f"a predict that returns a tensor, not {_kind(out)}")
         check(isinstance(out, Tensor), "model", name, allowed)
         data.task.check_outputs(out, data, name)
+        unsaved = _unsaved_buffers(module)
         allowed = "a network that leaves its inputs as they are: x = x - 1 in place of x -= 1, no inplace=True first"
         check(torch.equal(x, data.x[:3]) or not bool((x == x).all()), "model", name, allowed)
         if type(update).loss is LocalUpdate.loss:
-            _warn_of_probabilities(update.predict(network, data.x[:32].clone()), data, name)
+            _warn_of_probabilities(update, network, data)
         _loss(update, network, Batch(x, y, None, network.given, data.task))
+        for buffer, value in _unsaved_buffers(module).items():
+            same = buffer in unsaved and torch.equal(value, unsaved[buffer])
+            check(same, "model", name, f"a network whose buffer '{buffer}', which training changes, is persistent")
         draws = _changed(before, data.device)
         allowed = "a network that draws from PyTorch's generator alone, which is seeded for each client and step"
         check(elsewhere == _states_outside_torch(), "model", name, allowed)
@@ -107,16 +113,7 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
         if not draws and not mixes_samples:
             _check_padding(update, network, data)
         _check_logit_adjustment(update, network, data)
-        module.eval()
-        before = _generator_states(data.device)
-        together = update.predict(network, x[:2])
-        evaluation_draws = _changed(before, data.device)
-        alone = update.predict(network, x[:1])
-        module.train()
-        check(not evaluation_draws, "model", name, "a network that draws no random numbers in an evaluation")
-        allowed = "a network whose prediction for a sample does not depend on which others are evaluated with it"
-        same = torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3, equal_nan=True)
-        check(same, "model", name, allowed)
+        _check_evaluation(update, network, x)
         if not _fails_alone(update, network, data):
             return Traits(needs_two_samples=False, draws=draws, mixes_samples=mixes_samples)
     for client, size in enumerate(data.sizes("train").tolist()):
@@ -125,10 +122,14 @@ def check_network(update: LocalUpdate, module: nn.Module, template: Tree, data: 
     return Traits(needs_two_samples=True, draws=draws, mixes_samples=mixes_samples)
 
 
-def _warn_of_probabilities(out: Tensor, data: FederatedData, name: str) -> None:
+def _warn_of_probabilities(update: LocalUpdate, network: Network, data: FederatedData) -> None:
     """Say that a network ends in a softmax or sigmoid: cross-entropy takes a softmax itself, and learns slowly."""
+    x, name = data.x[:32].clone(), type(network.module).__name__
+    out = update.predict(network, x)
     several = data.task.classes and out.dim() == 2 and out.shape[1] > 1 and len(out) > 1
-    if not several or not bool(((out >= 0) & (out <= 1)).all()):
+    if not several or not _in_unit_range(out):
+        return
+    if x.is_floating_point() and not _in_unit_range(update.predict(network, 100 * x)):  # there by chance
         return
     softmax = torch.allclose(out.sum(1), out.new_ones(len(out)), atol=1e-4)
     values, last = ("probabilities, rows that sum to 1", "softmax") if softmax else ("values from 0 to 1", "sigmoid")
@@ -138,6 +139,16 @@ def _warn_of_probabilities(out: Tensor, data: FederatedData, name: str) -> None:
             "slowly. Leave out its last %s.",
             name, values, last,
         )  # fmt: skip
+
+
+def _in_unit_range(values: Tensor) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
+
+
+def _unsaved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of buffers that are no state of a client, because they are not persistent."""
+    saved = named_state(module)
+    return {name: value.clone() for name, value in module.named_buffers() if name not in saved}
 
 
 def check_parts(update: LocalUpdate) -> None:
@@ -166,14 +177,17 @@ def check_groups(groups: Iterable[str], module: nn.Module) -> None:
 def _loss(update: LocalUpdate, network: Network, batch: Batch) -> Tensor:
     """Loss of a batch; refuse a method whose loss takes none."""
     name = f"{type(update).__name__}.loss"
+    trained = select(network.module, "parameters")
+    leaves = {n: value.detach().requires_grad_() for n, value in network.tensors.items() if n in trained}
     try:
-        loss = update.loss(network, batch)
+        with torch.enable_grad():  # a loss may take gradients itself, as a penalty on them does
+            loss = update.loss(_at_same_step(network, {**network.tensors, **leaves}), batch)
     except ConfigError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ConfigError("strategy", name, f"a loss that takes batches of the data ({error})") from error
     check(isinstance(loss, Tensor), "strategy", name, f"a loss that returns a tensor, not {_kind(loss)}")
-    return loss
+    return loss.detach()
 
 
 def _check_logit_adjustment(update: LocalUpdate, network: Network, data: FederatedData) -> None:
@@ -200,10 +214,16 @@ def _padding_matters(update: LocalUpdate, network: Network, template: Tree, data
     results = []
     for batch in _plain_and_padded(network, data):
         tensors = entries(template.clone())
-        fresh = Network(network.module, tensors, key=network.key, given=network.given)
+        fresh = _at_same_step(network, tensors)
         results.append({**tensors, "": update.predict(fresh.seeing(batch), batch.x)[:3]})
     plain, padded = results
     return not all(torch.allclose(plain[n], padded[n], rtol=1e-3, atol=1e-5, equal_nan=True) for n in plain)
+
+
+def _at_same_step(network: Network, tensors: Mapping[str, Tensor]) -> Network:
+    """The network with other tensors, at the beginning of the same step: dropout draws what it has drawn before."""
+    key = None if network.key is None else network.key.clone()
+    return Network(network.module, tensors, network.weight, key, network.given, frozen=network.frozen)
 
 
 def _plain_and_padded(network: Network, data: FederatedData) -> tuple[Batch, Batch]:
@@ -212,6 +232,25 @@ def _plain_and_padded(network: Network, data: FederatedData) -> tuple[Batch, Bat
     weight = torch.tensor([1.0, 1, 1, 0, 0], device=x.device, dtype=x.dtype if x.is_floating_point() else None)
     plain = Batch(x, y, None, network.given, data.task)
     return plain, Batch(torch.cat([x, x[:2]]), torch.cat([y, y[:2]]), weight, network.given, data.task)
+
+
+def _check_evaluation(update: LocalUpdate, network: Network, x: Tensor) -> None:
+    """Refuse predictions outside of training that are drawn, change the network, or depend on which others are made."""
+    module, name = network.module, type(network.module).__name__
+    values = {n: value.clone() for n, value in network.tensors.items()}
+    module.eval()
+    before = _generator_states(x.device)
+    together = update.predict(network, x[:2])
+    draws = _changed(before, x.device)
+    alone = update.predict(network, x[:1])
+    module.train()
+    check(not draws, "model", name, "a network that draws no random numbers in an evaluation")
+    for entry, value in values.items():
+        same = torch.equal(value, network.tensors[entry]) or not bool((value == value).all())
+        check(same, "model", name, f"a network that leaves '{entry}' as it is in an evaluation (if self.training: ...)")
+    allowed = "a network whose prediction for a sample does not depend on which others are evaluated with it"
+    same = torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-3, equal_nan=True)
+    check(same, "model", name, allowed)
 
 
 def _check_padding(update: LocalUpdate, network: Network, data: FederatedData) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedpers.client.update import LocalUpdate
 from fedpers.cohort import Given, Network, Tree, View
+from fedpers.cohort.modules import named_state
 from fedpers.cohort.tree import map_tensors, state_names
 
 Inputs = Callable[[Tensor], Tensor]
@@ -40,7 +41,7 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores ``[B, ...]`` of samples ``[B, ...]``."""
-        values = self.network.state_dict(keep_vars=True)
+        values = named_state(self.network)
         tensors = {name: values[name] for name in state_names(self.network)}
         samples = x if self._inputs is None else self._inputs(x)
         return self._update.predict(Network(self.network, tensors, given=self.given.as_given()), samples)
@@ -88,7 +89,7 @@ def predictor(module: nn.Module, update: LocalUpdate, networks: Tree | View, inp
 def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """Copy of a network in evaluation mode with other parameters and buffers, by their canonical names."""
     network = copy.deepcopy(module).eval()
-    held = network.state_dict(keep_vars=True)
+    held = named_state(network)
     for name, value in values.items():
         held[name].data.copy_(value)
     return network

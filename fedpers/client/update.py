@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 EXTRA = "train/"
 """What the names of a method's own training metrics begin with (:attr:`fedpers.cohort.Reply.metrics`)."""
 Received = Mapping[str, Tree]
-"""What the server sent, by record: one tree for the whole cohort (batch size []) or one per client ([K])."""
+"""What the server sent, by record: one tree for the whole cohort (batch size []) or one per client ([K]). To be read,
+not changed in place: other cohorts are given the same tensors."""
 
 
 @dataclass(kw_only=True)
@@ -130,6 +131,12 @@ class LocalUpdate(Settings, group="strategy"):
         """Configuration key of a field: ``training`` stays ``training``, any other field NAME is ``strategy.NAME``."""
         return name if name == "training" else super().key(name)
 
+    @classmethod
+    def is_plain(cls) -> bool:
+        """Whether clients train, share and predict as those of federated averaging, which any Flower app may be."""
+        hooks = ("train", "loss", "personalize")
+        return cls.personal == "none" and all(getattr(cls, hook) is getattr(LocalUpdate, hook) for hook in hooks)
+
     # ------------------------------------------------------------- before training
 
     def adapt_model(self, model: nn.Module, data: FederatedData, seed: int) -> tuple[nn.Module, FederatedData]:
@@ -193,9 +200,9 @@ class LocalUpdate(Settings, group="strategy"):
         names = select(module, self.shared, self._key_of("shared"))
         parts = self.shared if isinstance(self.shared, str) else ", ".join(self.shared)
         trained = set(select(module, "parameters"))
-        partly_frozen = trained and any(not parameter.requires_grad for parameter in module.parameters())
+        frozen = any(not parameter.requires_grad for parameter in module.parameters())
         allowed = f"a network with parameters that are trained in what {type(self).__name__} shares ({parts})"
-        shares_nothing = partly_frozen and self.shared != "none" and not trained & set(names)
+        shares_nothing = frozen and self.shared != "none" and not trained & set(names)
         check(not shares_nothing, "model", type(module).__name__, allowed)
         return template.select(*names)
 

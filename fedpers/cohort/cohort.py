@@ -23,7 +23,7 @@ from fedpers.cohort.tensordicts import TensorDict
 from fedpers.cohort.tree import Selection, Tree, entries, map_tensors, tree
 from fedpers.cohort.walk import Walk
 from fedpers.data.federated import FederatedData, Part
-from fedpers.errors import check, one_of
+from fedpers.errors import ConfigError, check, one_of
 from fedpers.randomness import derive, generator
 from fedpers.settings.training import Training
 
@@ -193,7 +193,20 @@ class Cohort(ClientNetworks):
             See :class:`Reply`.
         **records : Tree ``[K]``
             Further records for the server.
+
+        Raises
+        ------
+        TypeError
+            If a metric is no tensor ``[K]`` or a record no tree ``[K]``.
         """
+        for name, column in (metrics or {}).items():
+            if not isinstance(column, Tensor) or column.shape != (self.size,):
+                raise TypeError(
+                    f"metric '{name}' is {_form(column)}: expected a tensor [{self.size}], one number a client"
+                )
+        for name, record in records.items():
+            if not isinstance(record, TensorDict) or record.batch_size != (self.size,):
+                raise TypeError(f"record '{name}' is {_form(record)}: expected a tree of {self.size} clients")
         personal_state: dict[str, Any] = dict(state or {})
         names = self.names(self.personal if keep is None else keep)
         if names and "model" not in personal_state:
@@ -349,6 +362,8 @@ class Cohort(ClientNetworks):
             If there is no parameter to differentiate by.
         RuntimeError
             If a network that draws from PyTorch's global generator is trained with more than one client.
+        TypeError
+            If the loss is no scalar.
         ValueError
             If what is given has not a row for each client of the cohort.
         """
@@ -370,7 +385,11 @@ class Cohort(ClientNetworks):
             weight, given = extra.get("weight"), extra["given"]
             network = Network(self.module, tensors, weight, extra.get("key"), given)
             with seeded(extra.get("key") if draws else None, self.device):
-                return loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
+                value = loss(network, Batch(x, y, weight, given, self.data.task, extra.get("offsets")))
+            if not isinstance(value, Tensor) or value.dim():
+                shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"a loss is {shape}: expected a scalar tensor; reduce over samples with batch.mean")
+            return value
 
         compute = gradients_of_one if step.active == 1 else gradients_of_many
         return compute(evaluate, step, params, names, extra)
@@ -451,8 +470,9 @@ class Cohort(ClientNetworks):
             What is trained, see :meth:`trainable`; buffers of layers in training mode change as they always do.
         adjust : callable or iterable
             Change the gradients before clipping and the step (:func:`proximal`, :func:`shifted`).
-        mask : mapping of name to Tensor ``[K, ...]``, optional
-            1 where an entry may move, 0 where not even weight decay moves it; names it lacks are free.
+        mask : mapping of name to Tensor ``[K, ...]`` or ``[...]``, optional
+            1 where an entry may move, 0 where not even weight decay moves it, for each client or for all; names it
+            lacks are free.
         given : mapping of name to Tensor ``[K, ...]`` or Tree ``[K]``, optional
             What the loss may see beside network and batch: it is mapped over clients beside them, and the loss finds
             its client's row in ``batch.given[name]`` (of a tree, a mapping of name to tensor).
@@ -461,17 +481,34 @@ class Cohort(ClientNetworks):
         **options
             Batches, other training settings, and whether layers are frozen (:meth:`gradients`), so that buffers do not
             change; see :class:`PlanOptions`.
+
+        Raises
+        ------
+        ConfigError
+            If nothing that `only` selects is trained.
+        TypeError
+            If the loss is no scalar.
+        ValueError
+            If `params` are not networks of K clients, or what is given, masks or hooks have another shape.
         """
         walk = self.walk({name: params[name] for name in self.names("all")}, **options)
         training, frozen = options.get("training"), options.get("frozen", False)
         names = self.trainable(only)
+        if not names and self.trainable():
+            raise ConfigError("only", only, "parts of the network with parameters that are not frozen")
+        for name, value in walk.trees[0].items():
+            if value.shape[:1] != (self.size,) or value.dim() != entries(self.template)[name].dim() + 1:
+                shape = list(value.shape)
+                expected = f"expected networks of {self.size} clients, as cohort.assemble makes them"
+                raise ValueError(f"'{name}' has shape {shape}: {expected}")
         optimizer = walk.optimizer(names, training, rates)
         hooks = [adjust] if callable(adjust) else list(adjust)
         for step, rows in walk:
             losses, grads = self.gradients(step, rows, loss, names, frozen=frozen, given=given)
             for hook in hooks:
                 hook(step, rows, grads)
-            optimizer.update(rows, grads, None if mask is None else {n: step.take(m) for n, m in mask.items()})
+            masks = {n: step.beside(n, m, rows[n]) for n, m in (mask or {}).items() if n in grads}
+            optimizer.update(rows, grads, masks)
             self.count_loss(step, losses)
 
     def variance(self, params: Tree, only: Selection = "parameters") -> Tensor:
@@ -526,3 +563,10 @@ class Cohort(ClientNetworks):
         """Labels of each client's samples of one part, ``[n_k]``, in the order of :meth:`logits`."""
         index = torch.cat([self.data.positions(part, c, self.round) for c in self.clients]).to(self.device)
         return list(torch.split(self.data.y[index], self.sizes(part).tolist()))
+
+
+def _form(value: object) -> str:
+    """Shape of a tensor, clients of a tree, type of anything else."""
+    if isinstance(value, TensorDict):
+        return f"a tree {list(value.batch_size)}"
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -81,11 +81,12 @@ class _BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
 
 
 class _Dropout(nn.modules.dropout._DropoutNd):
-    """Dropout whose mask is a hash of (client and step, layer, place): the same on every device and cohort."""
+    """Dropout whose mask is a hash of (client and step, layer, use, place): the same on every device and cohort."""
 
     whole_channels = False
     key: Tensor | None = None  # one int64 number for this client and step
     layer_index = 0  # tells the dropout layers of one network apart
+    uses = 0  # of this layer so far in this step, which may be used several times in a network, or in a loss
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
@@ -96,9 +97,19 @@ class _Dropout(nn.modules.dropout._DropoutNd):
         count = 1
         for length in shape:
             count *= length
-        bits = _hash(torch.arange(count, device=input.device) + self.layer_index * 0x51ED270B, self.key)
+        first = self.layer_index * 0x51ED270B + self._next_use() * 0x2545F491
+        bits = _hash(torch.arange(count, device=input.device) + first, self.key)
         keep = (bits >= int(self.p * 2**32)).view(*shape, *([1] * (input.dim() - len(shape))))
         return input * keep.to(input.dtype) / (1 - self.p)
+
+    def _next_use(self) -> int:
+        """Number of this use, from 0; gradient checkpointing computes uses again, in the backward pass."""
+        if torch._C._current_graph_task_id() != -1:
+            if self.uses > 1:
+                raise RuntimeError("a dropout layer that a network uses several times cannot be checkpointed")
+            return 0
+        self.__dict__["uses"] += 1
+        return self.uses - 1
 
 
 class _ElementDropout(_Dropout, nn.Dropout):
@@ -143,7 +154,7 @@ def prepare(module: nn.Module) -> nn.Module:
     ConfigError
         If a name holds a slash; a parameter is not initialized yet (lazy layers) or is of a dtype that is not trained;
         a layer spans processes (``SyncBatchNorm``), is a subclass of a batch normalization or dropout whose code is not
-        known, or normalizes by the batch in evaluation too.
+        known, normalizes by the batch in evaluation too, or is an embedding with sparse gradients or a largest norm.
     """
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if "/" in name:
@@ -163,7 +174,7 @@ def prepare(module: nn.Module) -> nn.Module:
             raise ConfigError("model", f"{type(layer).__name__} at '{name}'", allowed)
         if type(layer) in _REPLACED:
             layer.__class__ = _REPLACED[type(layer)]
-            layer.__dict__["layer_index"] = layer_index
+            layer.__dict__.update(layer_index=layer_index, uses=0)
     return prepared
 
 
@@ -198,12 +209,27 @@ def canonical_names(module: nn.Module) -> dict[str, str]:
     return names
 
 
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by every name they have, in the order of ``module.state_dict()``.
+
+    Not that itself: a network may change what it returns.
+    """
+    values: dict[str, Tensor] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        buffers = {n: b for n, b in layer._buffers.items() if n not in layer._non_persistent_buffers_set}
+        held = {**layer._parameters, **buffers}
+        values.update({f"{path}.{n}" if path else n: value for n, value in held.items() if value is not None})
+    return values
+
+
 def _objection(layer: nn.Module) -> str:
     """What to use instead of `layer`; empty if it works in a cohort."""
     if isinstance(layer, nn.SyncBatchNorm):
         return "layers that stay in one process, such as nn.BatchNorm2d"
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
         return "track_running_stats=False" if layer.track_running_stats else ""
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and (layer.sparse or layer.max_norm is not None):
+        return "sparse=False: gradients are dense" if layer.sparse else "max_norm=None: only training changes weights"
     if not isinstance(layer, _BATCH_LAYERS) or type(layer) in _DRAW_THEMSELVES:
         return ""
     if type(layer) not in _REPLACED and not isinstance(layer, _BatchNorm | _Dropout):
@@ -303,8 +329,8 @@ def announce(module: nn.Module, weight: Tensor | None, key: Tensor | None) -> No
     for layer in _facts(module).layers:
         if isinstance(layer, _BatchNorm):
             layer.__dict__["weight_of_batch"] = weight
-        else:
-            layer.__dict__["key"] = key
+        elif layer.key is not key:
+            layer.__dict__.update(key=key, uses=0)
 
 
 def linear_weights(module: nn.Module) -> frozenset[str]:
@@ -350,5 +376,5 @@ def _facts(module: nn.Module) -> _Facts:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether a forward pass in training mode draws random numbers."""
+    """Whether a network has layers of dropout, which need a key in training."""
     return any(isinstance(layer, nn.modules.dropout._DropoutNd) for layer in module.modules())

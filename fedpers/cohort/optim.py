@@ -52,6 +52,7 @@ class Optimizer:
         self.client_steps = client_steps
         self.scale = scale
         self.taken = 0  # all clients start together, so this is also the step count of each that still trains
+        self.updates = dict.fromkeys(names, 0)  # of each parameter, which has no gradient where a loss does not use it
         self.moments: dict[str, list[Tensor]] = {}
         self.start: dict[str, Tensor] = {}
 
@@ -76,7 +77,7 @@ class Optimizer:
             The stack; its first ``a`` rows are moved.
         grads : mapping of name to Tensor ``[a, ...]``
             Gradients of the clients that still train. May be overwritten.
-        mask : mapping of name to Tensor ``[a, ...]``, optional
+        mask : mapping of name to Tensor ``[a, ...]`` or ``[...]``, optional
             1 where an entry may move and 0 where it stays as it is; clipping and momentum see the whole gradient.
             Names it lacks move freely.
         """
@@ -136,10 +137,11 @@ class Optimizer:
         if name not in self.moments:
             self.moments[name] = [torch.zeros_like(stack), torch.zeros_like(stack)]
         mean, square = (value[: len(grad)] for value in self.moments[name])
+        self.updates[name] += 1
         mean.lerp_(grad, 1 - first)
         square.mul_(second).addcmul_(grad, grad, value=1 - second)
-        denominator = (square.sqrt() / math.sqrt(1 - second**self.taken)).add_(self.training.eps)
-        return (mean / denominator).div_(1 - first**self.taken)
+        denominator = (square.sqrt() / math.sqrt(1 - second ** self.updates[name])).add_(self.training.eps)
+        return (mean / denominator).div_(1 - first ** self.updates[name])
 
 
 def clip_rows(grads: Mapping[str, Tensor], limit: float) -> None:

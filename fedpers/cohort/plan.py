@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedpers.errors import ConfigError
+from fedpers.errors import ConfigError, check
 from fedpers.settings.training import Training
 
 
@@ -163,20 +163,19 @@ def plan_batches(
     Raises
     ------
     ConfigError
-        If the number of passes or steps is negative, or both or neither are given.
+        If the number of passes or steps is negative or not whole, both or neither are given, `steps` are not one for
+        each client, or the batch size is negative.
     """
     if (epochs is None) == (steps is None):
         raise ConfigError("epochs, steps", (epochs, steps), "exactly one of the two")
     clients = len(samples)
+    (batch_size,) = _whole_numbers("batch_size", batch_size, 1)
     per_epoch = [batches_per_epoch(len(s), batch_size, drop_last) for s in samples]
     if steps is None:
-        assert epochs is not None
-        num_steps = [epochs * n for n in per_epoch]
+        (passes,) = _whole_numbers("epochs", epochs, 1)
+        num_steps = [passes * n for n in per_epoch]
     else:
-        num_steps = [steps] * clients if isinstance(steps, int) else [int(n) for n in steps]
-    if min(num_steps) < 0:
-        raise ConfigError("epochs, steps", (epochs, steps), "numbers >= 0")
-
+        num_steps = _whole_numbers("steps", steps, clients)
     if most is not None:
         limits = [most] * clients if isinstance(most, int) else most
         num_steps = [min(n, limit) for n, limit in zip(num_steps, limits, strict=True)]
@@ -213,3 +212,18 @@ def plan_batches(
     return BatchPlan(
         placed, torch.from_numpy(count), active.tolist(), largest.tolist(), ragged, order_rows, phase, purpose
     )
+
+
+def _whole_numbers(name: str, value: Any, clients: int) -> list[int]:
+    """A whole number >= 0, for each of so many clients, or one for each.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else.
+    """
+    numbers = np.asarray(value)
+    each = f", or one for each of {clients} clients" if clients > 1 else ""
+    fits = numbers.dtype.kind in "iu" and numbers.shape in ((), (clients,)) and bool((numbers >= 0).all())
+    check(fits, name, value, f"a whole number >= 0{each}")
+    return [int(n) for n in np.broadcast_to(numbers, clients)]

@@ -164,28 +164,69 @@ class Step:
         """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view of them if `rows` is None."""
         return stacked[: self.active] if self.rows is None else stacked[self.rows.to(stacked.device)]
 
+    def beside(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
+        """What stands beside this step's `rows` ``[a, ...]`` of an entry of the network.
+
+        Parameters
+        ----------
+        name : str
+            Of the entry, for errors.
+        value : Tensor ``[K, ...]`` or ``[...]``
+            Of all clients of the cohort, or of one network, the same for all.
+        rows : Tensor ``[a, ...]``
+
+        Raises
+        ------
+        ValueError
+            If `value` has another shape.
+        """
+        if value.shape == rows.shape[1:]:
+            return value
+        fits = value.shape[1:] == rows.shape[1:] and len(value) >= len(rows)
+        if not fits or (self.rows is not None and len(value) <= int(self.rows.max())):
+            one = ", ".join(map(str, rows.shape[1:]))
+            shape = list(value.shape)
+            raise ValueError(f"what stands beside '{name}' has shape {shape}: expected [K, {one}] or [{one}]")
+        return self.take(value)
+
 
 Adjust = Callable[[Step, Mapping[str, Tensor], dict[str, Tensor]], None]
 """Changes gradients ``[a, ...]`` in place, given the step and the current rows of the parameters."""
 
 
 def proximal(mu: float, reference: Mapping[str, Tensor]) -> Adjust:
-    """Gradient of ``mu/2 * ||params - reference||^2``; `reference` is stacked ``[K, ...]``, names it lacks are free."""
+    """Gradient of ``mu/2 * ||params - reference||^2``.
+
+    Parameters
+    ----------
+    mu : float
+    reference : mapping of name to Tensor ``[K, ...]`` or ``[...]``
+        A network for each client, or one for all; names it lacks are free. A copy, ``params.clone()``, where it is what
+        training begins with.
+
+    Raises
+    ------
+    ValueError
+        In training, if `reference` has another shape, or is the very network that is trained.
+    """
 
     def adjust(step: Step, params: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():
             if name in reference:
-                grad.add_(params[name] - step.take(reference[name]), alpha=mu)
+                start = step.beside(name, reference[name], params[name])
+                if start.data_ptr() == params[name].data_ptr():
+                    raise ValueError(f"proximal pulls '{name}' to itself: expected a copy, such as params.clone()")
+                grad.add_(params[name] - start, alpha=mu)
 
     return adjust
 
 
 def shifted(shift: Mapping[str, Tensor]) -> Adjust:
-    """Add a fixed direction ``[K, ...]`` to each client's gradient."""
+    """Add a fixed direction to gradients: ``[K, ...]``, one for each client, or ``[...]``, the same for all."""
 
     def adjust(step: Step, params: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():
             if name in shift:
-                grad.add_(step.take(shift[name]))
+                grad.add_(step.beside(name, shift[name], grad))
 
     return adjust

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpers.cohort.modules import canonical_names
+from fedpers.cohort.modules import canonical_names, named_state
 from fedpers.cohort.tensordicts import TensorDict
 from fedpers.errors import ConfigError, one_of
 
@@ -50,7 +50,7 @@ def set_leaf(values: Tree, name: str, value: Tensor) -> None:
 
 
 def state_names(module: nn.Module) -> list[str]:
-    """Names of what a client may own: the entries of ``module.state_dict()`` without frozen parameters.
+    """Names of what a client may own: parameters and persistent buffers, without frozen parameters.
 
     Parameters that require no gradient are nobody's state: they stay in the module, one copy for all clients, and are
     neither stacked, sent nor stored. An entry that has several names is listed once, under the first.
@@ -63,12 +63,12 @@ def _state_aliases(module: nn.Module) -> dict[str, str]:
     named = module.named_parameters(remove_duplicate=False)
     frozen = {name for name, parameter in named if not parameter.requires_grad}
     names = canonical_names(module)
-    return {name: names[name] for name in module.state_dict() if name not in frozen}
+    return {name: names[name] for name in named_state(module) if name not in frozen}
 
 
 def model_tree(module: nn.Module) -> Tree:
     """Copy of all trainable parameters and persistent buffers of `module`, by dotted name, batch size ``[]``."""
-    values = module.state_dict()
+    values = named_state(module)
     return tree({name: values[name].detach().clone() for name in state_names(module)})
 
 

@@ -131,7 +131,8 @@ def _custom(
 ) -> Network:
     """A network of the user's own, its initial values drawn from `seed`; `known` is what it may be made with."""
     kind = import_custom("model.name", config.name)
-    check(callable(kind), "model.name", config.name, "module:Name of a class or a function that makes a network")
+    makes = callable(kind) and not isinstance(kind, nn.Module)
+    check(makes, "model.name", config.name, "module:Name of a class or a function that makes a network")
     with drawing(seed, "model"):
         model = call_custom("model", config.name, kind, known, config.arguments or {})
     allowed = f"module:Name of what makes an nn.Module, not {type(model).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fedpers.records import ARRAYS
 
 if TYPE_CHECKING:
     from fedpers.client.app import CohortApp
+    from fedpers.client.update import LocalUpdate
 
 
 def is_common(app: CohortApp, arrays: Tree, sent: Records | Sequence[Records]) -> bool:
@@ -50,11 +52,16 @@ def measure_common(app: CohortApp, arrays: Tree, round: int, *, auc: bool = Fals
     if data.drifted is not None and round >= data.drift_round:
         positions = data.drifted[positions]
     app.module.eval()
-    outputs = predictions(app.module, data, View(dict(entries(arrays)), frozenset()), [positions], _scores)
+    view = View(dict(entries(arrays)), frozenset())
+    outputs = predictions(app.module, data, view, [positions], partial(_common_scores, app.update))
     labels = [data.y[positions.to(data.device)]]
     columns = data.task.measure(outputs, labels, data.num_classes, auc=auc)
     return {name: float(column[0]) for name, column in columns.items() if name != "examples"}
 
 
-def _scores(network: Network, x: Tensor) -> Tensor:
-    return network(x)
+def _common_scores(update: LocalUpdate, network: Network, x: Tensor) -> Tensor:
+    """As the method predicts; with the network alone where that needs what only clients have (``network.given``)."""
+    try:
+        return update.predict(network, x)
+    except KeyError:
+        return network(x)

@@ -192,6 +192,8 @@ def test_a_misspelled_function_or_attribute_is_said(
         "def temperature(self):\n        ...",
         "share: float = 0.5  # an option",
         "SHARED = 'body'",
+        "def losses(self, network):\n        ...\n    def loss(self, network, batch):\n"
+        "        (lambda: self.losses(network))()\n        return super().loss(network, batch)",
     ],
 )
 def test_helpers_of_a_method_are_no_misspelling(run, caplog: pytest.LogCaptureFixture, client: str) -> None:

@@ -227,3 +227,22 @@ def test_without_a_part_for_validation_the_last_round_is_reported(
 def test_a_module_typed_with_its_ending_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     text = error_of(capsys, "model=nets.py:Net")
     assert text == "fedpers: model.name=nets.py:Net: expected the module's name without .py: nets:Net."
+
+
+@pytest.mark.parametrize("typed", [":Net", "mine_parts:", ".mine_parts:Net", "mine_parts..a:Net"])
+def test_half_a_name_is_refused(working_folder: Path, capsys: pytest.CaptureFixture[str], typed: str) -> None:
+    assert "module:Name" in error_of(capsys, f"model={typed}", f"output={working_folder / 'runs'}")
+
+
+def test_a_module_that_raises_is_named_with_the_place(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (working_folder / "raises_parts.py").write_text("from torch import nn\nlayer = nn.Linear(undefined, 3)\n")
+    text = error_of(capsys, "model=raises_parts:Net")
+    assert "expected module:Name of a module that can be imported (NameError: name 'undefined' is not defined" in text
+    assert "raises_parts.py:2" in text
+
+
+def test_a_network_is_no_class_of_networks(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (working_folder / "made_parts.py").write_text("from torch import nn\nnet = nn.Linear(64, 10)\n")
+    text = error_of(capsys, "model=made_parts:net", f"output={working_folder / 'runs'}")
+    expected = "expected module:Name of a class or a function that makes a network"
+    assert text == f"fedpers: model.name=made_parts:net: {expected}."

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from itertools import islice
 from typing import Any
 
@@ -432,3 +433,61 @@ def test_rows_of_a_walk_cannot_be_replaced() -> None:
     for _, rows in cohort.walk(start(cohort)):
         with pytest.raises(TypeError):
             rows["head.bias"] = rows["head.bias"] - 1
+
+
+@pytest.mark.parametrize("clients", [None, [2], [4, 1]])
+def test_pulls_shifts_and_masks_may_be_one_network_for_all(clients: list[int] | None) -> None:
+    results = []
+    for stacked in (True, False):
+        cohort = make_cohort(NETWORK, DATA, clients, training=Training(lr=0.1, batch_size=8, epochs=2))
+        params = start(cohort)
+        one = {n: v + 0.1 for n, v in cohort.template.items() if n.startswith("head.")}
+        values = cohort.per_client(one) if stacked else one
+        held = {n: (v > 0).to(v.dtype) for n, v in values.items()}
+        cohort.fit(params, cross_entropy, adjust=[proximal(0.3, values), shifted(values)], mask=held)
+        results.append(params)
+    assert_same(results[0], {n: results[1][n] for n in cohort.names("all")})
+
+
+def test_what_stands_beside_another_network_is_refused() -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    for size in (1, 3):
+        few = {"head.bias": torch.zeros(size, 4, dtype=torch.float64)}
+        sentence = rf"^what stands beside 'head.bias' has shape \[{size}, 4\]: expected \[K, 4\] or \[4\]$"
+        for options in ({"adjust": proximal(0.1, few)}, {"adjust": shifted(few)}, {"mask": few}):
+            with pytest.raises(ValueError, match=sentence):
+                cohort.fit(start(cohort), cross_entropy, **options)
+    params = start(cohort)
+    with pytest.raises(
+        ValueError, match=r"^proximal pulls '.*' to itself: expected a copy, such as params\.clone\(\)$"
+    ):
+        cohort.fit(params, cross_entropy, adjust=proximal(0.1, params))
+
+
+def test_what_cannot_be_trained_is_said() -> None:
+    cohort = make_cohort(SmallNetwork(norm=False).double(), DATA, training=SMALL)
+    with pytest.raises(ConfigError, match=r"^only=norm: expected parts of the network with parameters"):
+        cohort.fit(start(cohort), cross_entropy, only="norm")
+    with pytest.raises(TypeError, match=r"^a loss is \[\d+\]: expected a scalar tensor; reduce over samples with"):
+        cohort.fit(start(cohort), lambda network, batch: batch.losses(network(batch.x)))
+    with pytest.raises(ValueError, match=r"^'body\.0\.weight' has shape \[8, 6\]: expected networks of 7 clients"):
+        cohort.fit(cohort.template, cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ({"metrics": {"a": 1.0}}, "metric 'a' is a float: expected a tensor [7], one number a client"),
+        (
+            {"metrics": {"a": torch.tensor(1.0)}},
+            "metric 'a' is a tensor []: expected a tensor [7], one",
+        ),
+        ({"metrics": {"a": torch.ones(9)}}, "metric 'a' is a tensor [9]: expected a tensor [7], one number a client"),
+        ({"extra": {}}, "record 'extra' is a dict: expected a tree of 7 clients"),
+        ({"extra": tree({})}, "record 'extra' is a tree []: expected a tree of 7 clients"),
+    ],
+)
+def test_a_reply_of_another_form_is_refused(answer: dict[str, Any], sentence: str) -> None:
+    cohort = make_cohort(NETWORK, DATA, training=SMALL)
+    with pytest.raises(TypeError, match=f"^{re.escape(sentence)}"):
+        cohort.reply(start(cohort), **answer)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
 
-from fedpers.cohort import Network, Training, model_tree, prepare, select
+from fedpers.cohort import Batch, Network, Training, model_tree, prepare, select
 from fedpers.cohort.modules import announce, call, copy_network, part_tensors
 from fedpers.cohort.tree import state_names
 from fedpers.data.federated import FederatedData
@@ -444,3 +445,75 @@ def test_a_cohort_on_a_copy_trains_alike() -> None:
     assert trained[0].keys() == trained[1].keys() == set(state_names(half_frozen()))
     assert_same(trained[1], trained[0])
     assert (trained[0]["head.weight"] - half_frozen().head.weight).abs().amax((1, 2)).min() > 1e-3
+
+
+class Twice(nn.Module):
+    """One dropout layer, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.drop = nn.Linear(6, 6), nn.Linear(6, 6), nn.Dropout(0.5)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.drop(self.second(self.drop(self.first(x)))))
+        return out
+
+
+def test_each_use_of_a_dropout_layer_is_a_draw() -> None:
+    module, x = prepare(nn.Dropout(0.5)).train(), torch.ones(20, 50)
+    masks = []
+    for key in (torch.tensor(7), torch.tensor(7)):  # two calls of a network in one step, twice
+        network = Network(module, {}, key=key)
+        masks.append([network(x), network(x)])
+    assert torch.equal(masks[0][0], masks[1][0])
+    assert torch.equal(masks[0][1], masks[1][1])
+    assert 0.4 < float((masks[0][0] == masks[0][1]).double().mean()) < 0.6
+    assert torch.equal(masks[0][0], mask(module, x, 7))
+
+
+def test_two_views_of_a_batch_differ_alike_in_any_cohort() -> None:
+    def consistency(network: Network, batch: Batch) -> Tensor:
+        away = (network(batch.x) - network(batch.x)).square().sum(1)
+        return cross_entropy(network, batch) + batch.mean(away)
+
+    data, network = gaussian_data(dtype=torch.float64), Twice().double()
+    together = make_cohort(network, data, training=Training(lr=0.1, batch_size=8))
+    params = together.assemble(together.template)
+    together.fit(params, consistency)
+    plain = together.assemble(together.template)
+    make_cohort(network, data, training=together.training).fit(plain, cross_entropy)
+    assert not torch.allclose(params["first.weight"], plain["first.weight"])
+    for row, client in enumerate(together.clients):
+        alone = make_cohort(network, data, [client], training=together.training)
+        expected = alone.assemble(alone.template)
+        alone.fit(expected, consistency)
+        assert_same(params, {n: expected[n][0] for n in alone.names("all")}, row)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inside: bool, uses: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5))
+        self.head, self.inside, self.uses = nn.Linear(6, 4), inside, uses
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.uses):
+            x = checkpoint(self.body, x, use_reentrant=False) if self.inside else self.body(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_a_checkpoint_computes_the_same_mask_again() -> None:
+    data = gaussian_data(dtype=torch.float64)
+    trained = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        cohort = make_cohort(Checkpointed(inside).double(), data, [0], training=Training(lr=0.1, batch_size=8))
+        params = cohort.assemble(cohort.template)
+        cohort.fit(params, cross_entropy)
+        trained.append(params)
+    assert_same(trained[0], {n: trained[1][n] for n in cohort.names("all")})
+    cohort = make_cohort(Checkpointed(True, uses=2).double(), data, [0], training=Training(lr=0.1, batch_size=8))
+    with pytest.raises(RuntimeError, match="a dropout layer that a network uses several times cannot be checkpointed"):
+        cohort.fit(cohort.assemble(cohort.template), cross_entropy)

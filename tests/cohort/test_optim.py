@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fedpers.cohort import Cohort, Training
-from tests.cohort.helpers import assert_same, by_size, cross_entropy, make_cohort, train_alone
+from fedpers.cohort import Batch, Cohort, Network, Training
+from tests.cohort.helpers import assert_same, batches, by_size, cross_entropy, make_cohort, train_alone
 from tests.problems import SmallNetwork, gaussian_data
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -124,3 +126,31 @@ def test_one_client_needs_no_stack() -> None:
     network, data = SmallNetwork(dropout=0.0).double(), gaussian_data(dtype=torch.float64)
     cohort = make_cohort(network, data, [2], training=Training(lr=0.1, batch_size=8, momentum=0.9))
     assert_same(fitted(cohort), train_alone(network, data, 2, sgd(momentum=0.9), steps=6, size=8), 0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_parameter_that_is_used_late_begins_then(optimizer: str) -> None:
+    """As in ``torch.optim``, which counts the steps of each parameter."""
+    network = SmallNetwork(norm=False, dropout=0.0).double()
+    data = gaussian_data(dtype=torch.float64)
+    cohort = make_cohort(network, data, [0], training=Training(optimizer=optimizer, lr=0.1, batch_size=8))
+    params, steps, calls = cohort.assemble(cohort.template), 0, 0
+
+    def loss(network: Network, batch: Batch) -> Tensor:
+        nonlocal calls
+        calls += 1
+        features = network.part("body")(batch.x)
+        head = network.tensors["head.weight"] if calls > 2 else network.tensors["head.weight"].detach()
+        return batch.mean((features @ head.T).square().sum(1))
+
+    cohort.fit(params, loss)
+    alone = copy.deepcopy(network)
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+    theirs = make(alone.parameters(), lr=0.1, weight_decay=0.0)
+    for steps, (x, _, _) in enumerate(islice(batches(data, 0, size=8), int(cohort.steps_taken[0])), 1):
+        theirs.zero_grad()
+        head = alone.head.weight if steps > 2 else alone.head.weight.detach()
+        (alone.body(x) @ head.T).square().sum(1).mean().backward()
+        theirs.step()
+    assert steps > 2
+    assert_same(params, {n: v.detach() for n, v in alone.state_dict().items()}, 0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,10 +90,24 @@ def test_no_steps_at_all() -> None:
     assert plan.client_steps.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("wanted", [{}, {"epochs": 1, "steps": 1}, {"epochs": -1}, {"steps": [2, -1]}])
-def test_refuses(wanted: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="epochs, steps"):
-        plan_batches(samples(3, 2), batch_size=2, **wanted)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"epochs": 1, "steps": 1},
+        {"epochs": -1},
+        {"epochs": 1.5},
+        {"epochs": [1, 1]},
+        {"steps": [2, -1]},
+        {"steps": [2, 3, 4]},
+        {"steps": [[1], [2]]},
+        {"steps": True},
+        {"epochs": 1, "batch_size": -4},
+    ],
+)
+def test_refuses(wanted: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^(epochs, steps|epochs|steps|batch_size)="):
+        plan_batches(samples(3, 2), **{"batch_size": 2, **wanted})
 
 
 sizes_of_clients = st.lists(st.integers(1, 23), min_size=1, max_size=6)

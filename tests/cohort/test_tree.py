@@ -88,3 +88,25 @@ def test_rows_of_large_values_are_finite() -> None:
     large = torch.full((2, 4), 3e38)  # their sum is not
     finite = rows_finite(tree({"a": large, "b": torch.tensor([1.0, torch.inf])}, 2))
     assert finite.tolist() == [True, False]
+
+
+class Hooked(nn.Module):
+    """What ``state_dict`` returns is not what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 2), nn.Linear(2, 2)
+        self.body.register_buffer("seen", torch.zeros(1))
+        self.body.register_buffer("constant", torch.zeros(1), persistent=False)
+        self.register_state_dict_post_hook(lambda module, values, prefix, _: values.pop(f"{prefix}body.weight"))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_what_a_client_owns_does_not_depend_on_hooks() -> None:
+    expected = ["body.weight", "body.bias", "body.seen", "head.weight", "head.bias"]
+    assert list(leaves(model_tree(Hooked()))) == expected == list(select(Hooked(), "all"))

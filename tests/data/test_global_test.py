@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fedpers.app import _main
+from fedpers.cohort import Network
 from fedpers.data import (
     PARTS,
     FederatedData,
@@ -24,7 +27,7 @@ from fedpers.errors import ConfigError, DataError
 from fedpers.server.common import measure_common
 from fedpers.settings import DatasetConfig, PartitionConfig
 from fedpers.settings.heterogeneity import Drift
-from fedpers.strategies import make_strategy
+from fedpers.strategies import FedAvgUpdate, make_strategy
 from tests.problems import SmallNetwork, gaussian_data
 
 
@@ -149,3 +152,38 @@ def test_it_is_measured_where_there_is_a_common_network(
     assert summary["last"]["global/accuracy"] == rounds[3]["global/accuracy"] > rounds[0]["global/accuracy"]
     assert "global/accuracy" in summary["selected"]
     assert "the common network" in printed
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = SmallNetwork(norm=False, dropout=0.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores: Tensor = self.network(x)
+        return scores, x
+
+
+@dataclass(kw_only=True)
+class FirstOutput(FedAvgUpdate):
+    def predict(self, network: Network, x: Tensor) -> Tensor:
+        return cast(Any, network(x))[0]  # type: ignore[no-any-return]
+
+
+@dataclass(kw_only=True)
+class Negated(FedAvgUpdate):
+    def predict(self, network: Network, x: Tensor) -> Tensor:
+        return -network(x)
+
+
+def test_a_common_network_predicts_as_the_method_does() -> None:
+    data = gaussian_data()
+    data = replace(data, test=[data.test[0][:0], *data.test[1:]], global_test=data.test[0])
+    plain = FedAvgUpdate().client_app(SmallNetwork(norm=False, dropout=0.0), data)
+    expected = measure_common(plain, plain.template, 1)
+    wrapped = TwoOutputs()
+    wrapped.network.load_state_dict(plain.module.state_dict())
+    app = FirstOutput().client_app(wrapped, data)
+    assert measure_common(app, app.template, 1) == expected
+    negated = Negated().client_app(SmallNetwork(norm=False, dropout=0.0), data)
+    assert measure_common(negated, plain.template, 1)["loss"] != expected["loss"]

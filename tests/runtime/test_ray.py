@@ -340,7 +340,8 @@ class Backbone(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            self.body = nn.Sequential(nn.Linear(6, 20_000), nn.ReLU(), nn.Linear(20_000, 8)).requires_grad_(False)
+            frozen = nn.Sequential(nn.Linear(6, 20_000), nn.ReLU(), nn.Linear(20_000, 8)).requires_grad_(False)
+            self.body = nn.Sequential(frozen, nn.Linear(8, 8))
             self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ from tests.problems import SmallNetwork, gaussian_data, problem
 SMALL = 64_000
 """Bytes beside the arrays that may go to another machine to fold there."""
 
+MISSING = (
+    "'arrays/head.bias' is missing in its reply; a server begins with what clients share, client_app.initial_arrays()"
+)
+
 
 @pytest.fixture(autouse=True)
 def _server() -> Iterator[None]:
@@ -130,7 +134,7 @@ def test_who_answers_less_than_declared_is_left_out_however_replies_are_divided(
     merged = ReplyCollector(rules_of(strategy)).collected
     merged.merge(part_of(strategy, results, lot).collected for lot in lots)
     assert sorted(merged.metrics) == [4, 5, 6]
-    assert merged.failures == dict.fromkeys(range(4), "'arrays/head.bias' is missing in its reply")
+    assert merged.failures == dict.fromkeys(range(4), MISSING)
     expected = part_of(strategy, results, [4, 5, 6]).collected.fold.result()["arrays"]
     for name, value in leaves(expected).items():
         torch.testing.assert_close(merged.fold.result()["arrays"][name], value, rtol=1e-12, atol=1e-12)
@@ -266,7 +270,7 @@ def test_who_is_left_out_does_not_depend_on_cohorts(allows: bool) -> None:
         assert less in {16 * n for n in range(1, 7)}  # some left it away
     else:
         assert 0 < len(failures) < 7
-        assert set(failures.values()) == {"'arrays/head.bias' is missing in its reply"}
+        assert set(failures.values()) == {MISSING}
 
 
 class Picky(Fold):

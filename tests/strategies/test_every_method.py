@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedpers.cohort import Batch, Cohort, Network, Reply, entries
-from fedpers.errors import ConfigError
+from fedpers.cohort import Batch, Cohort, Network, Reply, Training, entries
+from fedpers.errors import ConfigError, TrainingError
 from fedpers.flower_private import server_identity
+from fedpers.records import from_record
 from fedpers.runtime.local import LocalGrid
 from fedpers.strategies import STRATEGIES, FedAvg, FedAvgUpdate, LocalUpdate
 from tests import equivalence, reference
@@ -184,6 +185,47 @@ class CountsPadding(FedAvgUpdate):
 def test_a_loss_that_counts_padding_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"CountsPadding\.loss: expected a loss that leaves padding out"):
         CountsPadding().client_app(SmallNetwork(), gaussian_data())
+
+
+class PenalizesGradients(FedAvgUpdate):
+    """Takes gradients within its loss."""
+
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        x = batch.x.detach().requires_grad_()
+        losses = batch.losses(network(x))
+        (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        return batch.mean(losses + slope.square().sum(1))
+
+
+def test_a_loss_may_take_gradients() -> None:
+    network, data = SmallNetwork(norm=False, dropout=0.0).double(), gaussian_data(dtype=torch.float64)
+    results = []
+    for at_once in (1, 4):
+        app = PenalizesGradients(training=Training(lr=0.1, batch_size=8)).client_app(network, data)
+        with server_identity(1):
+            grid = LocalGrid(app, data.num_clients, clients_at_once=at_once, workers=1)
+            results.append(from_record(FedAvg().start(grid, app.initial_arrays(), num_rounds=2).arrays))
+    for name, value in entries(results[0]).items():
+        assert torch.allclose(value, results[1][name], atol=1e-9), name
+
+
+class ChangesReceived(FedAvgUpdate):
+    """Halves what the server sent, for whoever reads it next."""
+
+    def train(self, cohort: Cohort, received: Any, config: Any) -> Reply:
+        for value in received["arrays"].values():
+            value.mul_(0.5)
+        return super().train(cohort, received, config)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_what_was_received_is_not_changed_in_place(at_once: int) -> None:
+    network, data = SmallNetwork(norm=False, dropout=0.0), gaussian_data()
+    app = ChangesReceived().client_app(network, data)
+    grid = LocalGrid(app, data.num_clients, clients_at_once=at_once, workers=1)
+    sentence = r"ChangesReceived\.train changed received 'arrays/body\.0\.weight' in place: expected the server's"
+    with server_identity(1), pytest.raises(TrainingError, match=sentence):
+        FedAvg().start(grid, app.initial_arrays(), num_rounds=1)
 
 
 class TakesTwoSamples(FedAvgUpdate):

@@ -78,8 +78,7 @@ def predictor(module: nn.Module, update: LocalUpdate, networks: Tree | View, inp
         See :class:`Predictor`.
     """
     view = View.of(networks)
-    values = {name: value[0] if name in view.stacked else value for name, value in view.tensors.items()}
-    network = with_values(module, values)
+    network = with_values(module, view.of_one())
     given = map_tensors(view.given, itemgetter(0))
     if given or inputs is not None or type(update).predict is not LocalUpdate.predict:
         return Predictor(network, update, given, inputs).eval()

@@ -370,8 +370,7 @@ class Cohort(ClientNetworks):
         allowed = "a network that has parameters to train which are not frozen"
         check(bool(names), "model", type(self.module).__name__, allowed)
         self._mode(training=not frozen)
-        rows = slice(0, step.active) if step.rows is None else step.rows
-        self.gradients_taken[rows] += 1
+        self.gradients_taken[step.places("cpu")] += 1
         extra: dict[str, Any] = {k: v for k, v in (("weight", step.weight), ("key", step.key)) if v is not None}
         extra["given"] = self._rows_of(step, given)
         if self.training.logit_adjustment:
@@ -430,8 +429,7 @@ class Cohort(ClientNetworks):
 
     def count_loss(self, step: Step, losses: Tensor) -> None:
         """Book the losses ``[a]`` of a step, weighted by samples, for the mean training loss of the round."""
-        rows = slice(0, step.active) if step.rows is None else step.rows.to(self.device)
-        self.loss_sum[rows] += losses * step.count
+        self.loss_sum[step.places(self.device)] += losses * step.count
 
     def book(self, plan: BatchPlan, num_steps: int) -> None:
         """Book the first `num_steps` steps of a plan and their samples."""

@@ -53,6 +53,10 @@ class View:
         values = entries(networks)
         return cls(values, frozenset(values), {} if given is None else given)
 
+    def of_one(self) -> dict[str, Tensor]:
+        """Tensors of the only client of a view, K = 1, by name."""
+        return {name: value[0] if name in self.stacked else value for name, value in self.tensors.items()}
+
 
 def predictions(
     module: nn.Module, data: FederatedData, view: View, lists: Sequence[Tensor], predict: Predict
@@ -77,8 +81,7 @@ def predictions(
             out = _of_one(Network(module, view.tensors), data, torch.cat(list(lists)), predict)
             return list(torch.split(out, [len(positions) for positions in lists]))
         if len(lists) == 1:
-            tensors = {n: v[0] if n in view.stacked else v for n, v in view.tensors.items()}
-            network = Network(module, tensors, given=map_tensors(given, itemgetter(0)))
+            network = Network(module, view.of_one(), given=map_tensors(given, itemgetter(0)))
             return [_of_one(network, data, lists[0], predict)]
         common = {n: v for n, v in view.tensors.items() if n not in view.stacked}
 

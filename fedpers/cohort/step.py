@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -160,9 +161,13 @@ class Step:
     key: Tensor | None
     rows: Tensor | None
 
+    def places(self, device: torch.device | str) -> slice | Tensor:
+        """Where this step's clients stand in a tensor ``[K, ...]`` on a device."""
+        return slice(self.active) if self.rows is None else self.rows.to(device)
+
     def take(self, stacked: Tensor) -> Tensor:
         """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view of them if `rows` is None."""
-        return stacked[: self.active] if self.rows is None else stacked[self.rows.to(stacked.device)]
+        return stacked[self.places(stacked.device)]
 
     def beside(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
         """What stands beside this step's `rows` ``[a, ...]`` of an entry of the network.

@@ -31,8 +31,7 @@ class RunningVariance:
         if not bool(counted.any()):
             return
         counted = counted.to(self.count.device)
-        active = slice(0, len(self.count)) if step is None else slice(0, step.active)
-        rows = active if step is None or step.rows is None else step.rows.to(self.count.device)
+        rows = slice(len(self.count)) if step is None else step.places(self.count.device)
         self.count[rows] += counted
         share = counted / self.count[rows].clamp(min=1)
         for name, mean in self.means.items():

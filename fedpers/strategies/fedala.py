@@ -115,7 +115,7 @@ class FedALAUpdate(LocalUpdate):
             losses, grads = cohort.gradients(step, {**received, **mixture}, self.loss, tuple(weights), frozen=True)
             for name, grad in grads.items():
                 weights[name].sub_(self.weight_lr * grad * (received[name] - former[name])).clamp_(0, 1)
-            last[slice(step.active) if step.rows is None else step.rows.to(last.device)] = losses.to(last)
+            last[step.places(last.device)] = losses.to(last)
             cohort.count_loss(step, losses)
         return last
 

@@ -93,7 +93,7 @@ class FedASUpdate(LocalUpdate):
         for step in cohort.steps(plan):
             rows = {name: step.take(params[name]) for name in cohort.names("all")}
             _, grads = cohort.gradients(step, rows, self.loss, cohort.trainable(), frozen=True)
-            at = slice(step.active) if step.rows is None else step.rows.to(cohort.device)
+            at = step.places(cohort.device)
             trace[at] += sum(flat_rows(grad).square().sum(1) for grad in grads.values())
         return trace if self.variant == "pfllib" else trace / cohort.sizes().clamp(min=1).to(trace)
 

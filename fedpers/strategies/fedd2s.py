@@ -217,7 +217,7 @@ class FedD2SUpdate(LocalUpdate):
             places = torch.searchsorted(step.take(owned).contiguous(), step.index.contiguous())
             wanted = step.take(scores)
             targets = scores.new_zeros(cohort.size, *step.index.shape[1:], scores.shape[2])
-            of_step = slice(0, step.active) if step.rows is None else step.rows.to(cohort.device)
+            of_step = step.places(cohort.device)
             targets[of_step] = wanted.gather(1, places[:, :, None].expand(-1, -1, wanted.shape[2]))
             losses, grads = cohort.gradients(step, rows, loss, names, given={TARGETS: targets})
             optimizer.update(rows, grads)

@@ -114,7 +114,7 @@ class FedDBEUpdate(LocalUpdate):
             losses, grads = cohort.gradients(
                 step, with_zeros, self.loss, (*names, SEEN), given={**given, RUNNING: running}
             )
-            clients = slice(step.active) if step.rows is None else step.rows.to(cohort.device)
+            clients = step.places(cohort.device)
             running[clients] = torch.lerp(running[clients], grads.pop(SEEN), self.mu)
             optimizer.update(rows, grads)
             cohort.count_loss(step, losses)

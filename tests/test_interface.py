@@ -53,7 +53,7 @@ class AnchoredUpdate(LocalUpdate):
         params = cohort.assemble(received["arrays"])  # K networks: received bodies, own heads
         cohort.fit(params, self.loss, only="head", epochs=1)
         cohort.fit(params, self.loss, adjust=proximal(self.mu, params.clone()))
-        return cohort.reply(params, share="body", keep="head")
+        return cohort.reply(params)
 
 
 @dataclass(kw_only=True)

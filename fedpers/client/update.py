@@ -201,7 +201,7 @@ class LocalUpdate(Settings, group="strategy"):
         parts = self.shared if isinstance(self.shared, str) else ", ".join(self.shared)
         trained = set(select(module, "parameters"))
         frozen = any(not parameter.requires_grad for parameter in module.parameters())
-        allowed = f"a network with parameters that are trained in what {type(self).__name__} shares ({parts})"
+        allowed = f"a network with parameters that are not frozen in what {type(self).__name__} shares ({parts})"
         shares_nothing = frozen and self.shared != "none" and not trained & set(names)
         check(not shares_nothing, "model", type(module).__name__, allowed)
         return template.select(*names)

@@ -139,7 +139,7 @@ def test_a_function_may_return_arrays_clients_or_everything(working_folder: Path
         ("model=mine_parts:Nett", r"model.name=mine_parts:Nett: expected module:Name, but module mine_parts has no"),
         (
             "model=mine_parts:Frozen dataset=mine_parts:arrays partition=natural",
-            "model=Frozen: expected a network that has parameters to train which are not frozen",
+            "model=Frozen: expected a network with parameters that are not frozen in what FedAvgUpdate shares (all)",
         ),
         (
             "model=mine_parts:Fixed dataset=mine_parts:arrays partition=natural",

@@ -98,7 +98,7 @@ def _summary(rows: DataFrame, title: str, shown_classes: int, *, ratings: bool) 
         lines.append(f"... and {len(rows) - SHOWN_CLIENTS} more clients (--csv FILE writes all).")
     number = sum(column.startswith("class ") for column in rows.columns)
     if number > shown_classes:
-        lines.append(f"Of {number} classes the first {shown_classes} are shown.")
+        lines.append(f"Of {number} classes the first {shown_classes} are shown (--csv FILE writes all).")
     lines.append(
         f"{title}: {len(rows)} clients, {sizes.sum()} {what}; {what} of a client {sizes.min()} to {sizes.max()}, "
         f"median {sizes.median():g}."

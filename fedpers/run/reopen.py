@@ -206,8 +206,10 @@ def check_contents(folder: Path) -> None:
     """
     if not os.path.isfile(folder / "config.yaml"):
         missing = "there is no config.yaml" if os.path.isdir(folder) else "there is no such folder"
-        sweeps = sorted(path.parent for path in folder.rglob("sweep.json"))
-        below = f"; below it lies the sweep {sweeps[-1]}" if sweeps else ""
+        below = ""
+        for kind, file in (("run", "rounds.jsonl"), ("sweep", "sweep.json")):
+            if places := sorted(path.parent for path in folder.rglob(file)):
+                below = f"; below it lies the {kind} {places[-1]}"
         raise FedpersError(f"{folder} holds no run: {missing}{below}.")
     check_links(folder)
 

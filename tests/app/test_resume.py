@@ -135,6 +135,16 @@ def test_a_finished_run_says_so(folder: Path, capsys: pytest.CaptureFixture[str]
     assert rounds_of(folder) == [0, 1, 2, 3]
 
 
+def test_a_folder_above_a_run_or_a_sweep_names_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    above = folder.parent
+    assert error_of(capsys, "resume", str(above)) == (
+        f"{above} holds no run: there is no config.yaml; below it lies the run {folder}."
+    )
+    (above / "sweep").mkdir()
+    (above / "sweep" / "sweep.json").write_text("{}")
+    assert error_of(capsys, "resume", str(above)).endswith(f"; below it lies the sweep {above / 'sweep'}.")
+
+
 def test_a_finished_run_that_goes_on_is_no_finished_one_from_its_start(folder: Path) -> None:
     seen: list[dict[str, Any]] = []
     run_rounds = module.run_rounds

@@ -494,8 +494,9 @@ class Cohort(ClientNetworks):
         names = self.trainable(only)
         if not names and self.trainable():
             raise ConfigError("only", only, "parts of the network with parameters that are not frozen")
+        shapes = {name: value.shape for name, value in entries(self.template).items()}
         for name, value in walk.trees[0].items():
-            if value.shape[:1] != (self.size,) or value.dim() != entries(self.template)[name].dim() + 1:
+            if value.shape != (self.size, *shapes[name]):
                 shape = list(value.shape)
                 expected = f"expected networks of {self.size} clients, as cohort.assemble makes them"
                 raise ValueError(f"'{name}' has shape {shape}: {expected}")

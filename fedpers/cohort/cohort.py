@@ -506,7 +506,7 @@ class Cohort(ClientNetworks):
             losses, grads = self.gradients(step, rows, loss, names, frozen=frozen, given=given)
             for hook in hooks:
                 hook(step, rows, grads)
-            masks = {n: step.beside(n, m, rows[n]) for n, m in (mask or {}).items() if n in grads}
+            masks = {n: step.aligned(n, m, rows[n]) for n, m in (mask or {}).items() if n in grads}
             optimizer.update(rows, grads, masks)
             self.count_loss(step, losses)
 

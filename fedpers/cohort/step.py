@@ -169,8 +169,8 @@ class Step:
         """Rows of a tensor ``[K, ...]`` that belong to this step's clients; a view of them if `rows` is None."""
         return stacked[self.places(stacked.device)]
 
-    def beside(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
-        """What stands beside this step's `rows` ``[a, ...]`` of an entry of the network.
+    def aligned(self, name: str, value: Tensor, rows: Tensor) -> Tensor:
+        """Rows of `value` that belong to this step's `rows` ``[a, ...]`` of an entry of the network.
 
         Parameters
         ----------
@@ -191,7 +191,7 @@ class Step:
         if not fits or (self.rows is not None and len(value) <= int(self.rows.max())):
             one = ", ".join(map(str, rows.shape[1:]))
             shape = list(value.shape)
-            raise ValueError(f"what stands beside '{name}' has shape {shape}: expected [K, {one}] or [{one}]")
+            raise ValueError(f"the value for '{name}' has shape {shape}: expected [K, {one}] or [{one}]")
         return self.take(value)
 
 
@@ -218,7 +218,7 @@ def proximal(mu: float, reference: Mapping[str, Tensor]) -> Adjust:
     def adjust(step: Step, params: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():
             if name in reference:
-                start = step.beside(name, reference[name], params[name])
+                start = step.aligned(name, reference[name], params[name])
                 if start.data_ptr() == params[name].data_ptr():
                     raise ValueError(f"proximal pulls '{name}' to itself: expected a copy, such as params.clone()")
                 grad.add_(params[name] - start, alpha=mu)
@@ -232,6 +232,6 @@ def shifted(shift: Mapping[str, Tensor]) -> Adjust:
     def adjust(step: Step, params: Mapping[str, Tensor], grads: dict[str, Tensor]) -> None:
         for name, grad in grads.items():
             if name in shift:
-                grad.add_(step.beside(name, shift[name], grad))
+                grad.add_(step.aligned(name, shift[name], grad))
 
     return adjust

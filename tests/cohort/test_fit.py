@@ -449,11 +449,11 @@ def test_pulls_shifts_and_masks_may_be_one_network_for_all(clients: list[int] | 
     assert_same(results[0], {n: results[1][n] for n in cohort.names("all")})
 
 
-def test_what_stands_beside_another_network_is_refused() -> None:
+def test_values_of_another_shape_or_the_network_itself_are_refused() -> None:
     cohort = make_cohort(NETWORK, DATA, training=SMALL)
     for size in (1, 3):
         few = {"head.bias": torch.zeros(size, 4, dtype=torch.float64)}
-        sentence = rf"^what stands beside 'head.bias' has shape \[{size}, 4\]: expected \[K, 4\] or \[4\]$"
+        sentence = rf"^the value for 'head.bias' has shape \[{size}, 4\]: expected \[K, 4\] or \[4\]$"
         for options in ({"adjust": proximal(0.1, few)}, {"adjust": shifted(few)}, {"mask": few}):
             with pytest.raises(ValueError, match=sentence):
                 cohort.fit(start(cohort), cross_entropy, **options)

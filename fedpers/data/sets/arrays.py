@@ -221,7 +221,8 @@ def _numbered(ids: NDArray[Any] | None) -> tuple[Tensor | None, tuple[str, ...]]
 
 def _class_ids(path: Path, name: str, y: NDArray[Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Class ids ``[N]``, and the classes' names unless they are these ids."""
-    signs = y.dtype.kind == "i" and set(np.unique(y)) == {-1, 1}  # two classes; else -1 often stands for "unknown"
+    signs = y.dtype.kind == "i" and int(y.min()) == -1 and set(np.unique(y)) == {-1, 1}
+    # else -1 often stands for "unknown"
     if y.dtype.kind in "iu" and not signs and (int(y.min()) < 0 or int(y.max()) >= MAX_CLASSES):
         bad = y.min() if int(y.min()) < 0 else y.max()
         raise DataError(f"{path}: {name} has the label {bad}, expected class ids from 0 to {MAX_CLASSES - 1}.")
